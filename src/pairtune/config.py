@@ -1,0 +1,169 @@
+"""The configuration of a run: typed, checked, YAML in and out, every default with its reason.
+
+Three layers: a `RunConfig` is what a person asks for; a `TrialConfig` is one point of its grid. Values come from the
+defaults, a YAML file and flags, in this order; `Resolved.origins` remembers which, and the run's `config.yaml` says it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+
+from pairtune.errors import BadInput, one_line
+
+Method = Literal["lora", "full"]
+Engine = Literal["trl"]
+Loss = Literal["sigmoid", "ipo", "hinge", "apo_zero", "apo_down", "nca_pair", "sppo_hard", "discopop", "sigmoid_norm"]
+Select = Literal["eval_loss", "accuracy", "margin"]
+DType = Literal["auto", "float32", "bfloat16"]
+OnBadRow = Literal["stop", "skip"]
+
+
+def _different(values: list[float]) -> list[float]:
+    if len(set(values)) != len(values):
+        raise ValueError("the same value is given twice; each value makes one trial")
+    return values
+
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Grid = Annotated[list[Positive], Field(min_length=1), AfterValidator(_different)]
+
+# Field names that have another spelling on the command line.
+FLAGS = {"learning_rate": "--lr", "max_grad_norm": "max_grad_norm", "lora_dropout": "lora_dropout"}
+SANITY_ROWS = 5
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class _Training(_Strict):
+    """What one trial shares with all others of its grid. Descriptions are the reasons for the defaults."""
+
+    epochs: PositiveInt = Field(3, description="the assignment's; small pair sets are passed over a few times")
+    batch_size: PositiveInt = Field(2, description="the assignment's; fits a 6 GB card")
+    method: Method = Field("lora", description="trains 4 % of the weights, so optimizer state stays small")
+    loss: Loss = Field("sigmoid", description="DPO as published (Rafailov et al. 2023, eq. 7)")
+    lora_rank: PositiveInt = Field(16, description="common for LoRA on every linear layer")
+    lora_alpha: Positive = Field(32, description="twice the rank, as usual: scale 2")
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="keeps step 0 exactly at the base")
+    max_grad_norm: Positive = Field(1.0, description="TRL's default")
+    max_length: Annotated[int, Field(ge=16)] = Field(1024, description="TRL's default; longer pairs are dropped")
+    dtype: DType = Field("auto", description="bfloat16 where this machine multiplies it faster than float32")
+    seed: NonNegativeInt = Field(0, description="adapter initialisation, order of pairs, splits, samples")
+
+
+class TrialConfig(_Training):
+    """One trial: one learning rate and one beta."""
+
+    learning_rate: Positive
+    beta: Positive
+
+    @property
+    def name(self) -> str:
+        """The trial's folder name, for example `lr-3e-05-beta-0.1`."""
+        return f"lr-{self.learning_rate:g}-beta-{self.beta:g}"
+
+
+class RunConfig(_Training):
+    """Everything a run depends on."""
+
+    model: str = Field("smollm2-135m", description="bundled, needs no network, trains on a laptop's CPU")
+    data: str = Field(min_length=1)
+    eval_data: str | None = Field(None, description="held out from the training pairs when not given")
+    learning_rate: Grid = Field([3e-5, 1e-5], description="the assignment's grid")
+    beta: Grid = Field([0.1, 0.2], description="the assignment's grid")
+    engine: Engine = Field("trl", description="TRL's own DPOTrainer")
+    limit: PositiveInt | None = Field(None, description="all rows")
+    sanity_check: bool = Field(False, description=f"when true: the first {SANITY_ROWS} rows, as in the assignment")
+    on_bad_row: OnBadRow = Field("stop", description="a fault in the data is seen before it is trained on")
+    select: Select = Field("eval_loss", description="the assignment's rule")
+    samples: NonNegativeInt = Field(8, description="held-out prompts answered before and after; 0: none")
+    out: Path = Field(default_factory=lambda: Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}", description="the time")
+
+    @property
+    def row_limit(self) -> int | None:
+        """At most this many rows are read from each source."""
+        return SANITY_ROWS if self.sanity_check else self.limit
+
+    def trials(self) -> list[TrialConfig]:
+        """The grid: every learning rate with every beta, betas outermost, as in the assignment."""
+        shared = {name: getattr(self, name) for name in _Training.model_fields}
+        return [TrialConfig(**shared, learning_rate=lr, beta=beta) for beta in self.beta for lr in self.learning_rate]
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration and where each of its values came from."""
+
+    config: RunConfig
+    origins: dict[str, str]
+
+    def to_yaml(self) -> str:
+        """YAML that `pairtune tune` reads back; a comment behind each value says where it came from."""
+        lines = ["# Resolved configuration; `pairtune tune THIS_FILE --out NEW` repeats the run."]
+        for name, value in self.config.model_dump(mode="json").items():
+            text = yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=10_000).strip()
+            lines.append(f"{name}: {text[1:-1]}  # {self.origins[name]}")
+        return "\n".join(lines) + "\n"
+
+
+def resolve(file: Path | None, flags: Mapping[str, Any]) -> Resolved:
+    """Put defaults, an optional YAML file and the flags that were given (not None) together.
+
+    Raises:
+        BadInput: the file cannot be read, or a value is not allowed; the message names the flag or field.
+    """
+    written = _read_yaml(file) if file else {}
+    given = {name: value for name, value in flags.items() if value is not None}
+    origins = {}
+    for name, field in RunConfig.model_fields.items():
+        reason = f": {field.description}" if field.description else ""
+        origins[name] = (
+            f"flag {flag_of(name)}" if name in given else str(file) if name in written else f"default{reason}"
+        )
+    try:
+        return Resolved(RunConfig(**{**written, **given}), origins)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else "?"
+        where = flag_of(name) if name in given or first["type"] == "missing" else f"{file}: {name}"
+        raise BadInput(f"{where}: {_explain(first)}") from None
+
+
+def flag_of(name: str) -> str:
+    """How a field is called on the command line."""
+    return FLAGS.get(name, "--" + name.replace("_", "-"))
+
+
+def _explain(error: Any) -> str:
+    value, kind, context = error["input"], error["type"], error.get("ctx", {})
+    if kind == "missing":
+        return "is needed; name a file, a Hub id or bundled:concise"
+    if kind == "extra_forbidden":
+        return f"is not a setting; the settings are {', '.join(RunConfig.model_fields)}"
+    shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+    if kind == "greater_than" and isinstance(value, int | float):
+        return f"must be greater than {context['gt']:g}, not {value:g}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"must be a finite number, not {value}"
+    return f"{error['msg'].removeprefix('Value error, ').replace('Input should', 'should')} (given: {shown})"
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"{file}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadInput(f"{file}: is not valid YAML ({one_line(error)})") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise BadInput(f"{file}: should hold settings, one `name: value` a line")
+    return content

@@ -1,0 +1,146 @@
+"""The run folder: where everything of a run lies, and how it gets there without half-written files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pairtune.errors import BadInput
+
+
+def user_cache() -> Path:
+    """The folder for what can be made again: dequantised models, later tokens and reference log-probs."""
+    if explicit := os.environ.get("PAIRTUNE_CACHE"):
+        return Path(explicit).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pairtune"
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader sees the old content or the new one, never a part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as readable JSON, atomically. NaN and infinity are refused: they are never a result."""
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def fill_folder(path: Path, fill: Callable[[Path], None]) -> Path:
+    """Replace the folder `path` by what `fill(temporary)` writes; a failure leaves `path` as it was.
+
+    Where another process put the same folder there first, its folder is replaced by ours: both are complete.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        fill(temporary)
+        temporary.chmod(0o755)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(0o644)  # some libraries write weights that only their owner may read
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return path
+
+
+def fingerprint(parts: Iterable[bytes | str]) -> str:
+    """A short name for a content: 16 hex digits of SHA-256 over the parts, each with its length before it."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "big"))
+        digest.update(data)
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run. Stages meet through these files, so each can be tested from a small fixture."""
+
+    root: Path
+
+    config = property(lambda self: self.root / "config.yaml")
+    data = property(lambda self: self.root / "data.json")
+    trials = property(lambda self: self.root / "trials")
+    sweep = property(lambda self: self.root / "sweep.json")
+    selection = property(lambda self: self.root / "selection.json")
+    generations = property(lambda self: self.root / "generations.json")
+    best = property(lambda self: self.root / "best")
+    complete = property(lambda self: self.root / "COMPLETE")
+
+    @classmethod
+    def create(cls, root: Path) -> RunFolder:
+        """Make a new run folder.
+
+        Raises:
+            BadInput: `root` exists and is not an empty folder; nothing in it is touched.
+        """
+        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+            raise BadInput(f"--out {root}: already exists; choose another name, or remove it first (rm -r {root})")
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"--out {root}: cannot be created ({error.strerror})") from error
+        return cls(root)
+
+    @classmethod
+    def finished(cls, root: Path) -> RunFolder:
+        """Open a run that may be served or read as a result.
+
+        Raises:
+            BadInput: there is no such folder, or it has no `COMPLETE`.
+        """
+        run = cls(root)
+        if not root.is_dir():
+            raise BadInput(f"{root}: no such run folder")
+        if not run.complete.is_file():
+            raise BadInput(f"{root}: the run is unfinished (no COMPLETE in it); let it end, or run it again")
+        return run
+
+    def trial(self, name: str) -> TrialFolder:
+        """The folder of the trial called `name`."""
+        return TrialFolder(self.trials / name)
+
+    def read_json(self, path: Path) -> Any:
+        """The content of one of this run's JSON files."""
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise BadInput(f"{path}: cannot be read as JSON; the run folder is damaged") from error
+
+
+@dataclass(frozen=True)
+class TrialFolder:
+    """Paths of one trial."""
+
+    root: Path
+
+    record = property(lambda self: self.root / "trial.json")
+    metrics = property(lambda self: self.root / "metrics.jsonl")
+    best = property(lambda self: self.root / "best")
+
+    def evaluation(self, epoch: int) -> Path:
+        """The per-example records of one epoch's evaluation, Parquet, one row per pair."""
+        return self.root / "evals" / f"epoch-{epoch}.parquet"

@@ -1,0 +1,88 @@
+"""Shared pieces: a tiny model of random weights with a byte tokenizer, so that tests train for real in seconds."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any library reads it: tests reach no network
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from pairtune.data.pairs import PreferencePair
+from pairtune.models.load import LoadedBase, load_tokenizer
+from pairtune.models.resolve import resolve_model
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+torch.set_num_threads(1)  # test processes run side by side
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte and ChatML around it."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*SPECIALS, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIALS)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.chat_template = CHATML
+    return fast
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random two-layer Llama and the byte tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.convert_tokens_to_ids("<|im_start|>"),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_base(tiny_model: Path) -> LoadedBase:
+    """The tiny model opened in float32 on the CPU."""
+    source = resolve_model(str(tiny_model))
+    return LoadedBase(source, load_tokenizer(source), torch.float32, torch.device("cpu"))
+
+
+def make_pair(
+    number: int, chosen: str = "Yes, {} of them.", rejected: str = "No idea about {}, sorry."
+) -> PreferencePair:
+    """A small pair; different numbers make different prompts."""
+    prompt = ({"role": "user", "content": f"Are there {number} apples?"},)
+    return PreferencePair(prompt, chosen.format(number), rejected.format(number), f"test:{number}")
+
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def shared_file(name: str) -> Path:
+    """A file of real pairs that lies beside the project on the developers' machines."""
+    path = SHARED / name
+    if not path.is_file():
+        pytest.skip(f"{name} is not here: real pairs are kept beside the project, not in it")
+    return path

@@ -1,0 +1,93 @@
+"""Settings: where they come from, what is refused, and that a run's file repeats it."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from pairtune.config import RunConfig, flag_of, resolve
+from pairtune.errors import BadInput
+
+
+def test_the_defaults_are_the_assignments_grid_in_its_order():
+    trials = RunConfig(data="x").trials()
+    assert [(trial.learning_rate, trial.beta) for trial in trials] == [
+        (3e-5, 0.1),
+        (1e-5, 0.1),
+        (3e-5, 0.2),
+        (1e-5, 0.2),
+    ]
+    assert [trial.name for trial in trials][:2] == ["lr-3e-05-beta-0.1", "lr-1e-05-beta-0.1"]
+    assert {(trial.epochs, trial.batch_size) for trial in trials} == {(3, 2)}
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("data: a.jsonl\nepochs: 7\nlearning_rate: [0.001]\n")
+    resolved = resolve(file, {"epochs": 2, "beta": None})
+    assert (resolved.config.epochs, resolved.config.learning_rate, resolved.config.beta) == (2, [0.001], [0.1, 0.2])
+    assert resolved.origins["epochs"] == "flag --epochs"
+    assert resolved.origins["data"] == str(file)
+    assert resolved.origins["beta"].startswith("default: ")
+
+
+def test_every_default_has_its_reason():
+    reasons = resolve(None, {"data": "x"}).origins
+    assert [name for name, origin in reasons.items() if origin == "default"] == []
+
+
+def test_the_written_file_reads_back_to_the_same_configuration(tmp_path):
+    resolved = resolve(
+        None, {"data": "a: b.jsonl # x", "learning_rate": [1e-5, 2e-4], "out": tmp_path / "r", "limit": 3}
+    )
+    file = tmp_path / "config.yaml"
+    file.write_text(resolved.to_yaml())
+    assert resolve(file, {}).config == resolved.config
+    assert "learning_rate: [1.0e-05, 0.0002]  # flag --lr" in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"learning_rate": [-1e-5]}, "--lr: must be greater than 0, not -1e-05"),
+        ({"learning_rate": [float("nan")]}, "--lr: must be a finite number|--lr: must be greater than 0"),
+        ({"learning_rate": [1e-5, 1e-5]}, "--lr: the same value is given twice"),
+        ({"beta": [0.0]}, "--beta: must be greater than 0, not 0"),
+        ({"epochs": 0}, "--epochs: must be greater than 0, not 0"),
+        ({"batch_size": -2}, "--batch-size: must be greater than 0"),
+        ({"method": "qlora"}, "--method: should be 'lora' or 'full'"),
+        ({"data": None}, "--data: is needed"),
+        ({"data": ""}, "--data: "),
+        ({"seed": -1}, "--seed: "),
+    ],
+)
+def test_a_value_that_is_not_allowed_names_its_flag(flags, message):
+    with pytest.raises(BadInput, match=message) as caught:
+        resolve(None, {"data": "x", **flags})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("epochs: many\ndata: x", "c.yaml: epochs: "),
+        ("lr: 3\ndata: x", "c.yaml: lr: is not a setting; the settings are .*learning_rate"),
+        ("- a", "c.yaml: should hold settings"),
+        ("a: [", "c.yaml: is not valid YAML"),
+    ],
+)
+def test_a_file_that_is_not_right_names_itself(tmp_path, content, message):
+    file = tmp_path / "c.yaml"
+    file.write_text(content)
+    with pytest.raises(BadInput, match=message) as caught:
+        resolve(file, {})
+    assert "\n" not in str(caught.value)
+
+
+def test_every_setting_is_in_the_written_file():
+    written = yaml.safe_load(resolve(None, {"data": "x"}).to_yaml())
+    assert list(written) == list(RunConfig.model_fields)
+
+
+def test_flag_names():
+    assert [flag_of(name) for name in ("learning_rate", "batch_size", "data")] == ["--lr", "--batch-size", "--data"]

@@ -1,0 +1,80 @@
+"""Files of a run: whole or not there."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pairtune.errors import BadInput
+from pairtune.runs import RunFolder, fill_folder, fingerprint, user_cache, write_atomic, write_json
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"kept": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"loss": float("nan")})
+    with pytest.raises(TypeError):
+        write_atomic(path, 3)  # type: ignore[arg-type]
+    assert json.loads(path.read_text()) == {"kept": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_folder_that_fails_to_fill_leaves_the_old_one(tmp_path):
+    folder = tmp_path / "best"
+    fill_folder(folder, lambda target: (target / "weights").write_text("1") and None)
+
+    def fail(target):
+        (target / "weights").write_text("2")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fill_folder(folder, fail)
+    assert (folder / "weights").read_text() == "1"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["best"]
+
+
+def test_a_folder_that_exists_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "run").mkdir()
+    RunFolder.create(tmp_path / "run")  # empty: fine
+    (tmp_path / "run" / "file").write_text("mine")
+    with pytest.raises(BadInput, match="already exists"):
+        RunFolder.create(tmp_path / "run")
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(BadInput, match="already exists"):
+        RunFolder.create(tmp_path / "taken")
+    with pytest.raises(BadInput, match="cannot be created"):
+        RunFolder.create(tmp_path / "taken" / "below")
+    assert (tmp_path / "run" / "file").read_text() == "mine"
+
+
+def test_an_unfinished_run_is_not_opened(tmp_path):
+    with pytest.raises(BadInput, match="no such run folder"):
+        RunFolder.finished(tmp_path / "none")
+    run = RunFolder.create(tmp_path / "run")
+    with pytest.raises(BadInput, match="unfinished"):
+        RunFolder.finished(run.root)
+    run.complete.touch()
+    assert RunFolder.finished(run.root) == run
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    run = RunFolder(tmp_path)
+    run.sweep.write_text("{")
+    with pytest.raises(BadInput, match=r"sweep\.json: cannot be read as JSON"):
+        run.read_json(run.sweep)
+
+
+def test_fingerprints_tell_parts_apart():
+    assert fingerprint(["ab", "c"]) != fingerprint(["a", "bc"])
+    assert fingerprint(["a", b"\xff"]) == fingerprint([b"a", b"\xff"])
+    assert len(fingerprint(["\ud800"])) == 16
+
+
+def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("PAIRTUNE_CACHE", str(tmp_path))
+    assert user_cache() == tmp_path
+    monkeypatch.delenv("PAIRTUNE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert user_cache() == tmp_path / "pairtune"
