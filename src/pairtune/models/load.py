@@ -1,0 +1,139 @@
+"""Weights and tokenizers in memory."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import logging as transformers_logging
+
+from pairtune.errors import BadInput, one_line
+from pairtune.models.resolve import ModelSource, resolve_model
+from pairtune.runs import fingerprint
+
+transformers_logging.disable_progress_bar()  # our own live view says what is going on
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A base model as a run uses it: where its weights lie, its tokenizer, and how it is put into memory."""
+
+    source: ModelSource
+    tokenizer: Any
+    dtype: torch.dtype
+    device: torch.device
+
+
+def open_base(name: str, dtype: str = "auto") -> LoadedBase:
+    """Find a model and load its tokenizer; weights are loaded where they are used, each time anew.
+
+    Args:
+        name: what a person types after `--model`.
+        dtype: `auto`, `float32` or `bfloat16`.
+
+    Raises:
+        BadInput: the model cannot be had or used.
+    """
+    source, device = resolve_model(name), pick_device()
+    return LoadedBase(
+        source, load_tokenizer(source), pick_dtype(device) if dtype == "auto" else getattr(torch, dtype), device
+    )
+
+
+def pick_device() -> torch.device:
+    """The accelerator when there is one, else the CPU."""
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return torch.device("cpu")
+
+
+def pick_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where this machine multiplies it clearly faster than float32, else float32.
+
+    On a CPU the answer is measured (about 50 ms), since the same instruction set is fast on one model and emulated
+    on another. Seven alternating rounds of one small product each; the fastest round of each type counts.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type != "cpu":
+        return torch.float32
+    best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
+    for _ in range(7):
+        for dtype, fastest in best.items():
+            x, w = torch.ones(256, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
+            started = time.perf_counter()
+            torch.nn.functional.linear(x, w)
+            best[dtype] = min(fastest, time.perf_counter() - started)
+    return torch.bfloat16 if best[torch.bfloat16] * 1.2 < best[torch.float32] else torch.float32
+
+
+def load_tokenizer(source: ModelSource | Path) -> Any:
+    """The model's tokenizer, with a padding token.
+
+    Raises:
+        BadInput: the folder has no usable tokenizer, or the tokenizer has no chat template.
+    """
+    folder = source.folder if isinstance(source, ModelSource) else source
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise BadInput(f"--model {_typed(source)}: the tokenizer cannot be loaded ({one_line(error)})") from error
+    if tokenizer.chat_template is None:
+        raise BadInput(
+            f"--model {_typed(source)}: the tokenizer has no chat template; choose an instruction-tuned model"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(source: ModelSource | Path, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
+    """Fresh weights from disk. Every trial calls this anew: no trial sees what another one trained.
+
+    Raises:
+        BadInput: the folder holds no causal language model in safetensors format.
+    """
+    folder = source.folder if isinstance(source, ModelSource) else source
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise BadInput(f"--model {_typed(source)}: the weights cannot be loaded ({one_line(error)})") from error
+    return model.to(device or pick_device()).eval()
+
+
+def load_tuned(folder: Path, base: LoadedBase) -> PreTrainedModel:
+    """A run's or trial's `best/` in memory: the base with its adapter on top, or the full model that lies there.
+
+    Raises:
+        BadInput: the folder holds neither an adapter nor a model.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        return load_model(folder, base.dtype, base.device)
+    from peft import PeftModel
+
+    model = load_model(base.source, base.dtype, base.device)
+    try:
+        return PeftModel.from_pretrained(model, folder).eval()
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise BadInput(f"{folder}: the adapter cannot be loaded ({one_line(error)})") from error
+
+
+def weights_fingerprint(model: torch.nn.Module) -> str:
+    """A fingerprint of every parameter's name, shape, type and bits, independent of order and device.
+
+    A model that another trial has trained, or that carries an adapter already, has another one than the base.
+    """
+    parts: list[bytes | str] = []
+    for name, tensor in sorted(model.named_parameters(), key=lambda named: named[0]):
+        values = tensor.detach().cpu().contiguous()
+        parts += [name, f"{values.dtype}{tuple(values.shape)}", values.flatten().view(torch.uint8).numpy().tobytes()]
+    return fingerprint(parts)
+
+
+def _typed(source: ModelSource | Path) -> str:
+    return source.name if isinstance(source, ModelSource) else str(source)

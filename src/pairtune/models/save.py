@@ -1,0 +1,40 @@
+"""Trained weights onto disk, in the formats that `from_pretrained` reads: a PEFT adapter, or a full model."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from pairtune.runs import fill_folder
+
+
+def save_best(model: PreTrainedModel | PeftModel, tokenizer: Any, folder: Path, base_name: str) -> str:
+    """Write a model (an adapter alone, where there is one) with its tokenizer, replacing what was in `folder`.
+
+    `base_name` is written into the adapter's config, so that `AutoPeftModelForCausalLM.from_pretrained` finds the base.
+
+    Returns:
+        The fingerprint of the weights written, see `saved_fingerprint`.
+    """
+
+    def fill(target: Path) -> None:
+        if isinstance(model, PeftModel):
+            for adapter in model.peft_config.values():
+                adapter.base_model_name_or_path = base_name
+        model.save_pretrained(target, safe_serialization=True)
+        tokenizer.save_pretrained(target)
+        (target / "README.md").unlink(missing_ok=True)  # PEFT's card is an unfilled form; ours is made from the run
+
+    return saved_fingerprint(fill_folder(folder, fill))
+
+
+def saved_fingerprint(folder: Path) -> str:
+    """16 hex digits of SHA-256 over the weight files of a saved model, in name order."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]

