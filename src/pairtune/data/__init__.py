@@ -1,0 +1,1 @@
+"""Data: from a source's name to typed preference pairs, with every row accounted for."""

@@ -1,0 +1,73 @@
+"""The one shape that every data format becomes, and the account of the rows that became it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+
+class Message(TypedDict):
+    """One turn of a conversation; `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """One human (or rule-made) preference.
+
+    Attributes:
+        prompt: the conversation up to the answer; ends with a user turn.
+        chosen: the preferred answer's text.
+        rejected: the other answer's text.
+        origin: `file:row`, rows counted from 1.
+    """
+
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    origin: str
+
+    def conversational(self) -> dict[str, Any]:
+        """The pair in TRL's conversational preference format."""
+        return {
+            "prompt": list(self.prompt),
+            "chosen": [{"role": "assistant", "content": self.chosen}],
+            "rejected": [{"role": "assistant", "content": self.rejected}],
+        }
+
+
+@dataclass
+class RowCount:
+    """The account of one source: rows in = kept + dropped by reason, always."""
+
+    source: str
+    split: str
+    rows_in: int = 0
+    kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    def drop(self, reason: str, rows: int = 1) -> None:
+        """Count rows that were kept so far as dropped."""
+        self.kept -= rows
+        self.dropped[reason] += rows
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `data.json`.
+
+        Raises:
+            AssertionError: the books do not balance; this is a fault of the program, not of the data.
+        """
+        if self.rows_in != self.kept + self.dropped.total():
+            raise AssertionError(
+                f"{self.source}: {self.rows_in} rows in, {self.kept} kept, {dict(self.dropped)} dropped"
+            )
+        return {
+            "source": self.source,
+            "split": self.split,
+            "rows_in": self.rows_in,
+            "kept": self.kept,
+            "dropped": dict(self.dropped),
+        }
