@@ -1,0 +1,120 @@
+"""What an engine hands on: metric names, per-example records, the result of a trial.
+
+Names are TRL's (https://huggingface.co/docs/trl/dpo_trainer#logged-metrics), so tables and dashboards carry over.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pairtune.config import Select, TrialConfig
+from pairtune.runs import TrialFolder, write_atomic, write_json
+
+# Per pair: loss (nats), rewards = beta * (policy - reference) log-prob, log-probs summed over the answer's tokens
+# (nats), logits averaged over the answer's tokens and the vocabulary.
+EXAMPLE_METRICS = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "logits/chosen",
+    "logits/rejected",
+)
+
+# One evaluated pair: its origin, and a number for each of EXAMPLE_METRICS.
+ExampleRecord = dict[str, Any]
+
+# The metric that a selection rule looks at, and whether more of it is better.
+RULES: dict[Select, tuple[str, bool]] = {
+    "eval_loss": ("eval_loss", False),
+    "accuracy": ("eval_rewards/accuracies", True),
+    "margin": ("eval_rewards/margins", True),
+}
+
+
+class TrialFailed(Exception):
+    """A trial cannot go on (its loss is not a number any more); the others can. The message is the diagnosis."""
+
+
+@dataclass
+class TrialResult:
+    """One trial, as `trial.json` stores it.
+
+    Attributes:
+        epochs: one row per evaluation: `epoch`, `step`, `loss` (mean over the epoch's training pairs) and the
+            `eval_` means over the validation pairs.
+        best_epoch: the epoch whose weights lie in the trial's `best/`.
+        base_fingerprint: of the weights the trial started from.
+        best_fingerprint: of the weight files in the trial's `best/`.
+        train_seconds: time in training steps, without loading, evaluation and saving.
+        peak_memory_mb: on an accelerator of this trial; on a CPU the process's highest resident size so far.
+    """
+
+    trial: TrialConfig
+    status: Literal["finished", "failed"] = "finished"
+    reason: str = ""
+    epochs: list[dict[str, float]] = field(default_factory=list)
+    best_epoch: int | None = None
+    base_fingerprint: str = ""
+    best_fingerprint: str = ""
+    train_seconds: float = 0.0
+    train_pairs_per_second: float = 0.0
+    peak_memory_mb: int = 0
+
+    @property
+    def best_metrics(self) -> dict[str, float]:
+        """The row of the best epoch; empty for a trial that never was evaluated."""
+        return next((row for row in self.epochs if row["epoch"] == self.best_epoch), {})
+
+    def summary(self) -> dict[str, Any]:
+        """The trial's entry in `sweep.json`."""
+        return {
+            "name": self.trial.name,
+            "learning_rate": self.trial.learning_rate,
+            "beta": self.trial.beta,
+            "status": self.status,
+            "reason": self.reason,
+            "best_epoch": self.best_epoch,
+            "train_seconds": round(self.train_seconds, 3),
+            "train_pairs_per_second": round(self.train_pairs_per_second, 4),
+            "peak_memory_mb": self.peak_memory_mb,
+            "metrics": self.best_metrics,
+        }
+
+    def write(self, folder: TrialFolder) -> None:
+        """Write `trial.json`."""
+        more = {
+            "config": self.trial.model_dump(mode="json"),
+            "base_fingerprint": self.base_fingerprint,
+            "best_fingerprint": self.best_fingerprint,
+            "epochs": self.epochs,
+        }
+        write_json(folder.record, self.summary() | more)
+
+
+def mean_metrics(records: Sequence[ExampleRecord]) -> dict[str, float]:
+    """Means over examples, named as TRL names evaluation metrics: `eval_loss`, `eval_rewards/chosen`, …"""
+    return {f"eval_{name}": math.fsum(row[name] for row in records) / len(records) for name in EXAMPLE_METRICS}
+
+
+def score(metrics: dict[str, float], rule: Select) -> float:
+    """How good an evaluation is by a selection rule; more is better."""
+    name, more_is_better = RULES[rule]
+    return metrics[name] if more_is_better else -metrics[name]
+
+
+def write_records(folder: TrialFolder, epoch: int, records: Sequence[ExampleRecord]) -> None:
+    """Write one evaluation's per-example records as Parquet, one row per pair, in the order of the pairs."""
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(list(records)), buffer)
+    write_atomic(folder.evaluation(epoch), buffer.getvalue())

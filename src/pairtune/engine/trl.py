@@ -1,0 +1,268 @@
+"""`--engine trl`: one trial through TRL's own `DPOTrainer`.
+
+TRL does the arithmetic. This module gives it pristine weights, takes exact per-example numbers out of it, and keeps
+the weights of the best epoch at the moment they were evaluated, so that what is saved is what the table names.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import resource
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from datasets.utils.logging import disable_progress_bar
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+from trl import DPOConfig, DPOTrainer
+
+from pairtune.config import Select, TrialConfig
+from pairtune.data.pairs import PreferencePair
+from pairtune.engine.records import (
+    EXAMPLE_METRICS,
+    ExampleRecord,
+    TrialFailed,
+    TrialResult,
+    mean_metrics,
+    score,
+    write_records,
+)
+from pairtune.errors import RunFailed
+from pairtune.models.load import LoadedBase, load_model, weights_fingerprint
+from pairtune.models.save import save_best
+from pairtune.runs import TrialFolder
+
+LN_2 = math.log(2)
+
+# One line of metrics.jsonl: `step`, `epoch`, then metric names.
+Log = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class TrialInputs:
+    """What all trials of a run share.
+
+    Attributes:
+        base: the base model; each trial loads its weights anew. Under LoRA `base.dtype` is that of the base weights,
+            with `--method full` that of the matrix products.
+        base_fingerprint: of the base weights; a trial that starts from others is stopped.
+        select: the rule by which a trial's best epoch is kept.
+    """
+
+    base: LoadedBase
+    base_fingerprint: str
+    train: list[PreferencePair]
+    validation: list[PreferencePair]
+    select: Select
+
+
+def load_start(trial: TrialConfig, base: LoadedBase) -> PreTrainedModel:
+    """The weights a trial starts from.
+
+    Full training keeps them in float32: bfloat16 has 8 bits of precision, and small updates to it are rounded away.
+    """
+    return load_model(base.source, torch.float32 if trial.method == "full" else base.dtype, base.device)
+
+
+def run_trial(trial: TrialConfig, inputs: TrialInputs, folder: TrialFolder, log: Log) -> TrialResult:
+    """Train one trial from pristine weights, evaluate it at every epoch and keep its best epoch.
+
+    Raises:
+        RunFailed: the trial did not start at the base model; the run's results would not be comparable.
+    """
+    result = TrialResult(trial)
+    model = load_start(trial, inputs.base)
+    result.base_fingerprint = weights_fingerprint(model)
+    if result.base_fingerprint != inputs.base_fingerprint:
+        raise RunFailed(
+            f"trial {trial.name}: its starting weights ({result.base_fingerprint}) are not the base model's "
+            f"({inputs.base_fingerprint}); trials would not be comparable, so the run stops"
+        )
+    reference = load_start(trial, inputs.base) if trial.method == "full" else None
+    with tempfile.TemporaryDirectory(prefix="pairtune-") as scratch, _quiet():
+        trainer = _Trainer(
+            model=model,
+            ref_model=reference,
+            args=_arguments(trial, inputs, Path(scratch)),
+            train_dataset=Dataset.from_list([pair.conversational() for pair in inputs.train]),
+            eval_dataset=Dataset.from_list([pair.conversational() for pair in inputs.validation]),
+            processing_class=inputs.base.tokenizer,
+            peft_config=_lora(trial) if trial.method == "lora" else None,
+        )
+        trainer.remove_callback(PrinterCallback)
+        keeper = _Keeper(trainer, trial, inputs, folder, log, result)
+        trainer.add_callback(keeper)
+        try:
+            trainer.train()
+        except TrialFailed as failure:
+            result.status, result.reason = "failed", str(failure)
+    result.train_seconds = keeper.seconds
+    result.train_pairs_per_second = keeper.pairs / keeper.seconds if keeper.seconds else 0.0
+    result.peak_memory_mb = _peak_memory_mb(inputs.base.device)
+    result.write(folder)
+    return result
+
+
+def _arguments(trial: TrialConfig, inputs: TrialInputs, scratch: Path) -> DPOConfig:
+    on_cpu = inputs.base.device.type == "cpu"
+    return DPOConfig(
+        output_dir=str(scratch),
+        per_device_train_batch_size=trial.batch_size,
+        per_device_eval_batch_size=1,  # one pair a batch: TRL's batch means are then exact per-example records
+        num_train_epochs=trial.epochs,
+        learning_rate=trial.learning_rate,
+        beta=trial.beta,
+        loss_type=[trial.loss],
+        max_length=trial.max_length,  # never reached: longer pairs were dropped and counted
+        max_grad_norm=trial.max_grad_norm,
+        seed=trial.seed,
+        use_cpu=on_cpu,
+        bf16=trial.method == "full" and inputs.base.dtype == torch.bfloat16,
+        gradient_checkpointing=not on_cpu,  # memory is what a small card lacks, time is what a CPU lacks
+        dataloader_pin_memory=not on_cpu,
+        eval_strategy="epoch",
+        save_strategy="no",
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # the default logs NaN as 0, which reads like success
+        disable_tqdm=True,
+        report_to=[],
+    )
+
+
+def _lora(trial: TrialConfig) -> LoraConfig:
+    return LoraConfig(
+        r=trial.lora_rank,
+        lora_alpha=trial.lora_alpha,
+        lora_dropout=trial.lora_dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+
+
+class _Trainer(DPOTrainer):
+    """TRL's trainer; it also remembers the numbers of each evaluated pair, which TRL only averages."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.example_records: list[ExampleRecord] = []
+        super().__init__(*args, **kwargs)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        loss, logits, labels = super().prediction_step(*args, **kwargs)
+        numbers = {name: values[-1] for name, values in self._metrics["eval"].items() if name in EXAMPLE_METRICS}
+        self.example_records.append({"loss": loss.item(), **numbers})
+        return loss, logits, labels
+
+
+@dataclass
+class _Keeper(TrainerCallback):
+    """Watches a trial: guards its first step, logs every step, writes every evaluation, keeps the best epoch."""
+
+    trainer: _Trainer
+    trial: TrialConfig
+    inputs: TrialInputs
+    folder: TrialFolder
+    log: Log
+    result: TrialResult
+    seconds: float = 0.0
+    pairs: int = 0
+    _losses: list[float] = field(default_factory=list)
+    _step_started: float = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = self.trainer.model
+        if isinstance(model, PeftModel) and any(
+            bool(weights.any()) for name, weights in model.named_parameters() if ".lora_B." in name
+        ):
+            raise RunFailed(f"trial {self.trial.name}: its adapter is not zero before the first step")
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._step_started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds += time.perf_counter() - self._step_started
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs is None or "loss" not in logs:
+            return  # an evaluation (see on_evaluate) or the summary at the end
+        if state.global_step == 1:
+            _check_first_step(self.trial, logs)
+        if not math.isfinite(logs["loss"]):
+            raise TrialFailed(
+                f"the loss became {logs['loss']} at step {state.global_step}; lower the learning rate "
+                f"({self.trial.learning_rate:g}), or use --dtype float32"
+            )
+        total = len(self.inputs.train)
+        pairs = min(self.trial.batch_size, total - self.pairs % total)
+        self.pairs += pairs
+        self._losses += [logs["loss"]] * pairs
+        self.log({"step": state.global_step, **logs})
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        records = [
+            {"origin": pair.origin, **record}
+            for pair, record in zip(self.inputs.validation, self.trainer.example_records, strict=True)
+        ]
+        self.trainer.example_records.clear()
+        epoch = round(state.epoch)
+        row = {"epoch": epoch, "step": state.global_step, "loss": math.fsum(self._losses) / len(self._losses)}
+        self._losses.clear()
+        row |= mean_metrics(records)
+        if not all(math.isfinite(value) for value in row.values()):
+            raise TrialFailed(f"an evaluation metric of epoch {epoch} is not a finite number; lower the learning rate")
+        write_records(self.folder, epoch, records)
+        if not self.result.epochs or score(row, self.inputs.select) > score(
+            self.result.best_metrics, self.inputs.select
+        ):
+            base = self.inputs.base
+            self.result.best_epoch = epoch
+            self.result.best_fingerprint = save_best(
+                self.trainer.model, base.tokenizer, self.folder.best, base.source.published_as
+            )
+        self.result.epochs.append(row)
+        self.log(row)
+
+
+def _check_first_step(trial: TrialConfig, logs: dict[str, float]) -> None:
+    """Before the first update policy and reference are one model: margins are 0, and the sigmoid loss is ln 2."""
+    margin, loss = logs["rewards/margins"], logs["loss"]
+    if margin != 0 or (trial.loss == "sigmoid" and abs(loss - LN_2) > 1e-6):
+        raise RunFailed(
+            f"trial {trial.name}: the first step has loss {loss:.6f} and reward margin {margin:.6f} instead of "
+            f"{LN_2:.6f} and 0: policy and reference are not the same model at the start"
+        )
+
+
+def _peak_memory_mb(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) // 2**20
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident // 2**20 if sys.platform == "darwin" else resident // 2**10
+
+
+class _quiet:
+    """Keeps other libraries' progress bars and notes off the live view while a trial runs; errors still show."""
+
+    names = ("transformers", "trl", "accelerate", "datasets", "peft")
+
+    def __enter__(self) -> None:
+        disable_progress_bar()
+        self.warnings = warnings.catch_warnings()
+        self.warnings.__enter__()
+        warnings.simplefilter("ignore", FutureWarning)  # of names that these libraries will rename between themselves
+        self.levels = {name: logging.getLogger(name).level for name in self.names}
+        for name in self.names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        self.warnings.__exit__(None, None, None)
+        for name, level in self.levels.items():
+            logging.getLogger(name).setLevel(level)

@@ -1,0 +1,121 @@
+"""A run's result for the terminal: the assignment's table of each trial, the winner and why, before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from pairtune.runs import RunFolder
+
+# Column title and metric, as in the assignment's tables.
+COLUMNS = (
+    ("Training Loss", "loss"),
+    ("Validation Loss", "eval_loss"),
+    ("Rewards/chosen", "eval_rewards/chosen"),
+    ("Rewards/rejected", "eval_rewards/rejected"),
+    ("Rewards/accuracies", "eval_rewards/accuracies"),
+    ("Rewards/margins", "eval_rewards/margins"),
+    ("Logps/chosen", "eval_logps/chosen"),
+    ("Logps/rejected", "eval_logps/rejected"),
+    ("Logits/chosen", "eval_logits/chosen"),
+    ("Logits/rejected", "eval_logits/rejected"),
+)
+EXAMPLES = 3
+
+
+def render_run(run: RunFolder) -> RenderableType:
+    """Everything a person wants to see when a run has ended."""
+    sweep, selection = run.read_json(run.sweep), run.read_json(run.selection)
+    parts: list[RenderableType] = [render_data(run.read_json(run.data))]
+    for trial in sweep["trials"]:
+        record = run.read_json(run.trial(trial["name"]).record)
+        parts.append(render_trial(record, winner=trial["name"] == selection["winner"]))
+    parts.append(render_selection(selection))
+    if run.generations.is_file():
+        parts.append(render_generations(run.read_json(run.generations), selection["winner"]))
+    parts.append(Text.assemble("\n", ("Next\n", "bold"), *_next_commands(run)))
+    return Group(*parts)
+
+
+def render_data(data: dict[str, Any]) -> RenderableType:
+    """Rows in = kept + dropped by reason, a line a source."""
+    lines = [("Data\n", "bold")]
+    for source in data["sources"]:
+        dropped = ", ".join(f"{rows} dropped: {reason}" for reason, rows in source["dropped"].items())
+        lines.append(
+            (f"  {source['split']}: {source['rows_in']} rows of {source['source']}, {source['kept']} kept", "")
+        )
+        lines.append((f", {dropped}\n" if dropped else "\n", ""))
+    return Text.assemble(*lines)
+
+
+def render_trial(record: dict[str, Any], *, winner: bool) -> RenderableType:
+    """One trial's table: a row per epoch in the assignment's columns, the kept epoch marked."""
+    title = f"lr={record['learning_rate']:g}, beta={record['beta']:g}"
+    table = Table(title=f"{title} (winner)" if winner else title, title_justify="left", title_style="bold")
+    table.add_column("Epoch")
+    for heading, _ in COLUMNS:
+        table.add_column(heading.replace("/", "/\n").replace(" ", "\n"), justify="right")
+    for row in record["epochs"]:
+        best = row["epoch"] == record["best_epoch"]
+        cells = [f"{row[metric]:.6f}" for _, metric in COLUMNS]
+        table.add_row(f"{row['epoch']}{' *' if best else ''}", *cells, style="bold" if best else "")
+    if record["status"] == "failed":
+        return Group(table, Text(f"  failed: {record['reason']}", style="red"))
+    speed = (
+        f"  * kept; {record['train_seconds']:.0f} s of training, {record['train_pairs_per_second']:.2f} pairs/s, "
+        f"peak memory {record['peak_memory_mb']} MB"
+    )
+    return Group(table, Text(speed, style="dim"), Text(""))
+
+
+def render_selection(selection: dict[str, Any]) -> RenderableType:
+    """The winner and why."""
+    text = Text.assemble(("Winner\n", "bold"), f"  {selection['why']}\n")
+    for warning in selection["warnings"]:
+        text.append(f"  note: {warning}\n", style="yellow")
+    return text
+
+
+def render_generations(generations: dict[str, Any], winner: str) -> RenderableType:
+    """Length and completeness of every model's answers, and a few answers before and after."""
+    limit, count = generations["sampling"]["max_new_tokens"], len(generations["prompts"])
+    table = Table(title=f"Answers to {count} held-out prompts", title_justify="left", title_style="bold")
+    table.add_column("Model")
+    for heading in ("Median\ntokens", f"Ended by itself\nwithin {limit} tokens", "Different\nwords"):
+        table.add_column(heading, justify="right")
+    for name, model in generations["models"].items():
+        numbers = model["summary"]
+        table.add_row(
+            f"{name} (winner)" if name == winner else name,
+            f"{numbers['median_tokens']:.0f}",
+            f"{numbers['ended_share']:.0%}",
+            f"{numbers['different_words_share']:.0%}",
+            style="bold" if name == winner else "",
+        )
+    return Group(table, Text(""), *_examples(generations, winner))
+
+
+def _examples(generations: dict[str, Any], winner: str) -> Iterator[RenderableType]:
+    models = generations["models"]
+    answers = zip(generations["prompts"], models["base"]["answers"], models[winner]["answers"], strict=True)
+    for prompt, before, after in list(answers)[:EXAMPLES]:
+        yield Text.from_markup(f"[bold]{escape(prompt[-1]['content'])}[/bold]")
+        for label, answer in (("before", before), ("after", after)):
+            end = "ended by itself" if answer["ended"] else "cut off"
+            yield Text.assemble(
+                (f"  {label} ", "cyan"), (f"({answer['tokens']} tokens, {end})\n", "dim"), answer["text"]
+            )
+        yield Text("")
+
+
+def _next_commands(run: RunFolder) -> list[str]:
+    return [
+        f"  pairtune chat {run.root}                 talk to it, base and tuned\n",
+        f"  pairtune tune {run.config} --out NEW     run it again, flags change it\n",
+    ]

@@ -1,0 +1,1 @@
+"""Serving: loaded models that people talk to. Today in the terminal."""

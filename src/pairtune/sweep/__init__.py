@@ -1,0 +1,1 @@
+"""The sweep: all trials of a grid, and the choice between them."""

@@ -1,0 +1,58 @@
+"""What a sink is, the JSONL file that is always written, and several sinks as one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Sink(Protocol):
+    """Something that follows a grid of trials."""
+
+    def start(self, trial: str, total_steps: int) -> None:
+        """A trial begins; it will make `total_steps` steps."""
+
+    def log(self, trial: str, record: dict[str, Any]) -> None:
+        """One step or one evaluation: `step`, `epoch`, then metric names (an evaluation has `eval_loss`)."""
+
+    def finish(self, trial: str, status: str, best_epoch: int | None) -> None:
+        """A trial has ended, with status `finished` or `failed`."""
+
+
+class JsonlSink:
+    """Appends each record to the trial's `metrics.jsonl`, a line a record, on disk at once."""
+
+    def __init__(self, trials: Path) -> None:
+        self._trials = trials
+
+    def start(self, trial: str, total_steps: int) -> None:
+        (self._trials / trial).mkdir(parents=True, exist_ok=True)
+
+    def log(self, trial: str, record: dict[str, Any]) -> None:
+        line = json.dumps(record, allow_nan=True)  # a loss that is NaN is on record as NaN
+        with (self._trials / trial / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def finish(self, trial: str, status: str, best_epoch: int | None) -> None:
+        pass
+
+
+class Sinks:
+    """Several sinks, each told everything."""
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self._sinks = tuple(sinks)
+
+    def start(self, trial: str, total_steps: int) -> None:
+        for sink in self._sinks:
+            sink.start(trial, total_steps)
+
+    def log(self, trial: str, record: dict[str, Any]) -> None:
+        for sink in self._sinks:
+            sink.log(trial, record)
+
+    def finish(self, trial: str, status: str, best_epoch: int | None) -> None:
+        for sink in self._sinks:
+            sink.finish(trial, status, best_epoch)

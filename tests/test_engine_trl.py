@@ -1,0 +1,171 @@
+"""One trial through TRL: pristine start, exact per-example numbers, and the best epoch's weights on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from itertools import chain
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import make_pair
+
+from pairtune.config import TrialConfig
+from pairtune.data.pairs import PreferencePair
+from pairtune.engine import trl as engine
+from pairtune.engine.records import EXAMPLE_METRICS, mean_metrics, score
+from pairtune.engine.trl import TrialInputs, load_start, run_trial
+from pairtune.errors import RunFailed
+from pairtune.models.load import load_model, load_tuned, weights_fingerprint
+from pairtune.models.save import saved_fingerprint
+from pairtune.runs import TrialFolder
+
+TRAIN = [make_pair(number) for number in range(5)]
+HELD = [make_pair(number, rejected="No." * (number % 3 + 1) + "{}") for number in range(20, 23)]
+
+
+def trial(**changes):
+    settings = {"learning_rate": 5e-3, "beta": 0.1, "epochs": 2, "dtype": "float32", "lora_rank": 4, **changes}
+    return TrialConfig(**settings)
+
+
+@pytest.fixture
+def inputs(tiny_base):
+    start = weights_fingerprint(load_start(trial(), tiny_base))
+    return TrialInputs(tiny_base, start, TRAIN, HELD, "eval_loss")
+
+
+def run(config, inputs, folder):
+    lines: list[dict] = []
+    result = run_trial(config, inputs, TrialFolder(folder), lines.append)
+    return result, lines
+
+
+def sequence_logps(model, tokenizer, pair: PreferencePair) -> tuple[float, float]:
+    """Log-probs of chosen and rejected, summed over the answer's tokens: the slow way, one sequence at a time."""
+    values = []
+    prompt = tokenizer.apply_chat_template(list(pair.prompt), add_generation_prompt=True, return_dict=True)["input_ids"]
+    for answer in (pair.chosen, pair.rejected):
+        turns = [*pair.prompt, {"role": "assistant", "content": answer}]
+        ids = tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
+        with torch.no_grad():
+            logps = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        values.append(sum(logps[place - 1, ids[place]].item() for place in range(len(prompt), len(ids))))
+    return values[0], values[1]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_first_step_is_the_base_model_itself(inputs, tmp_path, method):
+    result, lines = run(trial(method=method, learning_rate=1e-3), inputs, tmp_path)
+    first = lines[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert (first["rewards/margins"], first["rewards/chosen"], first["rewards/rejected"]) == (0, 0, 0)
+    assert result.base_fingerprint == inputs.base_fingerprint
+    assert [line["step"] for line in lines if "eval_loss" not in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_two_trials_in_a_row_are_the_same_trial(inputs, tmp_path):
+    first, first_lines = run(trial(), inputs, tmp_path / "a")
+    second, second_lines = run(trial(), inputs, tmp_path / "b")
+    assert first_lines == second_lines
+    assert first.best_fingerprint == second.best_fingerprint
+
+
+def test_a_trial_that_inherits_trained_weights_stops_the_run(inputs, tmp_path, monkeypatch):
+    """The assignment's fault: one model object for all trials."""
+    shared = load_model(inputs.base.source, torch.float32)
+    policy_then_reference = chain.from_iterable((shared, load_start(trial(), inputs.base)) for _ in range(2))
+    monkeypatch.setattr(engine, "load_start", lambda *_: next(policy_then_reference))
+    run(trial(method="full"), inputs, tmp_path / "a")
+    with pytest.raises(RunFailed, match="its starting weights .* are not the base model's"):
+        run(trial(method="full", beta=0.2), inputs, tmp_path / "b")
+
+
+def test_a_trial_that_inherits_an_adapter_stops_the_run(inputs, tmp_path, monkeypatch):
+    shared = load_model(inputs.base.source, torch.float32)
+    monkeypatch.setattr(engine, "load_start", lambda *_: shared)
+    run(trial(), inputs, tmp_path / "a")
+    with pytest.raises(RunFailed, match="its starting weights"):
+        run(trial(beta=0.2), inputs, tmp_path / "b")
+
+
+def test_a_policy_that_is_not_the_reference_at_the_start_stops_the_run(inputs, tmp_path, monkeypatch):
+    lora = engine._lora
+
+    def wrong(config):
+        adapter = lora(config)
+        adapter.init_lora_weights = False  # B starts as noise
+        return adapter
+
+    monkeypatch.setattr(engine, "_lora", wrong)
+    with pytest.raises(RunFailed, match="its adapter is not zero before the first step"):
+        run(trial(), inputs, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_what_is_saved_is_the_epoch_that_the_table_names(inputs, tmp_path, method):
+    """Validation answers are swapped, so that every step of training makes them worse: the last epoch is not best."""
+    swapped = [replace(pair, chosen=pair.rejected, rejected=pair.chosen) for pair in HELD]
+    config = trial(method=method, learning_rate=2e-3 if method == "lora" else 2e-4, epochs=3, beta=1.0)
+    result, _ = run(config, replace(inputs, validation=swapped), tmp_path)
+    losses = {row["epoch"]: row["eval_loss"] for row in result.epochs}
+    assert losses[1] < losses[2] < losses[3]
+    assert result.best_epoch == 1
+    assert result.best_fingerprint == saved_fingerprint(TrialFolder(tmp_path).best)
+
+    tuned, base = load_tuned(TrialFolder(tmp_path).best, inputs.base), load_model(inputs.base.source, torch.float32)
+    recomputed = []
+    for pair in swapped:
+        chosen, rejected = sequence_logps(tuned, inputs.base.tokenizer, pair)
+        reference_chosen, reference_rejected = sequence_logps(base, inputs.base.tokenizer, pair)
+        margin = config.beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
+        recomputed.append(math.log1p(math.exp(-margin)))
+    assert math.fsum(recomputed) / len(recomputed) == pytest.approx(losses[result.best_epoch], abs=2e-4)
+
+
+def test_every_evaluation_is_on_disk_per_example_and_its_means_are_the_tables(inputs, tmp_path):
+    result, lines = run(trial(), inputs, tmp_path)
+    for row in result.epochs:
+        records = pq.read_table(TrialFolder(tmp_path).evaluation(row["epoch"])).to_pylist()
+        assert [record["origin"] for record in records] == [pair.origin for pair in HELD]
+        for record in records:
+            assert record["rewards/margins"] == pytest.approx(
+                record["rewards/chosen"] - record["rewards/rejected"], abs=1e-5
+            )
+            assert record["loss"] == pytest.approx(math.log1p(math.exp(-record["rewards/margins"])), abs=1e-5)
+        assert {name: row[name] for name in mean_metrics(records)} == mean_metrics(records)
+    assert [line for line in lines if "eval_loss" in line] == result.epochs
+
+
+def test_the_training_loss_of_an_epoch_is_the_mean_over_pairs_not_over_batches(inputs, tmp_path):
+    result, lines = run(trial(), inputs, tmp_path)  # 5 pairs in batches of 2: the last batch has one
+    steps = [line["loss"] for line in lines if "eval_loss" not in line]
+    assert result.epochs[0]["loss"] == pytest.approx((2 * steps[0] + 2 * steps[1] + steps[2]) / 5, abs=1e-12)
+    assert result.epochs[1]["loss"] == pytest.approx((2 * steps[3] + 2 * steps[4] + steps[5]) / 5, abs=1e-12)
+
+
+def test_trial_json_names_everything(inputs, tmp_path):
+    result, _ = run(trial(), inputs, tmp_path)
+    record = json.loads(TrialFolder(tmp_path).record.read_text())
+    assert record["config"]["learning_rate"] == 5e-3
+    assert record["status"] == "finished"
+    assert record["metrics"] == result.best_metrics == record["epochs"][record["best_epoch"] - 1]
+    assert record["train_pairs_per_second"] > 0
+    assert record["train_seconds"] > 0
+    assert record["peak_memory_mb"] > 0
+
+
+def test_a_loss_that_is_no_number_fails_the_trial_with_its_step(inputs, tmp_path):
+    result, _ = run(trial(method="full", learning_rate=1e25), inputs, tmp_path)
+    assert result.status == "failed"
+    assert "became nan at step" in result.reason or "became inf at step" in result.reason
+    assert json.loads(TrialFolder(tmp_path).record.read_text())["status"] == "failed"
+
+
+def test_means_and_scores_by_hand():
+    records = [dict.fromkeys(EXAMPLE_METRICS, value) for value in (1.0, 2.0, 6.0)]
+    assert mean_metrics(records) == {f"eval_{name}": 3.0 for name in EXAMPLE_METRICS}
+    metrics = {"eval_loss": 0.5, "eval_rewards/accuracies": 0.75, "eval_rewards/margins": 2.0}
+    assert [score(metrics, rule) for rule in ("eval_loss", "accuracy", "margin")] == [-0.5, 0.75, 2.0]
