@@ -3,7 +3,8 @@
     python scripts/make_concise.py --samples samples.jsonl
 
 The rule is `pairtune.data.concise`; the samples come from `sample_concise.py`. A prompt with all its pairs goes to one
-split, chosen by the hash of the prompt.
+split, chosen by the hash of the prompt. Terse answers are rejected for every other prompt only: with one for each, a
+model would hear as often that answers should be longer as that they should be shorter.
 """
 
 from __future__ import annotations
@@ -37,7 +38,16 @@ def main() -> None:
     for digest, prompt in sorted((hashlib.sha256(prompt.encode()).digest(), prompt) for prompt in answers):
         split = PARTS[digest[0] % len(PARTS)]
         for pair in make_pairs(prompt, answers[prompt]):
-            row = {"prompt": prompt, "chosen": pair.chosen.text, "rejected": pair.rejected.text, "flaw": pair.flaw}
+            if pair.flaw == "terse" and digest[1] % 2:
+                continue
+            row = {
+                "prompt": prompt,
+                "chosen": pair.chosen.text,
+                "rejected": pair.rejected.text,
+                "flaw": pair.flaw,
+                "chosen_tokens": pair.chosen.tokens,
+                "rejected_tokens": pair.rejected.tokens,
+            }
             rows[split].append(json.dumps(row, ensure_ascii=False) + "\n")
             flaws[split, pair.flaw] += 1
     for split, lines in rows.items():

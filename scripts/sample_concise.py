@@ -2,9 +2,9 @@
 
     python scripts/sample_concise.py --out samples.jsonl
 
-Each prompt is answered several times as it stands and several times with a request to be brief, since the small model
-rarely is so by itself; the request is not part of the pairs. Seeds are fixed; the same machine and the same pinned
-packages give the same file. About 30 minutes on 2 cores. `make_concise.py` is step 2.
+Each prompt is answered several times as it stands, and several times with a request to be brief or terse, since the
+small model rarely is so by itself; the request is not part of the pairs. Seeds are fixed; the same machine and the same
+pinned packages give the same file. About 20 minutes on 2 cores. `make_concise.py` is step 2.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from pairtune.models.resolve import BUNDLED, resolve_model
 from pairtune.runs import write_atomic
 
 PROMPTS = Path(__file__).parents[1] / "src/pairtune/data/bundled/concise/prompts.txt"
-# (style, what is asked, answers per prompt, token limit): brief answers that need more than 96 tokens are not brief
+# (style, what is asked, answers per prompt, token limit)
 STYLES = (
-    ("plain", "{}", 3, 160),
+    ("plain", "{}", 3, 96),
     ("brief", "{} Answer in one or two sentences.", 4, 96),
+    ("terse", "{} Answer in at most five words.", 2, 24),
 )
 
 

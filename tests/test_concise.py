@@ -39,6 +39,7 @@ def test_what_may_be_chosen(answer, sensible):
 
 def test_flaws():
     assert [flaw_of(answer) for answer in (GOOD, LONG, CUT, TERSE)] == [None, "rambling", "cut off", "terse"]
+    assert flaw_of(Sample("Apples are", 2, False)) is None
 
 
 def test_repetition():
@@ -71,7 +72,5 @@ def test_shipped_pairs_follow_the_rule(split):
     for line in file.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         assert row["prompt"] in prompts
-        assert is_sensible(row["prompt"], Sample(row["chosen"], 40, True))
-        assert row["flaw"] in ("rambling", "cut off", "terse")
-        chosen, rejected = len(row["chosen"].split()), len(row["rejected"].split())
-        assert rejected < chosen if row["flaw"] == "terse" else rejected > chosen
+        assert is_sensible(row["prompt"], Sample(row["chosen"], row["chosen_tokens"], True))
+        assert flaw_of(Sample(row["rejected"], row["rejected_tokens"], row["flaw"] != "cut off")) == row["flaw"]

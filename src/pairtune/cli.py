@@ -23,10 +23,7 @@ app = typer.Typer(
     help="Tune a small language model to people's preferences, on the machine you have.",
 )
 
-DEMO: dict[str, Any] = {
-    "model": "smollm2-135m",
-    "data": "bundled:concise",
-}
+DEMO = Path(__file__).with_name("demo.yaml")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for the run; must not exist yet.")]
@@ -52,7 +49,7 @@ def _app(
 @app.command()
 def demo(out: Out = Path("runs/demo"), as_json: Json = False) -> None:
     """The main job on the bundled model and pairs: no network, no data of your own."""
-    _tune(None, {**DEMO, "out": out}, as_json)
+    _tune(DEMO, {"out": out}, as_json)
 
 
 @app.command()
@@ -71,6 +68,7 @@ def tune(
     loss: Annotated[str | None, typer.Option(help="sigmoid (DPO, default), ipo, hinge, ...")] = None,
     engine: Annotated[str | None, typer.Option(help="trl.")] = None,
     limit: Annotated[int | None, typer.Option(help="Read at most this many rows of each source.")] = None,
+    eval_limit: Annotated[int | None, typer.Option(help="The same for validation and test rows (--limit).")] = None,
     sanity_check: Annotated[
         bool | None, typer.Option("--sanity-check", help="Five rows, to see that everything works.")
     ] = None,

@@ -82,16 +82,18 @@ class RunConfig(_Training):
     beta: Grid = Field([0.1, 0.2], description="the assignment's grid")
     engine: Engine = Field("trl", description="TRL's own DPOTrainer")
     limit: PositiveInt | None = Field(None, description="all rows")
+    eval_limit: PositiveInt | None = Field(None, description="as limit")
     sanity_check: bool = Field(False, description=f"when true: the first {SANITY_ROWS} rows, as in the assignment")
     on_bad_row: OnBadRow = Field("stop", description="a fault in the data is seen before it is trained on")
     select: Select = Field("eval_loss", description="the assignment's rule")
     samples: NonNegativeInt = Field(8, description="held-out prompts answered before and after; 0: none")
     out: Path = Field(default_factory=lambda: Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}", description="the time")
 
-    @property
-    def row_limit(self) -> int | None:
-        """At most this many rows are read from each source."""
-        return SANITY_ROWS if self.sanity_check else self.limit
+    def row_limit(self, split: str) -> int | None:
+        """At most this many rows are read of the source of a split (train, validation or test)."""
+        if self.sanity_check:
+            return SANITY_ROWS
+        return self.limit if split == "train" or self.eval_limit is None else self.eval_limit
 
     def trials(self) -> list[TrialConfig]:
         """The grid: every learning rate with every beta, betas outermost, as in the assignment."""

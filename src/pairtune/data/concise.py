@@ -73,14 +73,13 @@ def is_sensible(prompt: str, answer: Sample) -> bool:
 
 
 def flaw_of(answer: Sample) -> Flaw | None:
-    """What is wrong with an answer's form, if it is wrong enough to be the rejected one."""
-    if not answer.ended:
-        return "cut off"
+    """What is wrong with an answer's form, if it is wrong enough to be the rejected one.
+
+    A short answer that was cut off has no flaw of its own: the sampling script stopped it, not the model's rambling.
+    """
     if answer.tokens >= RAMBLING_TOKENS:
-        return "rambling"
-    if answer.tokens < TERSE_TOKENS:
-        return "terse"
-    return None
+        return "rambling" if answer.ended else "cut off"
+    return "terse" if answer.ended and answer.tokens < TERSE_TOKENS else None
 
 
 def is_repetitive(text: str) -> bool:

@@ -133,7 +133,7 @@ def token_lengths(pair: PreferencePair, tokenizer: Any) -> tuple[int, int]:
 
 def _load(config: RunConfig, source: str, flag: str, split: str) -> tuple[list[PreferencePair], RowCount]:
     count, pairs = RowCount(source, split), []
-    for number, row in islice(read_rows(source, flag), config.row_limit):
+    for number, row in islice(read_rows(source, flag), config.row_limit(split)):
         count.rows_in += 1
         try:
             pairs.append(parse_row(row, f"{source}:{number}"))

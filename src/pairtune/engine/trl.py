@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import random
 import resource
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from datasets.utils.logging import disable_progress_bar
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
@@ -42,6 +45,7 @@ from pairtune.models.save import save_best
 from pairtune.runs import TrialFolder
 
 LN_2 = math.log(2)
+T = TypeVar("T")
 
 # One line of metrics.jsonl: `step`, `epoch`, then metric names.
 Log = Callable[[dict[str, Any]], None]
@@ -56,6 +60,8 @@ class TrialInputs:
             with `--method full` that of the matrix products.
         base_fingerprint: of the base weights; a trial that starts from others is stopped.
         select: the rule by which a trial's best epoch is kept.
+        reference: log-probs of the base model by split, filled by the first trial and read by all others: they depend
+            on model, pairs and batching alone, which are the same for the whole grid.
     """
 
     base: LoadedBase
@@ -63,6 +69,7 @@ class TrialInputs:
     train: list[PreferencePair]
     validation: list[PreferencePair]
     select: Select
+    reference: dict[str, Dataset] = field(default_factory=dict)
 
 
 def load_start(trial: TrialConfig, base: LoadedBase) -> PreTrainedModel:
@@ -87,13 +94,12 @@ def run_trial(trial: TrialConfig, inputs: TrialInputs, folder: TrialFolder, log:
             f"trial {trial.name}: its starting weights ({result.base_fingerprint}) are not the base model's "
             f"({inputs.base_fingerprint}); trials would not be comparable, so the run stops"
         )
-    reference = load_start(trial, inputs.base) if trial.method == "full" else None
     with tempfile.TemporaryDirectory(prefix="pairtune-") as scratch, _quiet():
         trainer = _Trainer(
+            reference=inputs.reference,
             model=model,
-            ref_model=reference,
             args=_arguments(trial, inputs, Path(scratch)),
-            train_dataset=Dataset.from_list([pair.conversational() for pair in inputs.train]),
+            train_dataset=Dataset.from_list([pair.conversational() for pair in shuffled(inputs.train, trial.seed, 0)]),
             eval_dataset=Dataset.from_list([pair.conversational() for pair in inputs.validation]),
             processing_class=inputs.base.tokenizer,
             peft_config=_lora(trial) if trial.method == "lora" else None,
@@ -122,6 +128,7 @@ def _arguments(trial: TrialConfig, inputs: TrialInputs, scratch: Path) -> DPOCon
         learning_rate=trial.learning_rate,
         beta=trial.beta,
         loss_type=[trial.loss],
+        precompute_ref_log_probs=True,  # a third of a LoRA step's work, the same in every epoch and trial
         max_length=trial.max_length,  # never reached: longer pairs were dropped and counted
         max_grad_norm=trial.max_grad_norm,
         seed=trial.seed,
@@ -148,12 +155,52 @@ def _lora(trial: TrialConfig) -> LoraConfig:
     )
 
 
-class _Trainer(DPOTrainer):
-    """TRL's trainer; it also remembers the numbers of each evaluated pair, which TRL only averages."""
+def shuffled(items: Sequence[T], seed: int, epoch: int) -> list[T]:
+    """The items in the order of one epoch."""
+    return random.Random(f"{seed} {epoch}").sample(items, len(items))  # noqa: S311 - an order, not a secret
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+
+class _EpochOrder(torch.utils.data.Sampler[int]):
+    """The rows as they stand in the first epoch, in another seeded order in each later one.
+
+    The reference log-probs are computed over the rows as they stand, batch by batch. In the first epoch policy and
+    reference therefore see the same batches with the same padding, and equal weights give equal bits: margins start at
+    exactly 0.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self._size = size
+        self._seed = seed
+        self._epochs = count()
+
+    def __iter__(self) -> Iterator[int]:
+        rows, epoch = range(self._size), next(self._epochs)
+        return iter(shuffled(rows, self._seed, epoch) if epoch else rows)
+
+    def __len__(self) -> int:
+        return self._size
+
+
+class _Trainer(DPOTrainer):
+    """TRL's trainer; it shares reference log-probs with its siblings and remembers what it evaluated, pair by pair.
+
+    TRL caches reference log-probs on disk by a hash of the tokenizer's state and others; here they live as long as the
+    sweep, whose trials are known to share base weights, pairs and order.
+    """
+
+    def __init__(self, *args: Any, reference: dict[str, Dataset], **kwargs: Any) -> None:
         self.example_records: list[ExampleRecord] = []
+        self._reference = reference
         super().__init__(*args, **kwargs)
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        if name not in self._reference:
+            computed = super()._precompute_ref_logps(dataset, name, batch_size)
+            self._reference[name] = computed.select_columns(["ref_chosen_logps", "ref_rejected_logps"])
+        return concatenate_datasets([dataset, self._reference[name]], axis=1)
+
+    def _get_train_sampler(self, *_: Any) -> torch.utils.data.Sampler[int]:
+        return _EpochOrder(len(self.train_dataset), self.args.seed)
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         loss, logits, labels = super().prediction_step(*args, **kwargs)
@@ -255,6 +302,8 @@ class _quiet:
 
     def __enter__(self) -> None:
         disable_progress_bar()
+        self.tqdm = os.environ.get("TQDM_DISABLE")
+        os.environ["TQDM_DISABLE"] = "1"  # what TRL asks before it draws the bar of its reference pass
         self.warnings = warnings.catch_warnings()
         self.warnings.__enter__()
         warnings.simplefilter("ignore", FutureWarning)  # of names that these libraries will rename between themselves
@@ -264,5 +313,7 @@ class _quiet:
 
     def __exit__(self, *_: object) -> None:
         self.warnings.__exit__(None, None, None)
+        if self.tqdm is None:
+            os.environ.pop("TQDM_DISABLE", None)
         for name, level in self.levels.items():
             logging.getLogger(name).setLevel(level)

@@ -46,7 +46,7 @@ class LiveView:
 
     def start(self, trial: str, total_steps: int) -> None:
         task = self._tasks[trial]
-        self._progress.update(task, total=total_steps, state="starting")
+        self._progress.update(task, total=total_steps, state="preparing")
         self._progress.start_task(task)
         if not self._totals:
             self._progress.update(self._all, total=total_steps * len(self._names))
