@@ -67,24 +67,13 @@ def test_the_first_step_is_the_base_model_itself(inputs, tmp_path, method):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_shared_reference_is_the_base_to_the_last_bit(inputs, tmp_path, dtype):
-    """With hardly any learning, policy and reference see the same padded batches in the first epoch: equal bits."""
+    """With hardly any learning, every pair of every epoch has margin 0, in whatever order it comes."""
     base = replace(inputs.base, dtype=getattr(torch, dtype))
     start = weights_fingerprint(load_start(trial(), base))
     inputs = replace(inputs, base=base, base_fingerprint=start, reference={})
     for beta in (0.1, 0.5):  # the second trial reads what the first has computed
         _, lines = run(trial(learning_rate=1e-30, beta=beta), inputs, tmp_path / str(beta))
-        assert [line["rewards/margins"] for line in lines[:3]] == [0, 0, 0]
-        assert lines[3]["eval_rewards/margins"] == 0
-
-
-def test_epochs_see_all_pairs_in_different_orders():
-    order = engine._EpochOrder(20, seed=3)
-    first, second, third = list(order), list(order), list(order)
-    assert first == list(range(20))
-    assert sorted(second) == sorted(third) == first
-    assert len({tuple(first), tuple(second), tuple(third)}) == 3
-    assert list(engine._EpochOrder(20, seed=3)) == first
-    assert engine.shuffled("abcdef", 1, 2) == engine.shuffled("abcdef", 1, 2) != engine.shuffled("abcdef", 2, 2)
+        assert [line.get("rewards/margins", line.get("eval_rewards/margins")) for line in lines] == [0] * 8
 
 
 def test_two_trials_in_a_row_are_the_same_trial(inputs, tmp_path):
@@ -163,6 +152,8 @@ def test_the_training_loss_of_an_epoch_is_the_mean_over_pairs_not_over_batches(i
     result, lines = run(trial(), inputs, tmp_path)  # 5 pairs in batches of 2: the last batch has one
     steps = [line["loss"] for line in lines if "eval_loss" not in line]
     assert result.epochs[0]["loss"] == pytest.approx((2 * steps[0] + 2 * steps[1] + steps[2]) / 5, abs=1e-12)
+    alone = next(line for line in lines if line["step"] == 3)
+    assert alone["loss"] == pytest.approx(math.log1p(math.exp(-alone["rewards/margins"])), abs=1e-6)
     assert result.epochs[1]["loss"] == pytest.approx((2 * steps[3] + 2 * steps[4] + steps[5]) / 5, abs=1e-12)
 
 

@@ -9,17 +9,15 @@ from __future__ import annotations
 import logging
 import math
 import os
-import random
 import resource
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
@@ -45,7 +43,6 @@ from pairtune.models.save import save_best
 from pairtune.runs import TrialFolder
 
 LN_2 = math.log(2)
-T = TypeVar("T")
 
 # One line of metrics.jsonl: `step`, `epoch`, then metric names.
 Log = Callable[[dict[str, Any]], None]
@@ -99,7 +96,7 @@ def run_trial(trial: TrialConfig, inputs: TrialInputs, folder: TrialFolder, log:
             reference=inputs.reference,
             model=model,
             args=_arguments(trial, inputs, Path(scratch)),
-            train_dataset=Dataset.from_list([pair.conversational() for pair in shuffled(inputs.train, trial.seed, 0)]),
+            train_dataset=Dataset.from_list([pair.conversational() for pair in inputs.train]),
             eval_dataset=Dataset.from_list([pair.conversational() for pair in inputs.validation]),
             processing_class=inputs.base.tokenizer,
             peft_config=_lora(trial) if trial.method == "lora" else None,
@@ -122,8 +119,12 @@ def _arguments(trial: TrialConfig, inputs: TrialInputs, scratch: Path) -> DPOCon
     on_cpu = inputs.base.device.type == "cpu"
     return DPOConfig(
         output_dir=str(scratch),
-        per_device_train_batch_size=trial.batch_size,
-        per_device_eval_batch_size=1,  # one pair a batch: TRL's batch means are then exact per-example records
+        # One pair a pass, in training and evaluation. Less padding (a quarter of the time on real pairs), memory that
+        # does not grow with the batch, TRL's batch means as exact per-example records, and a pair whose reference and
+        # policy log-probs always come from the same padding: equal weights give equal bits, so margins start at 0.
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=trial.batch_size,
+        per_device_eval_batch_size=1,
         num_train_epochs=trial.epochs,
         learning_rate=trial.learning_rate,
         beta=trial.beta,
@@ -155,32 +156,6 @@ def _lora(trial: TrialConfig) -> LoraConfig:
     )
 
 
-def shuffled(items: Sequence[T], seed: int, epoch: int) -> list[T]:
-    """The items in the order of one epoch."""
-    return random.Random(f"{seed} {epoch}").sample(items, len(items))  # noqa: S311 - an order, not a secret
-
-
-class _EpochOrder(torch.utils.data.Sampler[int]):
-    """The rows as they stand in the first epoch, in another seeded order in each later one.
-
-    The reference log-probs are computed over the rows as they stand, batch by batch. In the first epoch policy and
-    reference therefore see the same batches with the same padding, and equal weights give equal bits: margins start at
-    exactly 0.
-    """
-
-    def __init__(self, size: int, seed: int) -> None:
-        self._size = size
-        self._seed = seed
-        self._epochs = count()
-
-    def __iter__(self) -> Iterator[int]:
-        rows, epoch = range(self._size), next(self._epochs)
-        return iter(shuffled(rows, self._seed, epoch) if epoch else rows)
-
-    def __len__(self) -> int:
-        return self._size
-
-
 class _Trainer(DPOTrainer):
     """TRL's trainer; it shares reference log-probs with its siblings and remembers what it evaluated, pair by pair.
 
@@ -198,9 +173,6 @@ class _Trainer(DPOTrainer):
             computed = super()._precompute_ref_logps(dataset, name, batch_size)
             self._reference[name] = computed.select_columns(["ref_chosen_logps", "ref_rejected_logps"])
         return concatenate_datasets([dataset, self._reference[name]], axis=1)
-
-    def _get_train_sampler(self, *_: Any) -> torch.utils.data.Sampler[int]:
-        return _EpochOrder(len(self.train_dataset), self.args.seed)
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         loss, logits, labels = super().prediction_step(*args, **kwargs)
