@@ -119,9 +119,9 @@ def _arguments(trial: TrialConfig, inputs: TrialInputs, scratch: Path) -> DPOCon
     on_cpu = inputs.base.device.type == "cpu"
     return DPOConfig(
         output_dir=str(scratch),
-        # One pair a pass, in training and evaluation. Less padding (a quarter of the time on real pairs), memory that
-        # does not grow with the batch, TRL's batch means as exact per-example records, and a pair whose reference and
-        # policy log-probs always come from the same padding: equal weights give equal bits, so margins start at 0.
+        # One pair a pass, in training and evaluation: less padding, memory that does not grow with the batch, TRL's
+        # batch means as exact per-example records, and a pair whose reference and policy log-probs always come from
+        # the same padding, so that equal weights give equal bits and margins start at 0.
         per_device_train_batch_size=1,
         gradient_accumulation_steps=trial.batch_size,
         per_device_eval_batch_size=1,

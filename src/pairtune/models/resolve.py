@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -88,8 +90,10 @@ def _dequantised(file: Path) -> Path:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
+        with redirect_stderr(io.StringIO()):  # its progress bar; a failure is raised, not printed
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        model = model.to(torch.bfloat16)
         if hasattr(model.config, "quantization_config"):  # the weights are dense now, and the config says so
             del model.config.quantization_config
             model.is_quantized, model.hf_quantizer = False, None
