@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,9 @@ def load_tuned(folder: Path, base: LoadedBase) -> PreTrainedModel:
 
     model = load_model(base.source, base.dtype, base.device)
     try:
-        return PeftModel.from_pretrained(model, folder).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of a name that PEFT and transformers rename between them
+            return PeftModel.from_pretrained(model, folder).eval()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BadInput(f"{folder}: the adapter cannot be loaded ({one_line(error)})") from error
 
