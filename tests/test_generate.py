@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from conftest import make_pair
@@ -59,9 +61,12 @@ def test_a_stream_says_what_the_batch_says(model, tiny_base):
 
 
 def test_a_closed_stream_stops_the_model(model, tiny_base):
+    threads = threading.active_count()
     stream = stream_answer(model, tiny_base.tokenizer, asked("hello")[0], Sampling(max_new_tokens=100_000))
     next(stream)
-    stream.close()  # returns only when the model's thread has ended
+    assert threading.active_count() == threads + 1
+    stream.close()
+    assert threading.active_count() == threads
 
 
 def test_a_failure_in_the_model_reaches_the_reader(model, tiny_base, monkeypatch):
