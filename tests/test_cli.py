@@ -105,6 +105,25 @@ def test_chat_answers_switches_and_ends(run):
     assert "never read" not in done.stdout
 
 
+def test_base_and_tuned_in_a_chat_are_the_base_and_the_tuned_model(run, monkeypatch):
+    import torch
+
+    from pairtune.models.generate import Sampling, stream_answer
+    from pairtune.models.load import load_model, load_tuned
+    from pairtune.serve import terminal
+
+    greedy = Sampling(max_new_tokens=24)
+    monkeypatch.setattr(terminal, "SAMPLING", greedy)
+    talker = terminal.open_talker(str(run))
+    tokenizer, asked = talker.opened.tokenizer, [{"role": "user", "content": "Are there 3 apples?"}]
+    answers = {name: "".join(talker.answer(name, asked)) for name in ("tuned", "base", "tuned")}
+    base = load_model(talker.opened.source, torch.float32)
+    assert answers["base"] == "".join(stream_answer(base, tokenizer, asked, greedy))
+    tuned = load_tuned(run / "best", talker.opened)
+    assert answers["tuned"] == "".join(stream_answer(tuned, tokenizer, asked, greedy))
+    assert answers["tuned"] != answers["base"]
+
+
 def test_chat_with_a_plain_model_has_no_tuned_one(tiny_model):
     done = pairtune("chat", tiny_model, input="/tuned\nhello\n")
     assert done.returncode == 0, done.stderr

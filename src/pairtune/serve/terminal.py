@@ -18,7 +18,7 @@ from pairtune.models.load import LoadedBase, load_model, load_tuned, open_base
 from pairtune.runs import RunFolder
 
 SAMPLING = Sampling(max_new_tokens=512, temperature=0.7)
-HELP = "/base and /tuned switch the model, /new starts again, /quit ends (so does Ctrl-D)"
+HELP = "/base and /tuned switch the model and start again, so does /new, /quit ends (so does Ctrl-D)"
 
 
 @dataclass
@@ -82,8 +82,8 @@ def chat(target: str, console: Console) -> None:
             if said == "/tuned" and talker.tuned is None:
                 console.print("this is a plain model; give a run folder to talk to a tuned one")
             else:
-                name = said[1:]
-                console.print(f"talking to the [cyan]{name}[/cyan] model")
+                name, conversation = said[1:], []  # else a model goes on in the words of the other
+                console.print(f"talking to the [cyan]{name}[/cyan] model, a new conversation")
         elif said.startswith("/"):
             console.print(HELP, highlight=False)
         elif said:
