@@ -21,6 +21,11 @@ def test_the_defaults_are_the_assignments_grid_in_its_order():
     assert {(trial.epochs, trial.batch_size) for trial in trials} == {(3, 2)}
 
 
+def test_values_that_differ_in_a_late_digit_have_different_folders():
+    names = {trial.name for trial in RunConfig(data="x", learning_rate=[1e-5, 1.0000001e-5]).trials()}
+    assert len(names) == 4
+
+
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("data: a.jsonl\nepochs: 7\nlearning_rate: [0.001]\n")

@@ -72,6 +72,11 @@ def test_a_missing_field_is_named_with_those_that_are_there(name):
     assert (caught.value.reason, caught.value.field) == (f"no {name}", name)
 
 
+def test_a_field_name_with_a_line_break_keeps_the_message_on_one_line():
+    with pytest.raises(BadRow, match="the row has a b, c$"):
+        parse_row({"a\nb": 1, "c": 2}, "file:1")
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=30),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=4),

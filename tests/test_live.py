@@ -6,6 +6,7 @@ import io
 
 from rich.console import Console
 
+from pairtune.runs import RunFolder
 from pairtune.track.live import LiveView, _clock
 from pairtune.track.sinks import JsonlSink, Sinks
 
@@ -58,10 +59,12 @@ def test_every_record_is_a_line_of_the_trials_file_and_every_sink_is_told(tmp_pa
         def finish(self, *event):
             told.append(("finish", *event))
 
-    sinks = Sinks([JsonlSink(tmp_path), Listener()])
+    sinks = Sinks([JsonlSink(RunFolder(tmp_path)), Listener()])
     sinks.start("one", 2)
     sinks.log("one", {"step": 1, "loss": 0.5})
     sinks.log("one", {"step": 2, "loss": float("nan")})
     sinks.finish("one", "finished", 1)
-    assert (tmp_path / "one" / "metrics.jsonl").read_text() == '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": NaN}\n'
+    assert (
+        tmp_path / "trials" / "one" / "metrics.jsonl"
+    ).read_text() == '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": NaN}\n'
     assert [event[0] for event in told] == ["start", "log", "log", "finish"]

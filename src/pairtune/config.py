@@ -1,6 +1,6 @@
 """The configuration of a run: typed, checked, YAML in and out, every default with its reason.
 
-Three layers: a `RunConfig` is what a person asks for; a `TrialConfig` is one point of its grid. Values come from the
+A `RunConfig` is what a person asks for; a `TrialConfig` is one point of its grid. Values come from the
 defaults, a YAML file and flags, in this order; `Resolved.origins` remembers which, and the run's `config.yaml` says it.
 """
 
@@ -36,7 +36,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Grid = Annotated[list[Positive], Field(min_length=1), AfterValidator(_different)]
 
 # Field names that have another spelling on the command line.
-FLAGS = {"learning_rate": "--lr", "max_grad_norm": "max_grad_norm", "lora_dropout": "lora_dropout"}
+FLAGS = {"learning_rate": "--lr"}
 SANITY_ROWS = 5
 
 
@@ -69,7 +69,7 @@ class TrialConfig(_Training):
     @property
     def name(self) -> str:
         """The trial's folder name, for example `lr-3e-05-beta-0.1`."""
-        return f"lr-{self.learning_rate:g}-beta-{self.beta:g}"
+        return f"lr-{self.learning_rate!r}-beta-{self.beta!r}"  # all digits: different values, different folders
 
 
 class RunConfig(_Training):

@@ -39,7 +39,7 @@ def tune(resolved: Resolved, console: Console) -> RunFolder:
         highlight=False,
     )
     with LiveView(trials, console) as live:
-        results = run_sweep(config, data, base, run, Sinks([JsonlSink(run.trials), live]))
+        results = run_sweep(config, data, base, run, Sinks([JsonlSink(run), live]))
     install_best(run, results, select_best(results, config.select, len(data.validation)))
     if config.samples:
         _write_generations(resolved, data, base, run, console)

@@ -44,7 +44,8 @@ def parse_row(row: Any, origin: str) -> PreferencePair:
     texts = {}
     for name in _FIELDS:
         if name not in row:
-            raise BadRow(f"no {name}", name, f"is missing; the row has {', '.join(map(str, row)) or 'no fields'}")
+            present = " ".join(", ".join(map(str, row)).split())  # names may hold line breaks; the message may not
+            raise BadRow(f"no {name}", name, f"is missing; the row has {present[:200] or 'no fields'}")
         if not isinstance(row[name], str):
             raise BadRow(f"{name} is not text", name, f"should be text, but is {_kind(row[name])}")
         texts[name] = row[name].strip()

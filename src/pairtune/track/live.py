@@ -76,8 +76,7 @@ class LiveView:
             f"eval accuracy {record['eval_rewards/accuracies']:.3f}"
         )
         if not self._console.is_terminal:
-            done, total = sum(self._totals.values()), None
-            done += record["step"] - self._totals[trial]
+            done = sum(self._totals.values()) - self._totals[trial] + record["step"]
             total = self._totals[trial] * len(self._names)
             left = (time.monotonic() - self._started) / done * (total - done)
             line += f"  ({done}/{total} steps of the grid, {_clock(left)} left)"

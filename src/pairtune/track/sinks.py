@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
+
+from pairtune.runs import RunFolder
 
 
 class Sink(Protocol):
@@ -24,15 +25,15 @@ class Sink(Protocol):
 class JsonlSink:
     """Appends each record to the trial's `metrics.jsonl`, a line a record, on disk at once."""
 
-    def __init__(self, trials: Path) -> None:
-        self._trials = trials
+    def __init__(self, run: RunFolder) -> None:
+        self._run = run
 
     def start(self, trial: str, total_steps: int) -> None:
-        (self._trials / trial).mkdir(parents=True, exist_ok=True)
+        self._run.trial(trial).root.mkdir(parents=True, exist_ok=True)
 
     def log(self, trial: str, record: dict[str, Any]) -> None:
         line = json.dumps(record, allow_nan=True)  # a loss that is NaN is on record as NaN
-        with (self._trials / trial / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with self._run.trial(trial).metrics.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def finish(self, trial: str, status: str, best_epoch: int | None) -> None:
