@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any library reads it: tests reach no network
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from pairtune.data.pairs import PreferencePair
 from pairtune.models.load import LoadedBase, load_tokenizer
 from pairtune.models.resolve import resolve_model
+from pairtune.runs import user_cache
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -37,6 +39,18 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     fast.chat_template = CHATML
     return fast
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A user cache for the tests alone; only the bundled model, which takes a while to make, is the real one."""
+    models = user_cache() / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    cache = tmp_path_factory.mktemp("cache")
+    (cache / "models").symlink_to(models.resolve())
+    os.environ["PAIRTUNE_CACHE"] = str(cache)
+    yield cache
+    del os.environ["PAIRTUNE_CACHE"]
 
 
 @pytest.fixture(scope="session")

@@ -159,7 +159,7 @@ def test_a_full_run_saves_a_full_model_and_chats(flags, tmp_path):
         (["--data", "bad.jsonl"], "bad.jsonl: row 2: field chosen is missing"),
         (["--data", "empty.jsonl"], "empty.jsonl: row 1: field rejected is empty"),
         (["--data", "same.jsonl"], "same.jsonl: row 1: field rejected is the same as chosen"),
-        (["--data", "broken.jsonl"], "broken.jsonl:1: is not valid JSON"),
+        (["--data", "broken.jsonl"], "broken.jsonl: row 1: is not valid JSON"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(flags, tmp_path, changes, message):
@@ -213,7 +213,7 @@ def test_help_answers_without_loading_anything_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "heavy: []" in done.stderr
-    for command in ("demo", "tune", "chat"):
+    for command in ("demo", "tune", "chat", "data"):
         assert command in done.stdout
 
 

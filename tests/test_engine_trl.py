@@ -13,6 +13,7 @@ from conftest import make_pair
 
 from pairtune.config import TrialConfig
 from pairtune.data.pairs import PreferencePair
+from pairtune.data.table import PairTable
 from pairtune.engine import trl as engine
 from pairtune.engine.records import EXAMPLE_METRICS, mean_metrics, score
 from pairtune.engine.trl import TrialInputs, load_start, run_trial
@@ -33,7 +34,8 @@ def trial(**changes):
 @pytest.fixture
 def inputs(tiny_base):
     start = weights_fingerprint(load_start(trial(), tiny_base))
-    return TrialInputs(tiny_base, start, TRAIN, HELD, "eval_loss")
+    train, held = (PairTable.of(pairs, tiny_base.tokenizer) for pairs in (TRAIN, HELD))
+    return TrialInputs(tiny_base, start, train, held, "eval_loss")
 
 
 def run(config, inputs, folder):
@@ -118,7 +120,7 @@ def test_what_is_saved_is_the_epoch_that_the_table_names(inputs, tmp_path, metho
     """Validation answers are swapped, so that every step of training makes them worse: the last epoch is not best."""
     swapped = [replace(pair, chosen=pair.rejected, rejected=pair.chosen) for pair in HELD]
     config = trial(method=method, learning_rate=2e-3 if method == "lora" else 2e-4, epochs=3, beta=1.0)
-    result, _ = run(config, replace(inputs, validation=swapped), tmp_path)
+    result, _ = run(config, replace(inputs, validation=PairTable.of(swapped, inputs.base.tokenizer)), tmp_path)
     losses = {row["epoch"]: row["eval_loss"] for row in result.epochs}
     assert losses[1] < losses[2] < losses[3]
     assert result.best_epoch == 1

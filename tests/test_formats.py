@@ -1,4 +1,4 @@
-"""Rows become pairs, or are refused with the field at fault."""
+"""Rows of every format become the same pair, or are refused with the field at fault."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pairtune.data.formats import BadRow, parse_prompt, parse_row
+from pairtune.data.conversations import read_prompt
+from pairtune.data.formats import FORMATS, RowParser, detect_format, parse_row
+from pairtune.data.pairs import BadRow, LeftOut
 
 ROW = {
     "prompt": "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Name a fish.\n\nAssistant:",
@@ -16,55 +18,227 @@ ROW = {
 }
 
 
-def test_rm_static_row_becomes_chat_turns():
-    pair = parse_row(ROW, "file:1")
-    assert pair.prompt == (
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Hello."},
-        {"role": "user", "content": "Name a fish."},
-    )
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+ASKED = [user("Hi"), assistant("Hello."), user("Name a fish.")]
+CHOSEN, REJECTED = [assistant("A carp.")], [assistant("No.")]
+SHARE = [{"from": "human" if turn["role"] == "user" else "gpt", "value": turn["content"]} for turn in ASKED]
+
+# One row of each format for the conversation ASKED (or its last turn alone) with the answers "A carp." and "No.".
+SAMPLES = [
+    ("rm-static", ROW, 3),
+    ("TRL standard", {"prompt": "Name a fish.", "chosen": "A carp.", "rejected": "No."}, 1),
+    ("TRL standard, implicit prompt", {"chosen": "Name a fish. A carp.", "rejected": "Name a fish. No."}, 1),
+    ("TRL conversational", {"prompt": ASKED, "chosen": CHOSEN, "rejected": REJECTED}, 3),
+    ("TRL conversational, implicit prompt", {"chosen": ASKED + CHOSEN, "rejected": ASKED + REJECTED}, 3),
+    (
+        "HH transcripts",
+        {side: ROW["prompt"] + ROW[side] for side in ("chosen", "rejected")},
+        3,
+    ),
+    ("alpaca", {"instruction": "Name", "input": "a fish.", "chosen": "A carp.", "rejected": "No."}, "Name\na fish."),
+    (
+        "alpaca",
+        {"instruction": "Name a fish.", "history": [["Hi", "Hello."]], "chosen": "A carp.", "rejected": "No."},
+        3,
+    ),
+    (
+        "ShareGPT",
+        {
+            "conversations": SHARE,
+            "chosen": {"from": "gpt", "value": "A carp."},
+            "rejected": {"from": "gpt", "value": "No."},
+        },
+        3,
+    ),
+    ("ms-swift", {"messages": ASKED + CHOSEN, "rejected_response": "No."}, 3),
+    ("ms-swift", {"messages": ASKED + CHOSEN, "rejected_response": ["No."]}, 3),
+    ("ms-swift", {"messages": ASKED + CHOSEN, "rejected_messages": ASKED + REJECTED}, 3),
+    ("Axolotl", {"messages": ASKED, "chosen": CHOSEN[0], "rejected": REJECTED[0]}, 3),
+    ("orca", {"system": "Be brief.", "question": "Name a fish.", "chosen": "A carp.", "rejected": "No."}, "system"),
+    ("orca", {"system": "", "question": "Name a fish.", "chosen": "A carp.", "rejected": "No."}, 1),
+    ("orca", {"system": "Be brief.", "input": "Name a fish.", "chosen": "A carp.", "rejected": "No."}, "system"),
+    (
+        "UltraFeedback",
+        {
+            "prompt": "Name a fish.",
+            "prompt_id": "7",
+            "messages": [user("Name a fish."), *CHOSEN],
+            "chosen": [user("Name a fish."), *CHOSEN],
+            "rejected": [user("Name a fish."), *REJECTED],
+            "score_chosen": 8.0,
+            "score_rejected": 3.0,
+        },
+        1,
+    ),
+    (
+        "UltraFeedback",
+        {
+            "prompt": "Name a fish.",
+            "chosen": [user("Name a fish."), *CHOSEN],
+            "rejected": [user("Name a fish."), *REJECTED],
+            "chosen-rating": 5,
+            "rejected-rating": 2,
+        },
+        1,
+    ),
+    ("Argilla", {"instruction": "Name a fish.", "chosen_response": "A carp.", "rejected_response": "No."}, 1),
+    ("H2O", {"prompt": "Name a fish.", "chosen_response": "A carp.", "rejected_response": "No."}, 1),
+    (
+        "OpenAI",
+        {
+            "input": {"messages": ASKED, "tools": [], "parallel_tool_calls": True},
+            "preferred_output": CHOSEN,
+            "non_preferred_output": REJECTED,
+        },
+        3,
+    ),
+    ("SHP", {"history": "Name a fish.", "human_ref_A": "A carp.", "human_ref_B": "No.", "labels": 1}, 1),
+    ("SHP", {"history": "Name a fish.", "human_ref_A": "No.", "human_ref_B": "A carp.", "labels": "0"}, 1),
+    ("arena", {"conversation_a": ASKED + CHOSEN, "conversation_b": ASKED + REJECTED, "winner": "model_a"}, 3),
+    ("arena", {"conversation_a": ASKED + REJECTED, "conversation_b": ASKED + CHOSEN, "winner": "model_b"}, 3),
+]
+
+
+@pytest.mark.parametrize(("name", "row", "prompt"), SAMPLES)
+def test_each_format_is_told_by_its_keys_and_gives_the_same_pair(name, row, prompt):
+    assert detect_format(row).name == name
+    pair = parse_row(row, "file:1")
+    expected = {3: ASKED, 1: [user("Name a fish.")], "system": [SYSTEM, user("Name a fish.")]}
+    assert list(pair.prompt) == expected.get(prompt, [user(str(prompt))])
     assert (pair.chosen, pair.rejected, pair.origin) == ("A carp.", "No.", "file:1")
-    assert pair.conversational() == {
-        "prompt": list(pair.prompt),
-        "chosen": [{"role": "assistant", "content": "A carp."}],
-        "rejected": [{"role": "assistant", "content": "No."}],
-    }
+
+
+def test_every_format_has_a_sample():
+    assert {known.name for known in FORMATS} == {name for name, _, _ in SAMPLES}
+
+
+def test_the_pair_goes_out_in_trls_conversational_format():
+    assert parse_row(ROW, "file:1").conversational() == {"prompt": ASKED, "chosen": CHOSEN, "rejected": REJECTED}
+
+
+def test_answers_that_repeat_the_prompt_do_not_double_it():
+    row = {"prompt": [SYSTEM, *ASKED], "chosen": ASKED + CHOSEN, "rejected": ASKED + REJECTED}
+    assert list(parse_row(row, "f:1").prompt) == [SYSTEM, *ASKED]
+    row = {"prompt": [SYSTEM, *ASKED], "chosen": [SYSTEM, *ASKED, *CHOSEN], "rejected": [SYSTEM, *ASKED, *REJECTED]}
+    assert list(parse_row(row, "f:1").prompt) == [SYSTEM, *ASKED]
+
+
+def test_text_in_parts_is_text():
+    parts = [{"type": "text", "text": "Name "}, {"type": "text", "text": "a fish."}]
+    row = {"prompt": [{"role": "user", "content": parts}], "chosen": CHOSEN, "rejected": REJECTED}
+    assert parse_row(row, "f:1").prompt == (user("Name a fish."),)
+
+
+def test_columns_can_be_named():
+    parser = RowParser({"prompt": "ask", "chosen": "good", "rejected": "bad", "system": "rules"})
+    pair = parser.parse({"ask": "Name a fish.", "good": "A carp.", "bad": "No.", "rules": "Be brief."}, "f:1")
+    assert pair.prompt == (SYSTEM, user("Name a fish."))
+    assert (pair.chosen, pair.rejected) == ("A carp.", "No.")
+    with pytest.raises(BadRow, match="is missing") as caught:
+        parser.parse({"ask": "Name a fish.", "good": "A carp."}, "f:2")
+    assert caught.value.field == "rejected"
+
+
+def test_a_source_keeps_its_first_format():
+    parser = RowParser()
+    parser.parse({"prompt": "Name a fish.", "chosen": "A carp.", "rejected": "No."}, "f:1")
+    with pytest.raises(BadRow, match="is in the format alpaca, the rows before it in TRL standard") as caught:
+        parser.parse({"instruction": "Name a fish.", "chosen": "A carp.", "rejected": "No."}, "f:2")
+    assert caught.value.reason == "mixed formats"
+    with pytest.raises(BadRow, match="is missing") as caught:
+        parser.parse({"chosen": "A carp.", "rejected": "No."}, "f:3")
+    assert caught.value.reason == "no prompt"
 
 
 def test_plain_prompt_is_one_user_turn_even_when_it_speaks_of_humans():
-    assert parse_prompt(" Why do Human: and Assistant: stand there?\n") == [
-        {"role": "user", "content": "Why do Human: and Assistant: stand there?"}
-    ]
+    text = " Why do Human: and Assistant: stand there?\n"
+    assert read_prompt(text, "prompt") == [user("Why do Human: and Assistant: stand there?")]
 
 
 def test_words_that_only_look_like_a_turn_stay_in_it():
-    (turn,) = parse_prompt("\n\nHuman: One\nHuman: two\n\nAssistant:")
+    (turn,) = read_prompt("\n\nHuman: One\nHuman: two\n\nAssistant:", "prompt")
     assert turn["content"] == "One\nHuman: two"
 
 
+CONVERSATION = {"prompt": ASKED, "chosen": CHOSEN, "rejected": REJECTED}
+HH = SAMPLES[5][1]
+ARENA = {"conversation_a": ASKED + CHOSEN, "conversation_b": ASKED + REJECTED, "winner": "model_a"}
+
+
 @pytest.mark.parametrize(
-    ("change", "reason", "field"),
+    ("row", "change", "reason", "field"),
     [
-        ({"chosen": None}, "chosen is not text", "chosen"),
-        ({"chosen": 3}, "chosen is not text", "chosen"),
-        ({"rejected": ["a"]}, "rejected is not text", "rejected"),
-        ({"chosen": "  \n"}, "empty chosen", "chosen"),
-        ({"rejected": ""}, "empty rejected", "rejected"),
-        ({"prompt": " "}, "empty prompt", "prompt"),
-        ({"rejected": "A carp."}, "chosen equals rejected", "rejected"),
-        ({"prompt": "\n\nHuman: Hi"}, "prompt has no open turn", "prompt"),
-        ({"prompt": "\n\nHuman: Hi\n\nAssistant: Yes"}, "prompt has no open turn", "prompt"),
-        ({"prompt": "\n\nAssistant:"}, "prompt has no open turn", "prompt"),
-        ({"prompt": "\n\nHuman:\n\nAssistant: a\n\nHuman: b\n\nAssistant:"}, "empty turn in prompt", "prompt"),
+        (ROW, {"chosen": None}, "chosen is not text", "chosen"),
+        (ROW, {"chosen": 3}, "chosen is not text", "chosen"),
+        (ROW, {"rejected": ["a"]}, "rejected is not text", "rejected"),
+        (ROW, {"chosen": "  \n"}, "empty chosen", "chosen"),
+        (ROW, {"rejected": ""}, "empty rejected", "rejected"),
+        (ROW, {"prompt": " "}, "empty prompt", "prompt"),
+        (ROW, {"rejected": "A carp."}, "chosen equals rejected", "rejected"),
+        (ROW, {"chosen": "half \ud83d"}, "chosen is not valid Unicode", "chosen"),
+        (ROW, {"prompt": "\n\nHuman: Hi"}, "prompt has no open turn", "prompt"),
+        (ROW, {"prompt": "\n\nHuman: Hi\n\nAssistant: Yes"}, "prompt has no open turn", "prompt"),
+        (ROW, {"prompt": "\n\nAssistant:"}, "prompt has no open turn", "prompt"),
+        (ROW, {"prompt": "\n\nHuman:\n\nAssistant: a\n\nHuman: b\n\nAssistant:"}, "empty turn in prompt", "prompt"),
+        (ROW, {"prompt": "\n\nHuman: a\n\nHuman: b\n\nAssistant:"}, "roles do not alternate", "prompt"),
+        (HH, {"rejected": "\n\nHuman: Other\n\nAssistant: No."}, "prompts differ", "rejected"),
+        (HH, {"rejected": "\n\nHuman: Hi\n\nAssistant:"}, "empty rejected", "rejected"),
+        (HH, {"rejected": "\n\nHuman: Hi"}, "no answer at the end", "rejected"),
+        (HH, {"rejected": 5}, "rejected is not text", "rejected"),
+        (CONVERSATION, {"prompt": [ASKED[0], ASKED[2]]}, "roles do not alternate", "prompt"),
+        (CONVERSATION, {"prompt": ASKED[:2]}, "prompt has no open turn", "prompt"),
+        (CONVERSATION, {"prompt": [{"role": "wizard", "content": "x"}]}, "unknown role", "prompt"),
+        (CONVERSATION, {"prompt": ["x"]}, "prompt is not turns", "prompt"),
+        (CONVERSATION, {"chosen": [user("Me?")]}, "no answer at the end", "chosen"),
+        (CONVERSATION, {"chosen": [assistant(" ")]}, "empty turn", "chosen"),
+        (CONVERSATION, {"chosen": [{**assistant("a"), "tool_calls": [{}]}]}, "tool calls", "chosen"),
+        (CONVERSATION, {"rejected": []}, "empty rejected", "rejected"),
+        (CONVERSATION, {"rejected": [assistant("a"), user("b"), assistant("c")]}, "prompts differ", "rejected"),
+        ({"chosen": "Yes.", "rejected": "No."}, {}, "no common prefix", "rejected"),
+        ({"prompt": "p", "completion": "c", "label": True}, {}, "not a pair", ""),
+        ({"a": 1, "b": 2}, {}, "unknown format", ""),
+        (ARENA, {"winner": "me"}, "unknown winner", "winner"),
     ],
 )
-def test_unusable_rows_are_refused_by_reason_and_field(change, reason, field):
+def test_unusable_rows_are_refused_by_reason_and_field(row, change, reason, field):
     with pytest.raises(BadRow) as caught:
-        parse_row({**ROW, **change}, "file:1")
+        parse_row({**row, **change}, "file:1")
     assert (caught.value.reason, caught.value.field) == (reason, field)
+    assert not isinstance(caught.value, LeftOut)
+    assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["prompt", "chosen", "rejected"])
+ULTRA = SAMPLES[16][1]
+
+
+@pytest.mark.parametrize(
+    ("row", "change", "reason"),
+    [
+        (ARENA, {"winner": "tie"}, "tie"),
+        (ARENA, {"winner": "tie (bothbad)"}, "tie"),
+        (
+            ARENA,
+            {"conversation_b": [user("Hi"), assistant("What?"), user("Name a fish."), *REJECTED]},
+            "conversations part before the last answer",
+        ),
+        (ULTRA, {"score_rejected": 8.0}, "tie"),
+    ],
+)
+def test_rows_without_a_preference_are_left_out_but_are_no_fault(row, change, reason):
+    with pytest.raises(LeftOut) as caught:
+        parse_row({**row, **change}, "file:1")
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("name", ["chosen", "rejected"])
 def test_a_missing_field_is_named_with_those_that_are_there(name):
     row = {key: value for key, value in ROW.items() if key != name}
     with pytest.raises(BadRow, match="is missing; the row has .*response") as caught:
@@ -73,7 +247,7 @@ def test_a_missing_field_is_named_with_those_that_are_there(name):
 
 
 def test_a_field_name_with_a_line_break_keeps_the_message_on_one_line():
-    with pytest.raises(BadRow, match="the row has a b, c$"):
+    with pytest.raises(BadRow, match=r"it has a b, c\."):
         parse_row({"a\nb": 1, "c": 2}, "file:1")
 
 
@@ -82,20 +256,33 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=8,
 )
-turns = st.lists(st.sampled_from(["\n\nHuman: a", "\n\nAssistant: b", "\n\nAssistant:", "x", "\n\nHuman:"]), max_size=5)
-rows = json_values | st.fixed_dictionaries(
-    {"prompt": json_values | turns.map("".join), "chosen": json_values, "rejected": json_values}
+fragments = st.lists(
+    st.sampled_from(["\n\nHuman: a", "\n\nAssistant: b", "\n\nAssistant:", "x", "\n\nHuman:"]), max_size=5
 )
+sometimes_turns = st.lists(
+    st.builds(
+        lambda role, content: {"role": role, "content": content},
+        st.sampled_from(["user", "assistant", "system", "gpt", 3]),
+        st.sampled_from(["a", "b", "", None]),
+    ),
+    max_size=4,
+)
+values = json_values | fragments.map("".join) | sometimes_turns
+keys = sorted({key for _, row, _ in SAMPLES for key in row})
 
 
-@given(rows)
-def test_any_row_is_a_pair_or_a_bad_row(row):
-    try:
-        pair = parse_row(row, "file:1")
-    except BadRow as fault:
-        assert fault.reason
-        assert "\n" not in str(fault)
-    else:
-        assert pair.chosen.strip() and pair.rejected.strip() and pair.chosen != pair.rejected
-        assert pair.prompt[-1]["role"] == "user"
-        assert all(turn["content"].strip() for turn in pair.prompt)
+@given(
+    st.sampled_from(SAMPLES), st.dictionaries(st.sampled_from(keys), values, max_size=4), st.sets(st.sampled_from(keys))
+)
+def test_any_row_is_a_pair_or_a_bad_row(sample, changes, removed):
+    row = {key: value for key, value in {**sample[1], **changes}.items() if key not in removed}
+    for any_row in (row, changes):
+        try:
+            pair = parse_row(any_row, "file:1")
+        except BadRow as fault:
+            assert fault.reason
+            assert "\n" not in str(fault)
+        else:
+            assert pair.chosen.strip() and pair.rejected.strip() and pair.chosen != pair.rejected
+            assert pair.prompt[-1]["role"] == "user"
+            assert all(turn["content"].strip() for turn in pair.prompt)

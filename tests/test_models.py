@@ -10,7 +10,14 @@ import torch
 
 from pairtune.errors import BadInput
 from pairtune.models import resolve as resolving
-from pairtune.models.load import load_model, load_tokenizer, open_base, pick_dtype, weights_fingerprint
+from pairtune.models.load import (
+    DEFAULT_TEMPLATE,
+    load_model,
+    load_tokenizer,
+    open_base,
+    pick_dtype,
+    weights_fingerprint,
+)
 from pairtune.models.resolve import BUNDLED, bundled_gguf, resolve_model
 
 
@@ -42,12 +49,29 @@ def test_damaged_parts_of_a_model_are_named(tiny_model, tmp_path):
     source = resolve_model(str(folder))
     with pytest.raises(BadInput, match="the weights cannot be loaded"):
         load_model(source, torch.float32)
-    (folder / "chat_template.jinja").unlink()
-    with pytest.raises(BadInput, match="has no chat template"):
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": None}))
+    with pytest.raises(BadInput, match="has no end token"):
         load_tokenizer(source)
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(BadInput, match="the tokenizer cannot be loaded"):
         load_tokenizer(source)
+
+
+def test_a_tokenizer_without_a_chat_template_gets_the_default_and_keeps_it(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "m")
+    (folder / "chat_template.jinja").unlink()
+    tokenizer = load_tokenizer(resolve_model(str(folder)))
+    turns = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": "A"},
+        {"role": "user", "content": "R"},
+    ]
+    rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert rendered == "S\n\nUser: Q\n\nAssistant: A<|im_end|>\n\nUser: R\n\nAssistant:"
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").chat_template == DEFAULT_TEMPLATE
 
 
 def test_fingerprints_tell_weights_apart(tiny_base):

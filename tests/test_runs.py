@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
 from pairtune.errors import BadInput
-from pairtune.runs import RunFolder, fill_folder, fingerprint, user_cache, write_atomic, write_json
+from pairtune.runs import (
+    RunFolder,
+    fill_folder,
+    fingerprint,
+    forget_oldest,
+    mark_used,
+    user_cache,
+    write_atomic,
+    write_json,
+)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
@@ -78,3 +88,17 @@ def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("PAIRTUNE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert user_cache() == tmp_path / "pairtune"
+
+
+def test_a_cache_forgets_what_was_used_longest_ago(tmp_path):
+    for number, name in enumerate(("old", "middle", "new")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "data").write_bytes(b"x" * 100)
+        os.utime(tmp_path / name, (number, number))
+    (tmp_path / ".being-written").mkdir()
+    os.utime(tmp_path / ".being-written", (0, 0))
+    mark_used(tmp_path / "old")
+    forget_oldest(tmp_path, 200)
+    assert {path.name for path in tmp_path.iterdir()} == {"old", "new", ".being-written"}
+    forget_oldest(tmp_path, 0)
+    assert {path.name for path in tmp_path.iterdir()} == {"old", ".being-written"}

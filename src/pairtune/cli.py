@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from pairtune import __version__
 from pairtune.errors import BadInput, RunFailed
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pairtune.data.reading import Reading
 
 # The base of every usage error. Typer carries its own copy of click and names only some of its exceptions.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -23,9 +28,18 @@ app = typer.Typer(
     help="Tune a small language model to people's preferences, on the machine you have.",
 )
 
+data_app = typer.Typer(help="Look at preference data before training on it.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
 DEMO = Path(__file__).with_name("demo.yaml")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+SOURCES = ".jsonl/.json/.csv/.parquet file [.gz, .zst], folder[@split], Hub id[@split][#revision] or bundled:concise"
+ColumnOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PART=NAME", help="Where prompt, chosen, rejected or system stands; repeat."),
+]
+SourceArgument = Annotated[str, typer.Argument(metavar="SRC", help=SOURCES)]
 Out = Annotated[Path | None, typer.Option(help="Folder for the run; must not exist yet.")]
 
 
@@ -56,10 +70,11 @@ def demo(out: Out = Path("runs/demo"), as_json: Json = False) -> None:
 def tune(
     config: Annotated[Path | None, typer.Argument(help="YAML file with settings; flags win over it.")] = None,
     model: Annotated[str | None, typer.Option(help="Hub id, folder, .gguf file, or smollm2-135m (default).")] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Pairs: .jsonl[.gz] or .parquet file, Hub id[@split], or bundled:concise.")
-    ] = None,
-    eval_data: Annotated[str | None, typer.Option(help="Validation pairs; else a tenth of the prompts.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help=f"{SOURCES}; repeat to mix.")] = None,
+    weight: Annotated[list[float] | None, typer.Option(help="Of each --data, in their order; sets the mix.")] = None,
+    eval_data: Annotated[list[str] | None, typer.Option(help="Validation pairs; else a tenth of the prompts.")] = None,
+    test_data: Annotated[list[str] | None, typer.Option(help="Test pairs; else another tenth.")] = None,
+    column: ColumnOption = None,
     lr: Annotated[list[float] | None, typer.Option(help="Learning rate; repeat for a grid.")] = None,
     beta: Annotated[list[float] | None, typer.Option(help="DPO's beta; repeat for a grid.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training pairs (3).")] = None,
@@ -73,7 +88,7 @@ def tune(
         bool | None, typer.Option("--sanity-check", help="Five rows, to see that everything works.")
     ] = None,
     on_bad_row: Annotated[str | None, typer.Option(help="stop (default) or skip, and count.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Drop pairs of more tokens than this (1024).")] = None,
+    max_length: Annotated[int | None, typer.Option(help="In tokens (1024); longer prompts lose oldest turns.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto (default), float32 or bfloat16.")] = None,
     samples: Annotated[int | None, typer.Option(help="Held-out prompts answered before and after (8).")] = None,
     seed: Annotated[int | None, typer.Option(help="For everything that is drawn (0).")] = None,
@@ -83,7 +98,12 @@ def tune(
 ) -> None:
     """Train every trial of a grid from pristine weights and keep the best epoch of the best trial."""
     flags = {name: value for name, value in locals().items() if name not in ("config", "as_json", "lr")}
-    _tune(config, {**flags, "learning_rate": lr or None, "beta": beta or None}, as_json)
+    flags |= {
+        "learning_rate": lr,
+        "data": _weighted(data, flags.pop("weight")),
+        "columns": _columns(flags.pop("column")),
+    }
+    _tune(config, {name: None if value in ([], {}) else value for name, value in flags.items()}, as_json)
 
 
 @app.command()
@@ -96,6 +116,98 @@ def chat(
     from pairtune.serve.terminal import chat
 
     chat(target, Console())
+
+
+@data_app.command("inspect")
+def inspect(
+    source: SourceArgument,
+    model: Annotated[str, typer.Option(help="Whose tokenizer and chat template are used.")] = "smollm2-135m",
+    max_length: Annotated[int, typer.Option(min=16, help="In tokens, as for training.")] = 1024,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read at most this many rows.")] = None,
+    column: ColumnOption = None,
+    figures: Annotated[Path | None, typer.Option(help="Folder for the histograms as PNG.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a source holds, what is wrong with it, and what a model would see. Exit code 2 when it is not usable."""
+    reading = _open_reading(source, column, limit)
+
+    from rich.console import Console
+
+    from pairtune.data.doctor import inspect_source
+    from pairtune.models.load import load_tokenizer
+    from pairtune.models.resolve import resolve_model
+    from pairtune.report.inspection import render_inspection
+
+    with Console(stderr=True).status("reading") as status:
+        tokenizer = load_tokenizer(resolve_model(model))
+        record = inspect_source(reading, tokenizer, max_length, lambda rows: status.update(f"reading: {rows:,} rows"))
+    if figures and record["kept"]:
+        from pairtune.report.figures import draw_lengths
+
+        record["figures"] = [str(draw_lengths(record, figures / "lengths.png"))]
+    if as_json:
+        typer.echo(json.dumps(record))
+    else:
+        _output().print(render_inspection(record), highlight=False)
+    if record["verdict"] == "not usable":
+        raise typer.Exit(2)
+
+
+@data_app.command("convert")
+def convert(
+    source: SourceArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new .jsonl or .parquet file.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Read at most this many rows.")] = None,
+    column: ColumnOption = None,
+    on_bad_row: Annotated[str, typer.Option(help="stop (default) or skip, and count.")] = "stop",
+    as_json: Json = False,
+) -> None:
+    """Write a source in TRL's conversational format."""
+    if on_bad_row not in ("stop", "skip"):
+        raise BadInput(f"--on-bad-row: should be stop or skip (given: {on_bad_row!r})")
+    reading = _open_reading(source, column, limit)
+
+    from pairtune.data.convert import convert_source
+
+    record = convert_source(reading, out, on_bad_row).as_dict()  # type: ignore[arg-type]
+    if as_json:
+        typer.echo(json.dumps({"out": str(out), **record}))
+        return
+    dropped = "".join(f", {rows:,} {reason}" for reason, rows in record["dropped"].items())
+    typer.echo(f"{out}: {record['kept']:,} pairs of {record['rows_in']:,} rows{dropped}")
+
+
+def _open_reading(source: str, column: list[str] | None, limit: int | None) -> Reading:
+    from pairtune.config import SourceConfig
+    from pairtune.data.reading import Reading
+
+    return Reading.open(SourceConfig(source=source), "SRC", _columns(column) or {}, limit)
+
+
+def _weighted(data: list[str] | None, weights: list[float] | None) -> list[Any] | None:
+    """Sources with the weights given in their order."""
+    if not weights:
+        return list(data or []) or None
+    if len(weights) != len(data or []):
+        raise BadInput(f"--weight: {len(weights)} given for {len(data or [])} --data; give one for each, or none")
+    return [{"source": source, "weight": weight} for source, weight in zip(data or [], weights, strict=True)]
+
+
+def _columns(given: list[str] | None) -> Any:
+    """`PART=NAME` settings as a mapping."""
+    columns = {}
+    for setting in given or []:
+        part, equals, name = setting.partition("=")
+        if part not in ("prompt", "chosen", "rejected", "system") or not (equals and name):
+            raise BadInput(f"--column {setting}: should be prompt=NAME, chosen=NAME, rejected=NAME or system=NAME")
+        columns[part] = name
+    return columns or None
+
+
+def _output() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 140)
 
 
 def _tune(file: Path | None, flags: dict[str, Any], as_json: bool) -> None:
@@ -117,7 +229,7 @@ def _tune(file: Path | None, flags: dict[str, Any], as_json: bool) -> None:
         selection, sweep = run.read_json(run.selection), run.read_json(run.sweep)
         typer.echo(json.dumps({"run": str(run.root), "selection": selection, **sweep}))
     else:
-        Console(width=None if sys.stdout.isatty() else 140).print(render_run(run))
+        _output().print(render_run(run))
 
 
 def main() -> NoReturn:

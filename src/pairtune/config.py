@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_serializer,
+)
 
 from pairtune.errors import BadInput, one_line
 
@@ -33,6 +43,7 @@ def _different(values: list[float]) -> list[float]:
 
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=0.5)]
 Grid = Annotated[list[Positive], Field(min_length=1), AfterValidator(_different)]
 
 # Field names that have another spelling on the command line.
@@ -42,6 +53,40 @@ SANITY_ROWS = 5
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Columns = dict[Literal["prompt", "chosen", "rejected", "system"], str]
+
+
+class SourceConfig(_Strict):
+    """One source of pairs: what a person types after `--data`, and how it is read and mixed."""
+
+    source: str = Field(min_length=1)
+    weight: Positive | None = None
+    columns: Columns = {}
+
+    @model_serializer
+    def _short(self) -> str | dict[str, Any]:
+        more = {"weight": self.weight, "columns": self.columns}
+        more = {name: value for name, value in more.items() if value}
+        return {"source": self.source, **more} if more else self.source
+
+
+def _as_sources(value: Any) -> Any:
+    values = value if isinstance(value, list) else [value]
+    return [{"source": each} if isinstance(each, str) else each for each in values]
+
+
+def _all_weighted_or_none(sources: list[SourceConfig]) -> list[SourceConfig]:
+    if len({source.weight is None for source in sources}) > 1:
+        raise ValueError("some sources have a weight and some have none; give each one or none")
+    return sources
+
+
+# One source or several; a text, or a mapping with source, weight and columns.
+Sources = Annotated[
+    list[SourceConfig], Field(min_length=1), BeforeValidator(_as_sources), AfterValidator(_all_weighted_or_none)
+]
 
 
 class _Training(_Strict):
@@ -55,7 +100,7 @@ class _Training(_Strict):
     lora_alpha: Positive = Field(32, description="twice the rank, as usual: scale 2")
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="keeps step 0 exactly at the base")
     max_grad_norm: Positive = Field(1.0, description="TRL's default")
-    max_length: Annotated[int, Field(ge=16)] = Field(1024, description="TRL's default; longer pairs are dropped")
+    max_length: Annotated[int, Field(ge=16)] = Field(1024, description="TRL's default; longer prompts lose turns")
     dtype: DType = Field("auto", description="bfloat16 where this machine multiplies it faster than float32")
     seed: NonNegativeInt = Field(0, description="adapter initialisation, order of pairs, splits, samples")
 
@@ -76,8 +121,12 @@ class RunConfig(_Training):
     """Everything a run depends on."""
 
     model: str = Field("smollm2-135m", description="bundled, needs no network, trains on a laptop's CPU")
-    data: str = Field(min_length=1)
-    eval_data: str | None = Field(None, description="held out from the training pairs when not given")
+    data: Sources
+    eval_data: Sources | None = Field(None, description="held out from the training pairs when not given")
+    test_data: Sources | None = Field(None, description="held out like eval_data, unless that is given")
+    columns: Columns = Field({}, description="the format is told by the rows' own keys")
+    validation_share: Share = Field(0.1, description="a tenth of the prompts chooses epoch and trial")
+    test_share: Share = Field(0.1, description="a tenth of the prompts has no part in the choice")
     learning_rate: Grid = Field([3e-5, 1e-5], description="the assignment's grid")
     beta: Grid = Field([0.1, 0.2], description="the assignment's grid")
     engine: Engine = Field("trl", description="TRL's own DPOTrainer")

@@ -27,10 +27,10 @@ def tune(resolved: Resolved, console: Console) -> RunFolder:
     config = resolved.config
     console.print(f"opening {config.model}", highlight=False)
     base = open_base(config.model, config.dtype)
-    data = prepare_data(config, base.tokenizer)
+    data = _prepare(resolved, base, console)
     run = RunFolder.create(config.out)  # only now: bad input leaves nothing behind
     write_atomic(run.config, resolved.to_yaml())
-    write_json(run.data, data.as_dict())
+    write_json(run.data, data.record)
 
     trials = [trial.name for trial in config.trials()]
     console.print(
@@ -48,12 +48,25 @@ def tune(resolved: Resolved, console: Console) -> RunFolder:
     return run
 
 
+def _prepare(resolved: Resolved, base: LoadedBase, console: Console) -> PreparedData:
+    with console.status("reading pairs") as status:
+        data = prepare_data(
+            resolved.config, base.tokenizer, lambda rows: status.update(f"reading pairs: {rows:,} rows")
+        )
+    for source in data.record["sources"]:
+        for reason, rows in source["dropped"].items():
+            console.print(f"{source['source']}: {rows} of {source['rows_in']} rows dropped: {reason}", highlight=False)
+        if source["shortened"]:
+            console.print(f"{source['source']}: {source['shortened']} prompts lost their oldest turns", highlight=False)
+    return data
+
+
 def _write_generations(
     resolved: Resolved, data: PreparedData, base: LoadedBase, run: RunFolder, console: Console
 ) -> None:
     """Answer held-out prompts with every model; the test split's prompts where there are some."""
     config = resolved.config
-    prompts = held_out_prompts(data.test or data.validation, config.samples)
+    prompts = held_out_prompts(data.test if len(data.test) else data.validation, config.samples)
     finished = [trial["name"] for trial in run.read_json(run.sweep)["trials"] if trial["status"] == "finished"]
     tuned = {name: run.trial(name).best for name in finished}
     with console.status("answering held-out prompts") as status:

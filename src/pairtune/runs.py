@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,21 +23,27 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pairtune"
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place when the block ends; after an error `path` is as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader sees the old content or the new one, never a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -65,6 +72,28 @@ def fill_folder(path: Path, fill: Callable[[Path], None]) -> Path:
     return path
 
 
+def forget_oldest(folder: Path, keep_bytes: int) -> None:
+    """Remove the entries of a cache folder that were used longest ago until the rest holds at most `keep_bytes`.
+
+    The last used entry stays, however large. An entry's time is that of its folder; see `mark_used`. Folders that are
+    being filled (see `fill_folder`) are left alone.
+    """
+    finished = (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    entries = sorted(finished, key=lambda path: path.stat().st_mtime)
+    sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in entries}
+    for path in entries[:-1]:
+        if sum(sizes.values()) <= keep_bytes:
+            return
+        shutil.rmtree(path, ignore_errors=True)
+        del sizes[path]
+
+
+def mark_used(entry: Path) -> None:
+    """Note that a cache entry was used now."""
+    with suppress(OSError):  # a cache that cannot be written to can still be read
+        os.utime(entry)
+
+
 def fingerprint(parts: Iterable[bytes | str]) -> str:
     """A short name for a content: 16 hex digits of SHA-256 over the parts, each with its length before it."""
     digest = hashlib.sha256()
@@ -73,6 +102,12 @@ def fingerprint(parts: Iterable[bytes | str]) -> str:
         digest.update(len(data).to_bytes(8, "big"))
         digest.update(data)
     return digest.hexdigest()[:16]
+
+
+def hash_file(path: Path) -> str:
+    """64 hex digits of SHA-256 over a file's bytes."""
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)

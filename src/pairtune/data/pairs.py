@@ -14,6 +14,24 @@ class Message(TypedDict):
     content: str
 
 
+class BadRow(Exception):
+    """A row that cannot become a pair.
+
+    Attributes:
+        reason: a short name, the same for all rows with this fault; what `data.json` counts by.
+        field: the field at fault; empty when it is the row as a whole.
+    """
+
+    def __init__(self, reason: str, field: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.field = field
+
+
+class LeftOut(BadRow):
+    """A sound row of which no pair can be made, such as a tie: counted and left out, never a reason to stop."""
+
+
 @dataclass(frozen=True)
 class PreferencePair:
     """One human (or rule-made) preference.
@@ -41,18 +59,28 @@ class PreferencePair:
 
 @dataclass
 class RowCount:
-    """The account of one source: rows in = kept + dropped by reason, always."""
+    """The account of one source and split: rows in = kept + dropped by reason, always.
+
+    `shortened` counts kept pairs whose prompt lost its oldest turns.
+    """
 
     source: str
     split: str
     rows_in: int = 0
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    shortened: int = 0
 
-    def drop(self, reason: str, rows: int = 1) -> None:
-        """Count rows that were kept so far as dropped."""
-        self.kept -= rows
-        self.dropped[reason] += rows
+    def drop(self, reason: str) -> None:
+        """Count one row as read and dropped."""
+        self.rows_in += 1
+        self.dropped[reason] += 1
+
+    def keep(self, shortened: bool) -> None:
+        """Count one row as read and kept."""
+        self.rows_in += 1
+        self.kept += 1
+        self.shortened += shortened
 
     def as_dict(self) -> dict[str, Any]:
         """For `data.json`.
@@ -70,4 +98,5 @@ class RowCount:
             "rows_in": self.rows_in,
             "kept": self.kept,
             "dropped": dict(self.dropped),
+            "shortened": self.shortened,
         }

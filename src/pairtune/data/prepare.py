@@ -1,21 +1,37 @@
-"""The data of a run: read, checked, split by prompt, measured in tokens, and every row accounted for."""
+"""The data of a run: read, checked, tokenized and split, with every row accounted for, and kept for the next run.
+
+What was prepared lies in the user cache under a fingerprint of everything that it depends on: the sources' bytes, the
+settings, the tokenizer and its chat template. A second run only maps it into memory.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import islice
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from pairtune.config import RunConfig
-from pairtune.data.formats import BadRow, parse_row
-from pairtune.data.pairs import PreferencePair, RowCount
-from pairtune.data.sources import BUNDLED, bundled_source, read_rows
-from pairtune.errors import BadInput
-from pairtune.runs import fingerprint
+import numpy as np
 
-HELD_OUT_SHARE = 0.1
+from pairtune.config import RunConfig
+from pairtune.data.pairs import BadRow, LeftOut, PreferencePair, RowCount
+from pairtune.data.reading import Reading, describe_fault
+from pairtune.data.sources import BUNDLED, SourceRow, bundled_source
+from pairtune.data.splits import Prompt, draw_splits, find_leaks
+from pairtune.data.table import PairTable, write_table
+from pairtune.data.tokens import PairTokenizer, TokenizedPair, decode_example
+from pairtune.errors import BadInput
+from pairtune.runs import fill_folder, fingerprint, forget_oldest, mark_used, user_cache, write_json
+
+SPLITS = ("train", "validation", "test")
+TRAIN, VALIDATION, TEST = range(3)
+
+_CACHE_FORMAT = "1"
+_CACHE_BYTES = 4 << 30
+_RECORD, _PAIRS, _ROWS = "data.json", "pairs.arrow", "splits.npz"
 
 
 @dataclass(frozen=True)
@@ -24,138 +40,249 @@ class PreparedData:
 
     Attributes:
         train: pairs to train on.
-        validation: pairs that choose epoch and trial; no prompt of theirs is in `train`.
-        test: pairs that have no part in the choice; empty where the source has no third split.
-        counts: the account of every row read.
-        max_length: pairs longer than this many tokens were dropped.
-        seed: of the split.
+        validation: pairs that choose epoch and trial; no conversation of theirs is in `train`.
+        test: pairs that have no part in the choice; empty where the source leaves none.
+        record: the account of every row read, the fingerprints of the splits and one decoded example; for `data.json`.
+        from_cache: whether an earlier run had prepared it.
     """
 
-    train: list[PreferencePair]
-    validation: list[PreferencePair]
-    test: list[PreferencePair]
-    counts: list[RowCount]
-    max_length: int
-    seed: int
+    train: PairTable
+    validation: PairTable
+    test: PairTable
+    record: dict[str, Any]
+    from_cache: bool
 
-    def as_dict(self) -> dict[str, Any]:
-        """For `data.json`."""
-        splits = {"train": self.train, "validation": self.validation, "test": self.test}
-        return {
-            "sources": [count.as_dict() for count in self.counts],
-            "splits": {
-                name: {"pairs": len(pairs), "fingerprint": pairs_fingerprint(pairs)} for name, pairs in splits.items()
-            },
-            "max_length": self.max_length,
-            "split_seed": self.seed,
-        }
+    @classmethod
+    def open(cls, folder: Path, *, from_cache: bool) -> PreparedData:
+        """What lies in a folder of the cache."""
+        with np.load(folder / _ROWS) as rows:
+            train, validation, test = (PairTable.open(folder / _PAIRS, rows[name]) for name in SPLITS)
+        record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+        return cls(train, validation, test, record, from_cache)
 
 
-def prepare_data(config: RunConfig, tokenizer: Any) -> PreparedData:
-    """Read and check all data of a run.
+def prepare_data(
+    config: RunConfig, tokenizer: Any, progress: Callable[[int], None] = lambda rows: None
+) -> PreparedData:
+    """Read, check, tokenize and split all data of a run.
+
+    Args:
+        config: of the run.
+        tokenizer: of transformers, with a chat template.
+        progress: told how many rows have been read.
 
     Raises:
         BadInput: a source or row cannot be used, or nothing is left to train on or to judge by.
     """
-    train, train_count = _load(config, config.data, "--data", "train")
-    counts = [train_count]
-    test: list[PreferencePair] = []
-    if config.eval_data is not None:
-        validation, validation_count = _load(config, config.eval_data, "--eval-data", "validation")
-        counts.append(validation_count)
-    elif config.data == BUNDLED:
-        validation, validation_count = _load(config, bundled_source("validation"), "--data", "validation")
-        test, test_count = _load(config, bundled_source("test"), "--data", "test")
-        counts += [validation_count, test_count]
-    else:
-        validation_count = RowCount(config.data, "validation")
-        train, validation = split_by_prompt(train, HELD_OUT_SHARE, config.seed)
-        moved = len(validation)
-        train_count.rows_in, train_count.kept = train_count.rows_in - moved, train_count.kept - moved
-        validation_count.rows_in = validation_count.kept = moved
-        counts.append(validation_count)
-
-    train = _drop_long(train, train_count, tokenizer, config.max_length)
-    validation = _drop_long(validation, validation_count, tokenizer, config.max_length)
-    validation = _drop_shared(validation, train, validation_count)
-    if test:
-        test = _drop_long(test, test_count, tokenizer, config.max_length)
-        test = _drop_shared(test, [*train, *validation], test_count)
-    for pairs, count in ((train, train_count), (validation, validation_count)):
-        if not pairs:
-            reasons = ", ".join(f"{rows} {reason}" for reason, rows in count.dropped.items()) or "it is empty"
-            raise BadInput(f"{count.source}: no pair is left for {count.split} ({reasons}); give more or other rows")
-    return PreparedData(train, validation, test, counts, config.max_length, config.seed)
+    shares = _open_all(config)
+    encoder = PairTokenizer(tokenizer, config.max_length)
+    folder = user_cache() / "data" / _cache_key(config, shares, encoder)
+    from_cache = (folder / _RECORD).is_file()
+    if not from_cache:
+        fill_folder(folder, lambda target: _Preparation(config, encoder, shares, progress).write(target))
+        forget_oldest(folder.parent, _CACHE_BYTES)
+    mark_used(folder)
+    return PreparedData.open(folder, from_cache=from_cache)
 
 
-def split_by_prompt(
-    pairs: Sequence[PreferencePair], share: float, seed: int
-) -> tuple[list[PreferencePair], list[PreferencePair]]:
-    """Hold out about `share` of the prompts with all their pairs, at least one prompt.
+@dataclass(eq=False)
+class _Share:
+    """What one source gives to the run.
 
-    The choice depends on each prompt's own hash and the seed, so added rows do not move the others about.
+    Attributes:
+        split: to which its pairs go; None: they are drawn for splits.
+        kept: how many of its rows became pairs.
+        dropped: its other rows by reason.
     """
-    keys = {prompt_key(pair) for pair in pairs}
-    drawn = sorted(keys, key=lambda key: hashlib.sha256(f"{seed}\0{key}".encode("utf-8", "surrogatepass")).digest())
-    held = set(drawn[: max(1, round(len(drawn) * share))])
-    return (
-        [pair for pair in pairs if prompt_key(pair) not in held],
-        [pair for pair in pairs if prompt_key(pair) in held],
+
+    reading: Reading
+    split: int | None
+    kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def name(self) -> str:
+        return self.reading.source.name
+
+    @property
+    def weight(self) -> float | None:
+        return self.reading.config.weight
+
+
+def pair_hash(pair: PreferencePair) -> bytes:
+    """8 bytes for a pair's content; where it came from does not count."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in (*(f"{turn['role']}\0{turn['content']}" for turn in pair.prompt), pair.chosen, pair.rejected):
+        data = part.encode()
+        digest.update(len(data).to_bytes(8, "big") + data)
+    return digest.digest()
+
+
+def _open_all(config: RunConfig) -> list[_Share]:
+    train_split = None
+    evaluation, test = config.eval_data, config.test_data
+    if evaluation is None and test is None and [source.source for source in config.data] == [BUNDLED]:
+        train_split, evaluation, test = TRAIN, [bundled_source("validation")], [bundled_source("test")]
+    if evaluation is not None:
+        train_split = TRAIN
+    given = (
+        (config.data, "--data", train_split),
+        (evaluation or [], "--eval-data", VALIDATION),
+        (test or [], "--test-data", TEST),
     )
+    return [
+        _Share(Reading.open(source, flag, config.columns, config.row_limit(SPLITS[split or TRAIN])), split)
+        for sources, flag, split in given
+        for source in sources
+    ]
 
 
-def prompt_key(pair: PreferencePair) -> str:
-    """What makes two prompts the same: roles and words; case and white space do not count."""
-    return "\n".join(f"{turn['role']}: {' '.join(turn['content'].casefold().split())}" for turn in pair.prompt)
+def _cache_key(config: RunConfig, shares: Sequence[_Share], encoder: PairTokenizer) -> str:
+    settings = (config.on_bad_row, config.seed, config.validation_share, config.test_share)
+    parts = [_CACHE_FORMAT, encoder.fingerprint(), *map(str, settings)]
+    for share in shares:
+        columns = sorted(share.reading.parser.columns.items())
+        parts += [share.name, share.reading.source.fingerprint()]
+        parts += map(str, (share.split, share.reading.limit, share.weight, columns))
+    return fingerprint(parts)
 
 
-def pairs_fingerprint(pairs: Sequence[PreferencePair]) -> str:
-    """A fingerprint of the pairs' content in their order; where they came from does not count."""
-    return fingerprint(
-        part
-        for pair in pairs
-        for part in (*(f"{turn['role']}\0{turn['content']}" for turn in pair.prompt), pair.chosen, pair.rejected)
-    )
+@dataclass(frozen=True)
+class _Kept:
+    """What is remembered of a pair after its batch is written."""
+
+    share: _Share
+    prompt: Prompt
+    content: bytes
+    shortened: bool
 
 
-def token_lengths(pair: PreferencePair, tokenizer: Any) -> tuple[int, int]:
-    """Tokens of prompt and chosen together, and of prompt and rejected, in the model's chat template."""
-    chosen, rejected = (
-        len(
-            tokenizer.apply_chat_template([*pair.prompt, {"role": "assistant", "content": answer}], return_dict=True)[
-                "input_ids"
-            ]
-        )
-        for answer in (pair.chosen, pair.rejected)
-    )
-    return chosen, rejected
+class _Preparation:
+    """Reads all sources once, writes the tokenized pairs, then decides who goes where."""
 
+    def __init__(
+        self, config: RunConfig, encoder: PairTokenizer, shares: list[_Share], progress: Callable[[int], None]
+    ) -> None:
+        self.config = config
+        self.encoder = encoder
+        self.shares = shares
+        self.progress = progress
+        self.kept: list[_Kept] = []
+        self.example: dict[str, str] | None = None  # the first pair as the model sees it
+        self.left_out: dict[int, str] = {}  # kept pairs that are used in no split, with the reason
 
-def _load(config: RunConfig, source: str, flag: str, split: str) -> tuple[list[PreferencePair], RowCount]:
-    count, pairs = RowCount(source, split), []
-    for number, row in islice(read_rows(source, flag), config.row_limit(split)):
-        count.rows_in += 1
-        try:
-            pairs.append(parse_row(row, f"{source}:{number}"))
-            count.kept += 1
-        except BadRow as fault:
-            if config.on_bad_row == "stop":
-                named = f" field {fault.field}" if fault.field else ""
-                raise BadInput(f"{source}: row {number}:{named} {fault} (or --on-bad-row skip)") from None
-            count.dropped[fault.reason] += 1
-    return pairs, count
+    def write(self, target: Path) -> None:
+        """Fill a cache folder."""
+        write_table(target / _PAIRS, self._batches())
+        splits = self._splits()
+        counts = self._counts(splits)
+        rows = {
+            name: np.array([n for n, split in enumerate(splits) if split == number and n not in self.left_out], int)
+            for number, name in enumerate(SPLITS)
+        }
+        for name in SPLITS[:TEST]:
+            if not len(rows[name]):
+                self._raise_empty(name, counts)
+        np.savez(target / _ROWS, **rows)  # type: ignore[arg-type]
+        write_json(target / _RECORD, self._record(counts, rows))
 
+    def _batches(self) -> Iterator[list[TokenizedPair]]:
+        rows = 0
+        for share in self.shares:
+            for batch in share.reading.encoded(self.encoder):
+                yield [pair for row, result in batch if (pair := self._take(share, row, result))]
+                rows += len(batch)
+                self.progress(rows)
 
-def _drop_long(pairs: list[PreferencePair], count: RowCount, tokenizer: Any, limit: int) -> list[PreferencePair]:
-    kept = [pair for pair in pairs if max(token_lengths(pair, tokenizer)) <= limit]
-    if len(kept) < len(pairs):
-        count.drop(f"longer than {limit} tokens", len(pairs) - len(kept))
-    return kept
+    def _take(self, share: _Share, row: SourceRow, result: TokenizedPair | BadRow) -> TokenizedPair | None:
+        if isinstance(result, BadRow):
+            if self.config.on_bad_row == "stop" and not isinstance(result, LeftOut):
+                raise BadInput(f"{describe_fault(row, result)} (or --on-bad-row skip)")
+            share.dropped[result.reason] += 1
+            return None
+        prompts = (result.pair.prompt, result.prompt) if result.turns_cut else (result.prompt,)
+        self.kept.append(_Kept(share, Prompt.of(*prompts), pair_hash(result.pair), result.turns_cut > 0))
+        share.kept += 1
+        self.example = self.example or decode_example(self.encoder.tokenizer, result)
+        return result
 
+    def _splits(self) -> list[int]:
+        """The split of each kept pair; what is left out is noted."""
+        self._heed_weights()
+        if any(each.share.split is None for each in self.kept):
+            return self._drawn_splits()
+        splits = [each.share.split or TRAIN for each in self.kept]
+        self._drop_leaks(splits)
+        return splits
 
-def _drop_shared(pairs: list[PreferencePair], others: list[PreferencePair], count: RowCount) -> list[PreferencePair]:
-    seen = {prompt_key(pair) for pair in others}
-    kept = [pair for pair in pairs if prompt_key(pair) not in seen]
-    if len(kept) < len(pairs):
-        count.drop("prompt is in another split", len(pairs) - len(kept))
-    return kept
+    def _heed_weights(self) -> None:
+        """Leave pairs out so that the numbers kept of a split's sources stand in the ratio of their weights."""
+        for split in {share.split for share in self.shares}:
+            weights = {share: share.weight for share in self.shares if share.split == split and share.weight}
+            unit = min((share.kept / weight for share, weight in weights.items()), default=0)
+            for share, weight in weights.items():
+                numbers = [number for number, each in enumerate(self.kept) if each.share is share]
+                drawn = sorted(numbers, key=lambda number: self._draw(self.kept[number].content, number))
+                for number in drawn[round(unit * weight) :]:
+                    self.left_out[number] = "left out by weight"
+
+    def _draw(self, content: bytes, number: int) -> bytes:
+        return hashlib.sha256(b"%d\0%s\0%d" % (self.config.seed, content, number)).digest()
+
+    def _drawn_splits(self) -> list[int]:
+        """Draw splits for the sources that come without; a test set that was given stays apart from all of them."""
+        drawn = [n for n, each in enumerate(self.kept) if each.share.split is None and n not in self.left_out]
+        shares = (self.config.validation_share, 0.0 if self.config.test_data else self.config.test_share)
+        splits = [each.share.split or TRAIN for each in self.kept]
+        for number, split in zip(
+            drawn, draw_splits([self.kept[n].prompt for n in drawn], shares, self.config.seed), strict=True
+        ):
+            splits[number] = split
+        if self.config.test_data:
+            self._drop_leaks(splits)
+        return splits
+
+    def _drop_leaks(self, splits: list[int]) -> None:
+        numbers = [
+            [n for n, split in enumerate(splits) if split == wanted and n not in self.left_out]
+            for wanted in range(len(SPLITS))
+        ]
+        leaks = find_leaks([[self.kept[n].prompt for n in of_split] for of_split in numbers])
+        for of_split, found in zip(numbers[VALIDATION:], leaks[VALIDATION:], strict=True):
+            self.left_out |= {of_split[at]: reason for at, reason in found.items()}
+
+    def _counts(self, splits: list[int]) -> list[RowCount]:
+        counts = {
+            (share, split): RowCount(share.name, SPLITS[split])
+            for share in self.shares
+            for split in (range(len(SPLITS)) if share.split is None else [share.split])
+        }
+        for share in self.shares:
+            count = counts[share, share.split or TRAIN]  # a row that is no pair has no other split
+            count.rows_in += share.dropped.total()
+            count.dropped += share.dropped
+        for number, (each, split) in enumerate(zip(self.kept, splits, strict=True)):
+            if reason := self.left_out.get(number):
+                counts[each.share, split].drop(reason)
+            else:
+                counts[each.share, split].keep(each.shortened)
+        return [count for count in counts.values() if count.rows_in or count.split == SPLITS[TRAIN]]
+
+    def _raise_empty(self, split: str, counts: list[RowCount]) -> None:
+        dropped: Counter[str] = sum((count.dropped for count in counts if count.split == split), Counter())
+        reasons = ", ".join(f"{rows} {reason}" for reason, rows in dropped.items()) or "it is empty"
+        named = [count.source for count in counts if count.split == split] or [share.name for share in self.shares]
+        raise BadInput(f"{', '.join(named)}: no pair is left for {split} ({reasons}); give more or other rows")
+
+    def _record(self, counts: list[RowCount], rows: dict[str, np.ndarray]) -> dict[str, Any]:
+        return {
+            "sources": [count.as_dict() for count in counts],
+            "formats": {share.name: share.reading.format for share in self.shares},
+            "splits": {
+                name: {"pairs": len(of_split), "fingerprint": fingerprint(self.kept[n].content for n in of_split)}
+                for name, of_split in rows.items()
+            },
+            "max_length": self.config.max_length,
+            "split_seed": self.config.seed,
+            "example": self.example,
+        }

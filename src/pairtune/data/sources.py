@@ -1,116 +1,184 @@
 """From what a person types after `--data` to rows.
 
-A source is `bundled:concise`, a `.jsonl`, `.jsonl.gz` or `.parquet` file, or a Hub id with an optional split
-(`Dahoas/rm-static@test`; without one, `train`).
+A source is a file, a folder of files with an optional split (`pairs/@train`), `bundled:concise`, or a Hub id with an
+optional subset, split and revision (`Dahoas/rm-static@test#v1.0`, `org/name:subset@train`; without a split, `train`).
 """
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
-from collections.abc import Callable, Iterator
-from importlib import resources
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from pairtune.config import SourceConfig
+from pairtune.data.files import ENDINGS, is_data_file, read_file
 from pairtune.errors import BadInput, one_line
+from pairtune.runs import fingerprint, hash_file
 
 BUNDLED = "bundled:concise"
 BUNDLED_SPLITS = ("train", "validation", "test")
 
-# One row: its number (from 1; for text files the line number) and its content.
-Row = tuple[int, Any]
+# What other tools put beside the data: settings and descriptions, not rows.
+_NOT_DATA = {"dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json"}
 
 
-def bundled_source(split: str) -> str:
-    """The source name of one split of the bundled pairs."""
-    return f"{BUNDLED}@{split}"
+@dataclass(frozen=True)
+class SourceRow:
+    """One row as it was read.
+
+    Attributes:
+        file: or the source's name, where it is no file.
+        number: from 1; of JSON lines the line number.
+        content: the row, or a `BadRow` where it could not be read.
+    """
+
+    file: str
+    number: int
+    content: Any
 
 
-def read_rows(source: str, flag: str) -> Iterator[Row]:
-    """Rows of a source, in its order.
+@dataclass(frozen=True)
+class Source:
+    """A source that was found to exist.
+
+    Attributes:
+        name: as the person gave it.
+        files: what is read, with the name under which each file's rows are known; empty for a Hub data set.
+        hub: the Hub data set, or None.
+    """
+
+    name: str
+    files: tuple[tuple[str, Path], ...] = ()
+    hub: _HubData | None = None
+
+    def rows(self, limit: int | None = None) -> Iterator[SourceRow]:
+        """At most `limit` rows, in the order of the source.
+
+        Raises:
+            BadInput: the source cannot be had or is damaged; the message names file and row.
+        """
+        yield from islice(self._all_rows(limit), limit)
+
+    def _all_rows(self, limit: int | None) -> Iterator[SourceRow]:
+        if self.hub:
+            for number, row in enumerate(self.hub.rows(limit), 1):
+                yield SourceRow(self.name, number, row)
+        for name, path in self.files:
+            for number, row in read_file(path):
+                yield SourceRow(name, number, row)
+
+    def fingerprint(self) -> str:
+        """Of the content: of every byte of its files, or of the Hub's revision."""
+        if self.hub:
+            return self.hub.fingerprint()
+        return fingerprint(part for name, path in self.files for part in (name, hash_file(path)))
+
+
+def open_source(config: SourceConfig, flag: str) -> Source:
+    """Find a source.
 
     Raises:
-        BadInput: the source does not exist, cannot be had, or is damaged; the message names `flag`, or file and line.
+        BadInput: it does not exist, is of a kind that is not read, or has no such split; the message names `flag`.
     """
-    if source.startswith("bundled:"):
-        yield from _read_bundled(source, flag)
-    elif reader := _reader(source):
-        path = Path(source).expanduser()
-        if not path.is_file():
-            raise BadInput(f"{flag} {source}: no such file")
-        yield from reader(path)
-    elif Path(source).expanduser().exists():
-        raise BadInput(f"{flag} {source}: only {', '.join(_READERS)} files are read; convert it to one of these")
-    else:
-        yield from _read_hub(source, flag)
+    name = config.source
+    where = f"{flag} {name}"
+    if name.startswith("bundled:"):
+        return _open_bundled(name, where)
+    path = Path(name).expanduser()
+    if path.is_file():
+        if not is_data_file(path):
+            raise BadInput(f"{where}: only {', '.join(ENDINGS)} files are read (also .gz and .zst); convert it to one")
+        return Source(name, ((name, path),))
+    folder, _, split = name.rpartition("@") if "@" in name else (name, "", "")
+    if Path(folder).expanduser().is_dir():
+        return _open_folder(name, Path(folder).expanduser(), split, where)
+    if is_data_file(name) or name.startswith((".", "/", "~")):
+        raise BadInput(f"{where}: no such file or folder")
+    if Path(folder).expanduser().is_file():
+        raise BadInput(f"{where}: a file has no splits; leave @{split} away")
+    return Source(name, hub=_HubData.parse(name, where))
 
 
-def _reader(source: str) -> Callable[[Path], Iterator[Row]] | None:
-    return next((reader for ending, reader in _READERS.items() if source.lower().endswith(ending)), None)
+def bundled_source(split: str) -> SourceConfig:
+    """One split of the bundled pairs."""
+    return SourceConfig(source=f"{BUNDLED}@{split}")
 
 
-def _read_bundled(source: str, flag: str) -> Iterator[Row]:
-    name, _, split = source.partition("@")
-    if name != BUNDLED or (split or "train") not in BUNDLED_SPLITS:
-        raise BadInput(f"{flag} {source}: the bundled pairs are {BUNDLED}, splits {', '.join(BUNDLED_SPLITS)}")
-    file = resources.files("pairtune.data") / "bundled" / "concise" / f"{split or 'train'}.jsonl"
-    with resources.as_file(file) as path:
-        yield from _read_jsonl(path)
+def _open_bundled(name: str, where: str) -> Source:
+    bundle, _, split = name.partition("@")
+    if bundle != BUNDLED or (split or "train") not in BUNDLED_SPLITS:
+        raise BadInput(f"{where}: the bundled pairs are {BUNDLED}, splits {', '.join(BUNDLED_SPLITS)}")
+    return Source(name, ((name, Path(__file__).parent / "bundled" / "concise" / f"{split or 'train'}.jsonl"),))
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    number = 0
-    try:
-        with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield number, _parse_line(path, number, line)
-    except (OSError, EOFError, zlib.error) as error:
-        raise BadInput(f"{path}: damaged after line {number} ({one_line(error)}); fetch the file again") from error
+def _open_folder(name: str, folder: Path, split: str, where: str) -> Source:
+    found = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and is_data_file(path)
+        and path.name not in _NOT_DATA
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    if not found:
+        raise BadInput(f"{where}: no {', '.join(ENDINGS)} file in this folder")
+    # A split is a word of a file's or folder's name: train.jsonl, train-00000-of-00002.parquet, train/part.csv
+    word = re.compile(rf"(^|[/._-]){re.escape(split)}([/._-]|$)")
+    chosen = [path for path in found if not split or word.search(path.relative_to(folder).as_posix())]
+    if not chosen:
+        have = ", ".join(path.relative_to(folder).as_posix() for path in found[:5])
+        raise BadInput(f"{where}: no file here is named for the split {split} (there are {have})")
+    return Source(name, tuple((os.path.join(folder, path.relative_to(folder)), path) for path in chosen))
 
 
-def _parse_line(path: Path, number: int, line: bytes) -> Any:
-    try:
-        return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}:{number}: is not UTF-8 (byte {error.start}); save the file as UTF-8") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise BadInput(
-            f"{path}:{number}: is not valid JSON ({one_line(error)}); one object a line is needed"
-        ) from error
+@dataclass(frozen=True)
+class _HubData:
+    """A data set of the Hub, through `datasets`."""
 
+    name: str
+    subset: str | None
+    split: str
+    revision: str | None
+    where: str
 
-def _read_parquet(path: Path) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    @classmethod
+    def parse(cls, name: str, where: str) -> _HubData:
+        found = re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?)(?::([^@#]+))?(?:@([\w.-]+))?(?:#(.+))?", name)
+        if not found:
+            raise BadInput(f"{where}: neither a file nor a Hub id; those look like org/name:subset@split#revision")
+        dataset, subset, split, revision = found.groups()
+        return cls(dataset, subset, split or "train", revision, where)
 
-    try:
-        with pq.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except (pa.ArrowException, OSError) as error:
-        raise BadInput(f"{path}: cannot be read as Parquet ({one_line(error)})") from error
+    def rows(self, limit: int | None) -> Iterator[Any]:
+        # A few rows are streamed; the whole split is fetched once, and then memory-mapped from the cache.
+        from huggingface_hub.constants import HF_HUB_OFFLINE
 
+        yield from self._load(streaming=limit is not None and not HF_HUB_OFFLINE)
 
-def _read_hub(source: str, flag: str) -> Iterator[Row]:
-    from datasets import load_dataset
-    from datasets.utils.logging import disable_progress_bar
+    def fingerprint(self) -> str:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    disable_progress_bar()
-    name, _, split = source.partition("@")
-    try:
-        rows = load_dataset(name, split=split or "train")
-    except (OSError, ValueError, RuntimeError) as error:  # what datasets and its HTTP layers raise
-        raise BadInput(
-            f"{flag} {source}: neither a file here nor to be had from the Hub ({one_line(error, 160)}); "
-            "check the name, the split after @ and the network"
-        ) from error
-    yield from enumerate(rows, 1)
+        parts = [self.name, self.subset or "", self.split]
+        try:
+            revision = HfApi().dataset_info(self.name, revision=self.revision).sha or ""
+        except (OSError, ValueError, RuntimeError, HfHubHTTPError, OfflineModeIsEnabled):
+            revision = self._load(streaming=False)._fingerprint  # without a network: what the cache holds
+        return fingerprint([*parts, revision])
 
+    def _load(self, *, streaming: bool) -> Any:
+        from datasets import load_dataset
+        from datasets.utils.logging import disable_progress_bar
 
-_READERS = {".jsonl": _read_jsonl, ".jsonl.gz": _read_jsonl, ".parquet": _read_parquet}
+        disable_progress_bar()
+        try:
+            return load_dataset(self.name, self.subset, split=self.split, revision=self.revision, streaming=streaming)
+        except (OSError, ValueError, RuntimeError) as error:  # what datasets and its HTTP layers raise
+            raise BadInput(
+                f"{self.where}: neither a file here nor to be had from the Hub ({one_line(error, 160)}); "
+                "check the name, the split after @ and the network"
+            ) from error

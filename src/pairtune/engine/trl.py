@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from pairtune.config import Select, TrialConfig
-from pairtune.data.pairs import PreferencePair
+from pairtune.data.table import PairTable
 from pairtune.engine.records import (
     EXAMPLE_METRICS,
     ExampleRecord,
@@ -63,8 +63,8 @@ class TrialInputs:
 
     base: LoadedBase
     base_fingerprint: str
-    train: list[PreferencePair]
-    validation: list[PreferencePair]
+    train: PairTable
+    validation: PairTable
     select: Select
     reference: dict[str, Dataset] = field(default_factory=dict)
 
@@ -96,8 +96,8 @@ def run_trial(trial: TrialConfig, inputs: TrialInputs, folder: TrialFolder, log:
             reference=inputs.reference,
             model=model,
             args=_arguments(trial, inputs, Path(scratch)),
-            train_dataset=Dataset.from_list([pair.conversational() for pair in inputs.train]),
-            eval_dataset=Dataset.from_list([pair.conversational() for pair in inputs.validation]),
+            train_dataset=Dataset(inputs.train.ids()),
+            eval_dataset=Dataset(inputs.validation.ids()),
             processing_class=inputs.base.tokenizer,
             peft_config=_lora(trial) if trial.method == "lora" else None,
         )
@@ -130,7 +130,7 @@ def _arguments(trial: TrialConfig, inputs: TrialInputs, scratch: Path) -> DPOCon
         beta=trial.beta,
         loss_type=[trial.loss],
         precompute_ref_log_probs=True,  # a third of a LoRA step's work, the same in every epoch and trial
-        max_length=trial.max_length,  # never reached: longer pairs were dropped and counted
+        max_length=None,  # what is too long was shortened or dropped, and counted, before
         max_grad_norm=trial.max_grad_norm,
         seed=trial.seed,
         use_cpu=on_cpu,
@@ -167,6 +167,9 @@ class _Trainer(DPOTrainer):
         self.example_records: list[ExampleRecord] = []
         self._reference = reference
         super().__init__(*args, **kwargs)
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset  # tokenized already, to the ids that TRL would make (a test compares them)
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         if name not in self._reference:

@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from pairtune.data.pairs import Message, PreferencePair
-from pairtune.data.prepare import prompt_key
+from pairtune.data.splits import prompt_key
 from pairtune.models.generate import Answer, Sampling, generate_answers
 from pairtune.models.load import LoadedBase, load_model, load_tuned
 
@@ -22,7 +22,7 @@ CHECK_SAMPLING = Sampling(max_new_tokens=160, temperature=0.7)
 
 def held_out_prompts(pairs: Sequence[PreferencePair], count: int) -> list[tuple[Message, ...]]:
     """The first `count` different prompts of held-out pairs, in their order."""
-    different = {prompt_key(pair): pair.prompt for pair in reversed(pairs)}
+    different = {prompt_key(pair.prompt): pair.prompt for pair in reversed(pairs)}
     return list(different.values())[::-1][:count]
 
 

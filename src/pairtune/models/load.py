@@ -20,6 +20,18 @@ from pairtune.runs import fingerprint
 transformers_logging.disable_progress_bar()  # our own live view says what is going on
 
 
+# For models that were never tuned to chat. Plain words, since such a model has no tokens for turns; the end token
+# closes an answer, and tuning teaches that. It is saved with the tuned model's tokenizer.
+DEFAULT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
+    "{% elif message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\n\n' }}"
+    "{% else %}{{ 'Assistant: ' + message['content'] + eos_token + '\n\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
 @dataclass(frozen=True)
 class LoadedBase:
     """A base model as a run uses it: where its weights lie, its tokenizer, and how it is put into memory."""
@@ -74,20 +86,20 @@ def pick_dtype(device: torch.device) -> torch.dtype:
 
 
 def load_tokenizer(source: ModelSource | Path) -> Any:
-    """The model's tokenizer, with a padding token.
+    """The model's tokenizer, with a padding token and a chat template (`DEFAULT_TEMPLATE` where it has none).
 
     Raises:
-        BadInput: the folder has no usable tokenizer, or the tokenizer has no chat template.
+        BadInput: the folder has no usable tokenizer, or the tokenizer has no end token.
     """
     folder = source.folder if isinstance(source, ModelSource) else source
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise BadInput(f"--model {_typed(source)}: the tokenizer cannot be loaded ({one_line(error)})") from error
+    if tokenizer.eos_token is None:
+        raise BadInput(f"--model {_typed(source)}: the tokenizer has no end token, so that answers could not end")
     if tokenizer.chat_template is None:
-        raise BadInput(
-            f"--model {_typed(source)}: the tokenizer has no chat template; choose an instruction-tuned model"
-        )
+        tokenizer.chat_template = DEFAULT_TEMPLATE
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

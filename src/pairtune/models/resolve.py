@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import io
 from contextlib import redirect_stderr
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from pairtune.errors import BadInput, one_line
-from pairtune.runs import fill_folder, user_cache
+from pairtune.runs import fill_folder, hash_file, user_cache
 
 BUNDLED = "smollm2-135m"
 BUNDLED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -80,9 +79,7 @@ def _dequantised(file: Path) -> Path:
     Weights are stored as bfloat16, the precision in which the original models are published: the rounding is far
     below the error of the quantisation.
     """
-    with file.open("rb") as content:
-        digest = hashlib.file_digest(content, "sha256").hexdigest()[:16]
-    folder = user_cache() / "models" / f"{file.stem}-{digest}"
+    folder = user_cache() / "models" / f"{file.stem}-{hash_file(file)[:16]}"
     if (folder / "config.json").is_file():
         return folder
 

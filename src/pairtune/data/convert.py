@@ -1,0 +1,67 @@
+"""Any source as a file in TRL's conversational format, which every trainer of the field reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pairtune.config import OnBadRow
+from pairtune.data.pairs import BadRow, LeftOut, RowCount
+from pairtune.data.reading import Reading, describe_fault
+from pairtune.errors import BadInput
+from pairtune.runs import replacing
+
+CONVERTED = (".jsonl", ".parquet")
+_BATCH = 1024
+
+
+def convert_source(reading: Reading, out: Path, on_bad_row: OnBadRow) -> RowCount:
+    """Write a source's pairs to `out`, whole or not at all.
+
+    Returns:
+        The account of the rows.
+
+    Raises:
+        BadInput: `out` is no `.jsonl` or `.parquet` file or exists, or a row cannot be used and `on_bad_row` is stop.
+    """
+    write = {".jsonl": _write_json_lines, ".parquet": _write_parquet}.get(out.suffix.lower())
+    if write is None:
+        raise BadInput(f"{out}: should end in {' or '.join(CONVERTED)}")
+    if out.exists():
+        raise BadInput(f"{out}: already exists; choose another name or remove it first")
+    if not out.parent.is_dir():
+        raise BadInput(f"{out}: there is no folder {out.parent}")
+    count = RowCount(reading.source.name, "all")
+
+    def pairs() -> Iterator[dict[str, Any]]:
+        for row, result in reading.parsed():
+            if not isinstance(result, BadRow):
+                count.keep(shortened=False)
+                yield {**result.conversational(), "origin": result.origin}
+            elif on_bad_row == "stop" and not isinstance(result, LeftOut):
+                raise BadInput(f"{describe_fault(row, result)} (or --on-bad-row skip)")
+            else:
+                count.drop(result.reason)
+
+    with replacing(out) as temporary:
+        write(temporary, pairs())
+    return count
+
+
+def _write_json_lines(path: Path, pairs: Iterator[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
+
+
+def _write_parquet(path: Path, pairs: Iterator[dict[str, Any]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    schema = pa.schema([("prompt", turns), ("chosen", turns), ("rejected", turns), ("origin", pa.string())])
+    with pq.ParquetWriter(path, schema) as writer:
+        while batch := list(islice(pairs, _BATCH)):
+            writer.write_table(pa.Table.from_pylist(batch, schema=schema))

@@ -1,0 +1,165 @@
+"""Which prompts belong together, and which pairs go to training, to validation and to the test.
+
+Two prompts belong together when they are the same but for case and white space, when one conversation begins with the
+other, or when they are nearly the same: the estimated Jaccard similarity of their three-word shingles is 0.8 or more
+(MinHash; Broder 1997, "On the resemblance and containment of documents"). What belongs together never stands in two
+splits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from rensa import RMinHash, RMinHashLSH
+
+from pairtune.data.pairs import Message
+
+SAME, CONTINUED, NEAR = "prompt is in another split", "conversation is in another split", "nearly in another split"
+
+NEAR_SIMILARITY = 0.8
+_PERMUTATIONS = 128
+# 32 bands of 4: a pair at 0.8 is missed once in ten million times; candidates are verified.
+_BANDS = 32
+_SHINGLE = 3
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What tells whether two prompts belong together.
+
+    Attributes:
+        whole: hashes of the prompt, as it was read and, where it lost its oldest turns, as it is used.
+        begun: hashes of the shorter conversations that it begins with.
+        sketch: MinHash of its words.
+    """
+
+    whole: tuple[int, ...]
+    begun: tuple[int, ...]
+    sketch: RMinHash
+
+    @classmethod
+    def of(cls, *prompts: Sequence[Message]) -> Prompt:
+        """Of a prompt, first as it was read, then in other forms in which it is used."""
+        whole, begun = [], []
+        for turns in prompts:
+            digest = hashlib.blake2b(digest_size=8)
+            for number, turn in enumerate(turns, 1):
+                digest.update(f"{turn['role']}: {_words(turn)}\n".encode())
+                if turn["role"] == "user" and number < len(turns):
+                    begun.append(int.from_bytes(digest.digest()))
+            whole.append(int.from_bytes(digest.digest()))
+        words = " ".join(_words(turn) for turn in prompts[0]).split()
+        sketch = RMinHash(num_perm=_PERMUTATIONS, seed=1)
+        sketch.update([" ".join(words[at : at + _SHINGLE]) for at in range(max(1, len(words) - _SHINGLE + 1))])
+        return cls(tuple(whole), tuple(begun), sketch)
+
+
+def _words(turn: Message) -> str:
+    return " ".join(turn["content"].casefold().split())
+
+
+def prompt_key(turns: Sequence[Message]) -> int:
+    """What makes two prompts the same: roles and words; case and white space do not count."""
+    return Prompt.of(turns).whole[0]
+
+
+@dataclass
+class PromptIndex:
+    """Prompts, to be asked for those that belong to another one. Of equal prompts only the first is kept."""
+
+    _prompts: dict[int, Prompt] = field(default_factory=dict)
+    _known: set[tuple[int, ...]] = field(default_factory=set)
+    _whole: dict[int, list[int]] = field(default_factory=dict)
+    _begun: dict[int, list[int]] = field(default_factory=dict)
+    _near: RMinHashLSH = field(
+        default_factory=lambda: RMinHashLSH(threshold=NEAR_SIMILARITY, num_perm=_PERMUTATIONS, num_bands=_BANDS)
+    )
+
+    def add(self, number: int, prompt: Prompt) -> None:
+        """Take in a prompt under a number of its own."""
+        if prompt.whole in self._known:
+            return
+        self._known.add(prompt.whole)
+        self._prompts[number] = prompt
+        self._near.insert(number, prompt.sketch)
+        for key in prompt.whole:
+            self._whole.setdefault(key, []).append(number)
+        for key in prompt.begun:
+            self._begun.setdefault(key, []).append(number)
+
+    def related(self, prompt: Prompt) -> Iterator[tuple[int, str]]:
+        """Numbers of the prompts that belong to this one, each with the reason, the plainest reasons first."""
+        for key in prompt.whole:
+            yield from ((number, SAME) for number in self._whole.get(key, ()))
+        for keys, index in ((prompt.begun, self._whole), (prompt.whole, self._begun)):
+            yield from ((number, CONTINUED) for key in keys for number in index.get(key, ()))
+        for number in self._near.query(prompt.sketch):
+            if self._prompts[number].sketch.jaccard(prompt.sketch) >= NEAR_SIMILARITY:
+                yield number, NEAR
+
+
+def group_prompts(prompts: Sequence[Prompt]) -> list[int]:
+    """The number of each prompt's group; prompts that belong together, directly or over others, share one."""
+    parents = list(range(len(prompts)))
+
+    def root(number: int) -> int:
+        while parents[number] != number:
+            parents[number] = number = parents[parents[number]]
+        return number
+
+    index = PromptIndex()
+    for number, prompt in enumerate(prompts):
+        for other, _ in index.related(prompt):
+            parents[root(other)] = root(number)
+        index.add(number, prompt)
+    return [root(number) for number in range(len(prompts))]
+
+
+def draw_splits(prompts: Sequence[Prompt], shares: Sequence[float], seed: int) -> list[int]:
+    """Draw groups of prompts for splits 1, 2, …; what is left is split 0.
+
+    A group's draw depends on its own hash and the seed, so added prompts do not move the others about. A share above
+    0 gets at least one group, split 0 first.
+
+    Args:
+        prompts: of all pairs.
+        shares: of the groups, for split 1 and those after it.
+        seed: another seed draws other groups.
+
+    Returns:
+        The split of each prompt.
+    """
+    groups = group_prompts(prompts)
+    smallest: dict[int, int] = {}
+    for group, prompt in zip(groups, prompts, strict=True):
+        smallest[group] = min(smallest.get(group, prompt.whole[0]), prompt.whole[0])
+    drawn = sorted(smallest, key=lambda group: hashlib.sha256(f"{seed}\0{smallest[group]}".encode()).digest())
+    split_of: dict[int, int] = {}
+    start = 0
+    for split, share in enumerate(shares, 1):
+        count = min(max(1, round(len(drawn) * share)), max(0, len(drawn) - start - 1)) if share else 0
+        split_of |= dict.fromkeys(drawn[start : start + count], split)
+        start += count
+    return [split_of.get(group, 0) for group in groups]
+
+
+def find_leaks(splits: Sequence[Sequence[Prompt]]) -> list[dict[int, str]]:
+    """For each split, its prompts that belong to one of an earlier split, each with the reason.
+
+    A prompt that leaks counts as removed: later splits are not compared with it.
+    """
+    index, leaks, added = PromptIndex(), [], 0
+    for prompts in splits:
+        found = {
+            number: reason
+            for number, prompt in enumerate(prompts)
+            if (reason := next((why for _, why in index.related(prompt)), None))
+        }
+        leaks.append(found)
+        for number, prompt in enumerate(prompts):
+            if number not in found:
+                index.add(added + number, prompt)
+        added += len(prompts)
+    return leaks

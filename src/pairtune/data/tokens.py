@@ -1,0 +1,239 @@
+"""Pairs to token ids: the chat template applied once to whole conversations, cut where prompt and answers part.
+
+Prompt and answers are never templated apart: many templates write a system prompt or a thinking block of their own, and
+would write it twice. Ids and cut equal TRL's for its conversational format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jinja2 import TemplateError
+
+from pairtune.data.pairs import BadRow, LeftOut, Message, PreferencePair
+from pairtune.errors import BadInput, one_line
+from pairtune.runs import fingerprint
+
+# Rows whose quick ids are compared with the slow ones before the quick way is trusted.
+_CHECKED = 16
+
+
+@dataclass(frozen=True)
+class TokenizedPair:
+    """A pair as the model sees it: `prompt_ids + chosen_ids` and `prompt_ids + rejected_ids`; answers carry the loss.
+
+    Attributes:
+        pair: as it was read.
+        prompt: the turns of its prompt that are used.
+        prompt_ids: everything that both conversations begin with, the answer's header included.
+        chosen_ids: the answer, its end-of-turn token and what the template writes behind it.
+        rejected_ids: the same.
+    """
+
+    pair: PreferencePair
+    prompt: tuple[Message, ...]
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+    @property
+    def turns_cut(self) -> int:
+        """How many of the prompt's oldest turns are left away."""
+        return len(self.pair.prompt) - len(self.prompt)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longer of the two conversations."""
+        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+
+
+class PairTokenizer:
+    """Renders and tokenizes pairs with a model's tokenizer and chat template.
+
+    Args:
+        tokenizer: of transformers, with a chat template.
+        max_length: a longer conversation loses its oldest turns. None: no limit.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.template = _Template(tokenizer)
+
+    def encode(self, pairs: Sequence[PreferencePair]) -> list[TokenizedPair | BadRow]:
+        """Tokenize pairs; a pair that the template refuses, or that cannot be made to fit, is a `BadRow` in its place.
+
+        A conversation over `max_length` tokens loses its oldest exchange, then the next, never the system message nor
+        the last user turn. Answers are never cut.
+        """
+        encoded = self._encode(pairs)
+        if self.max_length is None:
+            return encoded
+        too_long = [at for at, result in enumerate(encoded) if not self._fits(result)]
+        cut = 0
+        while too_long:
+            cut += 2
+            shorter = {at: _without_oldest(pairs[at], cut) for at in too_long}
+            for at, pair in shorter.items():
+                if pair is None:
+                    encoded[at] = LeftOut(
+                        f"longer than {self.max_length} tokens", "", "does not fit even without its older turns"
+                    )
+            retried = {at: pair for at, pair in shorter.items() if pair is not None}
+            for at, result in zip(retried, self._encode(list(retried.values())), strict=True):
+                encoded[at] = result if isinstance(result, BadRow) else replace(result, pair=pairs[at])
+            too_long = [at for at in retried if not self._fits(encoded[at])]
+        return encoded
+
+    def fingerprint(self) -> str:
+        """Of everything that ids depend on besides the pairs."""
+        tokenizer = self.tokenizer
+        rules = (
+            tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))
+        )
+        return fingerprint(
+            [
+                type(tokenizer).__name__,
+                rules,
+                str(tokenizer.chat_template),
+                str(tokenizer.eos_token),
+                f"{self.max_length}",
+            ]
+        )
+
+    def _fits(self, result: TokenizedPair | BadRow) -> bool:
+        return isinstance(result, BadRow) or self.max_length is None or result.length <= self.max_length
+
+    def _encode(self, pairs: Sequence[PreferencePair]) -> list[TokenizedPair | BadRow]:
+        try:
+            return [*self.template.encode(pairs)] if pairs else []
+        except TemplateError as error:
+            if len(pairs) > 1:  # find the pair at fault
+                return [result for pair in pairs for result in self._encode([pair])]
+            reason = f"is refused by the model's chat template ({one_line(error, 120)})"
+            return [BadRow("refused by the chat template", "prompt", reason)]
+
+
+def decode_example(tokenizer: Any, pair: TokenizedPair) -> dict[str, str]:
+    """A pair as the model sees it, special tokens included; the loss is on the answers alone."""
+    return {
+        "origin": pair.pair.origin,
+        "prompt": _clip(tokenizer.decode(pair.prompt_ids)),
+        "chosen": _clip(tokenizer.decode(pair.chosen_ids)),
+        "rejected": _clip(tokenizer.decode(pair.rejected_ids)),
+    }
+
+
+def _clip(text: str, limit: int = 3000) -> str:
+    """A long text without its middle: where a template opens and closes it is what matters."""
+    left_out = len(text) - limit
+    return text if left_out <= 0 else f"{text[: limit // 2]}[… {left_out:,} characters …]{text[-limit // 2 :]}"
+
+
+def _without_oldest(pair: PreferencePair, count: int) -> PreferencePair | None:
+    """The pair without the `count` oldest turns behind the system message; None when the last turn would go."""
+    system = 1 if pair.prompt[0]["role"] == "system" else 0
+    kept = pair.prompt[:system] + pair.prompt[system + count :]
+    return replace(pair, prompt=kept) if len(kept) > system else None
+
+
+class _Template:
+    """The chat template of one tokenizer, applied to pairs.
+
+    Most templates open an answer with a special token, at which every tokenizer splits the text before all else. The
+    ids of a whole conversation are then the ids of its parts: the long prompt is tokenized once instead of three
+    times. This is only done where the tokenizer's own settings allow it, and where the first pairs prove it.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        question: Message = {"role": "user", "content": "question"}
+        answer: Message = {"role": "assistant", "content": "answer"}
+        try:
+            alone, opened = (self._render([[question]], header=header)[0] for header in (False, True))
+            behind = self._render([[question, answer]])[0].rpartition("answer")[2]
+        except TemplateError as error:
+            raise BadInput(f"--model: its chat template cannot render a question ({one_line(error)})") from error
+        self.header = opened.removeprefix(alone)  # what opens an answer, in ChatML "<|im_start|>assistant\n"
+        self.quick = self._opens_with_special(self.header)
+        self.header_ids = self._ids([self.header])[0] if self.quick else []
+        # An answer whose end the template does not mark would teach the model never to end.
+        self.end = [] if any(token in behind for token in tokenizer.all_special_tokens) else [tokenizer.eos_token_id]
+        self.checked = 0
+
+    def encode(self, pairs: Sequence[PreferencePair]) -> list[TokenizedPair]:
+        """Ids of pairs, of any length."""
+        prompts = self._render([list(pair.prompt) for pair in pairs], header=True)
+        chosen, rejected = (
+            self._render([[*pair.prompt, {"role": "assistant", "content": answer}] for pair, answer in answered])
+            for answered in ([(pair, pair.chosen) for pair in pairs], [(pair, pair.rejected) for pair in pairs])
+        )
+        texts = list(zip(prompts, chosen, rejected, strict=True))
+        return [
+            TokenizedPair(pair, pair.prompt, ids, chosen_ids + self.end, rejected_ids + self.end)
+            for pair, (ids, chosen_ids, rejected_ids) in zip(pairs, self._cut(texts), strict=True)
+        ]
+
+    def _cut(self, texts: list[tuple[str, str, str]]) -> list[tuple[list[int], list[int], list[int]]]:
+        if not self.quick:
+            return self._cut_whole(texts)
+        if self.checked < _CHECKED:
+            unchecked = texts[: _CHECKED - self.checked]
+            self.checked += len(unchecked)
+            if self._cut_parts(unchecked) != self._cut_whole(unchecked):
+                self.quick = False
+        return self._cut_parts(texts) if self.quick else self._cut_whole(texts)
+
+    def _cut_whole(self, texts: list[tuple[str, str, str]]) -> list[tuple[list[int], list[int], list[int]]]:
+        ids = self._ids([text for three in texts for text in three])
+        return [_part(*ids[at : at + 3]) for at in range(0, len(ids), 3)]
+
+    def _cut_parts(self, texts: list[tuple[str, str, str]]) -> list[tuple[list[int], list[int], list[int]]]:
+        parts: list[str] = []
+        for prompt, chosen, rejected in texts:
+            at = len(prompt) - len(self.header)
+            if not (prompt.endswith(self.header) and chosen.startswith(prompt) and rejected.startswith(prompt)):
+                return self._cut_whole(texts)
+            parts += [prompt[:at], chosen[at:], rejected[at:]]
+        ids, results = self._ids(parts), []
+        for at in range(0, len(ids), 3):
+            header, chosen_ids, rejected_ids = _part(self.header_ids, ids[at + 1], ids[at + 2])
+            results.append((ids[at] + header, chosen_ids, rejected_ids))
+        return results
+
+    def _render(self, conversations: list[list[Message]], *, header: bool = False) -> list[str]:
+        texts: list[str] = self.tokenizer.apply_chat_template(
+            conversations, tokenize=False, add_generation_prompt=header
+        )
+        return texts
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        if self.tokenizer.is_fast:
+            backend = self.tokenizer.backend_tokenizer
+            backend.no_padding()
+            backend.no_truncation()
+            return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _opens_with_special(self, text: str) -> bool:
+        """Whether a text opens with a token at which any text is split exactly, whatever stands before it."""
+        return self.tokenizer.is_fast and any(
+            text.startswith(token.content)
+            for token in self.tokenizer.added_tokens_decoder.values()
+            if not (token.lstrip or token.single_word or token.normalized)
+        )
+
+
+def _part(prompt: list[int], chosen: list[int], rejected: list[int]) -> tuple[list[int], list[int], list[int]]:
+    """Cut both conversations where the first of them parts from the prompt, as TRL does."""
+    shared = min(_common(prompt, chosen), _common(prompt, rejected))
+    return prompt[:shared], chosen[shared:], rejected[shared:]
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    if b[: len(a)] == a:
+        return len(a)
+    return next(at for at, (x, y) in enumerate(zip(a, [*b, None], strict=False)) if x != y)

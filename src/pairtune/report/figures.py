@@ -1,0 +1,44 @@
+"""Figures as PNG files, for reports and for people who would rather look than read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+_COLOURS = {"prompt": "#8a8f98", "chosen": "#2a9d6f", "rejected": "#d1495b"}
+
+
+def draw_lengths(record: dict[str, Any], path: Path) -> Path:
+    """Token lengths of a source: its parts, and what `--max-length` leaves whole.
+
+    Args:
+        record: what `inspect_source` returned; must hold pairs.
+        path: the PNG file.
+    """
+    figure = Figure(figsize=(10, 4), dpi=150, layout="constrained")
+    parts, whole = figure.subplots(1, 2)
+    labels = [*(f"{edge:,}" for edge in record["lengths_up_to"]), "more"]
+    places = range(len(labels))
+    for offset, (name, colour) in enumerate(_COLOURS.items(), -1):
+        shares = _shares(record["lengths"][name])
+        parts.bar([at + offset * 0.27 for at in places], shares, width=0.27, color=colour, label=name)
+    parts.set(title="Length of the parts", ylabel="share of pairs (%)")
+    parts.legend(frameon=False)
+    fits = [sum(_shares(record["lengths"]["prompt and longer answer"])[: at + 1]) for at in places]
+    whole.plot(places, fits, color="#30475e", marker="o")
+    whole.set(title="Prompt with the longer answer", ylabel="share of pairs up to this length (%)", ylim=(0, 104))
+    for axes in (parts, whole):
+        axes.set_xticks(list(places), labels, rotation=45)
+        axes.set_xlabel("tokens, up to")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{record['source']}: {record['kept']:,} pairs")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def _shares(summary: dict[str, Any]) -> list[float]:
+    total = sum(summary["histogram"])
+    return [100 * count / total for count in summary["histogram"]]

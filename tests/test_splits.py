@@ -1,0 +1,138 @@
+"""What belongs together never stands in two splits."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import shared_file
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pairtune.config import SourceConfig
+from pairtune.data.pairs import PreferencePair
+from pairtune.data.reading import Reading
+from pairtune.data.splits import CONTINUED, NEAR, SAME, Prompt, draw_splits, find_leaks, group_prompts, prompt_key
+
+LONG = "Please explain to a child of seven years why the sky is blue at noon but turns red at dawn and at dusk"
+
+
+def talk(*said):
+    return [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(said)]
+
+
+def prompt(*said):
+    return Prompt.of(talk(*said))
+
+
+def relation(a, b):
+    """Why the second prompt leaks from the first one's split, or None."""
+    return find_leaks([[a], [b]])[1].get(0)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "reason"),
+    [
+        (("Why?",), ("  wHy? ",), SAME),
+        (("Why?",), ("Why not?",), None),
+        (("Hi", "Hello.", "Why?"), ("Hi",), CONTINUED),
+        (("Hi",), ("Hi", "Hello.", "Why?"), CONTINUED),
+        (("Hi", "Hello.", "Why?"), ("Hi", "Hello."), None),  # ends with an answer: no prompt that a row could have
+        (("Hi", "Hello.", "Why?"), ("Hi", "Go away.", "How?"), None),
+        ((LONG,), (LONG + " please",), NEAR),
+        ((LONG,), (LONG.replace("blue", "grey").replace("noon", "night").replace("dawn", "eve"),), None),
+    ],
+)
+def test_which_prompts_belong_together(one, other, reason):
+    assert relation(prompt(*one), prompt(*other)) == reason
+
+
+def test_roles_count_in_what_is_the_same():
+    system = [{"role": "system", "content": "Hi"}, *talk("Why?")]
+    assert relation(Prompt.of(system), prompt("Hi", "Why?", "Why?")) is None
+    assert prompt_key(system) != prompt_key(talk("Hi Why?"))
+
+
+def test_a_prompt_that_was_shortened_is_also_known_by_what_is_left():
+    cut = Prompt.of(talk("a long story", "Yes.", "Why?"), talk("Why?"))
+    assert relation(prompt("Why?"), cut) == SAME
+    assert relation(cut, prompt("Why?")) == SAME
+    assert relation(cut, Prompt.of(talk("another tale", "No.", "Why?"), talk("Why?"))) == SAME
+
+
+def test_groups_reach_over_others():
+    prompts = [prompt("Hi"), prompt("Bye"), prompt("Hi", "Yes.", "Why?"), prompt("Hi", "No.", "How?"), prompt("BYE ")]
+    groups = group_prompts(prompts)
+    assert groups[0] == groups[2] == groups[3]
+    assert groups[1] == groups[4] != groups[0]
+
+
+def test_leaks_are_judged_against_what_was_kept():
+    """The middle split's prompt leaks and is gone, so the last split's may stay."""
+    train, middle, last = prompt("Hi"), prompt("Hi", "Yes.", "Why?"), prompt("Hi", "Yes.", "Why?", "So.", "Oh?")
+    assert find_leaks([[train], [middle], [last]]) == [{}, {0: CONTINUED}, {0: CONTINUED}]
+    other = prompt(LONG)
+    assert find_leaks([[other], [prompt(LONG + " a b c")], [prompt(LONG + " a b c d e f")]])[1:] == [{0: NEAR}, {}]
+
+
+def test_a_share_is_of_the_groups_and_train_keeps_one():
+    many = [prompt(f"{word} {word}") for word in "abcdefghijklmnopqrst"]
+    assert [draw_splits(many, (0.1, 0.1), 0).count(split) for split in range(3)] == [16, 2, 2]
+    assert [draw_splits(many, (0.0, 0.25), 0).count(split) for split in range(3)] == [15, 0, 5]
+    assert sorted(draw_splits(many[:3], (0.1, 0.1), 0)) == [0, 1, 2]
+    assert sorted(draw_splits(many[:2], (0.1, 0.1), 0)) == [0, 1]
+    assert draw_splits(many[:1], (0.1, 0.1), 0) == [0]
+    assert draw_splits([], (0.1, 0.1), 0) == []
+
+
+def test_added_prompts_do_not_move_the_others_about():
+    prompts = [prompt(f"{word} {word}") for word in "abcdefghijklmnopqrst"]
+    before = draw_splits(prompts, (0.5,), 3)
+    after = draw_splits([prompt("new"), *prompts, prompt("newer")], (0.5,), 3)[1:-1]
+    assert sum(a != b for a, b in zip(before, after, strict=True)) <= 2
+    assert draw_splits(prompts, (0.5,), 4) != before
+
+
+words = st.lists(st.sampled_from(["why", "is", "it", "so", "Why", "hi"]), min_size=1, max_size=7).map(" ".join)
+conversations = st.lists(words, min_size=1, max_size=5).filter(lambda said: len(said) % 2)
+
+
+def belong_together(one, other):
+    """By the plain definition, without hashes: equal, or one begins with the other."""
+    flat = [[(turn["role"], " ".join(turn["content"].casefold().split())) for turn in turns] for turns in (one, other)]
+    short, long = sorted(flat, key=len)
+    return long[: len(short)] == short
+
+
+@given(st.lists(conversations, max_size=14), st.integers(0, 3))
+def test_no_conversation_is_ever_drawn_for_two_splits(said, seed):
+    talks = [talk(*each) for each in said]
+    splits = draw_splits([Prompt.of(turns) for turns in talks], (0.2, 0.2), seed)
+    for one, split in zip(talks, splits, strict=True):
+        for other, another in zip(talks, splits, strict=True):
+            assert split == another or not belong_together(one, other)
+
+
+@given(st.lists(conversations, max_size=8), st.lists(conversations, max_size=8))
+def test_no_conversation_is_left_in_two_given_splits(train, held):
+    train, held = [talk(*each) for each in train], [talk(*each) for each in held]
+    leaks = find_leaks([[Prompt.of(turns) for turns in split] for split in (train, held)])
+    assert not leaks[0]
+    for number, turns in enumerate(held):
+        if any(belong_together(turns, other) for other in train):
+            assert number in leaks[1]
+        elif number in leaks[1]:
+            assert leaks[1][number] == NEAR
+
+
+@pytest.mark.parametrize("name", ["hh_harmless_2000.jsonl.gz", "rm_static_train.jsonl.gz", "sharegpt_dpo_en_demo.json"])
+def test_no_real_conversation_stands_in_two_splits(name):
+    reading = Reading.open(SourceConfig(source=str(shared_file(name))), "--data", {}, None)
+    talks = [pair.prompt for _, pair in reading.parsed() if isinstance(pair, PreferencePair)]
+    splits = draw_splits([Prompt.of(turns) for turns in talks], (0.1, 0.1), 0)
+    assert min(splits.count(split) for split in range(3)) > 0.05 * len(talks)
+    whole = {}
+    for turns, split in zip(talks, splits, strict=True):
+        flat = tuple((turn["role"], " ".join(turn["content"].casefold().split())) for turn in turns)
+        assert whole.setdefault(flat, split) == split
+    for flat, split in whole.items():
+        for end in range(1, len(flat)):
+            assert whole.get(flat[:end], split) == split
