@@ -190,6 +190,13 @@ def test_a_pair_that_cannot_fit_is_left_out_and_others_are_untouched():
     assert (kept.turns_cut, cut.turns_cut) == (0, 2)
 
 
+def test_what_can_never_fit_is_not_even_tokenized(monkeypatch):
+    encoder = PairTokenizer(byte_tokenizer(), 64)
+    monkeypatch.setattr(encoder, "encode_whole", lambda pairs: [] if not pairs else pytest.fail("tokenized"))
+    (left_out,) = encoder.encode([long_pair(0, answer="a" * 1_000_000)])
+    assert left_out.reason == "longer than 64 tokens"
+
+
 @given(st.integers(0, 4), st.booleans(), st.integers(1, 30), st.integers(20, 300))
 def test_whatever_is_kept_fits_and_keeps_its_last_turn_and_its_ends(exchanges, system, answer, limit):
     pair = long_pair(exchanges, system=system, answer="a" * answer)

@@ -50,10 +50,12 @@ def inspect_source(
     Raises:
         BadInput: the source is damaged so that its rows cannot be told.
     """
-    seen = _Seen(PairTokenizer(tokenizer, max_length), _special_tokens(tokenizer))
-    for batch in reading.encoded(PairTokenizer(tokenizer)):
-        for row, result in batch:
-            seen.take(row, result)
+    encoder = PairTokenizer(tokenizer, max_length)
+    seen = _Seen(_special_tokens(tokenizer))
+    for batch in reading.encoded(encoder.encode_whole):
+        whole = [result for _, result in batch]
+        for (row, _), result, used in zip(batch, whole, encoder.fit(whole), strict=True):
+            seen.take(row, result, used)
         progress(seen.rows)
     record = {"source": reading.source.name, "format": reading.format, "max_length": max_length}
     record |= seen.summary(tokenizer)
@@ -70,9 +72,8 @@ def _special_tokens(tokenizer: Any) -> re.Pattern[str]:
 
 @dataclass
 class _Seen:
-    """What has been seen of a source so far. Lengths are those before anything is cut to `fitting.max_length`."""
+    """What has been seen of a source so far."""
 
-    fitting: PairTokenizer
     special: re.Pattern[str]
     rows: int = 0
     kept: int = 0
@@ -84,19 +85,15 @@ class _Seen:
     with_special: list[str] = field(default_factory=list)
     example: TokenizedPair | None = None
 
-    def take(self, row: SourceRow, result: TokenizedPair | BadRow) -> None:
+    def take(self, row: SourceRow, whole: TokenizedPair | BadRow, used: TokenizedPair | BadRow) -> None:
+        """Note a row: its lengths as it stands in the source, everything else as it would be used."""
         self.rows += 1
-        if isinstance(result, TokenizedPair):
-            (result,) = self._fit(result)
-        if isinstance(result, BadRow):
-            self._drop(row, result)
+        if isinstance(whole, TokenizedPair):
+            self.lengths.append((len(whole.prompt_ids), len(whole.chosen_ids), len(whole.rejected_ids)))
+        if isinstance(used, TokenizedPair):
+            self._keep(used)
         else:
-            self._keep(result)
-
-    def _fit(self, pair: TokenizedPair) -> list[TokenizedPair | BadRow]:
-        self.lengths.append((len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)))
-        fits = pair.length <= (self.fitting.max_length or pair.length)
-        return [pair] if fits else self.fitting.encode([pair.pair])
+            self._drop(row, used)
 
     def _drop(self, row: SourceRow, fault: BadRow) -> None:
         nothing = {"rows": 0, "stops": not isinstance(fault, LeftOut), "places": []}

@@ -189,7 +189,7 @@ class _Preparation:
     def _batches(self) -> Iterator[list[TokenizedPair]]:
         rows = 0
         for share in self.shares:
-            for batch in share.reading.encoded(self.encoder):
+            for batch in share.reading.encoded(self.encoder.encode):
                 yield [pair for row, result in batch if (pair := self._take(share, row, result))]
                 rows += len(batch)
                 self.progress(rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -10,9 +10,11 @@ from pairtune.config import Columns, SourceConfig
 from pairtune.data.formats import RowParser
 from pairtune.data.pairs import BadRow, PreferencePair
 from pairtune.data.sources import Source, SourceRow, open_source
-from pairtune.data.tokens import PairTokenizer, TokenizedPair
+from pairtune.data.tokens import TokenizedPair
 
 _BATCH = 512
+
+Encode = Callable[[Sequence[PreferencePair]], list[TokenizedPair | BadRow]]
 
 
 @dataclass(eq=False)
@@ -42,11 +44,11 @@ class Reading:
             except BadRow as fault:
                 yield row, fault
 
-    def encoded(self, encoder: PairTokenizer) -> Iterator[list[tuple[SourceRow, TokenizedPair | BadRow]]]:
-        """Every row, tokenized, in batches and in the source's order."""
+    def encoded(self, encode: Encode) -> Iterator[list[tuple[SourceRow, TokenizedPair | BadRow]]]:
+        """Every row, tokenized by a method of `PairTokenizer`, in batches and in the source's order."""
         rows = self.parsed()
         while batch := list(islice(rows, _BATCH)):
-            tokenized = iter(encoder.encode([pair for _, pair in batch if isinstance(pair, PreferencePair)]))
+            tokenized = iter(encode([pair for _, pair in batch if isinstance(pair, PreferencePair)]))
             yield [(row, next(tokenized) if isinstance(pair, PreferencePair) else pair) for row, pair in batch]
 
 

@@ -18,6 +18,7 @@ from pairtune.runs import fingerprint
 
 # Rows whose quick ids are compared with the slow ones before the quick way is trusted.
 _CHECKED = 16
+_LONG = 20_000  # characters; to check longer ones would take longer than it saves
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class PairTokenizer:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.template = _Template(tokenizer)
+        # No text of this many characters fits. Four: what a normaliser may at most make of one character.
+        self._hopeless = 4 * max_length * max(map(len, tokenizer.get_vocab())) if max_length else None
 
     def encode(self, pairs: Sequence[PreferencePair]) -> list[TokenizedPair | BadRow]:
         """Tokenize pairs; a pair that the template refuses, or that cannot be made to fit, is a `BadRow` in its place.
@@ -68,52 +71,55 @@ class PairTokenizer:
         A conversation over `max_length` tokens loses its oldest exchange, then the next, never the system message nor
         the last user turn. Answers are never cut.
         """
-        encoded = self._encode(pairs)
-        if self.max_length is None:
-            return encoded
-        too_long = [at for at, result in enumerate(encoded) if not self._fits(result)]
+        worthwhile = iter(self.encode_whole([pair for pair in pairs if not self._is_hopeless(pair)]))
+        return self.fit([self._too_long() if self._is_hopeless(pair) else next(worthwhile) for pair in pairs])
+
+    def encode_whole(self, pairs: Sequence[PreferencePair]) -> list[TokenizedPair | BadRow]:
+        """The same without a limit on the length."""
+        try:
+            return [*self.template.encode(pairs)] if pairs else []
+        except TemplateError as error:
+            if len(pairs) > 1:  # find the pair at fault
+                return [result for pair in pairs for result in self.encode_whole([pair])]
+            reason = f"is refused by the model's chat template ({one_line(error, 120)})"
+            return [BadRow("refused by the chat template", "prompt", reason)]
+
+    def fit(self, whole: Sequence[TokenizedPair | BadRow]) -> list[TokenizedPair | BadRow]:
+        """Cut oldest turns off what `encode_whole` gave, until it fits; see `encode`."""
+        results = list(whole)
+        too_long = {
+            at: each.pair for at, each in enumerate(results) if isinstance(each, TokenizedPair) and not self._fits(each)
+        }
         cut = 0
         while too_long:
             cut += 2
-            shorter = {at: _without_oldest(pairs[at], cut) for at in too_long}
-            for at, pair in shorter.items():
-                if pair is None:
-                    encoded[at] = LeftOut(
-                        f"longer than {self.max_length} tokens", "", "does not fit even without its older turns"
-                    )
+            shorter = {at: _without_oldest(pair, cut) for at, pair in too_long.items()}
             retried = {at: pair for at, pair in shorter.items() if pair is not None}
-            for at, result in zip(retried, self._encode(list(retried.values())), strict=True):
-                encoded[at] = result if isinstance(result, BadRow) else replace(result, pair=pairs[at])
-            too_long = [at for at in retried if not self._fits(encoded[at])]
-        return encoded
+            encoded = dict(zip(retried, self.encode_whole(list(retried.values())), strict=True))
+            for at, pair in too_long.items():
+                result = encoded.get(at) or self._too_long()
+                results[at] = result if isinstance(result, BadRow) else replace(result, pair=pair)
+            too_long = {at: pair for at, pair in too_long.items() if not self._fits(results[at])}
+        return results
 
     def fingerprint(self) -> str:
         """Of everything that ids depend on besides the pairs."""
         tokenizer = self.tokenizer
         rules = (
-            tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))
+            tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(sorted(tokenizer.get_vocab().items()))
         )
-        return fingerprint(
-            [
-                type(tokenizer).__name__,
-                rules,
-                str(tokenizer.chat_template),
-                str(tokenizer.eos_token),
-                f"{self.max_length}",
-            ]
-        )
+        settings = (type(tokenizer).__name__, tokenizer.chat_template, tokenizer.eos_token, self.max_length)
+        return fingerprint([rules, *map(str, settings)])
 
     def _fits(self, result: TokenizedPair | BadRow) -> bool:
         return isinstance(result, BadRow) or self.max_length is None or result.length <= self.max_length
 
-    def _encode(self, pairs: Sequence[PreferencePair]) -> list[TokenizedPair | BadRow]:
-        try:
-            return [*self.template.encode(pairs)] if pairs else []
-        except TemplateError as error:
-            if len(pairs) > 1:  # find the pair at fault
-                return [result for pair in pairs for result in self._encode([pair])]
-            reason = f"is refused by the model's chat template ({one_line(error, 120)})"
-            return [BadRow("refused by the chat template", "prompt", reason)]
+    def _is_hopeless(self, pair: PreferencePair) -> bool:
+        answer = max(len(pair.chosen), len(pair.rejected))
+        return self._hopeless is not None and len(pair.prompt[-1]["content"]) + answer > self._hopeless
+
+    def _too_long(self) -> LeftOut:
+        return LeftOut(f"longer than {self.max_length} tokens", "", "does not fit even without its older turns")
 
 
 def decode_example(tokenizer: Any, pair: TokenizedPair) -> dict[str, str]:
@@ -180,7 +186,7 @@ class _Template:
         if not self.quick:
             return self._cut_whole(texts)
         if self.checked < _CHECKED:
-            unchecked = texts[: _CHECKED - self.checked]
+            unchecked = [three for three in texts[: _CHECKED - self.checked] if len(three[0]) < _LONG]
             self.checked += len(unchecked)
             if self._cut_parts(unchecked) != self._cut_whole(unchecked):
                 self.quick = False

@@ -46,11 +46,11 @@ def render_data(data: dict[str, Any]) -> RenderableType:
     """Rows in = kept + dropped by reason, a line a source."""
     lines = [("Data\n", "bold")]
     for source in data["sources"]:
-        dropped = ", ".join(f"{rows} dropped: {reason}" for reason, rows in source["dropped"].items())
-        lines.append(
-            (f"  {source['split']}: {source['rows_in']} rows of {source['source']}, {source['kept']} kept", "")
-        )
-        lines.append((f", {dropped}\n" if dropped else "\n", ""))
+        parts = [f"{source['split']}: {source['rows_in']} rows of {source['source']}", f"{source['kept']} kept"]
+        if source["shortened"]:
+            parts.append(f"of these {source['shortened']} without their oldest turns")
+        parts += [f"{rows} dropped: {reason}" for reason, rows in source["dropped"].items()]
+        lines.append((f"  {', '.join(parts)}\n", ""))
     return Text.assemble(*lines)
 
 
