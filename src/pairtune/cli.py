@@ -81,7 +81,7 @@ def tune(
     batch_size: Annotated[int | None, typer.Option(help="Pairs per step (2).")] = None,
     method: Annotated[str | None, typer.Option(help="lora (default) or full.")] = None,
     loss: Annotated[str | None, typer.Option(help="sigmoid (DPO, default), ipo, hinge, ...")] = None,
-    engine: Annotated[str | None, typer.Option(help="trl.")] = None,
+    engine: Annotated[str | None, typer.Option(help="pairtune (default) or trl.")] = None,
     limit: Annotated[int | None, typer.Option(help="Read at most this many rows of each source.")] = None,
     eval_limit: Annotated[int | None, typer.Option(help="The same for validation and test rows (--limit).")] = None,
     sanity_check: Annotated[

@@ -23,14 +23,30 @@ from pydantic import (
     NonNegativeInt,
     PositiveInt,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_serializer,
 )
 
 from pairtune.errors import BadInput, one_line
 
 Method = Literal["lora", "full"]
-Engine = Literal["trl"]
-Loss = Literal["sigmoid", "ipo", "hinge", "apo_zero", "apo_down", "nca_pair", "sppo_hard", "discopop", "sigmoid_norm"]
+Engine = Literal["pairtune", "trl"]
+Loss = Literal[
+    "sigmoid",
+    "ipo",
+    "hinge",
+    "robust",
+    "exo_pair",
+    "apo_zero",
+    "apo_down",
+    "nca_pair",
+    "sppo_hard",
+    "discopop",
+    "sigmoid_norm",
+    "simpo",
+    "orpo",
+]
 Select = Literal["eval_loss", "accuracy", "margin"]
 DType = Literal["auto", "float32", "bfloat16"]
 OnBadRow = Literal["stop", "skip"]
@@ -96,6 +112,10 @@ class _Training(_Strict):
     batch_size: PositiveInt = Field(2, description="the assignment's; fits a 6 GB card")
     method: Method = Field("lora", description="trains 4 % of the weights, so optimizer state stays small")
     loss: Loss = Field("sigmoid", description="DPO as published (Rafailov et al. 2023, eq. 7)")
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.0, validate_default=True, description="labels are taken as they are"
+    )
+    sft_weight: Annotated[float, Field(ge=0)] = Field(0.0, description="no SFT term, as in DPO")
     lora_rank: PositiveInt = Field(16, description="common for LoRA on every linear layer")
     lora_alpha: Positive = Field(32, description="twice the rank, as usual: scale 2")
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="keeps step 0 exactly at the base")
@@ -103,6 +123,13 @@ class _Training(_Strict):
     max_length: Annotated[int, Field(ge=16)] = Field(1024, description="TRL's default; longer prompts lose turns")
     dtype: DType = Field("auto", description="bfloat16 where this machine multiplies it faster than float32")
     seed: NonNegativeInt = Field(0, description="adapter initialisation, order of pairs, splits, samples")
+
+    @field_validator("label_smoothing")
+    @classmethod
+    def _smoothing_of_exo(cls, value: float, info: ValidationInfo) -> float:
+        if info.data.get("loss") == "exo_pair" and value == 0:
+            raise ValueError("must be above 0 for the loss exo_pair, for example 0.001")
+        return value
 
 
 class TrialConfig(_Training):
@@ -129,7 +156,7 @@ class RunConfig(_Training):
     test_share: Share = Field(0.1, description="a tenth of the prompts has no part in the choice")
     learning_rate: Grid = Field([3e-5, 1e-5], description="the assignment's grid")
     beta: Grid = Field([0.1, 0.2], description="the assignment's grid")
-    engine: Engine = Field("trl", description="TRL's own DPOTrainer")
+    engine: Engine = Field("pairtune", description="this project's; trl is the oracle that it is compared with")
     limit: PositiveInt | None = Field(None, description="all rows")
     eval_limit: PositiveInt | None = Field(None, description="as limit")
     sanity_check: bool = Field(False, description=f"when true: the first {SANITY_ROWS} rows, as in the assignment")
@@ -137,6 +164,15 @@ class RunConfig(_Training):
     select: Select = Field("eval_loss", description="the assignment's rule")
     samples: NonNegativeInt = Field(8, description="held-out prompts answered before and after; 0: none")
     out: Path = Field(default_factory=lambda: Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}", description="the time")
+
+    @field_validator("engine")
+    @classmethod
+    def _what_trl_has(cls, value: Engine, info: ValidationInfo) -> Engine:
+        loss, smoothing = info.data.get("loss"), info.data.get("label_smoothing")
+        beyond = loss in ("simpo", "orpo") or info.data.get("sft_weight") or (smoothing and loss == "sigmoid")
+        if value == "trl" and beyond:
+            raise ValueError("has no simpo, no orpo, no SFT weight and no label smoothing of sigmoid; use pairtune")
+        return value
 
     def row_limit(self, split: str) -> int | None:
         """At most this many rows are read of the source of a split (train, validation or test)."""

@@ -118,6 +118,7 @@ class RunFolder:
 
     config = property(lambda self: self.root / "config.yaml")
     data = property(lambda self: self.root / "data.json")
+    reference = property(lambda self: self.root / "reference")
     trials = property(lambda self: self.root / "trials")
     sweep = property(lambda self: self.root / "sweep.json")
     selection = property(lambda self: self.root / "selection.json")
@@ -175,6 +176,7 @@ class TrialFolder:
     record = property(lambda self: self.root / "trial.json")
     metrics = property(lambda self: self.root / "metrics.jsonl")
     best = property(lambda self: self.root / "best")
+    failed = property(lambda self: self.root / "failed")
 
     def evaluation(self, epoch: int) -> Path:
         """The per-example records of one epoch's evaluation, Parquet, one row per pair."""

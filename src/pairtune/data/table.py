@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import pyarrow as pa
 
 from pairtune.data.pairs import PreferencePair
 from pairtune.data.tokens import PairTokenizer, TokenizedPair
+from pairtune.runs import fingerprint
 
 _MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
 _IDS = pa.list_(pa.int32())
@@ -27,6 +28,14 @@ SCHEMA = pa.schema(
     ]
 )
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+
+class TokenIds(NamedTuple):
+    """The ids of one pair; what `TokenizedPair` says of them holds."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
 
 
 class PairTable(Sequence[PreferencePair]):
@@ -80,6 +89,20 @@ class PairTable(Sequence[PreferencePair]):
         """Some columns of some of the rows, copied into memory."""
         stop = None if count is None else start + count
         return self._table.select(list(names)).take(self._rows[start:stop])
+
+    def tokens(self, rows: Sequence[int]) -> list[TokenIds]:
+        """The ids of some of the rows, by their place in this table."""
+        found = self._table.select(list(ID_COLUMNS)).take(self._rows[list(rows)]).to_pylist()
+        return [TokenIds(*(row[name] for name in ID_COLUMNS)) for row in found]
+
+    def ids_fingerprint(self) -> str:
+        """Of all ids in their order."""
+        ids = self.ids()
+        return fingerprint(
+            chunk.flatten().to_numpy().tobytes() + chunk.value_lengths().to_numpy().tobytes()
+            for name in ID_COLUMNS
+            for chunk in ids[name].chunks
+        )
 
     def ids(self) -> pa.Table:
         """`prompt_ids`, `chosen_ids` and `rejected_ids` of all rows, copied into memory."""

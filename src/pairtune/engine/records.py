@@ -57,6 +57,7 @@ class TrialResult:
         base_fingerprint: of the weights the trial started from.
         best_fingerprint: of the weight files in the trial's `best/`.
         train_seconds: time in training steps, without loading, evaluation and saving.
+        steps_without_gradient: steps whose gradient was exactly 0, so that they taught nothing.
         peak_memory_mb: on an accelerator of this trial; on a CPU the process's highest resident size so far.
     """
 
@@ -67,6 +68,7 @@ class TrialResult:
     best_epoch: int | None = None
     base_fingerprint: str = ""
     best_fingerprint: str = ""
+    steps_without_gradient: int = 0
     train_seconds: float = 0.0
     train_pairs_per_second: float = 0.0
     peak_memory_mb: int = 0
@@ -97,6 +99,7 @@ class TrialResult:
             "config": self.trial.model_dump(mode="json"),
             "base_fingerprint": self.base_fingerprint,
             "best_fingerprint": self.best_fingerprint,
+            "steps_without_gradient": self.steps_without_gradient,
             "epochs": self.epochs,
         }
         write_json(folder.record, self.summary() | more)

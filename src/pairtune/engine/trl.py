@@ -9,12 +9,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-import resource
-import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +20,10 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from datasets.utils.logging import disable_progress_bar
 from peft import LoraConfig, PeftModel
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from pairtune.config import Select, TrialConfig
-from pairtune.data.table import PairTable
+from pairtune.config import TrialConfig
 from pairtune.engine.records import (
     EXAMPLE_METRICS,
     ExampleRecord,
@@ -37,44 +33,11 @@ from pairtune.engine.records import (
     score,
     write_records,
 )
+from pairtune.engine.trial import Log, TrialInputs, check_first_step, load_start, peak_memory_mb
 from pairtune.errors import RunFailed
-from pairtune.models.load import LoadedBase, load_model, weights_fingerprint
+from pairtune.models.load import weights_fingerprint
 from pairtune.models.save import save_best
 from pairtune.runs import TrialFolder
-
-LN_2 = math.log(2)
-
-# One line of metrics.jsonl: `step`, `epoch`, then metric names.
-Log = Callable[[dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class TrialInputs:
-    """What all trials of a run share.
-
-    Attributes:
-        base: the base model; each trial loads its weights anew. Under LoRA `base.dtype` is that of the base weights,
-            with `--method full` that of the matrix products.
-        base_fingerprint: of the base weights; a trial that starts from others is stopped.
-        select: the rule by which a trial's best epoch is kept.
-        reference: log-probs of the base model by split, filled by the first trial and read by all others: they depend
-            on model, pairs and batching alone, which are the same for the whole grid.
-    """
-
-    base: LoadedBase
-    base_fingerprint: str
-    train: PairTable
-    validation: PairTable
-    select: Select
-    reference: dict[str, Dataset] = field(default_factory=dict)
-
-
-def load_start(trial: TrialConfig, base: LoadedBase) -> PreTrainedModel:
-    """The weights a trial starts from.
-
-    Full training keeps them in float32: bfloat16 has 8 bits of precision, and small updates to it are rounded away.
-    """
-    return load_model(base.source, torch.float32 if trial.method == "full" else base.dtype, base.device)
 
 
 def run_trial(trial: TrialConfig, inputs: TrialInputs, folder: TrialFolder, log: Log) -> TrialResult:
@@ -110,7 +73,7 @@ def run_trial(trial: TrialConfig, inputs: TrialInputs, folder: TrialFolder, log:
             result.status, result.reason = "failed", str(failure)
     result.train_seconds = keeper.seconds
     result.train_pairs_per_second = keeper.pairs / keeper.seconds if keeper.seconds else 0.0
-    result.peak_memory_mb = _peak_memory_mb(inputs.base.device)
+    result.peak_memory_mb = peak_memory_mb(inputs.base.device)
     result.write(folder)
     return result
 
@@ -129,6 +92,7 @@ def _arguments(trial: TrialConfig, inputs: TrialInputs, scratch: Path) -> DPOCon
         learning_rate=trial.learning_rate,
         beta=trial.beta,
         loss_type=[trial.loss],
+        label_smoothing=trial.label_smoothing,
         precompute_ref_log_probs=True,  # a third of a LoRA step's work, the same in every epoch and trial
         max_length=None,  # what is too long was shortened or dropped, and counted, before
         max_grad_norm=trial.max_grad_norm,
@@ -216,7 +180,7 @@ class _Keeper(TrainerCallback):
         if logs is None or "loss" not in logs:
             return  # an evaluation (see on_evaluate) or the summary at the end
         if state.global_step == 1:
-            _check_first_step(self.trial, logs)
+            check_first_step(self.trial, logs)
         if not math.isfinite(logs["loss"]):
             raise TrialFailed(
                 f"the loss became {logs['loss']} at step {state.global_step}; lower the learning rate "
@@ -251,23 +215,6 @@ class _Keeper(TrainerCallback):
             )
         self.result.epochs.append(row)
         self.log(row)
-
-
-def _check_first_step(trial: TrialConfig, logs: dict[str, float]) -> None:
-    """Before the first update policy and reference are one model: margins are 0, and the sigmoid loss is ln 2."""
-    margin, loss = logs["rewards/margins"], logs["loss"]
-    if margin != 0 or (trial.loss == "sigmoid" and abs(loss - LN_2) > 1e-6):
-        raise RunFailed(
-            f"trial {trial.name}: the first step has loss {loss:.6f} and reward margin {margin:.6f} instead of "
-            f"{LN_2:.6f} and 0: policy and reference are not the same model at the start"
-        )
-
-
-def _peak_memory_mb(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) // 2**20
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return resident // 2**20 if sys.platform == "darwin" else resident // 2**10
 
 
 class _quiet:

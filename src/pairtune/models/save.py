@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from pairtune.runs import fill_folder
@@ -28,6 +31,24 @@ def save_best(model: PreTrainedModel | PeftModel, tokenizer: Any, folder: Path, 
         model.save_pretrained(target, safe_serialization=True)
         tokenizer.save_pretrained(target)
         (target / "README.md").unlink(missing_ok=True)  # PEFT's card is an unfilled form; ours is made from the run
+
+    return saved_fingerprint(fill_folder(folder, fill))
+
+
+def save_adapter(
+    tensors: Mapping[str, Tensor], config: LoraConfig, tokenizer: Any, folder: Path, base_name: str
+) -> str:
+    """Write an adapter in PEFT's format with its tokenizer, replacing what was in `folder`; see `save_best`."""
+
+    def fill(target: Path) -> None:
+        config.base_model_name_or_path = base_name
+        config.save_pretrained(target)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            target / "adapter_model.safetensors",
+            metadata={"format": "pt"},
+        )
+        tokenizer.save_pretrained(target)
 
     return saved_fingerprint(fill_folder(folder, fill))
 

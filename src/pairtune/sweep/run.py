@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
-from pairtune.config import RunConfig
+from pairtune.config import RunConfig, TrialConfig
 from pairtune.data.prepare import PreparedData
 from pairtune.engine.records import TrialResult
-from pairtune.engine.trl import TrialInputs, load_start, run_trial
+from pairtune.engine.trial import Log, TrialInputs, load_start
 from pairtune.errors import RunFailed
 from pairtune.models.load import LoadedBase, weights_fingerprint
-from pairtune.runs import RunFolder, write_json
+from pairtune.runs import RunFolder, TrialFolder, write_json
 from pairtune.track.sinks import Sink
+
+
+def _engine(config: RunConfig) -> Callable[[TrialConfig, TrialInputs, TrialFolder, Log], TrialResult]:
+    """The engine's way to run a trial; only the one that is used is imported, since TRL takes seconds."""
+    if config.engine == "trl":
+        from pairtune.engine import trl
+
+        return trl.run_trial
+    from pairtune.engine import native
+
+    return native.run_trial
 
 
 def run_sweep(config: RunConfig, data: PreparedData, base: LoadedBase, run: RunFolder, sink: Sink) -> list[TrialResult]:
@@ -23,7 +35,10 @@ def run_sweep(config: RunConfig, data: PreparedData, base: LoadedBase, run: RunF
     """
     trials = config.trials()
     base_fingerprint = weights_fingerprint(load_start(trials[0], base))
-    inputs = TrialInputs(base, base_fingerprint, data.train, data.validation, config.select)
+    inputs = TrialInputs(
+        base, base_fingerprint, data.train, data.validation, config.select, reference_folder=run.reference
+    )
+    run_trial = _engine(config)
     steps = math.ceil(len(data.train) / config.batch_size) * config.epochs
     results: list[TrialResult] = []
     for trial in trials:

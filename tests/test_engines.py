@@ -1,9 +1,10 @@
-"""One trial through TRL: pristine start, exact per-example numbers, and the best epoch's weights on disk."""
+"""One trial through each engine: pristine start, exact per-example numbers, and the best epoch's weights on disk."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pyarrow.parquet as pq
@@ -14,9 +15,9 @@ from conftest import make_pair
 from pairtune.config import TrialConfig
 from pairtune.data.pairs import PreferencePair
 from pairtune.data.table import PairTable
-from pairtune.engine import trl as engine
+from pairtune.engine import native, trl
 from pairtune.engine.records import EXAMPLE_METRICS, mean_metrics, score
-from pairtune.engine.trl import TrialInputs, load_start, run_trial
+from pairtune.engine.trial import TrialInputs, load_start
 from pairtune.errors import RunFailed
 from pairtune.models.load import load_model, load_tuned, weights_fingerprint
 from pairtune.models.save import saved_fingerprint
@@ -38,10 +39,18 @@ def inputs(tiny_base):
     return TrialInputs(tiny_base, start, train, held, "eval_loss")
 
 
-def run(config, inputs, folder):
-    lines: list[dict] = []
-    result = run_trial(config, inputs, TrialFolder(folder), lines.append)
-    return result, lines
+@pytest.fixture(params=[native, trl], ids=["pairtune", "trl"])
+def engine(request):
+    return request.param
+
+
+@pytest.fixture
+def run(engine):
+    def run(config, inputs, folder):
+        lines: list[dict] = []
+        return engine.run_trial(config, inputs, TrialFolder(folder), lines.append), lines
+
+    return run
 
 
 def sequence_logps(model, tokenizer, pair: PreferencePair) -> tuple[float, float]:
@@ -58,7 +67,7 @@ def sequence_logps(model, tokenizer, pair: PreferencePair) -> tuple[float, float
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_the_first_step_is_the_base_model_itself(inputs, tmp_path, method):
+def test_the_first_step_is_the_base_model_itself(run, inputs, tmp_path, method):
     result, lines = run(trial(method=method, learning_rate=1e-3), inputs, tmp_path)
     first = lines[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -68,7 +77,7 @@ def test_the_first_step_is_the_base_model_itself(inputs, tmp_path, method):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_shared_reference_is_the_base_to_the_last_bit(inputs, tmp_path, dtype):
+def test_the_shared_reference_is_the_base_to_the_last_bit(run, inputs, tmp_path, dtype):
     """With hardly any learning, every pair of every epoch has margin 0, in whatever order it comes."""
     base = replace(inputs.base, dtype=getattr(torch, dtype))
     start = weights_fingerprint(load_start(trial(), base))
@@ -78,14 +87,14 @@ def test_the_shared_reference_is_the_base_to_the_last_bit(inputs, tmp_path, dtyp
         assert [line.get("rewards/margins", line.get("eval_rewards/margins")) for line in lines] == [0] * 8
 
 
-def test_two_trials_in_a_row_are_the_same_trial(inputs, tmp_path):
+def test_two_trials_in_a_row_are_the_same_trial(run, inputs, tmp_path):
     first, first_lines = run(trial(), inputs, tmp_path / "a")
     second, second_lines = run(trial(), inputs, tmp_path / "b")
     assert first_lines == second_lines
     assert first.best_fingerprint == second.best_fingerprint
 
 
-def test_a_trial_that_inherits_trained_weights_stops_the_run(inputs, tmp_path, monkeypatch):
+def test_a_trial_that_inherits_trained_weights_stops_the_run(engine, run, inputs, tmp_path, monkeypatch):
     """The assignment's fault: one model object for all trials."""
     shared = load_model(inputs.base.source, torch.float32)
     monkeypatch.setattr(engine, "load_start", lambda *_: shared)
@@ -94,7 +103,7 @@ def test_a_trial_that_inherits_trained_weights_stops_the_run(inputs, tmp_path, m
         run(trial(method="full", beta=0.2), inputs, tmp_path / "b")
 
 
-def test_a_trial_that_inherits_an_adapter_stops_the_run(inputs, tmp_path, monkeypatch):
+def test_a_trial_that_inherits_an_adapter_stops_the_run(engine, run, inputs, tmp_path, monkeypatch):
     shared = load_model(inputs.base.source, torch.float32)
     monkeypatch.setattr(engine, "load_start", lambda *_: shared)
     run(trial(), inputs, tmp_path / "a")
@@ -102,21 +111,33 @@ def test_a_trial_that_inherits_an_adapter_stops_the_run(inputs, tmp_path, monkey
         run(trial(beta=0.2), inputs, tmp_path / "b")
 
 
-def test_a_policy_that_is_not_the_reference_at_the_start_stops_the_run(inputs, tmp_path, monkeypatch):
-    lora = engine._lora
+def test_a_policy_that_is_not_the_reference_at_the_start_stops_the_run(engine, run, inputs, tmp_path, monkeypatch):
+    """B starts as noise."""
+    if engine is trl:
+        lora = trl._lora
 
-    def wrong(config):
-        adapter = lora(config)
-        adapter.init_lora_weights = False  # B starts as noise
-        return adapter
+        def wrong(config):
+            adapter = lora(config)
+            adapter.init_lora_weights = False
+            return adapter
 
-    monkeypatch.setattr(engine, "_lora", wrong)
-    with pytest.raises(RunFailed, match="its adapter is not zero before the first step"):
+        monkeypatch.setattr(trl, "_lora", wrong)
+    else:
+        add_adapters = native.add_adapters
+
+        def wrong(*arguments):
+            adapted = add_adapters(*arguments)
+            for layer in adapted.values():
+                torch.nn.init.normal_(layer.lora_b)
+            return adapted
+
+        monkeypatch.setattr(native, "add_adapters", wrong)
+    with pytest.raises(RunFailed, match="its adapter is not zero before|policy and reference are not the same model"):
         run(trial(), inputs, tmp_path)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_what_is_saved_is_the_epoch_that_the_table_names(inputs, tmp_path, method):
+def test_what_is_saved_is_the_epoch_that_the_table_names(run, inputs, tmp_path, method):
     """Validation answers are swapped, so that every step of training makes them worse: the last epoch is not best."""
     swapped = [replace(pair, chosen=pair.rejected, rejected=pair.chosen) for pair in HELD]
     config = trial(method=method, learning_rate=2e-3 if method == "lora" else 2e-4, epochs=3, beta=1.0)
@@ -136,7 +157,7 @@ def test_what_is_saved_is_the_epoch_that_the_table_names(inputs, tmp_path, metho
     assert math.fsum(recomputed) / len(recomputed) == pytest.approx(losses[result.best_epoch], abs=2e-4)
 
 
-def test_every_evaluation_is_on_disk_per_example_and_its_means_are_the_tables(inputs, tmp_path):
+def test_every_evaluation_is_on_disk_per_example_and_its_means_are_the_tables(run, inputs, tmp_path):
     result, lines = run(trial(), inputs, tmp_path)
     for row in result.epochs:
         records = pq.read_table(TrialFolder(tmp_path).evaluation(row["epoch"])).to_pylist()
@@ -150,7 +171,7 @@ def test_every_evaluation_is_on_disk_per_example_and_its_means_are_the_tables(in
     assert [line for line in lines if "eval_loss" in line] == result.epochs
 
 
-def test_the_training_loss_of_an_epoch_is_the_mean_over_pairs_not_over_batches(inputs, tmp_path):
+def test_the_training_loss_of_an_epoch_is_the_mean_over_pairs_not_over_batches(run, inputs, tmp_path):
     result, lines = run(trial(), inputs, tmp_path)  # 5 pairs in batches of 2: the last batch has one
     steps = [line["loss"] for line in lines if "eval_loss" not in line]
     assert result.epochs[0]["loss"] == pytest.approx((2 * steps[0] + 2 * steps[1] + steps[2]) / 5, abs=1e-12)
@@ -159,7 +180,7 @@ def test_the_training_loss_of_an_epoch_is_the_mean_over_pairs_not_over_batches(i
     assert result.epochs[1]["loss"] == pytest.approx((2 * steps[3] + 2 * steps[4] + steps[5]) / 5, abs=1e-12)
 
 
-def test_trial_json_names_everything(inputs, tmp_path):
+def test_trial_json_names_everything(run, inputs, tmp_path):
     result, _ = run(trial(), inputs, tmp_path)
     record = json.loads(TrialFolder(tmp_path).record.read_text())
     assert record["config"]["learning_rate"] == 5e-3
@@ -170,10 +191,10 @@ def test_trial_json_names_everything(inputs, tmp_path):
     assert record["peak_memory_mb"] > 0
 
 
-def test_a_loss_that_is_no_number_fails_the_trial_with_its_step(inputs, tmp_path):
+def test_a_loss_that_is_no_number_fails_the_trial_with_its_step(run, inputs, tmp_path):
     result, _ = run(trial(method="full", learning_rate=1e25), inputs, tmp_path)
     assert result.status == "failed"
-    assert "became nan at step" in result.reason or "became inf at step" in result.reason
+    assert re.search(r"the loss became (nan|inf).* at step 2", result.reason)
     assert json.loads(TrialFolder(tmp_path).record.read_text())["status"] == "failed"
 
 

@@ -1,0 +1,169 @@
+"""Attention over packed pairs, for every model of transformers that goes through `AttentionInterface`.
+
+A model is switched to it by name (`ATTENTION`) and called with `segments=pack.segments`; transformers hands the keyword
+through to `packed_attention`. No mask over the whole row is ever built. Short pairs, which most are, take a few dense
+products each, with a backward pass of its own: on a CPU that is several times faster than the flash kernel, whose tiles
+are made for long sequences. Long pairs, and other devices, take PyTorch's kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from pairtune.engine.packing import Segment
+
+ATTENTION = "pairtune_packed"
+
+# Tokens of a pair up to which the dense way is taken: its memory grows with the square.
+DENSE_TOKENS = 640
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    segments: Sequence[Segment] | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention in which every answer sees its prompt and itself.
+
+    Args:
+        module: the attention layer.
+        query: [trials, heads, T, size].
+        key: [trials, key heads, T, size]; fewer heads are shared by groups of query heads.
+        value: as key.
+        attention_mask: not used; the segments say everything.
+        segments: of the row.
+        scaling: of the scores; 1 / sqrt(size) by default.
+        dropout: must be 0: models are tuned without.
+        sliding_window: a token sees this many tokens, itself included; None: all.
+        softcap: scores are bent below this value (Gemma 2); None: not.
+
+    Returns:
+        [trials, T, heads, size], and no weights.
+    """
+    if segments is None or dropout:
+        raise ValueError("packed attention needs segments, and no dropout")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    longest = max(segment.length for segment in segments)
+    if query.device.type == "cpu" and softcap is None and longest <= DENSE_TOKENS:
+        result: Tensor = _DenseAttention.apply(query, key, value, tuple(segments), scale, sliding_window)
+        return result.transpose(1, 2), None
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    # One split for queries and one each for keys and values: its backward is one concatenation, where slices would each
+    # add a row of zeros as long as the whole.
+    parts = [tensor.split([segment.length for segment in segments], dim=2) for tensor in (query, key, value)]
+    results = [
+        _attend(q, k, v, _visible(segment, sliding_window, query.device), scale, softcap)
+        for segment, q, k, v in zip(segments, *parts, strict=True)
+    ]
+    return torch.cat(results, dim=2).transpose(1, 2), None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float, softcap: float | None) -> Tensor:
+    if softcap is None:
+        return scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale)
+    scores = torch.tanh(query @ key.mT * scale / softcap) * softcap
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1, dtype=torch.float32)
+    return weights.to(value.dtype) @ value
+
+
+@lru_cache(maxsize=64)  # the layers of a model ask for the same few masks one after the other
+def _visible(segment: Segment, window: int | None, device: torch.device) -> Tensor:
+    """Whether a token of a pair sees another, [length, length]."""
+    positions = torch.cat(
+        [
+            torch.arange(segment.prompt + segment.chosen, device=device),
+            torch.arange(segment.prompt, segment.prompt + segment.rejected, device=device),
+        ]
+    )
+    distance = positions[:, None] - positions
+    visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    chosen = slice(segment.prompt, segment.prompt + segment.chosen)
+    rejected = slice(segment.prompt + segment.chosen, segment.length)
+    visible[rejected, chosen] = visible[chosen, rejected] = False
+    return visible
+
+
+@lru_cache(maxsize=64)
+def _bias(segment: Segment, window: int | None, groups: int, dtype: torch.dtype) -> Tensor:
+    """0 where a token sees another and -inf where not, once for each of the query heads that share a key head."""
+    visible = _visible(segment, window, torch.device("cpu"))
+    bias = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf)
+    return bias.repeat(groups, 1)
+
+
+class _DenseAttention(Function):
+    """softmax(scale Q K' + bias) V, pair by pair; query heads that share keys are rows of one product."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        segments: tuple[Segment, ...],
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        groups = query.shape[1] // key.shape[1]
+        result = torch.empty_like(query, memory_format=torch.contiguous_format)
+        weights = []
+        for segment, part in _parts(segments):
+            q, k, v = _rows(query[:, :, part], groups), _rows(key[:, :, part]), _rows(value[:, :, part])
+            bias = _bias(segment, window, groups, query.dtype)
+            weights.append(torch.baddbmm(bias, q, k.mT, alpha=scale).softmax(-1))
+            result[:, :, part] = torch.bmm(weights[-1], v).view(query.shape[0], query.shape[1], segment.length, -1)
+        ctx.segments, ctx.scale, ctx.groups = segments, scale, groups
+        ctx.save_for_backward(query, key, value, *weights)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        query, key, value, *weights = ctx.saved_tensors
+        results = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (query, key, value)]
+        for (segment, part), weight in zip(_parts(ctx.segments), weights, strict=True):
+            q, k, v = _rows(query[:, :, part], ctx.groups), _rows(key[:, :, part]), _rows(value[:, :, part])
+            g = _rows(grad[:, :, part], ctx.groups)
+            by_scores = torch._softmax_backward_data(torch.bmm(g, v.mT), weight, -1, weight.dtype)
+            by_query = torch.bmm(by_scores, k).mul_(ctx.scale)
+            by_key = torch.bmm(by_scores.mT, q).mul_(ctx.scale)
+            by_value = torch.bmm(weight.mT, g)
+            for result, by in zip(results, (by_query, by_key, by_value), strict=True):
+                result[:, :, part] = by.view(*result.shape[:2], segment.length, -1)
+        return *results, None, None, None
+
+
+def _parts(segments: Sequence[Segment]) -> list[tuple[Segment, slice]]:
+    parts, start = [], 0
+    for segment in segments:
+        parts.append((segment, slice(start, start + segment.length)))
+        start += segment.length
+    return parts
+
+
+def _rows(heads: Tensor, groups: int = 1) -> Tensor:
+    """[trials, heads, length, size] to [trials * heads / groups, groups * length, size]."""
+    trials, number, length, size = heads.shape
+    return heads.reshape(trials * number // groups, groups * length, size)
+
+
+AttentionInterface.register(ATTENTION, packed_attention)

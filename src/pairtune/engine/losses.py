@@ -1,0 +1,196 @@
+"""Preference losses: pure functions of log-probs, one number a pair, so that every mean is a mean over pairs.
+
+All take `PairLogps` whose tensors have shape [..., pairs] and give the same shape, in nats; leading dimensions are
+trials side by side, each with its own `beta`. Ratios are policy minus reference, of log-probs summed over an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from pairtune.config import Loss
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """What a loss sees of a batch of pairs.
+
+    Attributes:
+        chosen: log-probs of the chosen answers under the policy, summed over their tokens, [..., pairs].
+        rejected: the same of the rejected answers.
+        ref_chosen: under the reference model, [pairs].
+        ref_rejected: the same of the rejected answers.
+        chosen_tokens: lengths of the answers in tokens, [pairs].
+        rejected_tokens: the same of the rejected answers.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    ref_chosen: Tensor
+    ref_rejected: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+
+    @property
+    def chosen_ratio(self) -> Tensor:
+        """Log pi(chosen) - log pi_ref(chosen)."""
+        return self.chosen - self.ref_chosen
+
+    @property
+    def rejected_ratio(self) -> Tensor:
+        """Log pi(rejected) - log pi_ref(rejected)."""
+        return self.rejected - self.ref_rejected
+
+    @property
+    def delta(self) -> Tensor:
+        """Difference of the two ratios; the reward margin divided by beta."""
+        return self.chosen_ratio - self.rejected_ratio
+
+    @property
+    def delta_per_token(self) -> Tensor:
+        """The same with each ratio divided by its answer's length."""
+        return self.chosen_ratio / self.chosen_tokens - self.rejected_ratio / self.rejected_tokens
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Numbers that losses depend on.
+
+    Attributes:
+        beta: strength of the pull to the reference, one per trial in the leading dimensions, or a float.
+        label_smoothing: the assumed share of swapped labels (sigmoid, robust, exo_pair).
+        simpo_gamma: SimPO's target margin, as a share of beta.
+        discopop_tau: DiscoPOP's temperature.
+        sft_weight: weight of the chosen answer's negative log-prob per token, added to any loss.
+    """
+
+    beta: Tensor | float
+    label_smoothing: float = 0.0
+    simpo_gamma: float = 0.5
+    discopop_tau: float = 0.05
+    sft_weight: float = 0.0
+
+
+def pair_loss(name: Loss, pairs: PairLogps, settings: LossSettings) -> Tensor:
+    """The loss called `name` of each pair, with the SFT term where one is wanted.
+
+    The SFT term is that of RPO (Pang et al. 2024, "Iterative Reasoning Preference Optimization", eq. 1), per token of
+    the answer.
+    """
+    losses = LOSSES[name](pairs, settings)
+    return losses + settings.sft_weight * _nll_per_token(pairs) if settings.sft_weight else losses
+
+
+def sigmoid(pairs: PairLogps, settings: LossSettings) -> Tensor:
+    """DPO (Rafailov et al. 2023, eq. 7); with label smoothing cDPO (Mitchell 2023, "DPO with noisy preferences")."""
+    logits = settings.beta * pairs.delta
+    smooth = settings.label_smoothing
+    return -(1 - smooth) * logsigmoid(logits) - smooth * logsigmoid(-logits)
+
+
+def robust(pairs: PairLogps, settings: LossSettings) -> Tensor:
+    """Robust DPO, unbiased under swapped labels (Ray Chowdhury et al. 2024, "Provably Robust DPO", eq. 12)."""
+    logits = settings.beta * pairs.delta
+    smooth = settings.label_smoothing
+    return (-(1 - smooth) * logsigmoid(logits) + smooth * logsigmoid(-logits)) / (1 - 2 * smooth)
+
+
+def hinge(pairs: PairLogps, settings: LossSettings) -> Tensor:
+    """SLiC-HF's ranking loss on DPO's margin (Zhao et al. 2023, eq. 1; Liu et al. 2023, RSO, eq. 11)."""
+    return torch.relu(1 - settings.beta * pairs.delta)
+
+
+def ipo(pairs: PairLogps, settings: LossSettings) -> Tensor:
+    """IPO (Azar et al. 2023, eq. 17) with ratios per token, as its authors confirmed and TRL computes it."""
+    return (pairs.delta_per_token - 1 / (2 * settings.beta)) ** 2
+
+
+def sigmoid_norm(pairs: PairLogps, settings: LossSettings) -> Tensor:
+    """DPO with length-normalised ratios (Lambert et al. 2024, "Tulu 3", eq. 6)."""
+    return -logsigmoid(settings.beta * pairs.delta_per_token)
+
+
+def exo_pair(pairs: PairLogps, settings: LossSettings) -> Tensor:
+    """EXO for pairs (Ji et al. 2024, "Towards Efficient Exact Optimization", eq. 16); needs label smoothing above 0."""
+    logits = settings.beta * pairs.delta
+    smooth = torch.tensor(settings.label_smoothing)
+    return torch.sigmoid(logits) * (logsigmoid(logits) - torch.log1p(-smooth)) + torch.sigmoid(-logits) * (
+        logsigmoid(-logits) - torch.log(smooth)
+    )
+
+
+def nca_pair(pairs: PairLogps, settings: LossSettings) -> Tensor:
+    """NCA for pairs (Chen et al. 2024, "Noise Contrastive Alignment", eq. 11 with two answers)."""
+    chosen, rejected = settings.beta * pairs.chosen_ratio, settings.beta * pairs.rejected_ratio
+    return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
+
+
+def sppo_hard(pairs: PairLogps, settings: LossSettings) -> Tensor:
+    """SPPO with win probabilities of 1 and 0 (Wu et al. 2024, eq. 4.7)."""
+    return (pairs.chosen_ratio - 0.5 / settings.beta) ** 2 + (pairs.rejected_ratio + 0.5 / settings.beta) ** 2
+
+
+def apo_zero(pairs: PairLogps, settings: LossSettings) -> Tensor:
+    """APO-zero: chosen up, rejected down (D'Oosterlinck et al. 2024, eq. 7)."""
+    beta = settings.beta
+    return 1 - torch.sigmoid(beta * pairs.chosen_ratio) + torch.sigmoid(beta * pairs.rejected_ratio)
+
+
+def apo_down(pairs: PairLogps, settings: LossSettings) -> Tensor:
+    """APO-down: both down, rejected more (D'Oosterlinck et al. 2024, eq. 8)."""
+    beta = settings.beta
+    return torch.sigmoid(beta * pairs.chosen_ratio) + 1 - torch.sigmoid(beta * pairs.delta)
+
+
+def discopop(pairs: PairLogps, settings: LossSettings) -> Tensor:
+    """DiscoPOP's log-ratio modulated loss (Lu et al. 2024, eq. 5)."""
+    logits = settings.beta * pairs.delta
+    mix = torch.sigmoid(logits / settings.discopop_tau)
+    return -logsigmoid(logits) * (1 - mix) + torch.exp(-logits) * mix
+
+
+def simpo(pairs: PairLogps, settings: LossSettings) -> Tensor:
+    """SimPO, without a reference (Meng et al. 2024, eq. 6); the target margin is `simpo_gamma * beta`."""
+    per_token = pairs.chosen / pairs.chosen_tokens - pairs.rejected / pairs.rejected_tokens
+    return -logsigmoid(settings.beta * (per_token - settings.simpo_gamma))
+
+
+def orpo(pairs: PairLogps, settings: LossSettings) -> Tensor:
+    """ORPO, without a reference (Hong et al. 2024, eq. 6 and 7); beta is the paper's lambda."""
+    chosen, rejected = pairs.chosen / pairs.chosen_tokens, pairs.rejected / pairs.rejected_tokens
+    log_odds = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
+    return _nll_per_token(pairs) - settings.beta * logsigmoid(log_odds)
+
+
+def _nll_per_token(pairs: PairLogps) -> Tensor:
+    return -pairs.chosen / pairs.chosen_tokens
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x < 0."""
+    return torch.log1p(-torch.exp(x))
+
+
+LOSSES: dict[Loss, Callable[[PairLogps, LossSettings], Tensor]] = {
+    "sigmoid": sigmoid,
+    "robust": robust,
+    "hinge": hinge,
+    "ipo": ipo,
+    "sigmoid_norm": sigmoid_norm,
+    "exo_pair": exo_pair,
+    "nca_pair": nca_pair,
+    "sppo_hard": sppo_hard,
+    "apo_zero": apo_zero,
+    "apo_down": apo_down,
+    "discopop": discopop,
+    "simpo": simpo,
+    "orpo": orpo,
+}
+
+# These do without a reference; their rewards are not measured against one.
+REFERENCE_FREE: frozenset[Loss] = frozenset({"simpo", "orpo"})
