@@ -6,6 +6,7 @@ trials side by side, each with its own `beta`. Ratios are policy minus reference
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -118,10 +119,9 @@ def sigmoid_norm(pairs: PairLogps, settings: LossSettings) -> Tensor:
 def exo_pair(pairs: PairLogps, settings: LossSettings) -> Tensor:
     """EXO for pairs (Ji et al. 2024, "Towards Efficient Exact Optimization", eq. 16); needs label smoothing above 0."""
     logits = settings.beta * pairs.delta
-    smooth = torch.tensor(settings.label_smoothing)
-    return torch.sigmoid(logits) * (logsigmoid(logits) - torch.log1p(-smooth)) + torch.sigmoid(-logits) * (
-        logsigmoid(-logits) - torch.log(smooth)
-    )
+    smooth = settings.label_smoothing
+    towards_chosen = torch.sigmoid(logits) * (logsigmoid(logits) - math.log1p(-smooth))
+    return towards_chosen + torch.sigmoid(-logits) * (logsigmoid(-logits) - math.log(smooth))
 
 
 def nca_pair(pairs: PairLogps, settings: LossSettings) -> Tensor:

@@ -167,7 +167,7 @@ class _Training:
         self.pairs += len(rows)
         means = {name: math.fsum(record[name] for record in records) / len(rows) for name in records[0]}
         if self.step == 1:
-            check_first_step(self.trial, means)
+            check_first_step(self.trial, means, self.policy.slack)
         self.weights.take_gradients()
         rate, norm = self.optimizer.learning_rate, self.optimizer.clip()
         self._guard(means["loss"], norm, rows)

@@ -69,6 +69,17 @@ class Policy:
         if getattr(model.config, "logits_scaling", 1) != 1 or getattr(model.config, "logit_scale", 1) != 1:
             raise BadInput(f"--model: {type(model).__name__} scales its logits; use --engine trl")
 
+    @property
+    def slack(self) -> float:
+        """Nats by which the log-prob of an answer may depend on what else is in its row; 0: not at all.
+
+        On a CPU a packed pair's numbers are the same bits in any row: products are the same row by row (from 16 rows
+        on), and attention is computed pair by pair.
+        """
+        if self.packed and self.model.device.type == "cpu":
+            return 0.0
+        return 1e-3 if self.model.dtype == torch.float32 else 0.25
+
     def rows(self, pairs: Sequence[TokenIds], max_tokens: int) -> Iterator[Pack]:
         """Pairs in rows for `answer_logps`."""
         if self.packed:

@@ -1,0 +1,165 @@
+"""Equivalent ways to train are one trajectory: loss and gradient norm of every step, point by point.
+
+TRL's DPOTrainer is the oracle. Both start from the same adapters, see the same pairs in the same order, and are
+compared in float32, where what differs is a mistake and not rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from conftest import make_pair, shared_file
+from torch.utils.data import SequentialSampler
+
+from pairtune.config import SourceConfig, TrialConfig
+from pairtune.data.reading import Reading
+from pairtune.data.table import PairTable
+from pairtune.data.tokens import PairTokenizer, TokenizedPair
+from pairtune.engine import native, trl
+from pairtune.engine.lora import LoraSettings, add_adapters, peft_tensors
+from pairtune.engine.losses import LOSSES
+from pairtune.engine.policy import Policy
+from pairtune.engine.trial import TrialInputs, load_start
+from pairtune.models.load import load_model, weights_fingerprint
+from pairtune.runs import TrialFolder
+
+CLOSE = 1e-4  # of TRL
+SAME = 1e-5  # of ourselves, another way
+
+
+def trial(**changes):
+    settings = {"learning_rate": 3e-3, "beta": 0.1, "epochs": 1, "dtype": "float32", "lora_rank": 4, **changes}
+    return TrialConfig(**settings)
+
+
+def inputs_of(base, pairs, held, **changes):
+    start = weights_fingerprint(load_start(trial(**changes), base))
+    return TrialInputs(base, start, *(PairTable.of(each, base.tokenizer) for each in (pairs, held)), "eval_loss")
+
+
+@pytest.fixture
+def made(tiny_base):
+    pairs = [make_pair(number, rejected="No {0}" * (number % 3 + 1)) for number in range(8)]
+    return partial(inputs_of, tiny_base, pairs[:7], pairs[7:])
+
+
+@pytest.fixture
+def real(tiny_base):
+    """60 short pairs of rm-static: 30 steps."""
+    reading = Reading.open(SourceConfig(source=str(shared_file("rm_static_train.jsonl.gz"))), "--data", {}, 1500)
+    encoder = PairTokenizer(tiny_base.tokenizer, 400)
+    short = [
+        result.pair
+        for batch in reading.encoded(encoder.encode)
+        for _, result in batch
+        if isinstance(result, TokenizedPair) and not result.turns_cut
+    ]
+    assert len(short) > 62
+    return partial(inputs_of, tiny_base, short[:60], short[60:62])
+
+
+@pytest.fixture(autouse=True)
+def in_order(monkeypatch):
+    """Both engines see the pairs as they stand, and start from the adapters of ours."""
+    monkeypatch.setattr(native, "epoch_order", lambda pairs, *_: list(range(pairs)))
+    monkeypatch.setattr(trl._Trainer, "_get_train_sampler", lambda self, data=None: SequentialSampler(data))
+    start = trl._Trainer.__init__
+
+    def start_from_ours(self, *arguments, model, peft_config, args, **more):
+        start(self, *arguments, model=model, peft_config=peft_config, args=args, **more)
+        if peft_config is None:
+            return
+        twin = load_model(ours["source"], torch.float32)
+        tensors = peft_tensors(add_adapters(twin, LoraSettings(peft_config.r), [args.seed]), 0)
+        for name, weights in self.model.named_parameters():
+            if ".lora_A." in name:
+                weights.data.copy_(tensors[name.replace(".default", "")])
+
+    ours: dict = {}
+    monkeypatch.setattr(trl._Trainer, "__init__", start_from_ours)
+    return ours
+
+
+@pytest.fixture
+def trajectory(tiny_base, tmp_path, in_order):
+    in_order["source"] = tiny_base.source
+
+    def trajectory(engine, config, inputs):
+        lines: list[dict] = []
+        result = engine.run_trial(
+            config, replace(inputs, reference={}), TrialFolder(tmp_path / engine.__name__), lines.append
+        )
+        assert result.status == "finished", result.reason
+        return lines
+
+    return trajectory
+
+
+def assert_equal(one, other, tolerance):
+    """Point by point, and without a drift to one side."""
+    assert len(one) == len(other)
+    for name in ("loss", "grad_norm", "learning_rate", "rewards/margins", "logps/chosen", "logits/rejected"):
+        pairs = [(a[name], b[name]) for a, b in zip(one, other, strict=True) if name in a and "eval_loss" not in a]
+        assert pairs
+        for step, (a, b) in enumerate(pairs, 1):
+            assert a == pytest.approx(b, abs=tolerance, rel=tolerance), (name, step)
+    for name in ("eval_loss", "eval_rewards/margins", "eval_logps/chosen", "eval_logits/chosen"):
+        for a, b in zip(one, other, strict=True):
+            assert a.get(name, 0) == pytest.approx(b.get(name, 0), abs=tolerance, rel=tolerance), name
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "apo_zero", "sigmoid_norm"])
+def test_thirty_steps_on_real_pairs_are_trls(real, trajectory, loss, method):
+    config = trial(loss=loss, method=method, learning_rate=1e-3 if method == "lora" else 1e-4)
+    inputs = real(method=method)
+    ours, theirs = (trajectory(engine, config, inputs) for engine in (native, trl))
+    assert len([line for line in ours if "eval_loss" not in line]) == 30
+    assert_equal(ours, theirs, CLOSE)
+
+
+@pytest.mark.parametrize("loss", sorted(LOSSES.keys() - {"simpo", "orpo"}))
+def test_every_loss_that_trl_has_is_trls(made, trajectory, loss):
+    smoothing = {"robust": 0.1, "exo_pair": 0.01}.get(loss, 0.0)
+    config = trial(loss=loss, epochs=2, label_smoothing=smoothing)
+    inputs = made()
+    assert_equal(trajectory(native, config, inputs), trajectory(trl, config, inputs), CLOSE)
+
+
+def test_packing_accumulation_and_plain_rows_are_one_trajectory(made, trajectory, monkeypatch):
+    config = trial(epochs=2, batch_size=4)
+    expected = trajectory(native, config, made())
+    monkeypatch.setattr(native, "TRAIN_TOKENS", 1)  # a pair a pass, gradients accumulated
+    assert_equal(trajectory(native, config, made()), expected, SAME)
+    monkeypatch.undo()
+
+
+def test_unshared_rows_are_the_same_trajectory(made, trajectory, monkeypatch):
+    expected = trajectory(native, trial(), made())
+    monkeypatch.setattr(native, "Policy", partial(Policy, share_prompts=False))
+    assert_equal(trajectory(native, trial(), made()), expected, SAME)
+
+
+def test_padded_rows_are_the_same_trajectory(made, trajectory, monkeypatch):
+    """What models take whose attention cannot be told about segments."""
+    expected = trajectory(native, trial(), made())
+    monkeypatch.setattr("pairtune.engine.policy.PACKED_FAMILIES", frozenset())
+    assert_equal(trajectory(native, trial(), made()), expected, SAME)
+
+
+def test_the_same_seed_gives_the_same_bits(made, trajectory):
+    assert trajectory(native, trial(), made()) == trajectory(native, trial(), made())
+
+
+def test_bfloat16_stays_near_float32(made, trajectory, tiny_base):
+    expected = trajectory(native, trial(epochs=2), made())
+    base = type(tiny_base)(tiny_base.source, tiny_base.tokenizer, torch.bfloat16, tiny_base.device)
+    table = made()
+    start = weights_fingerprint(load_start(trial(), base))
+    inputs = TrialInputs(base, start, table.train, table.validation, "eval_loss")
+    rounded = trajectory(native, trial(epochs=2, dtype="bfloat16"), inputs)
+    assert rounded[0]["loss"] == pytest.approx(expected[0]["loss"], abs=1e-6)
+    assert rounded[-1]["eval_loss"] == pytest.approx(expected[-1]["eval_loss"], abs=0.02)

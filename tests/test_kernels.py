@@ -1,0 +1,338 @@
+"""The engine's parts against the plain way of doing the same: packing, attention, log-probs, adapters, references."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import make_pair
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PhiConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
+
+from pairtune.data.table import PairTable, TokenIds
+from pairtune.engine import attention, logps
+from pairtune.engine.lora import (
+    LoraLinear,
+    LoraSettings,
+    add_adapters,
+    load_peft_tensors,
+    peft_config,
+    peft_tensors,
+)
+from pairtune.engine.packing import Segment, pack_batches, pack_pairs
+from pairtune.engine.policy import PACKED_FAMILIES, Policy
+from pairtune.engine.reference import compute_logps, load_reference, reference_fingerprint, reference_logps
+from pairtune.errors import RunFailed
+from pairtune.models.load import load_model
+from pairtune.models.save import save_adapter
+
+CPU = torch.device("cpu")
+PAIR = TokenIds([1, 2, 3], [4, 5], [6, 7, 8])
+
+
+def test_a_packed_row_by_hand():
+    pack = pack_pairs([PAIR, TokenIds([9], [10], [11, 12])], CPU)
+    assert pack.input_ids.tolist() == [[1, 2, 3, 4, 6, 7, 9, 11]]
+    assert pack.positions.tolist() == [[0, 1, 2, 3, 3, 4, 0, 1]]
+    assert pack.segments == (Segment(3, 1, 2), Segment(1, 0, 1))
+    assert pack.targets.tolist() == [4, 5, 6, 7, 8, 10, 11, 12]
+    assert pack.predicting.tolist() == [2, 3, 2, 4, 5, 6, 6, 7]
+    assert pack.answers.tolist() == [0, 0, 1, 1, 1, 2, 3, 3]
+    assert pack.answer_tokens.tolist() == [2, 3, 1, 2]
+
+
+def test_a_row_with_prompts_of_their_own_by_hand():
+    pack = pack_pairs([PAIR], CPU, share_prompts=False)
+    assert pack.input_ids.tolist() == [[1, 2, 3, 4, 1, 2, 3, 6, 7]]
+    assert pack.segments == (Segment(3, 1, 0), Segment(3, 2, 0))
+    assert pack.predicting.tolist() == [2, 3, 6, 7, 8]
+
+
+lengths = st.integers(1, 5)
+triples = st.builds(lambda p, c, r: TokenIds([1] * p, [2] * c, [3] * r), lengths, lengths, lengths)
+
+
+@given(st.lists(triples, max_size=9), st.integers(1, 40))
+def test_rows_hold_every_pair_once_and_in_order(pairs, limit):
+    rows = list(pack_batches(pairs, limit, CPU))
+    assert sum(pack.pairs for pack in rows) == len(pairs)
+    targets = [token for pack in rows for token in pack.targets.tolist()]
+    assert targets == [token for pair in pairs for token in (*pair.chosen, *pair.rejected)]
+    for pack in rows:
+        assert pack.pairs == 1 or sum(map(len, pack.segments and [pack.input_ids[0]])) <= limit
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+def test_the_dense_kernel_and_pytorchs_agree_forward_and_backward(dtype, window, key_heads, monkeypatch):
+    torch.manual_seed(0)
+    segments = (Segment(4, 3, 2), Segment(2, 0, 5), Segment(1, 3, 0))
+    tokens = sum(segment.length for segment in segments)
+    inputs = [torch.randn(2, heads, tokens, 8, dtype=dtype) for heads in (4, key_heads, key_heads)]
+    results = []
+    for limit in (attention.DENSE_TOKENS, 0):
+        monkeypatch.setattr(attention, "DENSE_TOKENS", limit)
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        output, _ = attention.packed_attention(None, *leaves, None, segments=segments, sliding_window=window)
+        (output * torch.arange(output.numel(), dtype=dtype).view_as(output).cos()).sum().backward()
+        results.append([output, *(leaf.grad for leaf in leaves)])
+    for dense, plain in zip(*results, strict=True):
+        torch.testing.assert_close(dense, plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_log_probs_and_their_gradients_are_those_of_log_softmax(monkeypatch, softcap, with_bias):
+    monkeypatch.setattr(logps, "_CHUNK_LOGITS", 16 * 50)  # three chunks
+    torch.manual_seed(0)
+    hidden, head = torch.randn(40, 12, dtype=torch.float64), torch.randn(50, 12, dtype=torch.float64)
+    bias = torch.randn(50, dtype=torch.float64) if with_bias else None
+    targets, weights = torch.randint(50, (40,)), torch.randn(40)
+    results = []
+    for ours in (True, False):
+        leaves = [leaf.clone().requires_grad_() if leaf is not None else None for leaf in (hidden, head, bias)]
+        if ours:
+            values, means = logps.token_logps(*leaves, targets, softcap=softcap)
+        else:
+            logits = torch.nn.functional.linear(*leaves)
+            logits = torch.tanh(logits / softcap) * softcap if softcap else logits
+            values, means = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0], logits.mean(1)
+        (values * weights).sum().backward()
+        results.append([values.double(), means.double(), *(leaf.grad for leaf in leaves if leaf is not None)])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+SMALL = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES = {
+    "llama": LlamaConfig(**SMALL),
+    "llama, tied": LlamaConfig(**SMALL, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**SMALL),
+    "qwen3": Qwen3Config(**SMALL, head_dim=8),
+    "smollm3": SmolLM3Config(**SMALL),
+    "gemma": GemmaConfig(**SMALL, head_dim=8),
+    "gemma2": Gemma2Config(
+        **SMALL, head_dim=8, sliding_window=6, attn_logit_softcapping=2.0, final_logit_softcapping=3.0
+    ),
+    "gemma3_text": Gemma3TextConfig(**SMALL, head_dim=8, sliding_window=6),
+    "mistral": MistralConfig(**SMALL, sliding_window=6),
+    "phi": PhiConfig(**SMALL),
+    "phi3": Phi3Config(**SMALL),
+    "gpt2, padded": GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+}
+PAIRS = [
+    TokenIds([5, 6, 7, 8, 9, 10, 11], [12, 13, 14, 15], [16, 17]),
+    TokenIds([20], [21], [22, 23, 24]),
+    TokenIds([30, 31, 32], [33, 34], [33, 35, 36, 37, 38, 39, 40, 41, 42]),
+]
+
+
+def slow_logps(model, pairs):
+    """One sequence at a time, through the model's own attention and head."""
+    values = []
+    for pair in pairs:
+        for answer in (pair.chosen, pair.rejected):
+            logits = model(input_ids=torch.tensor([[*pair.prompt, *answer]])).logits[0].float().log_softmax(-1)
+            start = len(pair.prompt)
+            values.append(sum(logits[start + at - 1, token] for at, token in enumerate(answer)))
+    return torch.stack(values)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_packed_is_itself_one_sequence_at_a_time(family):
+    """Values and gradients; sliding windows and soft-capping included."""
+    torch.manual_seed(1)
+    config = FAMILIES[family]
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    weights = torch.tensor([1.0, -2.0, 0.5, 1.5, -1.0, 0.7])
+    expected = slow_logps(model, PAIRS)
+    (expected * weights).sum().backward()
+    gradients = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    model.zero_grad()
+    policy = Policy(model)
+    assert policy.packed == (config.model_type in PACKED_FAMILIES) == ("padded" not in family)
+    (pack,) = policy.rows(PAIRS, 1000)
+    got = policy.answer_logps(pack).logps[0]
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5)
+    (got * weights).sum().backward()
+    for name, weight in model.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(weight.grad, gradients[name], atol=2e-4, rtol=2e-4)
+
+
+def test_every_packed_family_has_a_test():
+    assert {config.model_type for config in FAMILIES.values()} - {"gpt2"} == PACKED_FAMILIES
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pair_has_the_same_bits_in_any_row(tiny_base, dtype):
+    policy = Policy(load_model(tiny_base.source, dtype))
+    table = PairTable.of([make_pair(number) for number in range(6)], tiny_base.tokenizer)
+    ids = table.tokens(range(6))
+    together = [policy.answer_logps(pack).logps for pack in policy.rows(ids, 10_000)]
+    alone = [policy.answer_logps(pack).logps for pack in policy.rows(ids, 1)]
+    assert len(together) == 1 and len(alone) == 6
+    assert torch.equal(together[0], torch.cat(alone, 1))
+
+
+def test_k_adapters_side_by_side_are_k_adapters_alone(tiny_base):
+    table = PairTable.of([make_pair(number) for number in range(3)], tiny_base.tokenizer)
+    settings = LoraSettings(rank=4, alpha=8)
+
+    def policy(seeds):
+        model = load_model(tiny_base.source, torch.float32)
+        adapted = add_adapters(model, settings, seeds)
+        for layer in adapted.values():
+            for trial, seed in enumerate(seeds):
+                generator = torch.Generator().manual_seed(seed)
+                layer.lora_b.data[trial] = torch.randn(layer.lora_b.shape[1:], generator=generator) / 10
+        return Policy(model, adapted, len(seeds))
+
+    def gradients(which):
+        (pack,) = which.rows(table.tokens(range(3)), 10_000)
+        values = which.answer_logps(pack).logps
+        values.sum().backward()
+        return values, {name: layer.lora_a.grad for name, layer in which.adapted.items()}
+
+    together, by_a = gradients(policy([5, 6, 7]))
+    for trial, seed in enumerate([5, 6, 7]):
+        alone, by_alone = gradients(policy([seed]))
+        torch.testing.assert_close(together[trial], alone[0], atol=1e-5, rtol=1e-5)
+        for name, grad in by_alone.items():
+            torch.testing.assert_close(by_a[name][trial], grad[0], atol=1e-5, rtol=1e-4)
+
+
+def test_a_lora_layer_by_hand():
+    base = torch.nn.Linear(2, 1, bias=False)
+    base.weight.data = torch.tensor([[1.0, 2.0]])
+    layer = LoraLinear(base, LoraSettings(rank=1, alpha=3.0), 1)
+    layer.lora_a.data = torch.tensor([[[1.0, -1.0]]])
+    layer.lora_b.data = torch.tensor([[[0.5]]])
+    # x = (4, 1): base 6, A x = 3, B A x = 1.5, times alpha / rank 4.5.
+    x = torch.tensor([[[4.0, 1.0]]], requires_grad=True)
+    output = layer(x)
+    assert output.item() == 10.5
+    output.backward()
+    assert layer.lora_b.grad.item() == 9.0  # 3 * A x
+    assert layer.lora_a.grad.tolist() == [[[6.0, 1.5]]]  # 3 * B * x
+    assert x.grad.tolist() == [[[2.5, 0.5]]]  # W + 3 B A
+    assert LoraSettings(rank=16, alpha=32, rslora=True).scale == 8.0
+
+
+def test_dropout_is_only_for_training():
+    layer = LoraLinear(torch.nn.Linear(64, 8), LoraSettings(rank=2, dropout=0.5), 1)
+    torch.nn.init.normal_(layer.lora_a)
+    torch.nn.init.normal_(layer.lora_b)
+    x = torch.randn(1, 5, 64)
+    assert not torch.allclose(layer.train()(x), layer(x))
+    assert torch.equal(layer.eval()(x), layer(x))
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "gemma"])
+def test_our_adapters_load_in_peft_and_pefts_here(tmp_path, family, tiny_base):
+    torch.manual_seed(2)
+    folder = tmp_path / "model"
+    AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.float32).save_pretrained(folder)
+
+    def fresh():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+    ours = fresh()
+    adapted = add_adapters(ours, LoraSettings(rank=3, alpha=6.0), [1])
+    for layer in adapted.values():
+        torch.nn.init.normal_(layer.lora_b)
+    expected = slow_logps(ours, PAIRS)
+    save_adapter(peft_tensors(adapted, 0), peft_config(adapted, 3, 6.0, 0.0), tiny_base.tokenizer, tmp_path / "a", "x")
+    theirs = PeftModel.from_pretrained(fresh(), tmp_path / "a").eval()
+    torch.testing.assert_close(slow_logps(theirs, PAIRS), expected, atol=1e-5, rtol=1e-5)
+
+    peft = get_peft_model(fresh(), LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, weight in peft.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    peft.save_pretrained(tmp_path / "b")
+    load_peft_tensors(adapted, 0, load_file(tmp_path / "b" / "adapter_model.safetensors"))
+    torch.testing.assert_close(slow_logps(ours, PAIRS), slow_logps(peft.eval(), PAIRS), atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_of_other_layers_is_refused(tiny_base):
+    adapted = add_adapters(load_model(tiny_base.source, torch.float32), LoraSettings(rank=2), [0])
+    tensors = peft_tensors(adapted, 0)
+    name = next(iter(tensors))
+    with pytest.raises(ValueError, match="adapters of other layers"):
+        load_peft_tensors(adapted, 0, {key: value for key, value in tensors.items() if key != name})
+    with pytest.raises(ValueError, match="shape"):
+        load_peft_tensors(adapted, 0, {**tensors, name: torch.zeros(1, 1)})
+
+
+def test_adapters_start_as_pefts_do(tiny_base):
+    adapted = add_adapters(load_model(tiny_base.source, torch.float32), LoraSettings(rank=64), [0, 1])
+    for layer in adapted.values():
+        bound = 1 / math.sqrt(layer.in_features)
+        assert not layer.lora_b.any()
+        assert layer.lora_a.abs().max() <= bound
+        assert layer.lora_a.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
+        assert not torch.equal(layer.lora_a[0], layer.lora_a[1])
+
+
+def test_references_are_computed_once_and_refused_for_other_pairs(tiny_base, tmp_path):
+    table = PairTable.of([make_pair(number) for number in range(5)], tiny_base.tokenizer)
+    other = PairTable.of([make_pair(number + 1) for number in range(5)], tiny_base.tokenizer)
+    policy = Policy(load_model(tiny_base.source, torch.float32))
+    name = reference_fingerprint("base", CPU, torch.float32, table)
+    assert name != reference_fingerprint("base", CPU, torch.float32, other)
+    assert name != reference_fingerprint("base", CPU, torch.bfloat16, table)
+    assert name != reference_fingerprint("tuned", CPU, torch.float32, table)
+    opened = []
+
+    def open_policy():
+        opened.append(1)
+        return policy
+
+    first = reference_logps(open_policy, name, table, tmp_path / "run" / "train.safetensors")
+    assert first.shape == (5, 2)
+    torch.testing.assert_close(
+        first.flatten(), slow_logps(load_model(tiny_base.source, torch.float32), table.tokens(range(5)))
+    )
+    assert torch.equal(reference_logps(open_policy, name, table, tmp_path / "run" / "train.safetensors"), first)
+    assert torch.equal(reference_logps(open_policy, name, table, tmp_path / "another" / "train.safetensors"), first)
+    assert len(opened) == 1
+    with pytest.raises(RunFailed, match="are of another model, other pairs or another machine"):
+        load_reference(tmp_path / "run" / "train.safetensors", "another", 5)
+    (tmp_path / "run" / "train.safetensors").write_bytes(b"short")
+    with pytest.raises(RunFailed, match="are damaged"):
+        reference_logps(open_policy, name, table, tmp_path / "run" / "train.safetensors")
+
+
+def test_references_of_no_pairs_are_none(tiny_base):
+    table = PairTable.of([make_pair(0)], tiny_base.tokenizer)[:0]
+    assert compute_logps(Policy(load_model(tiny_base.source, torch.float32)), table).shape == (0, 2)
