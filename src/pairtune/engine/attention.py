@@ -128,8 +128,8 @@ class _DenseAttention(Function):
         weights = []
         for segment, part in _parts(segments):
             q, k, v = _rows(query[:, :, part], groups), _rows(key[:, :, part]), _rows(value[:, :, part])
-            bias = _bias(segment, window, groups, query.dtype)
-            weights.append(torch.baddbmm(bias, q, k.mT, alpha=scale).softmax(-1))
+            scores = torch.bmm(q * scale, k.mT).add_(_bias(segment, window, groups, query.dtype))
+            weights.append(scores.softmax(-1))
             result[:, :, part] = torch.bmm(weights[-1], v).view(query.shape[0], query.shape[1], segment.length, -1)
         ctx.segments, ctx.scale, ctx.groups = segments, scale, groups
         ctx.save_for_backward(query, key, value, *weights)

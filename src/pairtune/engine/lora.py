@@ -88,7 +88,7 @@ class _LoraLinear(Function):
         x, weight, a, b, inner = ctx.saved_tensors
         grad_inner = torch.bmm(grad, b).mul_(ctx.scale)
         grad_a = torch.bmm(grad_inner.mT, x).float()
-        grad_b = torch.bmm(grad.mT, inner).float().mul_(ctx.scale)
+        grad_b = torch.bmm(inner.mT, grad).float().mul_(ctx.scale).mT  # this way round is twice as fast
         grad_x = (grad @ weight).baddbmm_(grad_inner, a) if ctx.needs_input_grad[0] else None
         return grad_x, None, None, grad_a, grad_b, None
 
