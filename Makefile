@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo test lint format pins clean
+.PHONY: install demo test lint format bench pins clean
 
 install: $(INSTALLED)
 
@@ -31,6 +31,11 @@ lint: install
 
 test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/pytest --numprocesses 2
+
+# On pairs of your own: make bench DATA=pairs.jsonl. Takes about ten minutes; run nothing beside it.
+DATA ?= bundled:concise
+bench: install
+	HF_HUB_OFFLINE=1 TQDM_DISABLE=1 $(BIN)/python benchmarks/engine.py $(DATA)
 
 format: install
 	$(BIN)/ruff format .

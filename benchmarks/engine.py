@@ -14,8 +14,8 @@ order. Printed are pairs per second of training, peak memory of the process, the
 machine's matrix rate the engine's useful work comes to, and by how much its losses differ from TRL's.
 
 Useful work of a pair: 2 operations a weight of the linear layers and token, forward and for the gradient of the
-activations (--full: once more for that of the weights), tokens counted once a pair with a shared prompt; and 4 a weight of
-the head and answer token. Attention and everything elementwise are not counted.
+activations (--full: once more for that of the weights), the shared prompt's tokens counted once; and 4 a weight of the
+head and answer token. Attention and everything elementwise are not counted.
 """
 
 from __future__ import annotations

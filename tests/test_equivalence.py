@@ -1,6 +1,6 @@
 """Equivalent ways to train are one trajectory: loss and gradient norm of every step, point by point.
 
-TRL's DPOTrainer is the oracle. Both start from the same adapters, see the same pairs in the same order, and are
+TRL's DPOTrainer is the oracle. Both engines start from the same adapters, see the same pairs in the same order, and are
 compared in float32, where what differs is a mistake and not rounding.
 """
 
@@ -12,18 +12,18 @@ from functools import partial
 import pytest
 import torch
 from conftest import make_pair, shared_file
-from torch.utils.data import SequentialSampler
+from transformers import AttentionInterface
 
 from pairtune.config import SourceConfig, TrialConfig
 from pairtune.data.reading import Reading
 from pairtune.data.table import PairTable
 from pairtune.data.tokens import PairTokenizer, TokenizedPair
 from pairtune.engine import native, trl
-from pairtune.engine.lora import LoraSettings, add_adapters, peft_tensors
+from pairtune.engine.attention import ATTENTION, packed_attention
 from pairtune.engine.losses import LOSSES
 from pairtune.engine.policy import Policy
 from pairtune.engine.trial import TrialInputs, load_start
-from pairtune.models.load import load_model, weights_fingerprint
+from pairtune.models.load import weights_fingerprint
 from pairtune.runs import TrialFolder
 
 CLOSE = 1e-4  # of TRL
@@ -61,32 +61,8 @@ def real(tiny_base):
     return partial(inputs_of, tiny_base, short[:60], short[60:62])
 
 
-@pytest.fixture(autouse=True)
-def in_order(monkeypatch):
-    """Both engines see the pairs as they stand, and start from the adapters of ours."""
-    monkeypatch.setattr(native, "epoch_order", lambda pairs, *_: list(range(pairs)))
-    monkeypatch.setattr(trl._Trainer, "_get_train_sampler", lambda self, data=None: SequentialSampler(data))
-    start = trl._Trainer.__init__
-
-    def start_from_ours(self, *arguments, model, peft_config, args, **more):
-        start(self, *arguments, model=model, peft_config=peft_config, args=args, **more)
-        if peft_config is None:
-            return
-        twin = load_model(ours["source"], torch.float32)
-        tensors = peft_tensors(add_adapters(twin, LoraSettings(peft_config.r), [args.seed]), 0)
-        for name, weights in self.model.named_parameters():
-            if ".lora_A." in name:
-                weights.data.copy_(tensors[name.replace(".default", "")])
-
-    ours: dict = {}
-    monkeypatch.setattr(trl._Trainer, "__init__", start_from_ours)
-    return ours
-
-
 @pytest.fixture
-def trajectory(tiny_base, tmp_path, in_order):
-    in_order["source"] = tiny_base.source
-
+def trajectory(tmp_path):
     def trajectory(engine, config, inputs):
         lines: list[dict] = []
         result = engine.run_trial(
@@ -148,6 +124,26 @@ def test_padded_rows_are_the_same_trajectory(made, trajectory, monkeypatch):
     expected = trajectory(native, trial(), made())
     monkeypatch.setattr("pairtune.engine.policy.PACKED_FAMILIES", frozenset())
     assert_equal(trajectory(native, trial(), made()), expected, SAME)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_checkpointed_activations_are_the_same_trajectory(made, trajectory, method):
+    lines, calls = {}, {}
+    try:
+        for mode in ("off", "on"):
+            counted: list[int] = []
+
+            def counting(*arguments, counted=counted, **more):
+                counted.append(1)
+                return packed_attention(*arguments, **more)
+
+            AttentionInterface.register(ATTENTION, counting)
+            lines[mode] = trajectory(native, trial(method=method, checkpointing=mode), made(method=method))
+            calls[mode] = len(counted)
+    finally:
+        AttentionInterface.register(ATTENTION, packed_attention)
+    assert_equal(lines["on"], lines["off"], SAME)
+    assert calls["on"] > calls["off"], "layers are computed again in the backward pass"
 
 
 def test_the_same_seed_gives_the_same_bits(made, trajectory):

@@ -49,6 +49,7 @@ Loss = Literal[
 ]
 Select = Literal["eval_loss", "accuracy", "margin"]
 DType = Literal["auto", "float32", "bfloat16"]
+Checkpointing = Literal["auto", "on", "off"]
 OnBadRow = Literal["stop", "skip"]
 
 
@@ -121,6 +122,7 @@ class _Training(_Strict):
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="keeps step 0 exactly at the base")
     max_grad_norm: Positive = Field(1.0, description="TRL's default")
     max_length: Annotated[int, Field(ge=16)] = Field(1024, description="TRL's default; longer prompts lose turns")
+    checkpointing: Checkpointing = Field("auto", description="on an accelerator, where memory is short; not on a CPU")
     dtype: DType = Field("auto", description="bfloat16 where this machine multiplies it faster than float32")
     seed: NonNegativeInt = Field(0, description="adapter initialisation, order of pairs, splits, samples")
 

@@ -7,7 +7,7 @@ this is plain LoRA; the numbers of each adapter do not depend on the others.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +96,7 @@ class _LoraLinear(Function):
 def add_adapters(model: nn.Module, settings: LoraSettings, seeds: list[int]) -> dict[str, LoraLinear]:
     """Freeze a model and put adapters on all linear layers but the output embedding, as PEFT's "all-linear" does.
 
-    A is drawn from U(-1/sqrt(in), 1/sqrt(in)) as in PEFT, B is 0, so that each adapter starts exactly at the base.
+    A is drawn (see `draw_starts`), B is 0, so that each adapter starts exactly at the base.
 
     Args:
         model: of transformers; changed in place.
@@ -116,12 +116,22 @@ def add_adapters(model: nn.Module, settings: LoraSettings, seeds: list[int]) -> 
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, adapted[name])
     for trial, seed in enumerate(seeds):
-        generator = torch.Generator().manual_seed(seed)
-        for layer in adapted.values():
-            bound = 1 / math.sqrt(layer.in_features)
-            drawn = torch.empty(layer.lora_a.shape[1:]).uniform_(-bound, bound, generator=generator)
-            layer.lora_a.data[trial] = drawn
+        for layer, start in zip(
+            adapted.values(), draw_starts((layer.lora_a[0] for layer in adapted.values()), seed), strict=True
+        ):
+            layer.lora_a.data[trial] = start
     return adapted
+
+
+def draw_starts(factors: Iterable[Tensor], seed: int) -> Iterator[Tensor]:
+    """What the factors A, [rank, in] each, start as: drawn from U(-1/sqrt(in), 1/sqrt(in)), as in PEFT.
+
+    The draw depends on the seed and on the shapes in their order alone, so every engine starts from the same adapters.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for factor in factors:
+        bound = 1 / math.sqrt(factor.shape[1])
+        yield torch.empty(factor.shape).uniform_(-bound, bound, generator=generator)
 
 
 def peft_tensors(adapted: Mapping[str, LoraLinear], trial: int) -> dict[str, Tensor]:

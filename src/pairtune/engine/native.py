@@ -31,7 +31,15 @@ from pairtune.engine.records import (
     write_records,
 )
 from pairtune.engine.reference import reference_fingerprint, reference_logps
-from pairtune.engine.trial import Log, TrialInputs, check_first_step, load_start, peak_memory_mb
+from pairtune.engine.trial import (
+    Log,
+    TrialInputs,
+    check_first_step,
+    epoch_order,
+    load_start,
+    peak_memory_mb,
+    wants_checkpointing,
+)
 from pairtune.errors import RunFailed
 from pairtune.models.load import weights_fingerprint
 from pairtune.models.save import save_adapter, save_best
@@ -63,12 +71,6 @@ def run_trial(trial: TrialConfig, inputs: TrialInputs, folder: TrialFolder, log:
     result.peak_memory_mb = peak_memory_mb(inputs.base.device)
     result.write(folder)
     return result
-
-
-def epoch_order(pairs: int, seed: int, epoch: int) -> list[int]:
-    """The order in which an epoch sees the pairs; the same for all trials of a seed."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(pairs, generator=generator).tolist()
 
 
 @dataclass
@@ -128,6 +130,8 @@ class _Training:
             self.weights = AdapterWeights(self.policy.adapted, 0)
         else:
             self.policy = Policy(self.model)
+        if wants_checkpointing(trial, self.inputs.base.device):
+            self.policy.checkpoint_activations()
         steps = math.ceil(len(train) / trial.batch_size) * trial.epochs
         self.optimizer = TrialOptimizer(trial, self.weights.tensors, steps)
         for epoch in range(1, trial.epochs + 1):

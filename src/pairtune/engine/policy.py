@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pairtune.data.table import TokenIds
 from pairtune.engine.attention import ATTENTION
@@ -68,6 +69,13 @@ class Policy:
             raise BadInput(f"--model: {type(model).__name__} has no plain output embedding; use --engine trl")
         if getattr(model.config, "logits_scaling", 1) != 1 or getattr(model.config, "logit_scale", 1) != 1:
             raise BadInput(f"--model: {type(model).__name__} scales its logits; use --engine trl")
+
+    def checkpoint_activations(self) -> None:
+        """Keep only each layer's input for the backward pass and compute the rest again: less memory, more work."""
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in self.model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True  # this layer's own flag alone: dropout inside it stays off
 
     @property
     def slack(self) -> float:

@@ -55,6 +55,17 @@ def load_start(trial: TrialConfig, base: LoadedBase) -> PreTrainedModel:
     return load_model(base.source, torch.float32 if trial.method == "full" else base.dtype, base.device)
 
 
+def epoch_order(pairs: int, seed: int, epoch: int) -> list[int]:
+    """The order in which an epoch sees the pairs; the same for all trials of a seed, in every engine."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(pairs, generator=generator).tolist()
+
+
+def wants_checkpointing(trial: TrialConfig, device: torch.device) -> bool:
+    """Whether activations are computed twice: memory is what a small card lacks, time is what a CPU lacks."""
+    return device.type != "cpu" if trial.checkpointing == "auto" else trial.checkpointing == "on"
+
+
 def check_first_step(trial: TrialConfig, logs: dict[str, float], slack: float = 0.0) -> None:
     """Before the first update policy and reference are one model: margins are 0, and the sigmoid loss is ln 2.
 

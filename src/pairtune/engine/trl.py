@@ -12,6 +12,7 @@ import os
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from datasets.utils.logging import disable_progress_bar
 from peft import LoraConfig, PeftModel
+from torch.utils.data import Sampler
 from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from pairtune.config import TrialConfig
+from pairtune.engine.lora import draw_starts
 from pairtune.engine.records import (
     EXAMPLE_METRICS,
     ExampleRecord,
@@ -33,7 +36,15 @@ from pairtune.engine.records import (
     score,
     write_records,
 )
-from pairtune.engine.trial import Log, TrialInputs, check_first_step, load_start, peak_memory_mb
+from pairtune.engine.trial import (
+    Log,
+    TrialInputs,
+    check_first_step,
+    epoch_order,
+    load_start,
+    peak_memory_mb,
+    wants_checkpointing,
+)
 from pairtune.errors import RunFailed
 from pairtune.models.load import weights_fingerprint
 from pairtune.models.save import save_best
@@ -99,7 +110,7 @@ def _arguments(trial: TrialConfig, inputs: TrialInputs, scratch: Path) -> DPOCon
         seed=trial.seed,
         use_cpu=on_cpu,
         bf16=trial.method == "full" and inputs.base.dtype == torch.bfloat16,
-        gradient_checkpointing=not on_cpu,  # memory is what a small card lacks, time is what a CPU lacks
+        gradient_checkpointing=wants_checkpointing(trial, inputs.base.device),
         dataloader_pin_memory=not on_cpu,
         eval_strategy="epoch",
         save_strategy="no",
@@ -120,6 +131,20 @@ def _lora(trial: TrialConfig) -> LoraConfig:
     )
 
 
+class _EpochOrder(Sampler[int]):
+    """The order in which this project's engines see the pairs, epoch by epoch."""
+
+    def __init__(self, pairs: int, seed: int) -> None:
+        self.pairs, self.seed, self.epoch = pairs, seed, 0
+
+    def __len__(self) -> int:
+        return self.pairs
+
+    def __iter__(self) -> Iterator[int]:
+        self.epoch += 1
+        return iter(epoch_order(self.pairs, self.seed, self.epoch))
+
+
 class _Trainer(DPOTrainer):
     """TRL's trainer; it shares reference log-probs with its siblings and remembers what it evaluated, pair by pair.
 
@@ -131,6 +156,12 @@ class _Trainer(DPOTrainer):
         self.example_records: list[ExampleRecord] = []
         self._reference = reference
         super().__init__(*args, **kwargs)
+        factors = [weights for name, weights in self.model.named_parameters() if ".lora_A." in name]
+        for weights, start in zip(factors, draw_starts(factors, self.args.seed), strict=True):
+            weights.data.copy_(start)
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> _EpochOrder:
+        return _EpochOrder(len(self.train_dataset), self.args.seed)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset  # tokenized already, to the ids that TRL would make (a test compares them)
