@@ -198,6 +198,26 @@ def test_a_loss_that_is_no_number_fails_the_trial_with_its_step(run, inputs, tmp
     assert json.loads(TrialFolder(tmp_path).record.read_text())["status"] == "failed"
 
 
+def test_a_first_step_without_a_gradient_fails_the_trial(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "pair_loss", lambda name, pairs, settings: pairs.chosen * 0 + math.log(2))
+    result = native.run_trial(trial(), inputs, TrialFolder(tmp_path), lambda line: None)
+    assert result.status == "failed"
+    assert "the gradient of step 1 is 0 (pairs test:" in result.reason
+
+
+def test_later_steps_without_a_gradient_are_counted(run, inputs, tmp_path):
+    """A hinge loss is satisfied by every pair after a few steps."""
+    result, _ = run(trial(loss="hinge", beta=5.0, learning_rate=0.05, epochs=6), inputs, tmp_path)
+    record = json.loads(TrialFolder(tmp_path).record.read_text())
+    assert record["steps_without_gradient"] == result.steps_without_gradient > 0
+
+
+def test_a_trial_that_breaks_down_keeps_its_last_weights_and_names_the_pairs(inputs, tmp_path):
+    result = native.run_trial(trial(learning_rate=1e25), inputs, TrialFolder(tmp_path), lambda line: None)
+    assert re.search(r"at step 2 \(pairs test:\d, test:\d\)", result.reason)
+    assert (tmp_path / "failed" / "adapter_model.safetensors").is_file()
+
+
 def test_means_and_scores_by_hand():
     records = [dict.fromkeys(EXAMPLE_METRICS, value) for value in (1.0, 2.0, 6.0)]
     assert mean_metrics(records) == {f"eval_{name}": 3.0 for name in EXAMPLE_METRICS}

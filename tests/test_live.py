@@ -17,6 +17,7 @@ EVALUATION = {"step": 2, "epoch": 1, "loss": 0.6, "eval_loss": 0.5, "eval_reward
 def follow(console):
     with LiveView(["one", "two"], console) as live:
         live.start("one", 2)
+        live.busy("one", "reference log-probs", 3, 8)
         live.log("one", STEP)
         live.log("one", EVALUATION)
         live.finish("one", "finished", 1)
@@ -30,6 +31,18 @@ def test_without_a_terminal_each_evaluation_is_a_line_with_the_time_left():
     follow(Console(file=out))
     (line,) = out.getvalue().splitlines()
     assert line.startswith("one  epoch 1: loss 0.6000, eval_loss 0.5000, eval accuracy 0.750  (2/4 steps of the grid, ")
+
+
+def test_long_work_says_where_it_is_now_and_then(monkeypatch):
+    out = io.StringIO()
+    clock = iter([0.0, 0.0, 0.0, 20.0, 40.0, 50.0, 80.0, 90.0])
+    monkeypatch.setattr("pairtune.track.live.time.monotonic", lambda: next(clock, 90.0))
+    with LiveView(["one"], Console(file=out)) as live:
+        live.start("one", 2)
+        for done in range(10, 60, 10):
+            live.busy("one", "reference log-probs", done, 60)
+    assert all(line.startswith("one  reference log-probs: ") for line in out.getvalue().splitlines())
+    assert 1 <= len(out.getvalue().splitlines()) <= 2
 
 
 def test_on_a_terminal_each_trial_has_its_line():

@@ -32,11 +32,13 @@ from pairtune.engine.records import (
 )
 from pairtune.engine.reference import reference_fingerprint, reference_logps
 from pairtune.engine.trial import (
+    Busy,
     Log,
     TrialInputs,
     check_first_step,
     epoch_order,
     load_start,
+    not_shown,
     peak_memory_mb,
     wants_checkpointing,
 )
@@ -48,7 +50,9 @@ from pairtune.runs import TrialFolder
 _TABLE_ROWS = 256
 
 
-def run_trial(trial: TrialConfig, inputs: TrialInputs, folder: TrialFolder, log: Log) -> TrialResult:
+def run_trial(
+    trial: TrialConfig, inputs: TrialInputs, folder: TrialFolder, log: Log, busy: Busy = not_shown
+) -> TrialResult:
     """Train one trial from pristine weights, evaluate it at every epoch and keep its best epoch.
 
     Raises:
@@ -61,7 +65,7 @@ def run_trial(trial: TrialConfig, inputs: TrialInputs, folder: TrialFolder, log:
             f"trial {trial.name}: its starting weights ({result.base_fingerprint}) are not the base model's "
             f"({inputs.base_fingerprint}); trials would not be comparable, so the run stops"
         )
-    training = _Training(trial, inputs, folder, log, result, model)
+    training = _Training(trial, inputs, folder, log, busy, result, model)
     try:
         training.run()
     except TrialFailed as failure:
@@ -109,6 +113,7 @@ class _Training:
     inputs: TrialInputs
     folder: TrialFolder
     log: Log
+    busy: Busy
     result: TrialResult
     model: Any
     seconds: float = 0.0
@@ -154,7 +159,10 @@ class _Training:
             base, folder = self.inputs.base, self.inputs.reference_folder
             name = reference_fingerprint(self.inputs.base_fingerprint, base.device, base.dtype, pairs)
             run_file = folder / f"{split}.safetensors" if folder else None
-            self.inputs.reference[split] = reference_logps(lambda: Policy(self.model), name, pairs, run_file)
+            what = f"reference log-probs of the {split} pairs"
+            self.inputs.reference[split] = reference_logps(
+                lambda: Policy(self.model), name, pairs, run_file, lambda done: self.busy(what, done, len(pairs))
+            )
         logps: Tensor = self.inputs.reference[split].to(self.inputs.base.device)
         return logps
 
@@ -217,6 +225,7 @@ class _Training:
                 for pack in self.policy.rows(validation.tokens(rows), EVALUATION_TOKENS):
                     reference = self.references["validation"][len(records) : len(records) + pack.pairs]
                     records += self._score(pack, reference).records()
+                    self.busy("evaluating", len(records), len(validation))
         row = {"epoch": epoch, "step": self.step, "loss": train_loss} | mean_metrics(records)
         if not all(math.isfinite(value) for value in row.values()):
             raise TrialFailed(f"an evaluation metric of epoch {epoch} is not a finite number; lower the learning rate")

@@ -23,6 +23,13 @@ LN_2 = math.log(2)
 # One line of metrics.jsonl: `step`, `epoch`, then metric names.
 Log = Callable[[dict[str, Any]], None]
 
+# What a trial does besides its steps, how many pairs are done, and how many there are.
+Busy = Callable[[str, int, int], None]
+
+
+def not_shown(what: str, done: int, total: int) -> None:
+    """A `Busy` that nobody watches."""
+
 
 @dataclass(frozen=True)
 class TrialInputs:

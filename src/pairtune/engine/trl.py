@@ -37,11 +37,13 @@ from pairtune.engine.records import (
     write_records,
 )
 from pairtune.engine.trial import (
+    Busy,
     Log,
     TrialInputs,
     check_first_step,
     epoch_order,
     load_start,
+    not_shown,
     peak_memory_mb,
     wants_checkpointing,
 )
@@ -51,8 +53,12 @@ from pairtune.models.save import save_best
 from pairtune.runs import TrialFolder
 
 
-def run_trial(trial: TrialConfig, inputs: TrialInputs, folder: TrialFolder, log: Log) -> TrialResult:
+def run_trial(
+    trial: TrialConfig, inputs: TrialInputs, folder: TrialFolder, log: Log, busy: Busy = not_shown
+) -> TrialResult:
     """Train one trial from pristine weights, evaluate it at every epoch and keep its best epoch.
+
+    `busy` is not told anything: TRL does not say how far its reference pass and evaluations are.
 
     Raises:
         RunFailed: the trial did not start at the base model; the run's results would not be comparable.
@@ -217,6 +223,10 @@ class _Keeper(TrainerCallback):
                 f"the loss became {logs['loss']} at step {state.global_step}; lower the learning rate "
                 f"({self.trial.learning_rate:g}), or use --dtype float32"
             )
+        if logs.get("grad_norm") == 0:
+            if state.global_step == 1:
+                raise TrialFailed("the gradient of step 1 is 0: nothing would be learned")
+            self.result.steps_without_gradient += 1
         total = len(self.inputs.train)
         pairs = min(self.trial.batch_size, total - self.pairs % total)
         self.pairs += pairs

@@ -9,14 +9,14 @@ from functools import partial
 from pairtune.config import RunConfig, TrialConfig
 from pairtune.data.prepare import PreparedData
 from pairtune.engine.records import TrialResult
-from pairtune.engine.trial import Log, TrialInputs, load_start
+from pairtune.engine.trial import Busy, Log, TrialInputs, load_start
 from pairtune.errors import RunFailed
 from pairtune.models.load import LoadedBase, weights_fingerprint
 from pairtune.runs import RunFolder, TrialFolder, write_json
 from pairtune.track.sinks import Sink
 
 
-def _engine(config: RunConfig) -> Callable[[TrialConfig, TrialInputs, TrialFolder, Log], TrialResult]:
+def _engine(config: RunConfig) -> Callable[[TrialConfig, TrialInputs, TrialFolder, Log, Busy], TrialResult]:
     """The engine's way to run a trial; only the one that is used is imported, since TRL takes seconds."""
     if config.engine == "trl":
         from pairtune.engine import trl
@@ -43,7 +43,9 @@ def run_sweep(config: RunConfig, data: PreparedData, base: LoadedBase, run: RunF
     results: list[TrialResult] = []
     for trial in trials:
         sink.start(trial.name, steps)
-        result = run_trial(trial, inputs, run.trial(trial.name), partial(sink.log, trial.name))
+        result = run_trial(
+            trial, inputs, run.trial(trial.name), partial(sink.log, trial.name), partial(sink.busy, trial.name)
+        )
         sink.finish(trial.name, result.status, result.best_epoch)
         results.append(result)
         write_json(run.sweep, {"trials": [done.summary() for done in results]})

@@ -10,6 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
+# Where there is no terminal, long work says where it is this often.
+_QUIET_SECONDS = 30
+
 
 class LiveView:
     """Follows all trials of a grid; a context manager, so that the terminal is left as it was found.
@@ -22,6 +25,7 @@ class LiveView:
         self._names = list(trials)
         self._started = time.monotonic()
         self._totals: dict[str, int] = {}
+        self._busy = ("", "", 0.0, 0.0)  # trial, what it does, since when, when that was last said
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -63,6 +67,17 @@ class LiveView:
         self._progress.update(self._tasks[trial], completed=record["step"], state=state)
         done = sum(task.completed for task in self._progress.tasks if task.id != self._all)
         self._progress.update(self._all, completed=done)
+
+    def busy(self, trial: str, what: str, done: int, total: int) -> None:
+        self._progress.update(self._tasks[trial], state=f"{what} {done:,}/{total:,}")
+        now = time.monotonic()
+        if self._busy[:2] != (trial, what):
+            self._busy = (trial, what, now, now)
+        *_, started, spoken = self._busy
+        if not self._console.is_terminal and now - spoken > _QUIET_SECONDS and done < total:
+            self._busy = (trial, what, started, now)
+            left = _clock((now - started) / done * (total - done))
+            self._console.print(f"{trial}  {what}: {done:,}/{total:,}, {left} left", highlight=False, soft_wrap=True)
 
     def finish(self, trial: str, status: str, best_epoch: int | None) -> None:
         state = f"best epoch {best_epoch}" if status == "finished" else f"[red]{status}[/red]"

@@ -18,6 +18,9 @@ class Sink(Protocol):
     def log(self, trial: str, record: dict[str, Any]) -> None:
         """One step or one evaluation: `step`, `epoch`, then metric names (an evaluation has `eval_loss`)."""
 
+    def busy(self, trial: str, what: str, done: int, total: int) -> None:
+        """A trial does something besides its steps, and is so far with it."""
+
     def finish(self, trial: str, status: str, best_epoch: int | None) -> None:
         """A trial has ended, with status `finished` or `failed`."""
 
@@ -36,6 +39,9 @@ class JsonlSink:
         with self._run.trial(trial).metrics.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
+    def busy(self, trial: str, what: str, done: int, total: int) -> None:
+        pass
+
     def finish(self, trial: str, status: str, best_epoch: int | None) -> None:
         pass
 
@@ -53,6 +59,10 @@ class Sinks:
     def log(self, trial: str, record: dict[str, Any]) -> None:
         for sink in self._sinks:
             sink.log(trial, record)
+
+    def busy(self, trial: str, what: str, done: int, total: int) -> None:
+        for sink in self._sinks:
+            sink.busy(trial, what, done, total)
 
     def finish(self, trial: str, status: str, best_epoch: int | None) -> None:
         for sink in self._sinks:
