@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -26,6 +27,10 @@ CHATML = (
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 torch.set_num_threads(1)  # test processes run side by side
+
+# Time is no property: the first draws of a fresh checkout build tables of all characters, on machines that are busy.
+settings.register_profile("pairtune", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("pairtune")
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -99,8 +99,9 @@ def test_thirty_steps_on_real_pairs_are_trls(real, trajectory, loss, method):
 
 @pytest.mark.parametrize("loss", sorted(LOSSES.keys() - {"simpo", "orpo"}))
 def test_every_loss_that_trl_has_is_trls(made, trajectory, loss):
+    """With settings that are not the defaults, where a loss has some; and with rsLoRA's scale."""
     smoothing = {"robust": 0.1, "exo_pair": 0.01}.get(loss, 0.0)
-    config = trial(loss=loss, epochs=2, label_smoothing=smoothing)
+    config = trial(loss=loss, epochs=2, label_smoothing=smoothing, discopop_tau=0.3, rslora=True, learning_rate=1e-3)
     inputs = made()
     assert_equal(trajectory(native, config, inputs), trajectory(trl, config, inputs), CLOSE)
 

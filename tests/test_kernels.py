@@ -257,8 +257,8 @@ def test_dropout_is_only_for_training():
     assert torch.equal(layer.eval()(x), layer(x))
 
 
-@pytest.mark.parametrize("family", ["llama", "phi", "gemma"])
-def test_our_adapters_load_in_peft_and_pefts_here(tmp_path, family, tiny_base):
+@pytest.mark.parametrize(("family", "rslora"), [("llama", False), ("llama", True), ("phi", False), ("gemma", False)])
+def test_our_adapters_load_in_peft_and_pefts_here(tmp_path, family, rslora, tiny_base):
     torch.manual_seed(2)
     folder = tmp_path / "model"
     AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.float32).save_pretrained(folder)
@@ -267,15 +267,17 @@ def test_our_adapters_load_in_peft_and_pefts_here(tmp_path, family, tiny_base):
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
     ours = fresh()
-    adapted = add_adapters(ours, LoraSettings(rank=3, alpha=6.0), [1])
+    settings = LoraSettings(rank=3, alpha=6.0, rslora=rslora)
+    adapted = add_adapters(ours, settings, [1])
     for layer in adapted.values():
         torch.nn.init.normal_(layer.lora_b)
     expected = slow_logps(ours, PAIRS)
-    save_adapter(peft_tensors(adapted, 0), peft_config(adapted, 3, 6.0, 0.0), tiny_base.tokenizer, tmp_path / "a", "x")
+    save_adapter(peft_tensors(adapted, 0), peft_config(adapted, settings), tiny_base.tokenizer, tmp_path / "a", "x")
     theirs = PeftModel.from_pretrained(fresh(), tmp_path / "a").eval()
     torch.testing.assert_close(slow_logps(theirs, PAIRS), expected, atol=1e-5, rtol=1e-5)
 
-    peft = get_peft_model(fresh(), LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM"))
+    config = LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM", use_rslora=rslora)
+    peft = get_peft_model(fresh(), config)
     for name, weight in peft.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight)

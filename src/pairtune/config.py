@@ -117,8 +117,11 @@ class _Training(_Strict):
         0.0, validate_default=True, description="labels are taken as they are"
     )
     sft_weight: Annotated[float, Field(ge=0)] = Field(0.0, description="no SFT term, as in DPO")
+    simpo_gamma: Annotated[float, Field(ge=0)] = Field(0.5, description="SimPO's target margin, as a share of beta")
+    discopop_tau: Positive = Field(0.05, description="DiscoPOP's temperature, as published")
     lora_rank: PositiveInt = Field(16, description="common for LoRA on every linear layer")
     lora_alpha: Positive = Field(32, description="twice the rank, as usual: scale 2")
+    rslora: bool = Field(False, description="scale by alpha over the rank, as LoRA was published")
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="keeps step 0 exactly at the base")
     max_grad_norm: Positive = Field(1.0, description="TRL's default")
     max_length: Annotated[int, Field(ge=16)] = Field(1024, description="TRL's default; longer prompts lose turns")

@@ -139,12 +139,13 @@ def peft_tensors(adapted: Mapping[str, LoraLinear], trial: int) -> dict[str, Ten
     return {name: tensor.clone() for name, tensor in _named(adapted, trial)}
 
 
-def peft_config(adapted: Mapping[str, LoraLinear], rank: int, alpha: float, dropout: float) -> LoraConfig:
+def peft_config(adapted: Mapping[str, LoraLinear], settings: LoraSettings) -> LoraConfig:
     """What PEFT needs to know to load an adapter of these layers."""
     return LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        use_rslora=settings.rslora,
         target_modules=sorted({name.rpartition(".")[2] for name in adapted}),
         task_type="CAUSAL_LM",
         inference_mode=True,

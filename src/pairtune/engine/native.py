@@ -22,14 +22,7 @@ from pairtune.engine.losses import LossSettings, PairLogps, pair_loss
 from pairtune.engine.optimize import AdapterWeights, FullWeights, TrialOptimizer
 from pairtune.engine.packing import Pack
 from pairtune.engine.policy import EVALUATION_TOKENS, TRAIN_TOKENS, Policy
-from pairtune.engine.records import (
-    ExampleRecord,
-    TrialFailed,
-    TrialResult,
-    mean_metrics,
-    score,
-    write_records,
-)
+from pairtune.engine.records import ExampleRecord, TrialFailed, TrialResult
 from pairtune.engine.reference import reference_fingerprint, reference_logps
 from pairtune.engine.trial import (
     Busy,
@@ -37,13 +30,12 @@ from pairtune.engine.trial import (
     TrialInputs,
     check_first_step,
     epoch_order,
-    load_start,
+    finish_trial,
     not_shown,
-    peak_memory_mb,
+    record_evaluation,
+    start_trial,
     wants_checkpointing,
 )
-from pairtune.errors import RunFailed
-from pairtune.models.load import weights_fingerprint
 from pairtune.models.save import save_adapter, save_best
 from pairtune.runs import TrialFolder
 
@@ -58,23 +50,13 @@ def run_trial(
     Raises:
         RunFailed: the trial did not start at the base model; the run's results would not be comparable.
     """
-    model = load_start(trial, inputs.base)
-    result = TrialResult(trial, base_fingerprint=weights_fingerprint(model))
-    if result.base_fingerprint != inputs.base_fingerprint:
-        raise RunFailed(
-            f"trial {trial.name}: its starting weights ({result.base_fingerprint}) are not the base model's "
-            f"({inputs.base_fingerprint}); trials would not be comparable, so the run stops"
-        )
+    model, result = start_trial(trial, inputs)
     training = _Training(trial, inputs, folder, log, busy, result, model)
     try:
         training.run()
     except TrialFailed as failure:
         result.status, result.reason = "failed", str(failure)
-    result.train_seconds = training.seconds
-    result.train_pairs_per_second = training.pairs / training.seconds if training.seconds else 0.0
-    result.peak_memory_mb = peak_memory_mb(inputs.base.device)
-    result.write(folder)
-    return result
+    return finish_trial(result, folder, training.seconds, training.pairs, inputs.base.device)
 
 
 @dataclass
@@ -130,8 +112,7 @@ class _Training:
         references = {name: self._reference(name, pairs) for name, pairs in self._splits.items()}
         self.references = references
         if trial.method == "lora":
-            settings = LoraSettings(trial.lora_rank, trial.lora_alpha, trial.lora_dropout)
-            self.policy = Policy(self.model, add_adapters(self.model, settings, [trial.seed]))
+            self.policy = Policy(self.model, add_adapters(self.model, _lora_settings(trial), [trial.seed]))
             self.weights = AdapterWeights(self.policy.adapted, 0)
         else:
             self.policy = Policy(self.model)
@@ -195,7 +176,9 @@ class _Training:
         tokens = pack.answer_tokens
         pairs = PairLogps(logps[0::2], logps[1::2], reference[:, 0], reference[:, 1], tokens[0::2], tokens[1::2])
         trial = self.trial
-        settings = LossSettings(trial.beta, trial.label_smoothing, sft_weight=trial.sft_weight)
+        settings = LossSettings(
+            trial.beta, trial.label_smoothing, trial.simpo_gamma, trial.discopop_tau, trial.sft_weight
+        )
         losses = pair_loss(trial.loss, pairs, settings)
         return _Scored(losses, pairs, trial.beta, logits[0::2], logits[1::2])
 
@@ -226,27 +209,19 @@ class _Training:
                     reference = self.references["validation"][len(records) : len(records) + pack.pairs]
                     records += self._score(pack, reference).records()
                     self.busy("evaluating", len(records), len(validation))
-        row = {"epoch": epoch, "step": self.step, "loss": train_loss} | mean_metrics(records)
-        if not all(math.isfinite(value) for value in row.values()):
-            raise TrialFailed(f"an evaluation metric of epoch {epoch} is not a finite number; lower the learning rate")
-        named = [{"origin": pair.origin, **record} for pair, record in zip(validation, records, strict=True)]
-        write_records(self.folder, epoch, named)
-        select = self.inputs.select
-        if not self.result.epochs or score(row, select) > score(self.result.best_metrics, select):
-            self.result.best_epoch = epoch
-            self.result.best_fingerprint = self._save(self.folder.best)
-        self.result.epochs.append(row)
-        self.log(row)
+        row = {"epoch": epoch, "step": self.step, "loss": train_loss}
+        self.log(
+            record_evaluation(self.result, self.inputs, self.folder, row, records, lambda: self._save(self.folder.best))
+        )
 
     def _save(self, folder: Path) -> str:
         tokenizer, source = self.inputs.base.tokenizer, self.inputs.base.source
         if self.trial.method == "full":
             return save_best(self.model, tokenizer, folder, source.published_as)
-        config = self.trial
-        return save_adapter(
-            peft_tensors(self.policy.adapted, 0),
-            peft_config(self.policy.adapted, config.lora_rank, config.lora_alpha, config.lora_dropout),
-            tokenizer,
-            folder,
-            source.published_as,
-        )
+        adapted = self.policy.adapted
+        config = peft_config(adapted, _lora_settings(self.trial))
+        return save_adapter(peft_tensors(adapted, 0), config, tokenizer, folder, source.published_as)
+
+
+def _lora_settings(trial: TrialConfig) -> LoraSettings:
+    return LoraSettings(trial.lora_rank, trial.lora_alpha, trial.lora_dropout, trial.rslora)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,17 @@ from transformers import PreTrainedModel
 
 from pairtune.config import Select, TrialConfig
 from pairtune.data.table import PairTable
+from pairtune.engine.records import (
+    ExampleRecord,
+    TrialFailed,
+    TrialResult,
+    mean_metrics,
+    score,
+    write_records,
+)
 from pairtune.errors import RunFailed
-from pairtune.models.load import LoadedBase, load_model
+from pairtune.models.load import LoadedBase, load_model, weights_fingerprint
+from pairtune.runs import TrialFolder
 
 LN_2 = math.log(2)
 
@@ -66,6 +75,71 @@ def epoch_order(pairs: int, seed: int, epoch: int) -> list[int]:
     """The order in which an epoch sees the pairs; the same for all trials of a seed, in every engine."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(pairs, generator=generator).tolist()
+
+
+def start_trial(trial: TrialConfig, inputs: TrialInputs) -> tuple[PreTrainedModel, TrialResult]:
+    """Load a trial's pristine weights, and open its record.
+
+    Raises:
+        RunFailed: they are not the base model's; the run's results would not be comparable.
+    """
+    model = load_start(trial, inputs.base)
+    result = TrialResult(trial, base_fingerprint=weights_fingerprint(model))
+    if result.base_fingerprint != inputs.base_fingerprint:
+        raise RunFailed(
+            f"trial {trial.name}: its starting weights ({result.base_fingerprint}) are not the base model's "
+            f"({inputs.base_fingerprint}); trials would not be comparable, so the run stops"
+        )
+    return model, result
+
+
+def record_evaluation(
+    result: TrialResult,
+    inputs: TrialInputs,
+    folder: TrialFolder,
+    row: dict[str, float],
+    records: Sequence[ExampleRecord],
+    save: Callable[[], str],
+) -> dict[str, float]:
+    """Write one evaluation of the validation pairs, and keep the weights when they are the best so far.
+
+    Args:
+        result: the trial's, to which the evaluation is added.
+        inputs: of the trial.
+        folder: of the trial.
+        row: `epoch`, `step` and the epoch's training loss.
+        records: one per validation pair, in their order.
+        save: writes the weights just evaluated and gives the fingerprint of their files.
+
+    Returns:
+        The row with the means over pairs.
+
+    Raises:
+        TrialFailed: a mean is not a finite number.
+    """
+    row = row | mean_metrics(records)
+    if not all(math.isfinite(value) for value in row.values()):
+        raise TrialFailed(
+            f"an evaluation metric of epoch {row['epoch']} is not a finite number; lower the learning rate"
+        )
+    named = [{"origin": pair.origin, **record} for pair, record in zip(inputs.validation, records, strict=True)]
+    write_records(folder, int(row["epoch"]), named)
+    if not result.epochs or score(row, inputs.select) > score(result.best_metrics, inputs.select):
+        result.best_epoch = int(row["epoch"])
+        result.best_fingerprint = save()
+    result.epochs.append(row)
+    return row
+
+
+def finish_trial(
+    result: TrialResult, folder: TrialFolder, seconds: float, pairs: int, device: torch.device
+) -> TrialResult:
+    """Write a trial's record, with the time that its steps took and the pairs that they saw."""
+    result.train_seconds = seconds
+    result.train_pairs_per_second = pairs / seconds if seconds else 0.0
+    result.peak_memory_mb = peak_memory_mb(device)
+    result.write(folder)
+    return result
 
 
 def wants_checkpointing(trial: TrialConfig, device: torch.device) -> bool:

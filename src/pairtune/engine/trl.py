@@ -27,28 +27,20 @@ from trl import DPOConfig, DPOTrainer
 
 from pairtune.config import TrialConfig
 from pairtune.engine.lora import draw_starts
-from pairtune.engine.records import (
-    EXAMPLE_METRICS,
-    ExampleRecord,
-    TrialFailed,
-    TrialResult,
-    mean_metrics,
-    score,
-    write_records,
-)
+from pairtune.engine.records import EXAMPLE_METRICS, ExampleRecord, TrialFailed, TrialResult
 from pairtune.engine.trial import (
     Busy,
     Log,
     TrialInputs,
     check_first_step,
     epoch_order,
-    load_start,
+    finish_trial,
     not_shown,
-    peak_memory_mb,
+    record_evaluation,
+    start_trial,
     wants_checkpointing,
 )
 from pairtune.errors import RunFailed
-from pairtune.models.load import weights_fingerprint
 from pairtune.models.save import save_best
 from pairtune.runs import TrialFolder
 
@@ -63,14 +55,7 @@ def run_trial(
     Raises:
         RunFailed: the trial did not start at the base model; the run's results would not be comparable.
     """
-    result = TrialResult(trial)
-    model = load_start(trial, inputs.base)
-    result.base_fingerprint = weights_fingerprint(model)
-    if result.base_fingerprint != inputs.base_fingerprint:
-        raise RunFailed(
-            f"trial {trial.name}: its starting weights ({result.base_fingerprint}) are not the base model's "
-            f"({inputs.base_fingerprint}); trials would not be comparable, so the run stops"
-        )
+    model, result = start_trial(trial, inputs)
     with tempfile.TemporaryDirectory(prefix="pairtune-") as scratch, _quiet():
         trainer = _Trainer(
             reference=inputs.reference,
@@ -88,11 +73,7 @@ def run_trial(
             trainer.train()
         except TrialFailed as failure:
             result.status, result.reason = "failed", str(failure)
-    result.train_seconds = keeper.seconds
-    result.train_pairs_per_second = keeper.pairs / keeper.seconds if keeper.seconds else 0.0
-    result.peak_memory_mb = peak_memory_mb(inputs.base.device)
-    result.write(folder)
-    return result
+    return finish_trial(result, folder, keeper.seconds, keeper.pairs, inputs.base.device)
 
 
 def _arguments(trial: TrialConfig, inputs: TrialInputs, scratch: Path) -> DPOConfig:
@@ -110,6 +91,7 @@ def _arguments(trial: TrialConfig, inputs: TrialInputs, scratch: Path) -> DPOCon
         beta=trial.beta,
         loss_type=[trial.loss],
         label_smoothing=trial.label_smoothing,
+        discopop_tau=trial.discopop_tau,
         precompute_ref_log_probs=True,  # a third of a LoRA step's work, the same in every epoch and trial
         max_length=None,  # what is too long was shortened or dropped, and counted, before
         max_grad_norm=trial.max_grad_norm,
@@ -132,6 +114,7 @@ def _lora(trial: TrialConfig) -> LoraConfig:
         r=trial.lora_rank,
         lora_alpha=trial.lora_alpha,
         lora_dropout=trial.lora_dropout,
+        use_rslora=trial.rslora,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
@@ -234,28 +217,16 @@ class _Keeper(TrainerCallback):
         self.log({"step": state.global_step, **logs})
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        records = [
-            {"origin": pair.origin, **record}
-            for pair, record in zip(self.inputs.validation, self.trainer.example_records, strict=True)
-        ]
+        records = list(self.trainer.example_records)
         self.trainer.example_records.clear()
-        epoch = round(state.epoch)
-        row = {"epoch": epoch, "step": state.global_step, "loss": math.fsum(self._losses) / len(self._losses)}
+        loss = math.fsum(self._losses) / len(self._losses)
         self._losses.clear()
-        row |= mean_metrics(records)
-        if not all(math.isfinite(value) for value in row.values()):
-            raise TrialFailed(f"an evaluation metric of epoch {epoch} is not a finite number; lower the learning rate")
-        write_records(self.folder, epoch, records)
-        if not self.result.epochs or score(row, self.inputs.select) > score(
-            self.result.best_metrics, self.inputs.select
-        ):
-            base = self.inputs.base
-            self.result.best_epoch = epoch
-            self.result.best_fingerprint = save_best(
-                self.trainer.model, base.tokenizer, self.folder.best, base.source.published_as
-            )
-        self.result.epochs.append(row)
-        self.log(row)
+        row = {"epoch": round(state.epoch), "step": state.global_step, "loss": loss}
+        self.log(record_evaluation(self.result, self.inputs, self.folder, row, records, self._save))
+
+    def _save(self) -> str:
+        base = self.inputs.base
+        return save_best(self.trainer.model, base.tokenizer, self.folder.best, base.source.published_as)
 
 
 class _quiet:
