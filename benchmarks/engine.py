@@ -1,4 +1,4 @@
-"""Training: this project's engine against TRL, on the same real pairs, in the same session.
+"""Training: this project's engine against TRL, on the same real pairs, side by side.
 
     python benchmarks/engine.py DATA [--pairs 32] [--rounds 2] [--full] [--model smollm2-135m]
 

@@ -1,4 +1,4 @@
-"""Preparing preference data: this project against TRL's own preparation, on the same rows, in the same session.
+"""Preparing preference data: this project against TRL's own preparation, on the same rows, side by side.
 
     python benchmarks/prepare.py DATA [--rows 76256] [--model smollm2-135m] [--trl-rows 4000] [--rounds 3]
 
