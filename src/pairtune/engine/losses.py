@@ -80,7 +80,7 @@ class LossSettings:
 def pair_loss(name: Loss, pairs: PairLogps, settings: LossSettings) -> Tensor:
     """The loss called `name` of each pair, with the SFT term where one is wanted.
 
-    The SFT term is that of RPO (Pang et al. 2024, "Iterative Reasoning Preference Optimization", eq. 1), per token of
+    The SFT term is that of RPO (Pang et al. 2024, "Iterative Reasoning Preference Optimization"), per token of
     the answer.
     """
     losses = LOSSES[name](pairs, settings)
@@ -95,14 +95,14 @@ def sigmoid(pairs: PairLogps, settings: LossSettings) -> Tensor:
 
 
 def robust(pairs: PairLogps, settings: LossSettings) -> Tensor:
-    """Robust DPO, unbiased under swapped labels (Ray Chowdhury et al. 2024, "Provably Robust DPO", eq. 12)."""
+    """Robust DPO, unbiased under swapped labels (Ray Chowdhury et al. 2024, "Provably Robust DPO")."""
     logits = settings.beta * pairs.delta
     smooth = settings.label_smoothing
     return (-(1 - smooth) * logsigmoid(logits) + smooth * logsigmoid(-logits)) / (1 - 2 * smooth)
 
 
 def hinge(pairs: PairLogps, settings: LossSettings) -> Tensor:
-    """SLiC-HF's ranking loss on DPO's margin (Zhao et al. 2023, eq. 1; Liu et al. 2023, RSO, eq. 11)."""
+    """SLiC-HF's ranking loss on DPO's margin (Zhao et al. 2023; Liu et al. 2023, RSO)."""
     return torch.relu(1 - settings.beta * pairs.delta)
 
 
@@ -112,7 +112,7 @@ def ipo(pairs: PairLogps, settings: LossSettings) -> Tensor:
 
 
 def sigmoid_norm(pairs: PairLogps, settings: LossSettings) -> Tensor:
-    """DPO with length-normalised ratios (Lambert et al. 2024, "Tulu 3", eq. 6)."""
+    """DPO with length-normalised ratios (Lambert et al. 2024, "Tulu 3")."""
     return -logsigmoid(settings.beta * pairs.delta_per_token)
 
 
@@ -125,7 +125,7 @@ def exo_pair(pairs: PairLogps, settings: LossSettings) -> Tensor:
 
 
 def nca_pair(pairs: PairLogps, settings: LossSettings) -> Tensor:
-    """NCA for pairs (Chen et al. 2024, "Noise Contrastive Alignment", eq. 11 with two answers)."""
+    """NCA for pairs (Chen et al. 2024, "Noise Contrastive Alignment", with two answers)."""
     chosen, rejected = settings.beta * pairs.chosen_ratio, settings.beta * pairs.rejected_ratio
     return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
 
