@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from pairtune.data.pairs import PreferencePair
 from pairtune.models.load import LoadedBase, load_tokenizer
 from pairtune.models.resolve import resolve_model
-from pairtune.runs import user_cache
+from pairtune.runs import RunFolder, user_cache
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -94,6 +94,32 @@ def make_pair(
     """A small pair; different numbers make different prompts."""
     prompt = ({"role": "user", "content": f"Are there {number} apples?"},)
     return PreferencePair(prompt, chosen.format(number), rejected.format(number), f"test:{number}")
+
+
+class Lines:
+    """A sink that keeps what trials log, by name."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, list[dict]] = {}
+
+    def start(self, trial: str, total_steps: int, steps: int, lines: int) -> None:
+        self.of[trial] = self.of.get(trial, [])[:lines]
+
+    def log(self, trial: str, record: dict) -> None:
+        self.of[trial].append(record)
+
+    def busy(self, trials: list[str], what: str, done: int, total: int) -> None:
+        pass
+
+    def finish(self, trial: str, status: str, best_epoch: int | None) -> None:
+        pass
+
+
+def train_one(engine, config, inputs, folder: Path):
+    """Run one trial; its result, its lines and its folder."""
+    lines, run = Lines(), RunFolder(folder)
+    (result,) = engine.run_trials([config], inputs, run, lines)
+    return result, lines.of[config.name], run.trial(config.name)
 
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

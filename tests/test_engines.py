@@ -6,11 +6,12 @@ import json
 import math
 import re
 from dataclasses import replace
+from functools import partial
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import make_pair
+from conftest import make_pair, train_one
 
 from pairtune.config import TrialConfig
 from pairtune.data.pairs import PreferencePair
@@ -21,7 +22,6 @@ from pairtune.engine.trial import TrialInputs, load_start
 from pairtune.errors import RunFailed
 from pairtune.models.load import load_model, load_tuned, weights_fingerprint
 from pairtune.models.save import saved_fingerprint
-from pairtune.runs import TrialFolder
 
 TRAIN = [make_pair(number) for number in range(5)]
 HELD = [make_pair(number, rejected="No." * (number % 3 + 1) + "{}") for number in range(20, 23)]
@@ -46,11 +46,7 @@ def engine(request):
 
 @pytest.fixture
 def run(engine):
-    def run(config, inputs, folder):
-        lines: list[dict] = []
-        return engine.run_trial(config, inputs, TrialFolder(folder), lines.append), lines
-
-    return run
+    return partial(train_one, engine)
 
 
 def sequence_logps(model, tokenizer, pair: PreferencePair) -> tuple[float, float]:
@@ -68,7 +64,7 @@ def sequence_logps(model, tokenizer, pair: PreferencePair) -> tuple[float, float
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_first_step_is_the_base_model_itself(run, inputs, tmp_path, method):
-    result, lines = run(trial(method=method, learning_rate=1e-3), inputs, tmp_path)
+    result, lines, _ = run(trial(method=method, learning_rate=1e-3), inputs, tmp_path)
     first = lines[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert (first["rewards/margins"], first["rewards/chosen"], first["rewards/rejected"]) == (0, 0, 0)
@@ -83,13 +79,13 @@ def test_the_shared_reference_is_the_base_to_the_last_bit(run, inputs, tmp_path,
     start = weights_fingerprint(load_start(trial(), base))
     inputs = replace(inputs, base=base, base_fingerprint=start, reference={})
     for beta in (0.1, 0.5):  # the second trial reads what the first has computed
-        _, lines = run(trial(learning_rate=1e-30, beta=beta), inputs, tmp_path / str(beta))
+        _, lines, _ = run(trial(learning_rate=1e-30, beta=beta), inputs, tmp_path / str(beta))
         assert [line.get("rewards/margins", line.get("eval_rewards/margins")) for line in lines] == [0] * 8
 
 
 def test_two_trials_in_a_row_are_the_same_trial(run, inputs, tmp_path):
-    first, first_lines = run(trial(), inputs, tmp_path / "a")
-    second, second_lines = run(trial(), inputs, tmp_path / "b")
+    first, first_lines, _ = run(trial(), inputs, tmp_path / "a")
+    second, second_lines, _ = run(trial(), inputs, tmp_path / "b")
     assert first_lines == second_lines
     assert first.best_fingerprint == second.best_fingerprint
 
@@ -141,13 +137,13 @@ def test_what_is_saved_is_the_epoch_that_the_table_names(run, inputs, tmp_path, 
     """Validation answers are swapped, so that every step of training makes them worse: the last epoch is not best."""
     swapped = [replace(pair, chosen=pair.rejected, rejected=pair.chosen) for pair in HELD]
     config = trial(method=method, learning_rate=2e-3 if method == "lora" else 2e-4, epochs=3, beta=1.0)
-    result, _ = run(config, replace(inputs, validation=PairTable.of(swapped, inputs.base.tokenizer)), tmp_path)
+    result, _, folder = run(config, replace(inputs, validation=PairTable.of(swapped, inputs.base.tokenizer)), tmp_path)
     losses = {row["epoch"]: row["eval_loss"] for row in result.epochs}
     assert losses[1] < losses[2] < losses[3]
     assert result.best_epoch == 1
-    assert result.best_fingerprint == saved_fingerprint(TrialFolder(tmp_path).best)
+    assert result.best_fingerprint == saved_fingerprint(folder.best)
 
-    tuned, base = load_tuned(TrialFolder(tmp_path).best, inputs.base), load_model(inputs.base.source, torch.float32)
+    tuned, base = load_tuned(folder.best, inputs.base), load_model(inputs.base.source, torch.float32)
     recomputed = []
     for pair in swapped:
         chosen, rejected = sequence_logps(tuned, inputs.base.tokenizer, pair)
@@ -158,9 +154,9 @@ def test_what_is_saved_is_the_epoch_that_the_table_names(run, inputs, tmp_path, 
 
 
 def test_every_evaluation_is_on_disk_per_example_and_its_means_are_the_tables(run, inputs, tmp_path):
-    result, lines = run(trial(), inputs, tmp_path)
+    result, lines, folder = run(trial(), inputs, tmp_path)
     for row in result.epochs:
-        records = pq.read_table(TrialFolder(tmp_path).evaluation(row["epoch"])).to_pylist()
+        records = pq.read_table(folder.evaluation(row["epoch"])).to_pylist()
         assert [record["origin"] for record in records] == [pair.origin for pair in HELD]
         for record in records:
             assert record["rewards/margins"] == pytest.approx(
@@ -172,7 +168,7 @@ def test_every_evaluation_is_on_disk_per_example_and_its_means_are_the_tables(ru
 
 
 def test_the_training_loss_of_an_epoch_is_the_mean_over_pairs_not_over_batches(run, inputs, tmp_path):
-    result, lines = run(trial(), inputs, tmp_path)  # 5 pairs in batches of 2: the last batch has one
+    result, lines, _ = run(trial(), inputs, tmp_path)  # 5 pairs in batches of 2: the last batch has one
     steps = [line["loss"] for line in lines if "eval_loss" not in line]
     assert result.epochs[0]["loss"] == pytest.approx((2 * steps[0] + 2 * steps[1] + steps[2]) / 5, abs=1e-12)
     alone = next(line for line in lines if line["step"] == 3)
@@ -181,8 +177,8 @@ def test_the_training_loss_of_an_epoch_is_the_mean_over_pairs_not_over_batches(r
 
 
 def test_trial_json_names_everything(run, inputs, tmp_path):
-    result, _ = run(trial(), inputs, tmp_path)
-    record = json.loads(TrialFolder(tmp_path).record.read_text())
+    result, _, folder = run(trial(), inputs, tmp_path)
+    record = json.loads(folder.record.read_text())
     assert record["config"]["learning_rate"] == 5e-3
     assert record["status"] == "finished"
     assert record["metrics"] == result.best_metrics == record["epochs"][record["best_epoch"] - 1]
@@ -192,30 +188,31 @@ def test_trial_json_names_everything(run, inputs, tmp_path):
 
 
 def test_a_loss_that_is_no_number_fails_the_trial_with_its_step(run, inputs, tmp_path):
-    result, _ = run(trial(method="full", learning_rate=1e25), inputs, tmp_path)
+    result, _, folder = run(trial(method="full", learning_rate=1e25), inputs, tmp_path)
     assert result.status == "failed"
     assert re.search(r"the loss became (nan|inf).* at step 2", result.reason)
-    assert json.loads(TrialFolder(tmp_path).record.read_text())["status"] == "failed"
+    assert json.loads(folder.record.read_text())["status"] == "failed"
 
 
 def test_a_first_step_without_a_gradient_fails_the_trial(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(native, "pair_loss", lambda name, pairs, settings: pairs.chosen * 0 + math.log(2))
-    result = native.run_trial(trial(), inputs, TrialFolder(tmp_path), lambda line: None)
+    flat = "pairtune.engine.scoring.pair_loss"
+    monkeypatch.setattr(flat, lambda name, pairs, settings: pairs.chosen * 0 + math.log(2))
+    result = train_one(native, trial(), inputs, tmp_path)[0]
     assert result.status == "failed"
     assert "the gradient of step 1 is 0 (pairs test:" in result.reason
 
 
 def test_later_steps_without_a_gradient_are_counted(run, inputs, tmp_path):
     """A hinge loss is satisfied by every pair after a few steps."""
-    result, _ = run(trial(loss="hinge", beta=5.0, learning_rate=0.05, epochs=6), inputs, tmp_path)
-    record = json.loads(TrialFolder(tmp_path).record.read_text())
+    result, _, folder = run(trial(loss="hinge", beta=5.0, learning_rate=0.05, epochs=6), inputs, tmp_path)
+    record = json.loads(folder.record.read_text())
     assert record["steps_without_gradient"] == result.steps_without_gradient > 0
 
 
 def test_a_trial_that_breaks_down_keeps_its_last_weights_and_names_the_pairs(inputs, tmp_path):
-    result = native.run_trial(trial(learning_rate=1e25), inputs, TrialFolder(tmp_path), lambda line: None)
+    result, _, folder = train_one(native, trial(learning_rate=1e25), inputs, tmp_path)
     assert re.search(r"at step 2 \(pairs test:\d, test:\d\)", result.reason)
-    assert (tmp_path / "failed" / "adapter_model.safetensors").is_file()
+    assert (folder.root / "failed" / "adapter_model.safetensors").is_file()
 
 
 def test_means_and_scores_by_hand():

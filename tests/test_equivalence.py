@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import make_pair, shared_file
+from conftest import make_pair, shared_file, train_one
 from transformers import AttentionInterface
 
 from pairtune.config import SourceConfig, TrialConfig
@@ -24,7 +24,6 @@ from pairtune.engine.losses import LOSSES
 from pairtune.engine.policy import Policy
 from pairtune.engine.trial import TrialInputs, load_start
 from pairtune.models.load import weights_fingerprint
-from pairtune.runs import TrialFolder
 
 CLOSE = 1e-4  # of TRL
 SAME = 1e-5  # of ourselves, another way
@@ -64,10 +63,8 @@ def real(tiny_base):
 @pytest.fixture
 def trajectory(tmp_path):
     def trajectory(engine, config, inputs):
-        lines: list[dict] = []
-        result = engine.run_trial(
-            config, replace(inputs, reference={}), TrialFolder(tmp_path / engine.__name__), lines.append
-        )
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        result, lines, _ = train_one(engine, config, replace(inputs, reference={}), folder)
         assert result.status == "finished", result.reason
         return lines
 

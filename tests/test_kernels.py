@@ -38,6 +38,7 @@ from pairtune.engine.lora import (
 )
 from pairtune.engine.packing import Segment, pack_batches, pack_pairs
 from pairtune.engine.policy import PACKED_FAMILIES, Policy
+from pairtune.engine.processes import Processes
 from pairtune.engine.reference import compute_logps, load_reference, reference_fingerprint, reference_logps
 from pairtune.errors import RunFailed
 from pairtune.models.load import load_model
@@ -253,8 +254,24 @@ def test_dropout_is_only_for_training():
     torch.nn.init.normal_(layer.lora_a)
     torch.nn.init.normal_(layer.lora_b)
     x = torch.randn(1, 5, 64)
-    assert not torch.allclose(layer.train()(x), layer(x))
-    assert torch.equal(layer.eval()(x), layer(x))
+    trained = layer.train()(x)
+    assert torch.equal(layer(x), trained), "a layer that is computed twice drops the same"
+    layer.noise = 1
+    assert not torch.allclose(layer(x), trained)
+    assert not torch.allclose(layer.eval()(x), trained)
+
+
+def test_dropout_leaves_the_mean_alone():
+    layer = LoraLinear(torch.nn.Linear(64, 8), LoraSettings(rank=2, dropout=0.25), 1).train()
+    torch.nn.init.normal_(layer.lora_a)
+    torch.nn.init.normal_(layer.lora_b)
+    x = torch.randn(1, 3, 64)
+    total = 0
+    for layer.noise in range(4000):
+        total = total + layer(x).detach()
+    expected = layer.eval()(x)
+    spread = (layer.train()(x) - expected).abs().mean()
+    assert (total / 4000 - expected).abs().max() < 0.1 * spread + 0.1
 
 
 @pytest.mark.parametrize(("family", "rslora"), [("llama", False), ("llama", True), ("phi", False), ("gemma", False)])
@@ -314,27 +331,30 @@ def test_references_are_computed_once_and_refused_for_other_pairs(tiny_base, tmp
     assert name != reference_fingerprint("base", CPU, torch.float32, other)
     assert name != reference_fingerprint("base", CPU, torch.bfloat16, table)
     assert name != reference_fingerprint("tuned", CPU, torch.float32, table)
-    opened = []
+    opened, alone = [], Processes(CPU)
 
     def open_policy():
         opened.append(1)
         return policy
 
-    first = reference_logps(open_policy, name, table, tmp_path / "run" / "train.safetensors")
+    first = reference_logps(open_policy, name, table, tmp_path / "run" / "train.safetensors", alone)
     assert first.shape == (5, 2)
     torch.testing.assert_close(
         first.flatten(), slow_logps(load_model(tiny_base.source, torch.float32), table.tokens(range(5)))
     )
-    assert torch.equal(reference_logps(open_policy, name, table, tmp_path / "run" / "train.safetensors"), first)
-    assert torch.equal(reference_logps(open_policy, name, table, tmp_path / "another" / "train.safetensors"), first)
+    assert torch.equal(reference_logps(open_policy, name, table, tmp_path / "run" / "train.safetensors", alone), first)
+    assert torch.equal(
+        reference_logps(open_policy, name, table, tmp_path / "another" / "train.safetensors", alone), first
+    )
     assert len(opened) == 1
     with pytest.raises(RunFailed, match="are of another model, other pairs or another machine"):
         load_reference(tmp_path / "run" / "train.safetensors", "another", 5)
     (tmp_path / "run" / "train.safetensors").write_bytes(b"short")
     with pytest.raises(RunFailed, match="are damaged"):
-        reference_logps(open_policy, name, table, tmp_path / "run" / "train.safetensors")
+        reference_logps(open_policy, name, table, tmp_path / "run" / "train.safetensors", alone)
 
 
 def test_references_of_no_pairs_are_none(tiny_base):
     table = PairTable.of([make_pair(0)], tiny_base.tokenizer)[:0]
-    assert compute_logps(Policy(load_model(tiny_base.source, torch.float32)), table).shape == (0, 2)
+    policy = Policy(load_model(tiny_base.source, torch.float32))
+    assert compute_logps(policy, table, Processes(CPU)).shape == (0, 2)

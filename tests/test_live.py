@@ -7,7 +7,7 @@ import io
 from rich.console import Console
 
 from pairtune.runs import RunFolder
-from pairtune.track.live import LiveView, _clock
+from pairtune.track.live import LiveView, clock
 from pairtune.track.sinks import JsonlSink, Sinks
 
 STEP = {"step": 1, "epoch": 0.5, "loss": 0.6931, "rewards/accuracies": 0.25}
@@ -15,13 +15,14 @@ EVALUATION = {"step": 2, "epoch": 1, "loss": 0.6, "eval_loss": 0.5, "eval_reward
 
 
 def follow(console):
-    with LiveView(["one", "two"], console) as live:
-        live.start("one", 2)
-        live.busy("one", "reference log-probs", 3, 8)
+    with LiveView({"one": 2, "two": 2}, console) as live:
+        live.start("one", 2, 0, 0)
+        live.busy(["one"], "reference log-probs", 3, 8)
         live.log("one", STEP)
+        live.log("one", STEP | {"step": 2})
         live.log("one", EVALUATION)
         live.finish("one", "finished", 1)
-        live.start("two", 2)
+        live.start("two", 2, 0, 0)
         live.log("two", STEP)
         live.finish("two", "failed", None)
 
@@ -33,16 +34,38 @@ def test_without_a_terminal_each_evaluation_is_a_line_with_the_time_left():
     assert line.startswith("one  epoch 1: loss 0.6000, eval_loss 0.5000, eval accuracy 0.750  (2/4 steps of the grid, ")
 
 
+class Clock:
+    """Time that goes on when it is told to."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr("pairtune.track.live.time.monotonic", lambda: self.now)
+
+
 def test_long_work_says_where_it_is_now_and_then(monkeypatch):
-    out = io.StringIO()
-    clock = iter([0.0, 0.0, 0.0, 20.0, 40.0, 50.0, 80.0, 90.0])
-    monkeypatch.setattr("pairtune.track.live.time.monotonic", lambda: next(clock, 90.0))
-    with LiveView(["one"], Console(file=out)) as live:
-        live.start("one", 2)
-        for done in range(10, 60, 10):
-            live.busy("one", "reference log-probs", done, 60)
-    assert all(line.startswith("one  reference log-probs: ") for line in out.getvalue().splitlines())
-    assert 1 <= len(out.getvalue().splitlines()) <= 2
+    out, clock = io.StringIO(), Clock(monkeypatch)
+    with LiveView({"one": 2, "two": 2}, Console(file=out)) as live:
+        live.start("one", 2, 0, 0)
+        live.start("two", 2, 0, 0)
+        for done in range(10, 61, 10):
+            live.busy(["one", "two"], "reference log-probs", done, 60)
+            clock.now += 20
+    assert out.getvalue().splitlines() == [
+        "reference log-probs: 30/60, 0:40 left",
+        "reference log-probs: 50/60, 0:16 left",
+    ]
+
+
+def test_time_left_counts_all_trials_and_not_the_steps_of_an_earlier_call(monkeypatch):
+    out, clock = io.StringIO(), Clock(monkeypatch)
+    with LiveView({"one": 10, "two": 10, "later": 20}, Console(file=out)) as live:
+        live.start("one", 10, 5, 0)
+        live.start("two", 10, 5, 0)
+        for step in range(6, 11):
+            clock.now += 20
+            for name in ("one", "two"):
+                live.log(name, STEP | {"step": step})
+    assert out.getvalue().splitlines()[-1] == "17/40 steps of the grid, 4:23 left"
 
 
 def test_on_a_terminal_each_trial_has_its_line():
@@ -56,7 +79,7 @@ def test_on_a_terminal_each_trial_has_its_line():
 
 
 def test_times():
-    assert [_clock(seconds) for seconds in (0, 59.6, 3600, 3725)] == ["0:00", "1:00", "1:00:00", "1:02:05"]
+    assert [clock(seconds) for seconds in (0, 59.6, 3600, 3725)] == ["0:00", "1:00", "1:00:00", "1:02:05"]
 
 
 def test_every_record_is_a_line_of_the_trials_file_and_every_sink_is_told(tmp_path):
@@ -73,7 +96,7 @@ def test_every_record_is_a_line_of_the_trials_file_and_every_sink_is_told(tmp_pa
             told.append(("finish", *event))
 
     sinks = Sinks([JsonlSink(RunFolder(tmp_path)), Listener()])
-    sinks.start("one", 2)
+    sinks.start("one", 2, 0, 0)
     sinks.log("one", {"step": 1, "loss": 0.5})
     sinks.log("one", {"step": 2, "loss": float("nan")})
     sinks.finish("one", "finished", 1)
@@ -81,3 +104,16 @@ def test_every_record_is_a_line_of_the_trials_file_and_every_sink_is_told(tmp_pa
         tmp_path / "trials" / "one" / "metrics.jsonl"
     ).read_text() == '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": NaN}\n'
     assert [event[0] for event in told] == ["start", "log", "log", "finish"]
+
+
+def test_a_trial_that_goes_on_forgets_the_lines_of_steps_that_it_will_make_again(tmp_path):
+    file = tmp_path / "trials" / "one" / "metrics.jsonl"
+    sink = JsonlSink(RunFolder(tmp_path))
+    sink.start("one", 4, 0, 0)
+    for step in (1, 2, 3):
+        sink.log("one", {"step": step})
+    with file.open("a") as cut_off:
+        cut_off.write('{"step": 4, "lo')
+    sink.start("one", 4, 2, 2)
+    sink.log("one", {"step": 3})
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'

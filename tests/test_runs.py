@@ -45,24 +45,46 @@ def test_a_folder_that_fails_to_fill_leaves_the_old_one(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["best"]
 
 
+def with_config(run):
+    write_atomic(run.config, "seed: 0")
+
+
+def test_a_run_folder_that_cannot_be_filled_is_not_there(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        RunFolder.create(tmp_path / "run", lambda run: write_atomic(run.config, str(1 / 0)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_half_written_is_removed_and_nothing_else(tmp_path):
+    run = RunFolder.create(tmp_path / "run", with_config)
+    (run.root / ".mine").write_text("a person's file")
+    (run.trials / "one").mkdir(parents=True)
+    (run.trials / "one" / ".trial.json.abc.tmp").write_text("{")
+    (run.trials / "one" / ".best.abc.tmp").mkdir()
+    (run.trials / "one" / ".best.abc.tmp" / "adapter_model.safetensors").write_text("{")
+    run.forget_half_written()
+    assert {p.name for p in run.root.rglob("*")} == {"config.yaml", ".mine", "trials", "one"}
+
+
 def test_a_folder_that_exists_is_refused_and_left_alone(tmp_path):
     (tmp_path / "run").mkdir()
-    RunFolder.create(tmp_path / "run")  # empty: fine
+    RunFolder.create(tmp_path / "run", with_config)  # empty: fine
+    assert (tmp_path / "run" / "config.yaml").read_text() == "seed: 0"
     (tmp_path / "run" / "file").write_text("mine")
     with pytest.raises(BadInput, match="already exists"):
-        RunFolder.create(tmp_path / "run")
+        RunFolder.create(tmp_path / "run", with_config)
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(BadInput, match="already exists"):
-        RunFolder.create(tmp_path / "taken")
+        RunFolder.create(tmp_path / "taken", with_config)
     with pytest.raises(BadInput, match="cannot be created"):
-        RunFolder.create(tmp_path / "taken" / "below")
+        RunFolder.create(tmp_path / "taken" / "below", with_config)
     assert (tmp_path / "run" / "file").read_text() == "mine"
 
 
 def test_an_unfinished_run_is_not_opened(tmp_path):
     with pytest.raises(BadInput, match="no such run folder"):
         RunFolder.finished(tmp_path / "none")
-    run = RunFolder.create(tmp_path / "run")
+    run = RunFolder.create(tmp_path / "run", with_config)
     with pytest.raises(BadInput, match="unfinished"):
         RunFolder.finished(run.root)
     run.complete.touch()

@@ -63,7 +63,7 @@ def test_few_validation_pairs_warn():
 
 
 def test_best_is_the_winners_and_a_changed_file_is_found(tmp_path):
-    run = RunFolder.create(tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
     winner = RESULTS[0]
     best = run.trial(winner.trial.name).best
     best.mkdir(parents=True)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pairtune.data.reading import Reading
+    from pairtune.runs import RunFolder
 
 # The base of every usage error. Typer carries its own copy of click and names only some of its exceptions.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -104,6 +105,22 @@ def tune(
         "columns": _columns(flags.pop("column")),
     }
     _tune(config, {name: None if value in ([], {}) else value for name, value in flags.items()}, as_json)
+
+
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder without COMPLETE.")], as_json: Json = False
+) -> None:
+    """Go on with a run that was interrupted or killed, from its last checkpoint."""
+    from pairtune.runs import RunFolder
+
+    RunFolder.started(run)  # before torch is imported
+
+    from rich.console import Console
+
+    from pairtune.pipeline import resume
+
+    _show(resume(run, Console(stderr=True)), as_json)
 
 
 @app.command()
@@ -216,15 +233,18 @@ def _tune(file: Path | None, flags: dict[str, Any], as_json: bool) -> None:
     from pairtune.config import resolve
 
     resolved = resolve(file, flags)  # before torch is imported: a mistyped flag is answered at once
-    if resolved.config.out.exists():
-        from pairtune.runs import RunFolder
+    from pairtune.runs import RunFolder
 
-        RunFolder.create(resolved.config.out)
+    RunFolder.check_new(resolved.config.out)
 
     from pairtune.pipeline import tune
+
+    _show(tune(resolved, Console(stderr=True)), as_json)
+
+
+def _show(run: RunFolder, as_json: bool) -> None:
     from pairtune.report.tables import render_run
 
-    run = tune(resolved, Console(stderr=True))
     if as_json:
         selection, sweep = run.read_json(run.selection), run.read_json(run.sweep)
         typer.echo(json.dumps({"run": str(run.root), "selection": selection, **sweep}))
@@ -245,7 +265,7 @@ def main() -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     if code == _INTERRUPTED:
-        _fail("interrupted; a run folder without COMPLETE is unfinished", 1)
+        _fail("interrupted; `pairtune resume RUN` goes on with a run folder without COMPLETE", 1)
     sys.exit(code or 0)
 
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,12 +21,15 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
     NonNegativeInt,
     PositiveInt,
+    PrivateAttr,
     ValidationError,
     ValidationInfo,
     field_validator,
     model_serializer,
+    model_validator,
 )
 
 from pairtune.errors import BadInput, one_line
@@ -47,15 +51,19 @@ Loss = Literal[
     "simpo",
     "orpo",
 ]
+Search = Literal["grid", "random", "tpe"]
 Select = Literal["eval_loss", "accuracy", "margin"]
 DType = Literal["auto", "float32", "bfloat16"]
 Checkpointing = Literal["auto", "on", "off"]
 OnBadRow = Literal["stop", "skip"]
 
 
+_TWICE = "the same value is given twice; each value makes one trial"
+
+
 def _different(values: list[float]) -> list[float]:
     if len(set(values)) != len(values):
-        raise ValueError("the same value is given twice; each value makes one trial")
+        raise ValueError(_TWICE)
     return values
 
 
@@ -64,7 +72,7 @@ Share = Annotated[float, Field(ge=0, lt=0.5)]
 Grid = Annotated[list[Positive], Field(min_length=1), AfterValidator(_different)]
 
 # Field names that have another spelling on the command line.
-FLAGS = {"learning_rate": "--lr"}
+FLAGS = {"learning_rate": "--lr", "trial_count": "--trials"}
 SANITY_ROWS = 5
 
 
@@ -124,6 +132,7 @@ class _Training(_Strict):
     rslora: bool = Field(False, description="scale by alpha over the rank, as LoRA was published")
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="keeps step 0 exactly at the base")
     max_grad_norm: Positive = Field(1.0, description="TRL's default")
+    patience: PositiveInt | None = Field(None, description="every trial runs all its epochs; the best one is kept")
     max_length: Annotated[int, Field(ge=16)] = Field(1024, description="TRL's default; longer prompts lose turns")
     checkpointing: Checkpointing = Field("auto", description="on an accelerator, where memory is short; not on a CPU")
     dtype: DType = Field("auto", description="bfloat16 where this machine multiplies it faster than float32")
@@ -138,15 +147,27 @@ class _Training(_Strict):
 
 
 class TrialConfig(_Training):
-    """One trial: one learning rate and one beta."""
+    """One trial: one learning rate, one beta, and one value of whatever else the grid varies.
+
+    `varied` names the latter, in the order in which they stand in the trial's name.
+    """
 
     learning_rate: Positive
     beta: Positive
+    varied: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        """The trial's folder name, for example `lr-3e-05-beta-0.1`."""
-        return f"lr-{self.learning_rate!r}-beta-{self.beta!r}"  # all digits: different values, different folders
+        """The trial's folder name, for example `lr-3e-05-beta-0.1-loss-ipo`."""
+        values = {"lr": self.learning_rate, "beta": self.beta}
+        values |= {name.replace("_", "-"): getattr(self, name) for name in self.varied}
+        # All digits, so that different values have different folders.
+        return "-".join(f"{name}-{value if isinstance(value, str) else repr(value)}" for name, value in values.items())
+
+
+# Settings of a trial that are settings of the whole run, and so have one value: they decide how pairs are tokenized
+# and what the base model is.
+_OF_THE_RUN = {"method", "max_length", "dtype", "checkpointing"}
 
 
 class RunConfig(_Training):
@@ -166,9 +187,17 @@ class RunConfig(_Training):
     eval_limit: PositiveInt | None = Field(None, description="as limit")
     sanity_check: bool = Field(False, description=f"when true: the first {SANITY_ROWS} rows, as in the assignment")
     on_bad_row: OnBadRow = Field("stop", description="a fault in the data is seen before it is trained on")
+    search: Search = Field("grid", description="every combination of the values given")
+    trial_count: PositiveInt | None = Field(
+        None, validate_default=True, description="grid: all; random and tpe need a number"
+    )
+    prune: bool = Field(False, description="all trials run to their end, so that all can be compared")
+    side_by_side: PositiveInt | None = Field(None, description="as many trials at once as memory allows, at most 8")
+    checkpoint_steps: PositiveInt = Field(50, description="minutes of work lost at most, seconds spent on writing")
     select: Select = Field("eval_loss", description="the assignment's rule")
     samples: NonNegativeInt = Field(8, description="held-out prompts answered before and after; 0: none")
     out: Path = Field(default_factory=lambda: Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}", description="the time")
+    _vary: dict[str, list[Any]] = PrivateAttr({})  # more of the grid: settings given as a list, by name
 
     @field_validator("engine")
     @classmethod
@@ -185,10 +214,47 @@ class RunConfig(_Training):
             return SANITY_ROWS
         return self.limit if split == "train" or self.eval_limit is None else self.eval_limit
 
-    def trials(self) -> list[TrialConfig]:
-        """The grid: every learning rate with every beta, betas outermost, as in the assignment."""
+    @model_validator(mode="wrap")
+    @classmethod
+    def _lists_are_grids(cls, data: Any, build: ModelWrapValidatorHandler[RunConfig]) -> RunConfig:
+        """Take a list for any setting of a trial; each value is checked as if it had been given alone."""
+        lists = {
+            name: values
+            for name, values in (data.items() if isinstance(data, dict) else ())
+            if name in _Training.model_fields and name not in _OF_THE_RUN and isinstance(values, list) and values
+        }
+        checked = {}
+        firsts = {**data, **{name: values[0] for name, values in lists.items()}} if lists else data
+        for name, values in lists.items():
+            checked[name] = [getattr(build({**firsts, name: value}), name) for value in values]
+            if len(set(checked[name])) != len(values):
+                fault = {"type": "value_error", "loc": (name,), "input": values, "ctx": {"error": ValueError(_TWICE)}}
+                raise ValidationError.from_exception_data("RunConfig", [fault])  # type: ignore[list-item]
+        config = build(firsts)
+        config._vary = {name: values for name, values in checked.items() if len(values) > 1}
+        return config
+
+    @field_validator("trial_count")
+    @classmethod
+    def _search_needs_a_number(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if (info.data.get("search") != "grid") != (value is not None):
+            raise ValueError("belongs to --search random and --search tpe, and they need it")
+        return value
+
+    @property
+    def dimensions(self) -> dict[str, list[Any]]:
+        """What the grid varies, and the values given for it."""
+        return {"beta": self.beta, "learning_rate": self.learning_rate, **self._vary}
+
+    def trial(self, **values: Any) -> TrialConfig:
+        """The trial at one point of the grid, or of the space that it spans."""
         shared = {name: getattr(self, name) for name in _Training.model_fields}
-        return [TrialConfig(**shared, learning_rate=lr, beta=beta) for beta in self.beta for lr in self.learning_rate]
+        return TrialConfig(**{**shared, **values, "varied": tuple(self._vary)})
+
+    def trials(self) -> list[TrialConfig]:
+        """The grid: every combination, betas outermost, as in the assignment."""
+        names = list(self.dimensions)
+        return [self.trial(**dict(zip(names, point, strict=True))) for point in product(*self.dimensions.values())]
 
 
 @dataclass(frozen=True)
@@ -201,7 +267,7 @@ class Resolved:
     def to_yaml(self) -> str:
         """YAML that `pairtune tune` reads back; a comment behind each value says where it came from."""
         lines = ["# Resolved configuration; `pairtune tune THIS_FILE --out NEW` repeats the run."]
-        for name, value in self.config.model_dump(mode="json").items():
+        for name, value in (self.config.model_dump(mode="json") | self.config.dimensions).items():
             text = yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=10_000).strip()
             lines.append(f"{name}: {text[1:-1]}  # {self.origins[name]}")
         return "\n".join(lines) + "\n"
@@ -226,7 +292,7 @@ def resolve(file: Path | None, flags: Mapping[str, Any]) -> Resolved:
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else "?"
-        where = flag_of(name) if name in given or first["type"] == "missing" else f"{file}: {name}"
+        where = f"{file}: {name}" if name in written and name not in given else flag_of(name)
         raise BadInput(f"{where}: {_explain(first)}") from None
 
 

@@ -1,4 +1,4 @@
-"""The one exception that means "a person can mend this"."""
+"""What a person can mend, what a guard stopped, and what a person stopped."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ class RunFailed(Exception):
 
     The message is the diagnosis. The command line prints it without a traceback and exits with code 1.
     """
+
+
+class Interrupted(RunFailed):
+    """A person asked the run to stop, and it did, with a checkpoint."""
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
 
 from rich.console import Console
 
-from pairtune.config import Resolved
+from pairtune.config import Resolved, RunConfig, resolve
 from pairtune.data.prepare import PreparedData, prepare_data
+from pairtune.engine.processes import Processes
+from pairtune.errors import BadInput
 from pairtune.evaluate.generations import compare_answers, held_out_prompts
-from pairtune.models.load import LoadedBase, open_base
+from pairtune.models.load import LoadedBase, open_base, pick_device
 from pairtune.runs import RunFolder, write_atomic, write_json
 from pairtune.sweep.run import run_sweep
 from pairtune.sweep.select import install_best, select_best
 from pairtune.track.live import LiveView
-from pairtune.track.sinks import JsonlSink, Sinks
+from pairtune.track.sinks import JsonlSink, Sink, Sinks
 
 
 def tune(resolved: Resolved, console: Console) -> RunFolder:
@@ -23,36 +32,112 @@ def tune(resolved: Resolved, console: Console) -> RunFolder:
     Raises:
         BadInput: something given cannot be used; nothing was trained.
         RunFailed: the run stopped on one of its guards. The folder stays, without `COMPLETE`.
+        Interrupted: the run was asked to stop; `resume` goes on.
     """
-    config = resolved.config
-    console.print(f"opening {config.model}", highlight=False)
-    base = open_base(config.model, config.dtype)
-    data = _prepare(resolved, base, console)
-    run = RunFolder.create(config.out)  # only now: bad input leaves nothing behind
-    write_atomic(run.config, resolved.to_yaml())
-    write_json(run.data, data.record)
+    base, data, processes, console = _open(resolved.config, console)
+    run = RunFolder(processes.from_first(resolved.config.out))
 
-    trials = [trial.name for trial in config.trials()]
+    def write(run: RunFolder) -> None:
+        write_atomic(run.config, resolved.to_yaml())
+        write_json(run.data, data.record)
+
+    if processes.first:
+        RunFolder.create(run.root, write)  # only now: bad input leaves nothing behind
+    processes.wait()
+    return _carry_out(resolved.config, base, data, run, processes, console)
+
+
+def resume(root: Path, console: Console) -> RunFolder:
+    """Go on with a run that was interrupted or killed; one that is complete is given back as it is.
+
+    Raises:
+        BadInput: there is no such run, or its data has changed.
+        RunFailed, Interrupted: as in `tune`.
+    """
+    run = RunFolder.started(root)
+    if run.complete.is_file():
+        return run
+    config = resolve(run.config, {"out": root}).config
+    base, data, processes, console = _open(config, console)
+    if data.record["splits"] != run.read_json(run.data)["splits"]:
+        raise BadInput(f"{run.data}: the pairs have changed since; start a new run")
+    if processes.first:
+        run.forget_half_written()
+    processes.wait()
+    return _carry_out(config, base, data, run, processes, console)
+
+
+def _open(config: RunConfig, console: Console) -> tuple[LoadedBase, PreparedData, Processes, Console]:
+    """The base, the pairs, and the processes that share the work, of which the first one speaks."""
+    base_device = pick_device()
+    processes = Processes(base_device)
+    if config.engine == "trl" and processes.count > 1:
+        raise BadInput("--engine trl: runs in one process; leave the launcher away, or use --engine pairtune")
+    console = console if processes.first else Console(quiet=True)
+    console.print(f"opening {config.model}", highlight=False)
+    with processes.first_before_others():
+        base = open_base(config.model, config.dtype)
+        data = _prepare(config, base, console)
+    return base, data, processes, console
+
+
+def _carry_out(
+    config: RunConfig,
+    base: LoadedBase,
+    data: PreparedData,
+    run: RunFolder,
+    processes: Processes,
+    console: Console,
+) -> RunFolder:
+    """Everything after the data, or what is left of it."""
+    trials = config.trials()
+    steps = {trial.name: math.ceil(len(data.train) / trial.batch_size) * trial.epochs for trial in trials}
     console.print(
-        f"{len(trials)} trials x {config.epochs} epochs, {len(data.train)} training and {len(data.validation)} "
+        f"{len(trials)} trials, {sum(steps.values())} steps, {len(data.train)} training and {len(data.validation)} "
         f"validation pairs, {str(base.dtype).removeprefix('torch.')} on {base.device.type}",
         highlight=False,
     )
-    with LiveView(trials, console) as live:
-        results = run_sweep(config, data, base, run, Sinks([JsonlSink(run), live]))
-    install_best(run, results, select_best(results, config.select, len(data.validation)))
-    if config.samples:
-        _write_generations(resolved, data, base, run, console)
-    finished = datetime.now(UTC).isoformat(timespec="seconds")
-    write_atomic(run.complete, finished + "\n")
+    with stop_on_signals(console) as stopping, LiveView(steps, console) as live:
+        sinks: list[Sink] = [JsonlSink(run), live] if processes.first else []
+        results = run_sweep(config, data, base, run, Sinks(sinks), stopping)
+    if processes.first:
+        install_best(run, results, select_best(results, config.select, len(data.validation)))
+        if config.samples:
+            _write_generations(config, data, base, run, console)
+        write_atomic(run.complete, datetime.now(UTC).isoformat(timespec="seconds") + "\n")
+    processes.wait()
     return run
 
 
-def _prepare(resolved: Resolved, base: LoadedBase, console: Console) -> PreparedData:
+@contextmanager
+def stop_on_signals(console: Console) -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C or SIGTERM asks the run to stop after its step, with a checkpoint; the second stops at once.
+
+    Yields:
+        Says whether the run was asked to stop.
+    """
+    asked = threading.Event()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        console.print("stopping after this step, with a checkpoint; once more stops at once", highlight=False)
+
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
+        yield asked.is_set
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _prepare(config: RunConfig, base: LoadedBase, console: Console) -> PreparedData:
     with console.status("reading pairs") as status:
-        data = prepare_data(
-            resolved.config, base.tokenizer, lambda rows: status.update(f"reading pairs: {rows:,} rows")
-        )
+        data = prepare_data(config, base.tokenizer, lambda rows: status.update(f"reading pairs: {rows:,} rows"))
     for source in data.record["sources"]:
         for reason, rows in source["dropped"].items():
             console.print(f"{source['source']}: {rows} of {source['rows_in']} rows dropped: {reason}", highlight=False)
@@ -62,10 +147,9 @@ def _prepare(resolved: Resolved, base: LoadedBase, console: Console) -> Prepared
 
 
 def _write_generations(
-    resolved: Resolved, data: PreparedData, base: LoadedBase, run: RunFolder, console: Console
+    config: RunConfig, data: PreparedData, base: LoadedBase, run: RunFolder, console: Console
 ) -> None:
     """Answer held-out prompts with every model; the test split's prompts where there are some."""
-    config = resolved.config
     prompts = held_out_prompts(data.test if len(data.test) else data.validation, config.samples)
     finished = [trial["name"] for trial in run.read_json(run.sweep)["trials"] if trial["status"] == "finished"]
     tuned = {name: run.trial(name).best for name in finished}

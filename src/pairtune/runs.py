@@ -27,7 +27,7 @@ def user_cache() -> Path:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place when the block ends; after an error `path` is as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
     temporary = Path(name)
     try:
@@ -57,7 +57,7 @@ def fill_folder(path: Path, fill: Callable[[Path], None]) -> Path:
     Where another process put the same folder there first, its folder is replaced by ours: both are complete.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:
         fill(temporary)
         temporary.chmod(0o755)
@@ -124,22 +124,48 @@ class RunFolder:
     selection = property(lambda self: self.root / "selection.json")
     generations = property(lambda self: self.root / "generations.json")
     best = property(lambda self: self.root / "best")
+    checkpoint = property(lambda self: self.root / "checkpoint.safetensors")
     complete = property(lambda self: self.root / "COMPLETE")
 
     @classmethod
-    def create(cls, root: Path) -> RunFolder:
-        """Make a new run folder.
+    def create(cls, root: Path, write: Callable[[RunFolder], None]) -> RunFolder:
+        """Make a new run folder, with what `write` puts there from the start.
 
         Raises:
             BadInput: `root` exists and is not an empty folder; nothing in it is touched.
         """
-        if root.exists() and (not root.is_dir() or any(root.iterdir())):
-            raise BadInput(f"--out {root}: already exists; choose another name, or remove it first (rm -r {root})")
+        cls.check_new(root)
         try:
-            root.mkdir(parents=True, exist_ok=True)
+            fill_folder(root, lambda temporary: write(cls(temporary)))
         except OSError as error:
             raise BadInput(f"--out {root}: cannot be created ({error.strerror})") from error
         return cls(root)
+
+    @staticmethod
+    def check_new(root: Path) -> None:
+        """Raise BadInput where a run folder cannot be made because there is something."""
+        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+            raise BadInput(f"--out {root}: already exists; choose another name, or remove it first (rm -r {root})")
+
+    @classmethod
+    def started(cls, root: Path) -> RunFolder:
+        """Open a run that may be unfinished.
+
+        Raises:
+            BadInput: there is no run in this folder.
+        """
+        run = cls(root)
+        if not run.config.is_file() or not run.data.is_file():
+            raise BadInput(f"{root}: no run folder (no config.yaml and data.json in it)")
+        return run
+
+    def forget_half_written(self) -> None:
+        """Remove what writes that were cut off have left behind."""
+        for path in list(self.root.rglob(".*.tmp")):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     @classmethod
     def finished(cls, root: Path) -> RunFolder:
@@ -152,7 +178,7 @@ class RunFolder:
         if not root.is_dir():
             raise BadInput(f"{root}: no such run folder")
         if not run.complete.is_file():
-            raise BadInput(f"{root}: the run is unfinished (no COMPLETE in it); let it end, or run it again")
+            raise BadInput(f"{root}: the run is unfinished (no COMPLETE); `pairtune resume {root}` goes on with it")
         return run
 
     def trial(self, name: str) -> TrialFolder:

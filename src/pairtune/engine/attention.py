@@ -60,24 +60,27 @@ def packed_attention(
     if segments is None or dropout:
         raise ValueError("packed attention needs segments, and no dropout")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    longest = max(segment.length for segment in segments)
-    if query.device.type == "cpu" and softcap is None and longest <= DENSE_TOKENS:
+    dense = [query.device.type == "cpu" and softcap is None and each.length <= DENSE_TOKENS for each in segments]
+    if all(dense):
         result: Tensor = _DenseAttention.apply(query, key, value, tuple(segments), scale, sliding_window)
         return result.transpose(1, 2), None
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     # One split for queries and one each for keys and values: its backward is one concatenation, where slices would each
     # add a row of zeros as long as the whole.
     parts = [tensor.split([segment.length for segment in segments], dim=2) for tensor in (query, key, value)]
     results = [
-        _attend(q, k, v, _visible(segment, sliding_window, query.device), scale, softcap)
-        for segment, q, k, v in zip(segments, *parts, strict=True)
+        # Each pair goes its own way: its numbers must not depend on how long its neighbours are.
+        _DenseAttention.apply(q, k, v, (segment,), scale, sliding_window)
+        if is_dense
+        else _attend(q, k, v, _visible(segment, sliding_window, query.device), scale, softcap)
+        for segment, is_dense, q, k, v in zip(segments, dense, *parts, strict=True)
     ]
     return torch.cat(results, dim=2).transpose(1, 2), None
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float, softcap: float | None) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     if softcap is None:
         return scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale)
     scores = torch.tanh(query @ key.mT * scale / softcap) * softcap

@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.nn.functional import dropout, linear
+from torch.nn.functional import linear
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,20 @@ class LoraLinear(nn.Module):
         device = base.weight.device
         self.lora_a = nn.Parameter(torch.zeros(trials, settings.rank, base.in_features, device=device))
         self.lora_b = nn.Parameter(torch.zeros(trials, base.out_features, settings.rank, device=device))
+        self.noise = 0  # what dropout is drawn from: the same in a layer that is computed twice, and in every trial
+
+    def keep(self, trials: list[int]) -> None:
+        """Drop all adapters but these."""
+        self.lora_a = nn.Parameter(self.lora_a.detach()[trials])
+        self.lora_b = nn.Parameter(self.lora_b.detach()[trials])
 
     def forward(self, x: Tensor) -> Tensor:
         """[K, tokens, in] to [K, tokens, out]; with one adapter the first dimension may be any."""
         shape, x = x.shape, x.reshape(len(self.lora_a), -1, self.in_features)
         if self.dropout and self.training:
-            seen = dropout(x, self.dropout)
+            generator = torch.Generator(x.device).manual_seed(self.noise)
+            kept = torch.rand(x.shape[1:], generator=generator, device=x.device) >= self.dropout
+            seen = x * kept / (1 - self.dropout)
             update = seen @ self.lora_a.to(x.dtype).mT @ self.lora_b.to(x.dtype).mT
             result = linear(x, self.weight, self.bias) + self.scale * update
         else:

@@ -1,14 +1,17 @@
-"""`--engine pairtune`: trials trained by this project's own engine.
+"""`--engine pairtune`: trials trained by this project's own engine, several at a time.
 
-The numbers are those of `--engine trl`, step by step (tests/test_engine_native.py); the work is less: reference
-log-probs are kept, prompts are shared by their two answers, and only answer tokens meet the vocabulary.
+The numbers are those of `--engine trl`, step by step (tests/test_equivalence.py); the work is less: reference log-probs
+are kept, prompts are shared by their two answers, only answer tokens meet the vocabulary, and LoRA trials that see the
+same pairs in the same order run in lockstep, their adapters side by side over one frozen base.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,210 +20,316 @@ from torch import Tensor
 
 from pairtune.config import TrialConfig
 from pairtune.data.table import PairTable
+from pairtune.engine.checkpoint import read_checkpoint, read_state, write_checkpoint
 from pairtune.engine.lora import LoraSettings, add_adapters, peft_config, peft_tensors
-from pairtune.engine.losses import LossSettings, PairLogps, pair_loss
 from pairtune.engine.optimize import AdapterWeights, FullWeights, TrialOptimizer
-from pairtune.engine.packing import Pack
 from pairtune.engine.policy import EVALUATION_TOKENS, TRAIN_TOKENS, Policy
 from pairtune.engine.records import ExampleRecord, TrialFailed, TrialResult
 from pairtune.engine.reference import reference_fingerprint, reference_logps
+from pairtune.engine.scoring import Scored, score_row
 from pairtune.engine.trial import (
-    Busy,
-    Log,
     TrialInputs,
     check_first_step,
     epoch_order,
-    finish_trial,
-    not_shown,
+    patience_is_over,
+    peak_memory_mb,
     record_evaluation,
-    start_trial,
+    start_trials,
     wants_checkpointing,
 )
+from pairtune.errors import Interrupted, RunFailed
 from pairtune.models.save import save_adapter, save_best
-from pairtune.runs import TrialFolder
+from pairtune.runs import RunFolder, TrialFolder, fingerprint
+from pairtune.track.sinks import Sink
 
 _TABLE_ROWS = 256
 
 
-def run_trial(
-    trial: TrialConfig, inputs: TrialInputs, folder: TrialFolder, log: Log, busy: Busy = not_shown
-) -> TrialResult:
-    """Train one trial from pristine weights, evaluate it at every epoch and keep its best epoch.
+def run_trials(trials: Sequence[TrialConfig], inputs: TrialInputs, run: RunFolder, sink: Sink) -> list[TrialResult]:
+    """Train trials side by side from pristine weights, evaluate them at every epoch and keep each one's best epoch.
+
+    Where the run's checkpoint holds these trials they go on from it, to the same bits on a CPU.
+
+    Args:
+        trials: equal in all that `sweep.run.together` compares; with `--method full` a single one.
+        inputs: of the run.
+        run: where everything of them is written.
+        sink: told of every step.
 
     Raises:
-        RunFailed: the trial did not start at the base model; the run's results would not be comparable.
+        RunFailed: they did not start at the base model (the run's results would not be comparable), or a checkpoint
+            cannot be written or read.
+        Interrupted: the run was asked to stop; the checkpoint holds everything up to then.
     """
-    model, result = start_trial(trial, inputs)
-    training = _Training(trial, inputs, folder, log, busy, result, model)
-    try:
-        training.run()
-    except TrialFailed as failure:
-        result.status, result.reason = "failed", str(failure)
-    return finish_trial(result, folder, training.seconds, training.pairs, inputs.base.device)
+    lockstep = _Lockstep(trials, inputs, run, sink)
+    lockstep.run_to_end()
+    return lockstep.results
 
 
-@dataclass
-class _Scored:
-    """A batch of pairs under one trial: what its loss and its metrics are made of, [pairs] each."""
-
-    losses: Tensor
-    pairs: PairLogps
-    beta: float
-    chosen_logits: Tensor
-    rejected_logits: Tensor
-
-    def records(self) -> list[ExampleRecord]:
-        """One record a pair, under TRL's names."""
-        chosen, rejected = self.beta * self.pairs.chosen_ratio, self.beta * self.pairs.rejected_ratio
-        columns = {
-            "loss": self.losses,
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/accuracies": (chosen > rejected).float(),
-            "rewards/margins": chosen - rejected,
-            "logps/chosen": self.pairs.chosen,
-            "logps/rejected": self.pairs.rejected,
-            "logits/chosen": self.chosen_logits,
-            "logits/rejected": self.rejected_logits,
-        }
-        values = {name: column.detach().tolist() for name, column in columns.items()}
-        return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
+def checkpointed(run: RunFolder) -> list[str]:
+    """The names of the trials that the run's checkpoint holds."""
+    state = read_state(run.checkpoint)
+    return [member["result"]["name"] for member in state["members"]] if state else []
 
 
-@dataclass
-class _Training:
-    """One trial while it is trained."""
+def width(trial: TrialConfig, inputs: TrialInputs, asked: int | None) -> int:
+    """How many trials like this one run side by side: as asked, or as many as memory allows."""
+    return asked or 4
 
-    trial: TrialConfig
-    inputs: TrialInputs
-    folder: TrialFolder
-    log: Log
-    busy: Busy
+
+@dataclass(eq=False)
+class _Member:
+    """One trial of those that run together."""
+
     result: TrialResult
-    model: Any
-    seconds: float = 0.0
-    pairs: int = 0
-    step: int = 0
-
-    def run(self) -> None:
-        """All epochs."""
-        trial, train = self.trial, self.inputs.train
-        torch.manual_seed(trial.seed)  # for dropout, which is all that is drawn besides the order and the adapters
-        if trial.method == "full":
-            self.weights: FullWeights | AdapterWeights = FullWeights(self.model, self.inputs.base.dtype)
-        self.model.to(self.inputs.base.dtype)
-        references = {name: self._reference(name, pairs) for name, pairs in self._splits.items()}
-        self.references = references
-        if trial.method == "lora":
-            self.policy = Policy(self.model, add_adapters(self.model, _lora_settings(trial), [trial.seed]))
-            self.weights = AdapterWeights(self.policy.adapted, 0)
-        else:
-            self.policy = Policy(self.model)
-        if wants_checkpointing(trial, self.inputs.base.device):
-            self.policy.checkpoint_activations()
-        steps = math.ceil(len(train) / trial.batch_size) * trial.epochs
-        self.optimizer = TrialOptimizer(trial, self.weights.tensors, steps)
-        for epoch in range(1, trial.epochs + 1):
-            order = epoch_order(len(train), trial.seed, epoch)
-            losses = []
-            for start in range(0, len(order), trial.batch_size):
-                started = time.perf_counter()
-                records = self._train_step(order[start : start + trial.batch_size])
-                self.seconds += time.perf_counter() - started
-                losses += [record["loss"] for record in records]
-            self._evaluate(epoch, math.fsum(losses) / len(losses))
+    folder: TrialFolder
+    weights: FullWeights | AdapterWeights
+    optimizer: TrialOptimizer
+    losses: list[float] = field(default_factory=list)  # of the epoch's training pairs so far
+    lines: int = 0  # of its metrics.jsonl
 
     @property
-    def _splits(self) -> dict[str, PairTable]:
-        return {"train": self.inputs.train, "validation": self.inputs.validation}
+    def trial(self) -> TrialConfig:
+        return self.result.trial
+
+
+class _Lockstep:
+    """Trials while they are trained."""
+
+    def __init__(self, trials: Sequence[TrialConfig], inputs: TrialInputs, run: RunFolder, sink: Sink) -> None:
+        self.inputs, self.run, self.sink = inputs, run, sink
+        self.shared = trials[0]  # for all settings in which the trials are equal
+        self.device = inputs.base.device
+        self.model, self.results = start_trials(trials, inputs)
+        self._pairs_fingerprint = fingerprint(pairs.ids_fingerprint() for pairs in inputs.splits.values())
+        self.epoch, self.step, self.seen = 1, 0, 0  # seen: pairs of the epoch
+        masters = FullWeights(self.model, inputs.base.dtype) if self.shared.method == "full" else None
+        self.model.to(inputs.base.dtype)
+        self.members: list[_Member] = []
+        self.references = {name: self._reference(name, pairs) for name, pairs in inputs.splits.items()}
+        adapted = {}
+        if masters is None:
+            adapted = add_adapters(self.model, _lora_settings(self.shared), [trial.seed for trial in trials])
+        self.policy = Policy(self.model, adapted, len(trials))
+        if wants_checkpointing(self.shared, self.device):
+            self.policy.checkpoint_activations()
+        batches = math.ceil(len(inputs.train) / self.shared.batch_size)
+        for place, result in enumerate(self.results):
+            weights = masters or AdapterWeights(adapted, place)
+            optimizer = TrialOptimizer(result.trial, weights.tensors, batches * result.trial.epochs)
+            self.members.append(_Member(result, run.trial(result.trial.name), weights, optimizer))
+        if checkpointed(run) == [trial.name for trial in trials]:
+            self._restore()
+        for member in self.members:
+            sink.start(member.trial.name, member.optimizer.steps, self.step, member.lines)
+
+    def run_to_end(self) -> None:
+        """All epochs of all trials."""
+        while self._retire():
+            self._train_epoch()
+            if self.members:
+                self._evaluate()
+                self.epoch, self.seen = self.epoch + 1, 0
+                self._pause(checkpoint=True)  # before a trial's end is on record: what is, is never run again
+        if self.inputs.processes.first:
+            self.run.checkpoint.unlink(missing_ok=True)
+
+    def _train_epoch(self) -> None:
+        """The rest of an epoch's steps."""
+        order = epoch_order(len(self.inputs.train), self.shared.seed, self.epoch)
+        while self.seen < len(order) and self.members:
+            started = time.perf_counter()
+            self._train_step(order[self.seen : self.seen + self.shared.batch_size])
+            for member in self.members:
+                member.result.train_seconds += time.perf_counter() - started
+            self._retire()
+            self._pause(checkpoint=self.step % self.inputs.checkpoint_steps == 0)
+
+    def _retire(self) -> bool:
+        """Finish the trials that have failed or come to their end.
+
+        Returns:
+            Whether any trial goes on.
+        """
+        places = [place for place, member in enumerate(self.members) if not self._ended(member.result)]
+        staying = [self.members[place] for place in places]
+        for member in self.members:
+            if member not in staying:
+                member.result.peak_memory_mb = peak_memory_mb(self.device)
+                if self.inputs.processes.first:
+                    member.result.write(member.folder)
+                self.sink.finish(member.trial.name, member.result.status, member.result.best_epoch)
+        if 0 < len(staying) < len(self.members):
+            self.policy.keep(places)
+            for place, member in enumerate(staying):
+                member.weights.place(place)
+        self.members = staying
+        return bool(staying)
+
+    def _ended(self, result: TrialResult) -> bool:
+        between_epochs = self.seen == 0
+        over = self.epoch > result.trial.epochs or patience_is_over(result)
+        return result.status != "finished" or (between_epochs and over)
+
+    def _pause(self, *, checkpoint: bool) -> None:
+        """Between two steps: write a checkpoint where one is due, and stop where that is asked."""
+        stopping = self.inputs.processes.any(self.inputs.stopping())
+        if self.members and (checkpoint or stopping) and self.inputs.processes.first:
+            write_checkpoint(self.run.checkpoint, *self._state())
+        if stopping:
+            raise Interrupted(f"interrupted at step {self.step}; `pairtune resume {self.run.root}` goes on from there")
+
+    def _state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        members, tensors = [], dict[str, Tensor]()
+        for place, member in enumerate(self.members):
+            progress = {"losses": member.losses, "lines": member.lines, "updates": member.optimizer.step}
+            members.append({"result": member.result.record(), **progress})
+            tensors |= {f"{place}.{name}": tensor for name, tensor in member.optimizer.state().items()}
+        position = {"epoch": self.epoch, "step": self.step, "seen": self.seen}
+        return {"of": self._fingerprint(), **position, "members": members}, tensors
+
+    def _restore(self) -> None:
+        state, tensors = read_checkpoint(self.run.checkpoint)
+        if state["of"] != self._fingerprint():
+            raise RunFailed(
+                f"{self.run.checkpoint}: is of other settings, other pairs or another base model than this run's; "
+                "remove it, and `pairtune resume` trains its trials from their start"
+            )
+        self.epoch, self.step, self.seen = state["epoch"], state["step"], state["seen"]
+        for place, (member, kept) in enumerate(zip(self.members, state["members"], strict=True)):
+            member.result = self.results[place] = TrialResult.of(kept["result"])
+            member.losses, member.lines = kept["losses"], kept["lines"]
+            start = f"{place}."
+            own = {name.removeprefix(start): each for name, each in tensors.items() if name.startswith(start)}
+            member.optimizer.restore(kept["updates"], own)
+            member.weights.updated()
+
+    def _fingerprint(self) -> str:
+        trials = [member.trial.model_dump_json() for member in self.members]
+        return fingerprint([self.inputs.base_fingerprint, self._pairs_fingerprint, *trials])
 
     def _reference(self, split: str, pairs: PairTable) -> Tensor:
         """The base's log-probs of a split; all trials of a run share them."""
         if split not in self.inputs.reference:
-            base, folder = self.inputs.base, self.inputs.reference_folder
+            base = self.inputs.base
             name = reference_fingerprint(self.inputs.base_fingerprint, base.device, base.dtype, pairs)
-            run_file = folder / f"{split}.safetensors" if folder else None
             what = f"reference log-probs of the {split} pairs"
             self.inputs.reference[split] = reference_logps(
-                lambda: Policy(self.model), name, pairs, run_file, lambda done: self.busy(what, done, len(pairs))
+                lambda: Policy(self.model),
+                name,
+                pairs,
+                self.run.reference / f"{split}.safetensors",
+                self.inputs.processes,
+                lambda done: self._busy(what, done, len(pairs)),
             )
-        logps: Tensor = self.inputs.reference[split].to(self.inputs.base.device)
+        logps: Tensor = self.inputs.reference[split].to(self.device)
         return logps
 
-    def _train_step(self, rows: list[int]) -> list[ExampleRecord]:
-        """One update from the pairs of some rows; a batch's loss is its mean over pairs."""
+    def _busy(self, what: str, done: int, total: int) -> None:
+        self.sink.busy([member.trial.name for member in self.members], what, done, total)
+        if self.inputs.stopping() and self.inputs.processes.count == 1:  # several can only stop together
+            self._pause(checkpoint=False)
+
+    def _train_step(self, rows: Sequence[int]) -> None:
+        """One update of every trial from the pairs of some rows; a batch's loss is its mean over pairs."""
         self.step += 1
         self.policy.train(True)
-        records: list[ExampleRecord] = []
-        for pack in self.policy.rows(self.inputs.train.tokens(rows), TRAIN_TOKENS):
-            some = rows[len(records) : len(records) + pack.pairs]
-            scored = self._score(pack, self.references["train"][some])
-            (scored.losses.sum() / len(rows)).backward()
-            records += scored.records()
-        self.pairs += len(rows)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        records: list[list[ExampleRecord]] = [[] for _ in self.members]
+        for scored in self._scored("train", self.inputs.processes.share(rows), TRAIN_TOKENS):
+            losses = torch.stack([each.losses.sum() for each in scored])
+            (losses.sum() / len(rows)).backward()  # adapters do not meet in it
+            for mine, each in zip(records, scored, strict=True):
+                mine.extend(each.records())
+        self.inputs.processes.add_gradients(trained)
+        for member, mine in zip(self.members, records, strict=True):
+            try:
+                self._update(member, self.inputs.processes.gather(mine), rows)
+            except TrialFailed as failure:
+                member.result.status, member.result.reason = "failed", str(failure)
+        for parameter in trained:
+            parameter.grad = None
+        self.seen += len(rows)
+
+    def _scored(self, split: str, rows: Sequence[int], max_tokens: int) -> Iterator[list[Scored]]:
+        """The pairs of some rows under every trial, as many at a time as fit into a row."""
+        for start in range(0, len(rows), _TABLE_ROWS):
+            some, done = rows[start : start + _TABLE_ROWS], 0
+            packs = self.policy.rows(self.inputs.splits[split].tokens(some), max_tokens // len(self.members))
+            for pack in packs:
+                reference = self.references[split][list(some[done : done + pack.pairs])]
+                self.policy.draw_dropout(self.shared.seed, self.step, some[done])
+                answers = self.policy.answer_logps(pack)
+                yield [
+                    score_row(member.trial, pack, answers, place, reference)
+                    for place, member in enumerate(self.members)
+                ]
+                done += pack.pairs
+
+    def _update(self, member: _Member, records: list[ExampleRecord], rows: Sequence[int]) -> None:
+        """Take the gradients of a step, look at them, and update a trial's weights."""
+        member.result.train_pairs += len(rows)
         means = {name: math.fsum(record[name] for record in records) / len(rows) for name in records[0]}
         if self.step == 1:
-            check_first_step(self.trial, means, self.policy.slack)
-        self.weights.take_gradients()
-        rate, norm = self.optimizer.learning_rate, self.optimizer.clip()
-        self._guard(means["loss"], norm, rows)
-        self.optimizer.update()
-        self.weights.updated()
-        epoch = self.pairs / len(self.inputs.train)
-        self.log({"step": self.step, **means, "grad_norm": norm, "learning_rate": rate, "epoch": epoch})
-        return records
+            check_first_step(member.trial, means, self.policy.slack)
+        member.weights.take_gradients()
+        rate, norm = member.optimizer.learning_rate, member.optimizer.clip()
+        self._guard(member, means["loss"], norm, rows)
+        member.optimizer.update()
+        member.weights.updated()
+        epoch = self.epoch - 1 + (self.seen + len(rows)) / len(self.inputs.train)
+        self._log(member, {"step": self.step, **means, "grad_norm": norm, "learning_rate": rate, "epoch": epoch})
+        member.losses += [record["loss"] for record in records]
 
-    def _score(self, pack: Pack, reference: Tensor) -> _Scored:
-        answers = self.policy.answer_logps(pack)
-        (logps,), (logits,) = answers.logps, answers.logits
-        tokens = pack.answer_tokens
-        pairs = PairLogps(logps[0::2], logps[1::2], reference[:, 0], reference[:, 1], tokens[0::2], tokens[1::2])
-        trial = self.trial
-        settings = LossSettings(
-            trial.beta, trial.label_smoothing, trial.simpo_gamma, trial.discopop_tau, trial.sft_weight
-        )
-        losses = pair_loss(trial.loss, pairs, settings)
-        return _Scored(losses, pairs, trial.beta, logits[0::2], logits[1::2])
-
-    def _guard(self, loss: float, norm: float, rows: list[int]) -> None:
-        """Stop the trial before an update that would ruin it, or that would do nothing; keep what led to it."""
+    def _guard(self, member: _Member, loss: float, norm: float, rows: Sequence[int]) -> None:
+        """Stop a trial before an update that would ruin it, or that would do nothing; keep what led to it."""
         if math.isfinite(loss) and math.isfinite(norm) and (norm > 0 or self.step > 1):
-            self.result.steps_without_gradient += norm == 0
+            member.result.steps_without_gradient += norm == 0
             return
         origins = ", ".join(self.inputs.train[row].origin for row in rows)
-        self._save(self.folder.failed)
+        self._save(member, member.folder.failed)
         if norm == 0:
             raise TrialFailed(f"the gradient of step {self.step} is 0 (pairs {origins}): nothing would be learned")
         raise TrialFailed(
             f"the loss became {loss} and the gradient norm {norm} at step {self.step} (pairs {origins}); lower the "
-            f"learning rate ({self.trial.learning_rate:g}), or use --dtype float32. The weights before it are in "
-            f"{self.folder.failed}"
+            f"learning rate ({member.trial.learning_rate:g}), or use --dtype float32. The weights before it are in "
+            f"{member.folder.failed}"
         )
 
-    def _evaluate(self, epoch: int, train_loss: float) -> None:
-        """Judge the weights on the validation pairs, and keep them when they are the best so far."""
-        validation = self.inputs.validation
+    def _evaluate(self) -> None:
+        """Judge every trial's weights on the validation pairs, and keep those that are the trial's best so far."""
         self.policy.train(False)
-        records: list[ExampleRecord] = []
+        records: list[list[ExampleRecord]] = [[] for _ in self.members]
+        total = len(self.inputs.validation)
         with torch.no_grad():
-            for start in range(0, len(validation), _TABLE_ROWS):
-                rows = range(start, min(start + _TABLE_ROWS, len(validation)))
-                for pack in self.policy.rows(validation.tokens(rows), EVALUATION_TOKENS):
-                    reference = self.references["validation"][len(records) : len(records) + pack.pairs]
-                    records += self._score(pack, reference).records()
-                    self.busy("evaluating", len(records), len(validation))
-        row = {"epoch": epoch, "step": self.step, "loss": train_loss}
-        self.log(
-            record_evaluation(self.result, self.inputs, self.folder, row, records, lambda: self._save(self.folder.best))
-        )
+            for scored in self._scored("validation", self.inputs.processes.share(range(total)), EVALUATION_TOKENS):
+                for mine, each in zip(records, scored, strict=True):
+                    mine.extend(each.records())
+                self._busy("evaluating", len(records[0]) * self.inputs.processes.count, total)
+        for member, mine in zip(self.members, records, strict=True):
+            row = {"epoch": self.epoch, "step": self.step, "loss": math.fsum(member.losses) / len(member.losses)}
+            member.losses.clear()
+            gathered, save = self.inputs.processes.gather(mine), partial(self._save, member, member.folder.best)
+            try:
+                self._log(member, record_evaluation(member.result, self.inputs, member.folder, row, gathered, save))
+            except TrialFailed as failure:
+                member.result.status, member.result.reason = "failed", str(failure)
 
-    def _save(self, folder: Path) -> str:
+    def _log(self, member: _Member, line: dict[str, Any]) -> None:
+        self.sink.log(member.trial.name, line)
+        member.lines += 1
+
+    def _save(self, member: _Member, folder: Path) -> str:
+        """Write a trial's weights as they are; see `save_best`."""
+        if not self.inputs.processes.first:
+            return ""
         tokenizer, source = self.inputs.base.tokenizer, self.inputs.base.source
-        if self.trial.method == "full":
+        if self.shared.method == "full":
             return save_best(self.model, tokenizer, folder, source.published_as)
         adapted = self.policy.adapted
-        config = peft_config(adapted, _lora_settings(self.trial))
-        return save_adapter(peft_tensors(adapted, 0), config, tokenizer, folder, source.published_as)
+        config = peft_config(adapted, _lora_settings(self.shared))
+        tensors = peft_tensors(adapted, self.members.index(member))
+        return save_adapter(tensors, config, tokenizer, folder, source.published_as)
 
 
 def _lora_settings(trial: TrialConfig) -> LoraSettings:

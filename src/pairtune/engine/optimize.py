@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from pairtune.config import TrialConfig
 from pairtune.engine.lora import LoraLinear
@@ -17,20 +16,19 @@ class TrialOptimizer:
 
     Args:
         trial: its learning rate and the norm to which gradients are clipped.
-        weights: float32 tensors that are updated in place; each has its gradient by the time of `step`.
+        weights: float32 tensors that are updated in place; each has its gradient by the time of `clip`.
         steps: after which the learning rate has come down to 0.
     """
 
     def __init__(self, trial: TrialConfig, weights: Sequence[Tensor], steps: int) -> None:
         self.weights = list(weights)
-        self.max_grad_norm = trial.max_grad_norm
+        self.trial, self.steps, self.step = trial, steps, 0
         self.adamw = torch.optim.AdamW(self.weights, lr=trial.learning_rate, weight_decay=0.0, fused=True)
-        self.schedule = LambdaLR(self.adamw, lambda step: max(0.0, 1 - step / steps))
 
     @property
     def learning_rate(self) -> float:
         """Of the coming step."""
-        return float(self.schedule.get_last_lr()[0])
+        return self.trial.learning_rate * max(0.0, 1 - self.step / self.steps)
 
     def clip(self) -> float:
         """Clip the gradients.
@@ -38,32 +36,60 @@ class TrialOptimizer:
         Returns:
             Their norm before.
         """
-        return torch.nn.utils.clip_grad_norm_(self.weights, self.max_grad_norm).item()
+        return torch.nn.utils.clip_grad_norm_(self.weights, self.trial.max_grad_norm).item()
 
     def update(self) -> None:
         """Update the weights and drop the gradients."""
+        self.adamw.param_groups[0]["lr"] = self.learning_rate
         self.adamw.step()
-        self.schedule.step()
         self.adamw.zero_grad()
+        self.step += 1
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights and moments by name."""
+        tensors = {}
+        for number, weights in enumerate(self.weights):
+            tensors[f"{number}.weights"] = weights
+            tensors |= {f"{number}.{name}": self.adamw.state[weights][name] for name in _MOMENTS if self.step}
+        return tensors
+
+    def restore(self, step: int, state: Mapping[str, Tensor]) -> None:
+        """Go on after a step from what `state` gave then."""
+        self.step = step
+        for number, weights in enumerate(self.weights):
+            weights.copy_(state[f"{number}.weights"])
+            if step:
+                moments = {name: state[f"{number}.{name}"].to(weights.device) for name in _MOMENTS}
+                self.adamw.state[weights] = {"step": torch.tensor(float(step), device=weights.device), **moments}
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class AdapterWeights:
     """One trial's share of the stacked adapters, as tensors that an optimizer can own."""
 
     def __init__(self, adapted: Mapping[str, LoraLinear], trial: int) -> None:
+        self.adapted = adapted
+        self.tensors = [torch.empty(0) for _ in self._stacks()]
+        self.place(trial)
+
+    def place(self, trial: int) -> None:
+        """Take this place in the stacks; the tensors stay the same objects, as views of it."""
         self.trial = trial
-        self.stacked = [stack for layer in adapted.values() for stack in (layer.lora_a, layer.lora_b)]
-        self.tensors = [stack.detach()[trial] for stack in self.stacked]  # views: an update changes the layers
+        for tensor, stack in zip(self.tensors, self._stacks(), strict=True):
+            tensor.data = stack.detach()[trial]
 
     def take_gradients(self) -> None:
         """Give the optimizer's tensors this trial's gradients."""
-        for tensor, stack in zip(self.tensors, self.stacked, strict=True):
+        for tensor, stack in zip(self.tensors, self._stacks(), strict=True):
             tensor.grad = None if stack.grad is None else stack.grad[self.trial]
 
     def updated(self) -> None:
-        """Drop the layers' gradients; their weights are the optimizer's tensors."""
-        for stack in self.stacked:
-            stack.grad = None
+        """Nothing: the layers' weights are the optimizer's tensors."""
+
+    def _stacks(self) -> list[nn.Parameter]:
+        return [stack for layer in self.adapted.values() for stack in (layer.lora_a, layer.lora_b)]
 
 
 class FullWeights:
@@ -84,6 +110,9 @@ class FullWeights:
         for tensor, parameter in zip(self.tensors, self.parameters, strict=True):
             tensor.grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
+
+    def place(self, trial: int) -> None:
+        """Nothing: a model that is trained whole has one trial."""
 
     def updated(self) -> None:
         """Round the masters into the model."""

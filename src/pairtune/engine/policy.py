@@ -17,6 +17,7 @@ from pairtune.engine.logps import token_logps
 from pairtune.engine.lora import LoraLinear
 from pairtune.engine.packing import Pack, pack_batches, pad_pairs
 from pairtune.errors import BadInput
+from pairtune.runs import fingerprint
 
 # Families whose attention goes through transformers' AttentionInterface and hands keywords on; each has a test.
 PACKED_FAMILIES = frozenset(
@@ -98,6 +99,18 @@ class Policy:
         """Switch the adapters' dropout on or off; the model's own is never used."""
         for layer in self.adapted.values():
             layer.train(training)
+
+    def draw_dropout(self, *numbers: int) -> None:
+        """Say what the adapters' dropout is drawn from for the coming row: the same numbers give the same dropout."""
+        for place, layer in enumerate(self.adapted.values()):
+            if layer.dropout:
+                layer.noise = int(fingerprint(map(str, (*numbers, place))), 16) >> 1  # a seed has 63 bits
+
+    def keep(self, trials: list[int]) -> None:
+        """Drop all adapters but these."""
+        self.trials = len(trials)
+        for layer in self.adapted.values():
+            layer.keep(trials)
 
     def answer_logps(self, pack: Pack) -> AnswerLogps:
         """Log-probs of a row's answers under every trial's adapter."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -57,6 +57,8 @@ class TrialResult:
         base_fingerprint: of the weights the trial started from.
         best_fingerprint: of the weight files in the trial's `best/`.
         train_seconds: time in training steps, without loading, evaluation and saving.
+        train_pairs: seen in all steps together.
+        side_by_side: how many trials were trained together, sharing `train_seconds`, when this one began.
         steps_without_gradient: steps whose gradient was exactly 0, so that they taught nothing.
         peak_memory_mb: on an accelerator of this trial; on a CPU the process's highest resident size so far.
     """
@@ -70,7 +72,8 @@ class TrialResult:
     best_fingerprint: str = ""
     steps_without_gradient: int = 0
     train_seconds: float = 0.0
-    train_pairs_per_second: float = 0.0
+    train_pairs: int = 0
+    side_by_side: int = 1
     peak_memory_mb: int = 0
 
     @property
@@ -88,21 +91,37 @@ class TrialResult:
             "reason": self.reason,
             "best_epoch": self.best_epoch,
             "train_seconds": round(self.train_seconds, 3),
-            "train_pairs_per_second": round(self.train_pairs_per_second, 4),
+            "train_pairs_per_second": round(self.train_pairs / self.train_seconds, 4) if self.train_seconds else 0.0,
             "peak_memory_mb": self.peak_memory_mb,
             "metrics": self.best_metrics,
         }
 
+    def record(self) -> dict[str, Any]:
+        """The content of `trial.json`."""
+        return self.summary() | {
+            "config": self.trial.model_dump(mode="json"),
+            **{name: getattr(self, name) for name in _KEPT},
+        }
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> TrialResult:
+        """The result that `record` gave."""
+        return cls(TrialConfig(**record["config"]), **{name: record[name] for name in (*_KEPT, *_SUMMARISED)})
+
     def write(self, folder: TrialFolder) -> None:
         """Write `trial.json`."""
-        more = {
-            "config": self.trial.model_dump(mode="json"),
-            "base_fingerprint": self.base_fingerprint,
-            "best_fingerprint": self.best_fingerprint,
-            "steps_without_gradient": self.steps_without_gradient,
-            "epochs": self.epochs,
-        }
-        write_json(folder.record, self.summary() | more)
+        write_json(folder.record, self.record())
+
+
+_SUMMARISED = ("status", "reason", "best_epoch", "peak_memory_mb", "train_seconds")
+_KEPT = (
+    "epochs",
+    "base_fingerprint",
+    "best_fingerprint",
+    "steps_without_gradient",
+    "train_pairs",
+    "side_by_side",
+)
 
 
 def mean_metrics(records: Sequence[ExampleRecord]) -> dict[str, float]:

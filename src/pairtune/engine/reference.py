@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pairtune.data.table import PairTable
 from pairtune.engine.policy import EVALUATION_TOKENS, Policy
+from pairtune.engine.processes import Processes
 from pairtune.errors import RunFailed
 from pairtune.runs import fingerprint, user_cache, write_atomic
 
@@ -35,7 +36,8 @@ def reference_logps(
     policy: Callable[[], Policy],
     name: str,
     pairs: PairTable,
-    run_file: Path | None,
+    run_file: Path,
+    processes: Processes,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
     """The reference log-probs of pairs, from the run folder, from the user cache, or computed.
@@ -44,7 +46,8 @@ def reference_logps(
         policy: opens the base model; only called when there is something to compute.
         name: the fingerprint, see `reference_fingerprint`.
         pairs: N of them.
-        run_file: the run's own copy, or None.
+        run_file: the run's own copy.
+        processes: that share the work; the first one reads and writes.
         progress: told how many pairs are done.
 
     Returns:
@@ -53,29 +56,38 @@ def reference_logps(
     Raises:
         RunFailed: the run's copy belongs to other weights, pairs or kernels.
     """
-    if run_file is not None and run_file.is_file():
-        return load_reference(run_file, name, len(pairs))
     cached = user_cache() / "reference" / f"{name}.safetensors"
-    try:
-        result = load_reference(cached, name, len(pairs))
-    except (RunFailed, OSError):
-        result = compute_logps(policy(), pairs, progress)
-        _write(cached, name, result)
-    if run_file is not None:
+    result = processes.from_first(_find(run_file, cached, name, len(pairs)) if processes.first else None)
+    if result is None:
+        result = compute_logps(policy(), pairs, processes, progress)
+        if processes.first:
+            _write(cached, name, result)
+    if processes.first and not run_file.is_file():
         _write(run_file, name, result)
     return result
 
 
+def _find(run_file: Path, cached: Path, name: str, pairs: int) -> Tensor | None:
+    if run_file.is_file():
+        return load_reference(run_file, name, pairs)
+    try:
+        return load_reference(cached, name, pairs)
+    except (RunFailed, OSError):
+        return None
+
+
 @torch.no_grad()
-def compute_logps(policy: Policy, pairs: PairTable, progress: Callable[[int], None] = lambda done: None) -> Tensor:
+def compute_logps(
+    policy: Policy, pairs: PairTable, processes: Processes, progress: Callable[[int], None] = lambda done: None
+) -> Tensor:
     """Log-probs of all pairs under a policy's first trial, [N, 2]."""
-    results = []
-    for start in range(0, len(pairs), _TABLE_ROWS):
-        rows = range(start, min(start + _TABLE_ROWS, len(pairs)))
-        for pack in policy.rows(pairs.tokens(rows), EVALUATION_TOKENS):
-            results.append(policy.answer_logps(pack).logps[0].view(-1, 2))
-            progress(sum(map(len, results)))
-    return torch.cat(results).cpu() if results else torch.zeros(0, 2)
+    results: list[list[float]] = []
+    share = processes.share(range(len(pairs)))
+    for start in range(0, len(share), _TABLE_ROWS):
+        for pack in policy.rows(pairs.tokens(share[start : start + _TABLE_ROWS]), EVALUATION_TOKENS):
+            results += policy.answer_logps(pack).logps[0].view(-1, 2).tolist()
+            progress(len(results) * processes.count)
+    return torch.tensor(processes.gather(results), dtype=torch.float32).view(-1, 2)
 
 
 def load_reference(path: Path, name: str, pairs: int) -> Tensor:

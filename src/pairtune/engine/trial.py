@@ -7,7 +7,7 @@ import resource
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from pairtune.config import Select, TrialConfig
 from pairtune.data.table import PairTable
+from pairtune.engine.processes import Processes
 from pairtune.engine.records import (
     ExampleRecord,
     TrialFailed,
@@ -29,15 +30,10 @@ from pairtune.runs import TrialFolder
 
 LN_2 = math.log(2)
 
-# One line of metrics.jsonl: `step`, `epoch`, then metric names.
-Log = Callable[[dict[str, Any]], None]
 
-# What a trial does besides its steps, how many pairs are done, and how many there are.
-Busy = Callable[[str, int, int], None]
-
-
-def not_shown(what: str, done: int, total: int) -> None:
-    """A `Busy` that nobody watches."""
+def never() -> bool:
+    """Nobody asks the run to stop."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,8 @@ class TrialInputs:
         select: the rule by which a trial's best epoch is kept.
         reference: log-probs of the base model by split, filled by the first trial and read by all others: they depend
             on model and pairs alone, which are the same for the whole grid.
-        reference_folder: where the run keeps them; None: nowhere.
+        checkpoint_steps: a checkpoint is written every so many steps, and at every epoch.
+        stopping: asked between steps whether the run is to be interrupted.
     """
 
     base: LoadedBase
@@ -60,7 +57,18 @@ class TrialInputs:
     validation: PairTable
     select: Select
     reference: dict[str, Any] = field(default_factory=dict)
-    reference_folder: Path | None = None
+    checkpoint_steps: int = 50
+    stopping: Callable[[], bool] = never
+
+    @property
+    def splits(self) -> dict[str, PairTable]:
+        """Training and validation pairs by name."""
+        return {"train": self.train, "validation": self.validation}
+
+    @cached_property
+    def processes(self) -> Processes:
+        """Those that share the work."""
+        return Processes(self.base.device)
 
 
 def load_start(trial: TrialConfig, base: LoadedBase) -> PreTrainedModel:
@@ -77,20 +85,20 @@ def epoch_order(pairs: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(pairs, generator=generator).tolist()
 
 
-def start_trial(trial: TrialConfig, inputs: TrialInputs) -> tuple[PreTrainedModel, TrialResult]:
-    """Load a trial's pristine weights, and open its record.
+def start_trials(trials: Sequence[TrialConfig], inputs: TrialInputs) -> tuple[PreTrainedModel, list[TrialResult]]:
+    """Load the pristine weights that trials start from, and open their records.
 
     Raises:
         RunFailed: they are not the base model's; the run's results would not be comparable.
     """
-    model = load_start(trial, inputs.base)
-    result = TrialResult(trial, base_fingerprint=weights_fingerprint(model))
-    if result.base_fingerprint != inputs.base_fingerprint:
+    model = load_start(trials[0], inputs.base)
+    found = weights_fingerprint(model)
+    if found != inputs.base_fingerprint:
         raise RunFailed(
-            f"trial {trial.name}: its starting weights ({result.base_fingerprint}) are not the base model's "
+            f"trial {trials[0].name}: its starting weights ({found}) are not the base model's "
             f"({inputs.base_fingerprint}); trials would not be comparable, so the run stops"
         )
-    return model, result
+    return model, [TrialResult(trial, base_fingerprint=found, side_by_side=len(trials)) for trial in trials]
 
 
 def record_evaluation(
@@ -109,7 +117,7 @@ def record_evaluation(
         folder: of the trial.
         row: `epoch`, `step` and the epoch's training loss.
         records: one per validation pair, in their order.
-        save: writes the weights just evaluated and gives the fingerprint of their files.
+        save: writes the weights just evaluated, in the first process, and gives the fingerprint of their files.
 
     Returns:
         The row with the means over pairs.
@@ -122,8 +130,9 @@ def record_evaluation(
         raise TrialFailed(
             f"an evaluation metric of epoch {row['epoch']} is not a finite number; lower the learning rate"
         )
-    named = [{"origin": pair.origin, **record} for pair, record in zip(inputs.validation, records, strict=True)]
-    write_records(folder, int(row["epoch"]), named)
+    if inputs.processes.first:
+        named = [{"origin": pair.origin, **record} for pair, record in zip(inputs.validation, records, strict=True)]
+        write_records(folder, int(row["epoch"]), named)
     if not result.epochs or score(row, inputs.select) > score(result.best_metrics, inputs.select):
         result.best_epoch = int(row["epoch"])
         result.best_fingerprint = save()
@@ -131,15 +140,10 @@ def record_evaluation(
     return row
 
 
-def finish_trial(
-    result: TrialResult, folder: TrialFolder, seconds: float, pairs: int, device: torch.device
-) -> TrialResult:
-    """Write a trial's record, with the time that its steps took and the pairs that they saw."""
-    result.train_seconds = seconds
-    result.train_pairs_per_second = pairs / seconds if seconds else 0.0
-    result.peak_memory_mb = peak_memory_mb(device)
-    result.write(folder)
-    return result
+def patience_is_over(result: TrialResult) -> bool:
+    """Whether a trial has had as many evaluations in a row without a better one as it is given."""
+    patience = result.trial.patience
+    return patience is not None and len(result.epochs) - (result.best_epoch or 0) >= patience
 
 
 def wants_checkpointing(trial: TrialConfig, device: torch.device) -> bool:

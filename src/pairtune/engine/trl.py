@@ -12,8 +12,9 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,33 +30,37 @@ from pairtune.config import TrialConfig
 from pairtune.engine.lora import draw_starts
 from pairtune.engine.records import EXAMPLE_METRICS, ExampleRecord, TrialFailed, TrialResult
 from pairtune.engine.trial import (
-    Busy,
-    Log,
     TrialInputs,
     check_first_step,
     epoch_order,
-    finish_trial,
-    not_shown,
+    patience_is_over,
+    peak_memory_mb,
     record_evaluation,
-    start_trial,
+    start_trials,
     wants_checkpointing,
 )
-from pairtune.errors import RunFailed
+from pairtune.errors import Interrupted, RunFailed
 from pairtune.models.save import save_best
-from pairtune.runs import TrialFolder
+from pairtune.runs import RunFolder
+from pairtune.track.sinks import Sink
 
 
-def run_trial(
-    trial: TrialConfig, inputs: TrialInputs, folder: TrialFolder, log: Log, busy: Busy = not_shown
-) -> TrialResult:
-    """Train one trial from pristine weights, evaluate it at every epoch and keep its best epoch.
+def run_trials(trials: Sequence[TrialConfig], inputs: TrialInputs, run: RunFolder, sink: Sink) -> list[TrialResult]:
+    """Train a trial from pristine weights, evaluate it at every epoch and keep its best epoch.
 
-    `busy` is not told anything: TRL does not say how far its reference pass and evaluations are.
+    A trial that was interrupted begins anew. TRL does not say how far its reference pass and evaluations are.
+
+    Args:
+        trials: one.
+        inputs: of the run.
+        run: where everything is written.
+        sink: told of every step.
 
     Raises:
         RunFailed: the trial did not start at the base model; the run's results would not be comparable.
     """
-    model, result = start_trial(trial, inputs)
+    (trial,) = trials
+    model, (result,) = start_trials(trials, inputs)
     with tempfile.TemporaryDirectory(prefix="pairtune-") as scratch, _quiet():
         trainer = _Trainer(
             reference=inputs.reference,
@@ -67,13 +72,27 @@ def run_trial(
             peft_config=_lora(trial) if trial.method == "lora" else None,
         )
         trainer.remove_callback(PrinterCallback)
-        keeper = _Keeper(trainer, trial, inputs, folder, log, result)
+        sink.start(trial.name, math.ceil(len(inputs.train) / trial.batch_size) * trial.epochs, 0, 0)
+        keeper = _Keeper(trainer, trial, inputs, run, partial(sink.log, trial.name), result)
         trainer.add_callback(keeper)
         try:
             trainer.train()
         except TrialFailed as failure:
             result.status, result.reason = "failed", str(failure)
-    return finish_trial(result, folder, keeper.seconds, keeper.pairs, inputs.base.device)
+    result.peak_memory_mb = peak_memory_mb(inputs.base.device)
+    result.write(run.trial(trial.name))
+    sink.finish(trial.name, result.status, result.best_epoch)
+    return [result]
+
+
+def checkpointed(run: RunFolder) -> list[str]:
+    """No trial goes on from the middle."""
+    return []
+
+
+def width(trial: TrialConfig, inputs: TrialInputs, asked: int | None) -> int:
+    """One trial at a time."""
+    return 1
 
 
 def _arguments(trial: TrialConfig, inputs: TrialInputs, scratch: Path) -> DPOConfig:
@@ -175,11 +194,9 @@ class _Keeper(TrainerCallback):
     trainer: _Trainer
     trial: TrialConfig
     inputs: TrialInputs
-    folder: TrialFolder
-    log: Log
+    run: RunFolder
+    log: Callable[[dict[str, Any]], None]
     result: TrialResult
-    seconds: float = 0.0
-    pairs: int = 0
     _losses: list[float] = field(default_factory=list)
     _step_started: float = 0.0
 
@@ -194,7 +211,9 @@ class _Keeper(TrainerCallback):
         self._step_started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds += time.perf_counter() - self._step_started
+        self.result.train_seconds += time.perf_counter() - self._step_started
+        if self.inputs.stopping():
+            raise Interrupted(f"interrupted; `pairtune resume {self.run.root}` begins this trial anew")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs is None or "loss" not in logs:
@@ -211,8 +230,8 @@ class _Keeper(TrainerCallback):
                 raise TrialFailed("the gradient of step 1 is 0: nothing would be learned")
             self.result.steps_without_gradient += 1
         total = len(self.inputs.train)
-        pairs = min(self.trial.batch_size, total - self.pairs % total)
-        self.pairs += pairs
+        pairs = min(self.trial.batch_size, total - self.result.train_pairs % total)
+        self.result.train_pairs += pairs
         self._losses += [logs["loss"]] * pairs
         self.log({"step": state.global_step, **logs})
 
@@ -222,11 +241,12 @@ class _Keeper(TrainerCallback):
         loss = math.fsum(self._losses) / len(self._losses)
         self._losses.clear()
         row = {"epoch": round(state.epoch), "step": state.global_step, "loss": loss}
-        self.log(record_evaluation(self.result, self.inputs, self.folder, row, records, self._save))
+        self.log(record_evaluation(self.result, self.inputs, self.run.trial(self.trial.name), row, records, self._save))
+        control.should_training_stop = patience_is_over(self.result)
 
     def _save(self) -> str:
-        base = self.inputs.base
-        return save_best(self.trainer.model, base.tokenizer, self.folder.best, base.source.published_as)
+        base, folder = self.inputs.base, self.run.trial(self.trial.name)
+        return save_best(self.trainer.model, base.tokenizer, folder.best, base.source.published_as)
 
 
 class _quiet:

@@ -1,55 +1,143 @@
-"""Runs the trials of a grid, one after another, each from pristine weights."""
+"""Runs the trials of a grid from pristine weights: side by side where they can share their work, else one by one."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 from pairtune.config import RunConfig, TrialConfig
 from pairtune.data.prepare import PreparedData
 from pairtune.engine.records import TrialResult
-from pairtune.engine.trial import Busy, Log, TrialInputs, load_start
+from pairtune.engine.trial import TrialInputs, load_start, never
 from pairtune.errors import RunFailed
 from pairtune.models.load import LoadedBase, weights_fingerprint
-from pairtune.runs import RunFolder, TrialFolder, write_json
+from pairtune.runs import RunFolder, write_json
 from pairtune.track.sinks import Sink
 
+# In what trials may differ that run in lockstep. In everything else they must be equal: they share one pass over the
+# same pairs in the same order, and adapters of one shape.
+_OWN = {
+    "learning_rate",
+    "beta",
+    "loss",
+    "label_smoothing",
+    "sft_weight",
+    "simpo_gamma",
+    "discopop_tau",
+    "epochs",
+    "max_grad_norm",
+    "patience",
+}
 
-def _engine(config: RunConfig) -> Callable[[TrialConfig, TrialInputs, TrialFolder, Log, Busy], TrialResult]:
-    """The engine's way to run a trial; only the one that is used is imported, since TRL takes seconds."""
-    if config.engine == "trl":
-        from pairtune.engine import trl
 
-        return trl.run_trial
-    from pairtune.engine import native
+class Engine(Protocol):
+    """What `engine.native` and `engine.trl` have in common."""
 
-    return native.run_trial
+    def run_trials(
+        self, trials: list[TrialConfig], inputs: TrialInputs, run: RunFolder, sink: Sink
+    ) -> list[TrialResult]:
+        """Train trials side by side."""
+
+    def checkpointed(self, run: RunFolder) -> list[str]:
+        """The names of the trials that can go on from the run's checkpoint."""
+
+    def width(self, trial: TrialConfig, inputs: TrialInputs, asked: int | None) -> int:
+        """How many trials like this one run side by side."""
 
 
-def run_sweep(config: RunConfig, data: PreparedData, base: LoadedBase, run: RunFolder, sink: Sink) -> list[TrialResult]:
-    """Run every trial of the grid; `sweep.json` is rewritten after each, so that it always tells how far the run is.
+def run_sweep(
+    config: RunConfig,
+    data: PreparedData,
+    base: LoadedBase,
+    run: RunFolder,
+    sink: Sink,
+    stopping: Callable[[], bool] = never,
+) -> list[TrialResult]:
+    """Run every trial of the grid that the run has no result of; `sweep.json` always tells how far the run is.
 
     Raises:
         RunFailed: a trial did not start at the base model, or no trial ended with a usable model.
+        Interrupted: the run was asked to stop.
     """
     trials = config.trials()
-    base_fingerprint = weights_fingerprint(load_start(trials[0], base))
     inputs = TrialInputs(
-        base, base_fingerprint, data.train, data.validation, config.select, reference_folder=run.reference
+        base,
+        weights_fingerprint(load_start(trials[0], base)),
+        data.train,
+        data.validation,
+        config.select,
+        checkpoint_steps=config.checkpoint_steps,
+        stopping=stopping,
     )
-    run_trial = _engine(config)
-    steps = math.ceil(len(data.train) / config.batch_size) * config.epochs
-    results: list[TrialResult] = []
-    for trial in trials:
-        sink.start(trial.name, steps)
-        result = run_trial(
-            trial, inputs, run.trial(trial.name), partial(sink.log, trial.name), partial(sink.busy, trial.name)
-        )
-        sink.finish(trial.name, result.status, result.best_epoch)
-        results.append(result)
-        write_json(run.sweep, {"trials": [done.summary() for done in results]})
+    engine = _engine(config)
+    done = _results_on_record(trials, run)
+    for group in _groups(trials, done, engine, inputs, run, config.side_by_side):
+        for result in engine.run_trials(group, inputs, run, sink):
+            done[result.trial.name] = result
+        if inputs.processes.first:
+            write_sweep(run, trials, done)
+    results = [done[trial.name] for trial in trials]
     if not any(result.status == "finished" for result in results):
         reasons = "; ".join(f"{result.trial.name}: {result.reason}" for result in results)
         raise RunFailed(f"no trial ended with a usable model ({reasons})")
     return results
+
+
+def together(trial: TrialConfig) -> Any:
+    """Equal for trials that can run in lockstep."""
+    if trial.method == "full":
+        return trial.name
+    return tuple((name, value) for name, value in trial if name not in _OWN)
+
+
+def write_sweep(run: RunFolder, trials: Iterable[TrialConfig], done: dict[str, TrialResult]) -> None:
+    """Write `sweep.json`: what is known of every trial that has ended, in the order of the grid."""
+    write_json(run.sweep, {"trials": [done[trial.name].summary() for trial in trials if trial.name in done]})
+
+
+def _engine(config: RunConfig) -> Engine:
+    """Only the one that is used is imported, since TRL takes seconds."""
+    if config.engine == "trl":
+        from pairtune.engine import trl
+
+        return trl
+    from pairtune.engine import native
+
+    return native
+
+
+def _results_on_record(trials: list[TrialConfig], run: RunFolder) -> dict[str, TrialResult]:
+    """What earlier calls finished."""
+    done = {}
+    for trial in trials:
+        record = run.trial(trial.name).record
+        if record.is_file():
+            done[trial.name] = TrialResult.of(run.read_json(record))
+            if done[trial.name].trial != trial:
+                raise RunFailed(f"{record}: the trial had other settings than {run.config} has now; undo the change")
+    return done
+
+
+def _groups(
+    trials: list[TrialConfig],
+    done: dict[str, TrialResult],
+    engine: Engine,
+    inputs: TrialInputs,
+    run: RunFolder,
+    asked: int | None,
+) -> list[list[TrialConfig]]:
+    """What is still to be run, in groups that run in lockstep; first those that a checkpoint holds."""
+    held = engine.checkpointed(run)
+    groups = []
+    if any(trial.name in held and trial.name not in done for trial in trials):
+        groups.append([trial for trial in trials if trial.name in held])
+    by_kind: dict[Any, list[TrialConfig]] = {}
+    for trial in trials:
+        if trial.name not in done and not any(trial in group for group in groups):
+            by_kind.setdefault(together(trial), []).append(trial)
+    for alike in by_kind.values():
+        width = engine.width(alike[0], inputs, asked)
+        rounds = -(-len(alike) // width)
+        width = -(-len(alike) // rounds)  # five trials of which four fit: three and two, not four and one
+        groups += [alike[start : start + width] for start in range(0, len(alike), width)]
+    return groups

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
-from rich.text import Text
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 # Where there is no terminal, long work says where it is this often.
 _QUIET_SECONDS = 30
@@ -17,29 +16,34 @@ _QUIET_SECONDS = 30
 class LiveView:
     """Follows all trials of a grid; a context manager, so that the terminal is left as it was found.
 
-    Progress is written to stderr. `trials` are all trials in the order they will run.
+    Progress is written to stderr.
+
+    Args:
+        trials: the steps that each trial will make, by name, in the order of the grid.
+        console: where to write.
     """
 
-    def __init__(self, trials: Sequence[str], console: Console | None = None) -> None:
+    def __init__(self, trials: Mapping[str, int], console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
-        self._names = list(trials)
-        self._started = time.monotonic()
-        self._totals: dict[str, int] = {}
-        self._busy = ("", "", 0.0, 0.0)  # trial, what it does, since when, when that was last said
+        self._totals = dict(trials)
+        self._steps = dict.fromkeys(trials, 0)
+        self._found = dict.fromkeys(trials, 0)  # steps of earlier calls, which took none of this one's time
+        self._started = self._spoken = time.monotonic()
+        self._busy = ("", 0.0)  # what is done besides steps, and since when
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            _TimeLeft(),
+            TextColumn("{task.fields[left]}", style="cyan"),
             TextColumn("{task.fields[state]}"),
             console=self._console,
             refresh_per_second=2,
             disable=not self._console.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {
-            name: self._progress.add_task(name, total=None, start=False, state="waiting") for name in self._names
+            name: self._progress.add_task(name, total=steps, state="waiting", left="") for name, steps in trials.items()
         }
-        self._all = self._progress.add_task("whole grid", total=None, start=False, state="")
+        self._all = self._progress.add_task("whole grid", total=sum(trials.values()), state="", left="")
 
     def __enter__(self) -> LiveView:
         self._progress.start()
@@ -48,14 +52,9 @@ class LiveView:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def start(self, trial: str, total_steps: int) -> None:
-        task = self._tasks[trial]
-        self._progress.update(task, total=total_steps, state="preparing")
-        self._progress.start_task(task)
-        if not self._totals:
-            self._progress.update(self._all, total=total_steps * len(self._names))
-            self._progress.start_task(self._all)
-        self._totals[trial] = total_steps
+    def start(self, trial: str, total_steps: int, steps: int, lines: int) -> None:
+        self._totals[trial], self._found[trial] = total_steps, steps
+        self._advance(trial, steps, "preparing")
 
     def log(self, trial: str, record: dict[str, Any]) -> None:
         if "eval_loss" in record:
@@ -63,27 +62,29 @@ class LiveView:
             return
         accuracy = record.get("rewards/accuracies")
         shown = "" if accuracy is None else f"  accuracy {accuracy:.2f}"
-        state = f"epoch {record['epoch']:.1f}  loss {record['loss']:.4f}{shown}"
-        self._progress.update(self._tasks[trial], completed=record["step"], state=state)
-        done = sum(task.completed for task in self._progress.tasks if task.id != self._all)
-        self._progress.update(self._all, completed=done)
+        self._advance(trial, record["step"], f"epoch {record['epoch']:.1f}  loss {record['loss']:.4f}{shown}")
+        if self._quiet_for_long():
+            self._console.print(f"{self._how_far()}, {self._left()} left", highlight=False, soft_wrap=True)
 
-    def busy(self, trial: str, what: str, done: int, total: int) -> None:
-        self._progress.update(self._tasks[trial], state=f"{what} {done:,}/{total:,}")
-        now = time.monotonic()
-        if self._busy[:2] != (trial, what):
-            self._busy = (trial, what, now, now)
-        *_, started, spoken = self._busy
-        if not self._console.is_terminal and now - spoken > _QUIET_SECONDS and done < total:
-            self._busy = (trial, what, started, now)
-            left = _clock((now - started) / done * (total - done))
-            self._console.print(f"{trial}  {what}: {done:,}/{total:,}, {left} left", highlight=False, soft_wrap=True)
+    def busy(self, trials: Sequence[str], what: str, done: int, total: int) -> None:
+        for trial in trials:
+            self._progress.update(self._tasks[trial], state=f"{what} {done:,}/{total:,}")
+        if self._busy[0] != what or done == 1:
+            self._busy = (what, time.monotonic())
+        if self._quiet_for_long() and done < total:
+            left = clock((time.monotonic() - self._busy[1]) / done * (total - done))
+            self._console.print(f"{what}: {done:,}/{total:,}, {left} left", highlight=False, soft_wrap=True)
 
     def finish(self, trial: str, status: str, best_epoch: int | None) -> None:
-        state = f"best epoch {best_epoch}" if status == "finished" else f"[red]{status}[/red]"
-        self._progress.update(self._tasks[trial], state=state)
-        self._progress.stop_task(self._tasks[trial])
-        self._progress.update(self._all, completed=sum(self._totals.values()))
+        self._totals[trial] = self._steps[trial]  # a trial that ended early makes no more
+        best = f"best epoch {best_epoch}"
+        self._advance(trial, self._steps[trial], best if status == "finished" else f"[red]{status}[/red]")
+
+    def _advance(self, trial: str, steps: int, state: str) -> None:
+        self._steps[trial] = steps
+        self._progress.update(self._tasks[trial], completed=steps, total=self._totals[trial], state=state)
+        total = sum(self._totals.values())
+        self._progress.update(self._all, completed=sum(self._steps.values()), total=total, left=f"{self._left()} left")
 
     def _log_evaluation(self, trial: str, record: dict[str, Any]) -> None:
         line = (
@@ -91,25 +92,30 @@ class LiveView:
             f"eval accuracy {record['eval_rewards/accuracies']:.3f}"
         )
         if not self._console.is_terminal:
-            done = sum(self._totals.values()) - self._totals[trial] + record["step"]
-            total = self._totals[trial] * len(self._names)
-            left = (time.monotonic() - self._started) / done * (total - done)
-            line += f"  ({done}/{total} steps of the grid, {_clock(left)} left)"
+            line += f"  ({self._how_far()}, {self._left()} left)"
+            self._spoken = time.monotonic()
         self._console.print(line, highlight=False, soft_wrap=True)
 
+    def _how_far(self) -> str:
+        return f"{sum(self._steps.values())}/{sum(self._totals.values())} steps of the grid"
 
-class _TimeLeft(ProgressColumn):
-    """Time left at the mean speed so far; rich's own estimate forgets the pauses in which a trial is evaluated."""
+    def _left(self) -> str:
+        """Time left at the mean speed so far, pauses for evaluations included."""
+        done = sum(self._steps.values()) - sum(self._found.values())
+        to_do = sum(self._totals.values()) - sum(self._steps.values())
+        return clock((time.monotonic() - self._started) / done * to_do) if done > 0 else "?"
 
-    def render(self, task: Task) -> Text:
-        if not task.total or not task.completed or task.elapsed is None:
-            return Text("")
-        if task.finished:
-            return Text(f"{_clock(task.finished_time or 0)} taken", style="green")
-        return Text(f"{_clock(task.elapsed / task.completed * (task.total - task.completed))} left", style="cyan")
+    def _quiet_for_long(self) -> bool:
+        """Whether it is time to say something again where there is no terminal."""
+        now = time.monotonic()
+        if self._console.is_terminal or now - self._spoken < _QUIET_SECONDS:
+            return False
+        self._spoken = now
+        return True
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Minutes and seconds, with hours where there are some."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

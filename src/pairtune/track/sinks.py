@@ -6,20 +6,27 @@ import json
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from pairtune.runs import RunFolder
+from pairtune.runs import RunFolder, write_atomic
 
 
 class Sink(Protocol):
     """Something that follows a grid of trials."""
 
-    def start(self, trial: str, total_steps: int) -> None:
-        """A trial begins; it will make `total_steps` steps."""
+    def start(self, trial: str, total_steps: int, steps: int, lines: int) -> None:
+        """A trial begins, or goes on.
+
+        Args:
+            trial: its name.
+            total_steps: that it will make.
+            steps: that it has made already.
+            lines: that it has logged by then; what else is on record of it is of steps that will be made again.
+        """
 
     def log(self, trial: str, record: dict[str, Any]) -> None:
         """One step or one evaluation: `step`, `epoch`, then metric names (an evaluation has `eval_loss`)."""
 
-    def busy(self, trial: str, what: str, done: int, total: int) -> None:
-        """A trial does something besides its steps, and is so far with it."""
+    def busy(self, trials: Sequence[str], what: str, done: int, total: int) -> None:
+        """Trials do something besides their steps, and are so far with it."""
 
     def finish(self, trial: str, status: str, best_epoch: int | None) -> None:
         """A trial has ended, with status `finished` or `failed`."""
@@ -31,15 +38,17 @@ class JsonlSink:
     def __init__(self, run: RunFolder) -> None:
         self._run = run
 
-    def start(self, trial: str, total_steps: int) -> None:
-        self._run.trial(trial).root.mkdir(parents=True, exist_ok=True)
+    def start(self, trial: str, total_steps: int, steps: int, lines: int) -> None:
+        file = self._run.trial(trial).metrics
+        kept = file.read_bytes().splitlines(keepends=True)[:lines] if file.is_file() else []
+        write_atomic(file, b"".join(kept))
 
     def log(self, trial: str, record: dict[str, Any]) -> None:
         line = json.dumps(record, allow_nan=True)  # a loss that is NaN is on record as NaN
         with self._run.trial(trial).metrics.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    def busy(self, trial: str, what: str, done: int, total: int) -> None:
+    def busy(self, trials: Sequence[str], what: str, done: int, total: int) -> None:
         pass
 
     def finish(self, trial: str, status: str, best_epoch: int | None) -> None:
@@ -52,17 +61,17 @@ class Sinks:
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = tuple(sinks)
 
-    def start(self, trial: str, total_steps: int) -> None:
+    def start(self, trial: str, total_steps: int, steps: int, lines: int) -> None:
         for sink in self._sinks:
-            sink.start(trial, total_steps)
+            sink.start(trial, total_steps, steps, lines)
 
     def log(self, trial: str, record: dict[str, Any]) -> None:
         for sink in self._sinks:
             sink.log(trial, record)
 
-    def busy(self, trial: str, what: str, done: int, total: int) -> None:
+    def busy(self, trials: Sequence[str], what: str, done: int, total: int) -> None:
         for sink in self._sinks:
-            sink.busy(trial, what, done, total)
+            sink.busy(trials, what, done, total)
 
     def finish(self, trial: str, status: str, best_epoch: int | None) -> None:
         for sink in self._sinks:

@@ -1,0 +1,75 @@
+"""The processes that share a run's work: one, unless a launcher (`accelerate launch`, `torchrun`) started several.
+
+Each batch is divided among them and gradients are added up, so that the result is that of one process. All take the
+same decisions from the same numbers; the first one writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain, zip_longest
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object, reduce
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+class Processes:
+    """Accelerate's view of this process and its siblings.
+
+    Args:
+        device: that the run computes on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._state = PartialState(cpu=device.type == "cpu")
+        self.count = self._state.num_processes
+        self.first = self._state.is_main_process
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Every `count`-th item, beginning with this process's own number."""
+        return items[self._state.process_index :: self.count]
+
+    def gather(self, shared: list[Any]) -> list[Any]:
+        """What all processes made of their shares, in the order of the items that were shared."""
+        if self.count == 1:
+            return shared
+        missing = object()
+        rounds = zip_longest(*gather_object([shared]), fillvalue=missing)
+        return [item for item in chain.from_iterable(rounds) if item is not missing]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        return any(gather_object([flag])) if self.count > 1 else flag
+
+    def from_first(self, value: T) -> T:
+        """The first process's value."""
+        if self.count == 1:
+            return value
+        values = [value]
+        broadcast_object_list(values)
+        return values[0]
+
+    def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replace each gradient by the sum over all processes; one that has none adds 0."""
+        if self.count == 1:
+            return
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat: Tensor = reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
+        for parameter, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = total.view_as(parameter)
+
+    @contextmanager
+    def first_before_others(self) -> Iterator[None]:
+        """What is inside is done by the first process first: it fills the caches that the others read."""
+        with self._state.main_process_first():
+            yield
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self._state.wait_for_everyone()
