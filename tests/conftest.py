@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any library reads it: tests reach no network
@@ -94,6 +95,13 @@ def make_pair(
     """A small pair; different numbers make different prompts."""
     prompt = ({"role": "user", "content": f"Are there {number} apples?"},)
     return PreferencePair(prompt, chosen.format(number), rejected.format(number), f"test:{number}")
+
+
+def write_pairs(path: Path, numbers) -> Path:
+    """Small pairs in a JSONL file."""
+    rows = (make_pair(number, rejected="No {0}" * (number % 3 + 1)).conversational() for number in numbers)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 class Lines:

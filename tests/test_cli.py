@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -181,29 +181,56 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, tmp_path, changes, message
     assert {path.name for path in tmp_path.iterdir()} == before, "bad input leaves nothing behind"
 
 
-def test_an_interrupted_run_says_so_and_is_never_opened(flags, tmp_path):
+def test_one_ctrl_c_stops_a_run_with_a_checkpoint_and_resume_ends_it(flags, tmp_path):
     out = tmp_path / "run"
     process = subprocess.Popen(
-        [*PAIRTUNE, *map(str, ["tune", *flags, "--epochs", 5000, "--out", out])],
+        [*PAIRTUNE, *map(str, ["tune", *flags, "--out", out, "--epochs", 60])],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )
-    metrics = out / "trials" / "lr-0.003-beta-0.1" / "metrics.jsonl"
+    metrics = out / "trials" / "lr-0.003-beta-0.1-epochs-60" / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not metrics.exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    errors = ""
-    while process.poll() is None and time.monotonic() < deadline:
-        process.send_signal(signal.SIGINT)  # again, as a person would: a signal that lands in a destructor is lost
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            _, errors = process.communicate(timeout=5)
+    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "error: interrupted" in errors
+    assert "stopping after this step" in errors
+    assert f"`pairtune resume {out}` goes on from there" in errors
     assert "Traceback" not in errors
     assert not (out / "COMPLETE").exists()
     refused = pairtune("chat", out, input="")
     assert (refused.returncode, "unfinished" in refused.stderr) == (2, True)
+
+    done = pairtune("resume", out, "--json")
+    assert done.returncode == 0, done.stderr
+    assert (out / "COMPLETE").is_file()
+    trials = json.loads(done.stdout)["trials"]
+    assert [trial["status"] for trial in trials] == ["finished"] * 4
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines() if "eval_loss" not in line]
+    assert steps == list(range(1, 3 * 60 + 1))
+    again = pairtune("resume", out, "--json")
+    assert (again.returncode, json.loads(again.stdout)["trials"]) == (0, trials), "nothing is left to do"
+
+
+def test_resuming_what_is_no_run_is_bad_input(tmp_path):
+    done = pairtune("resume", tmp_path / "none")
+    assert done.returncode == 2
+    assert "no run folder" in done.stderr
+
+
+def test_pairs_that_have_changed_since_are_bad_input(flags, pairs, run, tmp_path):
+    """A run without COMPLETE whose data file has another row now."""
+    copy, data = tmp_path / "run", tmp_path / "pairs.jsonl"
+    shutil.copytree(run, copy)
+    (copy / "COMPLETE").unlink()
+    data.write_text(pairs.read_text() + json.dumps({"prompt": "new", "chosen": "a", "rejected": "b"}) + "\n")
+    config = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(config.replace(str(pairs), str(data)))
+    done = pairtune("resume", copy)
+    assert done.returncode == 2
+    assert "the pairs have changed since" in done.stderr
 
 
 def test_help_answers_without_loading_anything_heavy():

@@ -103,6 +103,14 @@ def test_every_loss_that_trl_has_is_trls(made, trajectory, loss):
     assert_equal(trajectory(native, config, inputs), trajectory(trl, config, inputs), CLOSE)
 
 
+def test_adapters_on_some_layers_are_trls(made, trajectory):
+    config = trial(lora_targets=("q_proj", "down_proj"))
+    inputs = made()
+    ours = trajectory(native, config, inputs)
+    assert_equal(ours, trajectory(trl, config, inputs), CLOSE)
+    assert ours[-1]["loss"] != trajectory(native, trial(), inputs)[-1]["loss"]
+
+
 def test_packing_accumulation_and_plain_rows_are_one_trajectory(made, trajectory, monkeypatch):
     config = trial(epochs=2, batch_size=4)
     expected = trajectory(native, config, made())

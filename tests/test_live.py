@@ -15,7 +15,7 @@ EVALUATION = {"step": 2, "epoch": 1, "loss": 0.6, "eval_loss": 0.5, "eval_reward
 
 
 def follow(console):
-    with LiveView({"one": 2, "two": 2}, console) as live:
+    with LiveView({"one": 2, "two": 2}, 2, console) as live:
         live.start("one", 2, 0, 0)
         live.busy(["one"], "reference log-probs", 3, 8)
         live.log("one", STEP)
@@ -31,7 +31,9 @@ def test_without_a_terminal_each_evaluation_is_a_line_with_the_time_left():
     out = io.StringIO()
     follow(Console(file=out))
     (line,) = out.getvalue().splitlines()
-    assert line.startswith("one  epoch 1: loss 0.6000, eval_loss 0.5000, eval accuracy 0.750  (2/4 steps of the grid, ")
+    assert line.startswith(
+        "one  epoch 1: loss 0.6000, eval_loss 0.5000, eval accuracy 0.750  (2/4 steps of all trials, "
+    )
 
 
 class Clock:
@@ -44,7 +46,7 @@ class Clock:
 
 def test_long_work_says_where_it_is_now_and_then(monkeypatch):
     out, clock = io.StringIO(), Clock(monkeypatch)
-    with LiveView({"one": 2, "two": 2}, Console(file=out)) as live:
+    with LiveView({"one": 2, "two": 2}, 2, Console(file=out)) as live:
         live.start("one", 2, 0, 0)
         live.start("two", 2, 0, 0)
         for done in range(10, 61, 10):
@@ -58,14 +60,14 @@ def test_long_work_says_where_it_is_now_and_then(monkeypatch):
 
 def test_time_left_counts_all_trials_and_not_the_steps_of_an_earlier_call(monkeypatch):
     out, clock = io.StringIO(), Clock(monkeypatch)
-    with LiveView({"one": 10, "two": 10, "later": 20}, Console(file=out)) as live:
+    with LiveView({"one": 10, "two": 10, "later": 20}, 3, Console(file=out)) as live:
         live.start("one", 10, 5, 0)
         live.start("two", 10, 5, 0)
         for step in range(6, 11):
             clock.now += 20
             for name in ("one", "two"):
                 live.log(name, STEP | {"step": step})
-    assert out.getvalue().splitlines()[-1] == "17/40 steps of the grid, 4:23 left"
+    assert out.getvalue().splitlines()[-1] == "17/40 steps of all trials, 4:23 left"
 
 
 def test_on_a_terminal_each_trial_has_its_line():
@@ -75,7 +77,7 @@ def test_on_a_terminal_each_trial_has_its_line():
     assert "waiting" in screen or "loss 0.6931" in screen
     assert "best epoch 1" in screen
     assert "failed" in screen
-    assert "whole grid" in screen
+    assert "all trials" in screen
 
 
 def test_times():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import multiprocessing
 import os
 import random
@@ -14,7 +15,8 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from conftest import Lines, make_pair
+from conftest import Lines, make_pair, write_pairs
+from rich.console import Console
 
 from pairtune.config import TrialConfig
 from pairtune.data.table import PairTable
@@ -22,6 +24,7 @@ from pairtune.engine import native
 from pairtune.engine.trial import TrialInputs, load_start
 from pairtune.errors import Interrupted, RunFailed
 from pairtune.models.load import weights_fingerprint
+from pairtune.pipeline import stop_on_signals
 from pairtune.runs import RunFolder
 from pairtune.track.sinks import JsonlSink
 
@@ -137,10 +140,21 @@ def test_a_full_disk_stops_the_run_with_the_last_checkpoint_intact(inputs, tmp_p
     native.run_trials([trial()], inputs, run, Lines())
 
 
+def test_the_first_ctrl_c_asks_and_the_second_stops_at_once():
+    said, before = io.StringIO(), signal.getsignal(signal.SIGINT)
+    with stop_on_signals(Console(file=said)) as stopping:
+        assert not stopping()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stopping()
+        assert "once more stops at once" in said.getvalue()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def carry_on(out: Path, settings: dict) -> None:
     """What a child process does: start the run, or go on with it."""
     import torch
-    from rich.console import Console
 
     from pairtune.config import resolve
     from pairtune.pipeline import resume, tune
@@ -165,9 +179,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(children, tiny_model, tmp_path):
     """SIGKILL at random moments; whatever was being written, the run that goes on ends as the one left alone."""
     settings = {
         "model": str(tiny_model),
-        "data": "bundled:concise",
-        "limit": 8,
-        "eval_limit": 4,
+        "data": str(write_pairs(tmp_path / "train.jsonl", range(8))),
+        "eval_data": str(write_pairs(tmp_path / "held.jsonl", range(20, 24))),
         "learning_rate": [3e-3, 1e-3],
         "loss": ["sigmoid", "ipo"],
         "beta": [0.1],
@@ -208,5 +221,3 @@ def test_a_killed_run_goes_on_to_the_same_bits(children, tiny_model, tmp_path):
         assert not list(out.rglob(".*.tmp"))
         assert content(out / "trials") | content(out / "best") == expected, f"moment {number}"
     assert killed > MOMENTS / 2
-
-

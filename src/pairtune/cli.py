@@ -78,10 +78,13 @@ def tune(
     column: ColumnOption = None,
     lr: Annotated[list[float] | None, typer.Option(help="Learning rate; repeat for a grid.")] = None,
     beta: Annotated[list[float] | None, typer.Option(help="DPO's beta; repeat for a grid.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training pairs (3).")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Pairs per step (2).")] = None,
+    epochs: Annotated[list[int] | None, typer.Option(help="Passes over the training pairs (3); repeat.")] = None,
+    batch_size: Annotated[list[int] | None, typer.Option(help="Pairs per step (2); repeat for a grid.")] = None,
     method: Annotated[str | None, typer.Option(help="lora (default) or full.")] = None,
-    loss: Annotated[str | None, typer.Option(help="sigmoid (DPO, default), ipo, hinge, ...")] = None,
+    loss: Annotated[list[str] | None, typer.Option(help="sigmoid (DPO, default), ipo, hinge, ...; repeat.")] = None,
+    label_smoothing: Annotated[list[float] | None, typer.Option(help="Share of labels taken as wrong (0).")] = None,
+    lora_rank: Annotated[list[int] | None, typer.Option(help="Rank of the adapters (16); repeat for a grid.")] = None,
+    lora_target: Annotated[list[str] | None, typer.Option(help="Layers with adapters (all linear); repeat.")] = None,
     engine: Annotated[str | None, typer.Option(help="pairtune (default) or trl.")] = None,
     limit: Annotated[int | None, typer.Option(help="Read at most this many rows of each source.")] = None,
     eval_limit: Annotated[int | None, typer.Option(help="The same for validation and test rows (--limit).")] = None,
@@ -91,6 +94,14 @@ def tune(
     on_bad_row: Annotated[str | None, typer.Option(help="stop (default) or skip, and count.")] = None,
     max_length: Annotated[int | None, typer.Option(help="In tokens (1024); longer prompts lose oldest turns.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto (default), float32 or bfloat16.")] = None,
+    search: Annotated[str | None, typer.Option(help="grid (default), random or tpe, within the values given.")] = None,
+    trials: Annotated[int | None, typer.Option(help="How many trials random and tpe try.")] = None,
+    prune: Annotated[bool | None, typer.Option("--prune", help="Stop hopeless trials after an epoch.")] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop a trial after so many epochs without a better one.")
+    ] = None,
+    side_by_side: Annotated[int | None, typer.Option(help="Trials at once (as memory allows).")] = None,
+    checkpoint_steps: Annotated[int | None, typer.Option(help="Steps from one checkpoint to the next (50).")] = None,
     samples: Annotated[int | None, typer.Option(help="Held-out prompts answered before and after (8).")] = None,
     seed: Annotated[int | None, typer.Option(help="For everything that is drawn (0).")] = None,
     select: Annotated[str | None, typer.Option(help="eval_loss (default), accuracy or margin.")] = None,
@@ -101,6 +112,8 @@ def tune(
     flags = {name: value for name, value in locals().items() if name not in ("config", "as_json", "lr")}
     flags |= {
         "learning_rate": lr,
+        "trial_count": flags.pop("trials"),
+        "lora_targets": flags.pop("lora_target"),
         "data": _weighted(data, flags.pop("weight")),
         "columns": _columns(flags.pop("column")),
     }
@@ -242,7 +255,9 @@ def _tune(file: Path | None, flags: dict[str, Any], as_json: bool) -> None:
     _show(tune(resolved, Console(stderr=True)), as_json)
 
 
-def _show(run: RunFolder, as_json: bool) -> None:
+def _show(run: RunFolder | None, as_json: bool) -> None:
+    if run is None:
+        return
     from pairtune.report.tables import render_run
 
     if as_json:

@@ -72,7 +72,7 @@ Share = Annotated[float, Field(ge=0, lt=0.5)]
 Grid = Annotated[list[Positive], Field(min_length=1), AfterValidator(_different)]
 
 # Field names that have another spelling on the command line.
-FLAGS = {"learning_rate": "--lr", "trial_count": "--trials"}
+FLAGS = {"learning_rate": "--lr", "trial_count": "--trials", "lora_targets": "--lora-target"}
 SANITY_ROWS = 5
 
 
@@ -127,6 +127,7 @@ class _Training(_Strict):
     sft_weight: Annotated[float, Field(ge=0)] = Field(0.0, description="no SFT term, as in DPO")
     simpo_gamma: Annotated[float, Field(ge=0)] = Field(0.5, description="SimPO's target margin, as a share of beta")
     discopop_tau: Positive = Field(0.05, description="DiscoPOP's temperature, as published")
+    lora_targets: tuple[str, ...] | None = Field(None, description="every linear layer but the output embedding")
     lora_rank: PositiveInt = Field(16, description="common for LoRA on every linear layer")
     lora_alpha: Positive = Field(32, description="twice the rank, as usual: scale 2")
     rslora: bool = Field(False, description="scale by alpha over the rank, as LoRA was published")
@@ -165,9 +166,9 @@ class TrialConfig(_Training):
         return "-".join(f"{name}-{value if isinstance(value, str) else repr(value)}" for name, value in values.items())
 
 
-# Settings of a trial that are settings of the whole run, and so have one value: they decide how pairs are tokenized
-# and what the base model is.
-_OF_THE_RUN = {"method", "max_length", "dtype", "checkpointing"}
+# Settings of a trial that are settings of the whole run, and so have one value: they decide how pairs are tokenized,
+# what the base model is and which of its layers have adapters.
+_OF_THE_RUN = {"method", "lora_targets", "max_length", "dtype", "checkpointing"}
 
 
 class RunConfig(_Training):

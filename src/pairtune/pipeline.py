@@ -21,13 +21,17 @@ from pairtune.evaluate.generations import compare_answers, held_out_prompts
 from pairtune.models.load import LoadedBase, open_base, pick_device
 from pairtune.runs import RunFolder, write_atomic, write_json
 from pairtune.sweep.run import run_sweep
+from pairtune.sweep.search import Search
 from pairtune.sweep.select import install_best, select_best
 from pairtune.track.live import LiveView
 from pairtune.track.sinks import JsonlSink, Sink, Sinks
 
 
-def tune(resolved: Resolved, console: Console) -> RunFolder:
+def tune(resolved: Resolved, console: Console) -> RunFolder | None:
     """Run everything from the data to the chosen model. Progress goes to `console`.
+
+    Returns:
+        The run; None in all but the first of several processes.
 
     Raises:
         BadInput: something given cannot be used; nothing was trained.
@@ -47,8 +51,11 @@ def tune(resolved: Resolved, console: Console) -> RunFolder:
     return _carry_out(resolved.config, base, data, run, processes, console)
 
 
-def resume(root: Path, console: Console) -> RunFolder:
+def resume(root: Path, console: Console) -> RunFolder | None:
     """Go on with a run that was interrupted or killed; one that is complete is given back as it is.
+
+    Returns:
+        As `tune`.
 
     Raises:
         BadInput: there is no such run, or its data has changed.
@@ -88,25 +95,26 @@ def _carry_out(
     run: RunFolder,
     processes: Processes,
     console: Console,
-) -> RunFolder:
+) -> RunFolder | None:
     """Everything after the data, or what is left of it."""
-    trials = config.trials()
-    steps = {trial.name: math.ceil(len(data.train) / trial.batch_size) * trial.epochs for trial in trials}
+    search = Search(config)
+    steps = {each.name: math.ceil(len(data.train) / each.batch_size) * each.epochs for each in search.trials}
+    shared = f" in {processes.count} processes" if processes.count > 1 else ""
     console.print(
-        f"{len(trials)} trials, {sum(steps.values())} steps, {len(data.train)} training and {len(data.validation)} "
-        f"validation pairs, {str(base.dtype).removeprefix('torch.')} on {base.device.type}",
+        f"{search.count} trials, {len(data.train)} training and {len(data.validation)} "
+        f"validation pairs, {str(base.dtype).removeprefix('torch.')} on {base.device.type}{shared}",
         highlight=False,
     )
-    with stop_on_signals(console) as stopping, LiveView(steps, console) as live:
+    with stop_on_signals(console) as stopping, LiveView(steps, search.count, console) as live:
         sinks: list[Sink] = [JsonlSink(run), live] if processes.first else []
-        results = run_sweep(config, data, base, run, Sinks(sinks), stopping)
+        results = run_sweep(config, search, data, base, run, Sinks(sinks), stopping)
     if processes.first:
         install_best(run, results, select_best(results, config.select, len(data.validation)))
         if config.samples:
             _write_generations(config, data, base, run, console)
         write_atomic(run.complete, datetime.now(UTC).isoformat(timespec="seconds") + "\n")
     processes.wait()
-    return run
+    return run if processes.first else None
 
 
 @contextmanager

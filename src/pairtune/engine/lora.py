@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.functional import linear
 
+from pairtune.errors import BadInput
+
 
 @dataclass(frozen=True)
 class LoraSettings:
@@ -27,12 +29,14 @@ class LoraSettings:
         alpha: the update is scaled by alpha / rank (rsLoRA: by alpha / sqrt(rank), Kalajdzievski 2023).
         dropout: share of the input that the adapter does not see in training.
         rslora: whether to scale by the square root.
+        targets: last parts of the names of the layers that have adapters; None: all linear layers.
     """
 
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
     rslora: bool = False
+    targets: tuple[str, ...] | None = None
 
     @property
     def scale(self) -> float:
@@ -102,7 +106,8 @@ class _LoraLinear(Function):
 
 
 def add_adapters(model: nn.Module, settings: LoraSettings, seeds: list[int]) -> dict[str, LoraLinear]:
-    """Freeze a model and put adapters on all linear layers but the output embedding, as PEFT's "all-linear" does.
+    """Freeze a model and put adapters on its linear layers: on all but the output embedding, as PEFT's "all-linear"
+    does, or on those that the settings name.
 
     A is drawn (see `draw_starts`), B is 0, so that each adapter starts exactly at the base.
 
@@ -113,21 +118,29 @@ def add_adapters(model: nn.Module, settings: LoraSettings, seeds: list[int]) -> 
 
     Returns:
         The adapted layers by name.
+
+    Raises:
+        BadInput: a target is no linear layer of this model.
     """
     model.requires_grad_(False)
     head = model.get_output_embeddings()  # type: ignore[operator]
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    kinds = {name.rpartition(".")[2] for name, layer in layers if layer is not head}
+    if unknown := set(settings.targets or ()) - kinds:
+        raise BadInput(
+            f"--lora-target {min(unknown)}: no linear layer of this model; it has {', '.join(sorted(kinds))}"
+        )
     adapted = {}
-    for name, layer in list(model.named_modules()):
-        if not isinstance(layer, nn.Linear) or layer is head:
+    for name, layer in layers:
+        if layer is head or name.rpartition(".")[2] not in (settings.targets or kinds):
             continue
         adapted[name] = LoraLinear(layer, settings, len(seeds))
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, adapted[name])
     for trial, seed in enumerate(seeds):
-        for layer, start in zip(
-            adapted.values(), draw_starts((layer.lora_a[0] for layer in adapted.values()), seed), strict=True
-        ):
-            layer.lora_a.data[trial] = start
+        factors = [each.lora_a for each in adapted.values()]
+        for factor, start in zip(factors, draw_starts([each[0] for each in factors], seed), strict=True):
+            factor.data[trial] = start
     return adapted
 
 

@@ -33,6 +33,7 @@ from pairtune.engine.trial import (
     epoch_order,
     patience_is_over,
     peak_memory_mb,
+    prune_hopeless,
     record_evaluation,
     start_trials,
     wants_checkpointing,
@@ -314,6 +315,9 @@ class _Lockstep:
                 self._log(member, record_evaluation(member.result, self.inputs, member.folder, row, gathered, save))
             except TrialFailed as failure:
                 member.result.status, member.result.reason = "failed", str(failure)
+        for member in self.members:
+            if member.result.status == "finished":
+                prune_hopeless(member.result, self.inputs)
 
     def _log(self, member: _Member, line: dict[str, Any]) -> None:
         self.sink.log(member.trial.name, line)
@@ -333,4 +337,4 @@ class _Lockstep:
 
 
 def _lora_settings(trial: TrialConfig) -> LoraSettings:
-    return LoraSettings(trial.lora_rank, trial.lora_alpha, trial.lora_dropout, trial.rslora)
+    return LoraSettings(trial.lora_rank, trial.lora_alpha, trial.lora_dropout, trial.rslora, trial.lora_targets)

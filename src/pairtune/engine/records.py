@@ -64,7 +64,7 @@ class TrialResult:
     """
 
     trial: TrialConfig
-    status: Literal["finished", "failed"] = "finished"
+    status: Literal["finished", "failed", "pruned"] = "finished"
     reason: str = ""
     epochs: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int | None = None

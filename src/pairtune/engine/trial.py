@@ -31,8 +31,8 @@ from pairtune.runs import TrialFolder
 LN_2 = math.log(2)
 
 
-def never() -> bool:
-    """Nobody asks the run to stop."""
+def never(*_: object) -> bool:
+    """Nobody asks the run to stop, and no trial is hopeless."""
     return False
 
 
@@ -49,6 +49,7 @@ class TrialInputs:
             on model and pairs alone, which are the same for the whole grid.
         checkpoint_steps: a checkpoint is written every so many steps, and at every epoch.
         stopping: asked between steps whether the run is to be interrupted.
+        hopeless: asked after an evaluation that is not a trial's last whether the trial is to end with it.
     """
 
     base: LoadedBase
@@ -59,6 +60,7 @@ class TrialInputs:
     reference: dict[str, Any] = field(default_factory=dict)
     checkpoint_steps: int = 50
     stopping: Callable[[], bool] = never
+    hopeless: Callable[[TrialResult], bool] = never
 
     @property
     def splits(self) -> dict[str, PairTable]:
@@ -138,6 +140,14 @@ def record_evaluation(
         result.best_fingerprint = save()
     result.epochs.append(row)
     return row
+
+
+def prune_hopeless(result: TrialResult, inputs: TrialInputs) -> None:
+    """End a trial that was just evaluated and has no prospect of being the best."""
+    last = result.epochs[-1]["epoch"] == result.trial.epochs
+    if inputs.hopeless(result) and not last:
+        result.status = "pruned"
+        result.reason = f"not among the better half after epoch {len(result.epochs)}"
 
 
 def patience_is_over(result: TrialResult) -> bool:

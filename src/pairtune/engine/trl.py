@@ -35,6 +35,7 @@ from pairtune.engine.trial import (
     epoch_order,
     patience_is_over,
     peak_memory_mb,
+    prune_hopeless,
     record_evaluation,
     start_trials,
     wants_checkpointing,
@@ -134,7 +135,7 @@ def _lora(trial: TrialConfig) -> LoraConfig:
         lora_alpha=trial.lora_alpha,
         lora_dropout=trial.lora_dropout,
         use_rslora=trial.rslora,
-        target_modules="all-linear",
+        target_modules=list(trial.lora_targets) if trial.lora_targets else "all-linear",
         task_type="CAUSAL_LM",
     )
 
@@ -242,7 +243,8 @@ class _Keeper(TrainerCallback):
         self._losses.clear()
         row = {"epoch": round(state.epoch), "step": state.global_step, "loss": loss}
         self.log(record_evaluation(self.result, self.inputs, self.run.trial(self.trial.name), row, records, self._save))
-        control.should_training_stop = patience_is_over(self.result)
+        prune_hopeless(self.result, self.inputs)
+        control.should_training_stop = patience_is_over(self.result) or self.result.status == "pruned"
 
     def _save(self) -> str:
         base, folder = self.inputs.base, self.run.trial(self.trial.name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from pairtune.config import RunConfig, TrialConfig
@@ -12,6 +12,7 @@ from pairtune.engine.trial import TrialInputs, load_start, never
 from pairtune.errors import RunFailed
 from pairtune.models.load import LoadedBase, weights_fingerprint
 from pairtune.runs import RunFolder, write_json
+from pairtune.sweep.search import Search
 from pairtune.track.sinks import Sink
 
 # In what trials may differ that run in lockstep. In everything else they must be equal: they share one pass over the
@@ -47,36 +48,40 @@ class Engine(Protocol):
 
 def run_sweep(
     config: RunConfig,
+    search: Search,
     data: PreparedData,
     base: LoadedBase,
     run: RunFolder,
     sink: Sink,
     stopping: Callable[[], bool] = never,
 ) -> list[TrialResult]:
-    """Run every trial of the grid that the run has no result of; `sweep.json` always tells how far the run is.
+    """Run every trial of the search that the run has no result of; `sweep.json` always tells how far the run is.
 
     Raises:
         RunFailed: a trial did not start at the base model, or no trial ended with a usable model.
         Interrupted: the run was asked to stop.
     """
-    trials = config.trials()
     inputs = TrialInputs(
         base,
-        weights_fingerprint(load_start(trials[0], base)),
+        weights_fingerprint(load_start(config.trials()[0], base)),
         data.train,
         data.validation,
         config.select,
         checkpoint_steps=config.checkpoint_steps,
         stopping=stopping,
+        hopeless=search.hopeless,
     )
     engine = _engine(config)
-    done = _results_on_record(trials, run)
-    for group in _groups(trials, done, engine, inputs, run, config.side_by_side):
-        for result in engine.run_trials(group, inputs, run, sink):
-            done[result.trial.name] = result
-        if inputs.processes.first:
-            write_sweep(run, trials, done)
-    results = [done[trial.name] for trial in trials]
+    done: dict[str, TrialResult] = {}
+    while batch := search.ask():
+        done |= _results_on_record(batch, run)
+        for group in _groups(batch, done, engine, inputs, run, config.side_by_side):
+            for result in engine.run_trials(group, inputs, run, sink):
+                done[result.trial.name] = result
+            if inputs.processes.first:
+                write_json(run.sweep, {"trials": [done[t.name].summary() for t in search.trials if t.name in done]})
+        search.tell(done[trial.name] for trial in batch)
+    results = [done[trial.name] for trial in search.trials]
     if not any(result.status == "finished" for result in results):
         reasons = "; ".join(f"{result.trial.name}: {result.reason}" for result in results)
         raise RunFailed(f"no trial ended with a usable model ({reasons})")
@@ -88,11 +93,6 @@ def together(trial: TrialConfig) -> Any:
     if trial.method == "full":
         return trial.name
     return tuple((name, value) for name, value in trial if name not in _OWN)
-
-
-def write_sweep(run: RunFolder, trials: Iterable[TrialConfig], done: dict[str, TrialResult]) -> None:
-    """Write `sweep.json`: what is known of every trial that has ended, in the order of the grid."""
-    write_json(run.sweep, {"trials": [done[trial.name].summary() for trial in trials if trial.name in done]})
 
 
 def _engine(config: RunConfig) -> Engine:

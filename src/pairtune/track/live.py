@@ -19,15 +19,17 @@ class LiveView:
     Progress is written to stderr.
 
     Args:
-        trials: the steps that each trial will make, by name, in the order of the grid.
+        trials: the steps that each trial will make, by name, in the order of the grid, of those that are known.
+        count: how many there will be in all.
         console: where to write.
     """
 
-    def __init__(self, trials: Mapping[str, int], console: Console | None = None) -> None:
+    def __init__(self, trials: Mapping[str, int], count: int, console: Console | None = None) -> None:
+        self._count = count
         self._console = console or Console(stderr=True)
-        self._totals = dict(trials)
-        self._steps = dict.fromkeys(trials, 0)
-        self._found = dict.fromkeys(trials, 0)  # steps of earlier calls, which took none of this one's time
+        self._totals: dict[str, int] = {}
+        self._steps: dict[str, int] = {}
+        self._found: dict[str, int] = {}  # steps of earlier calls, which took none of this one's time
         self._started = self._spoken = time.monotonic()
         self._busy = ("", 0.0)  # what is done besides steps, and since when
         self._progress = Progress(
@@ -40,10 +42,10 @@ class LiveView:
             refresh_per_second=2,
             disable=not self._console.is_terminal,
         )
-        self._tasks: dict[str, TaskID] = {
-            name: self._progress.add_task(name, total=steps, state="waiting", left="") for name, steps in trials.items()
-        }
-        self._all = self._progress.add_task("whole grid", total=sum(trials.values()), state="", left="")
+        self._all = self._progress.add_task("all trials", total=None, state="", left="")
+        self._tasks: dict[str, TaskID] = {}
+        for name, steps in trials.items():
+            self._add(name, steps)
 
     def __enter__(self) -> LiveView:
         self._progress.start()
@@ -53,6 +55,8 @@ class LiveView:
         self._progress.stop()
 
     def start(self, trial: str, total_steps: int, steps: int, lines: int) -> None:
+        if trial not in self._tasks:
+            self._add(trial, total_steps)
         self._totals[trial], self._found[trial] = total_steps, steps
         self._advance(trial, steps, "preparing")
 
@@ -64,7 +68,7 @@ class LiveView:
         shown = "" if accuracy is None else f"  accuracy {accuracy:.2f}"
         self._advance(trial, record["step"], f"epoch {record['epoch']:.1f}  loss {record['loss']:.4f}{shown}")
         if self._quiet_for_long():
-            self._console.print(f"{self._how_far()}, {self._left()} left", highlight=False, soft_wrap=True)
+            self._console.print(f"{self._position()}, {self._left()} left", highlight=False, soft_wrap=True)
 
     def busy(self, trials: Sequence[str], what: str, done: int, total: int) -> None:
         for trial in trials:
@@ -83,8 +87,8 @@ class LiveView:
     def _advance(self, trial: str, steps: int, state: str) -> None:
         self._steps[trial] = steps
         self._progress.update(self._tasks[trial], completed=steps, total=self._totals[trial], state=state)
-        total = sum(self._totals.values())
-        self._progress.update(self._all, completed=sum(self._steps.values()), total=total, left=f"{self._left()} left")
+        done, total = self._how_far()
+        self._progress.update(self._all, completed=done, total=total, left=f"{self._left()} left")
 
     def _log_evaluation(self, trial: str, record: dict[str, Any]) -> None:
         line = (
@@ -92,18 +96,28 @@ class LiveView:
             f"eval accuracy {record['eval_rewards/accuracies']:.3f}"
         )
         if not self._console.is_terminal:
-            line += f"  ({self._how_far()}, {self._left()} left)"
+            line += f"  ({self._position()}, {self._left()} left)"
             self._spoken = time.monotonic()
         self._console.print(line, highlight=False, soft_wrap=True)
 
-    def _how_far(self) -> str:
-        return f"{sum(self._steps.values())}/{sum(self._totals.values())} steps of the grid"
+    def _add(self, trial: str, steps: int) -> None:
+        self._totals[trial], self._steps[trial], self._found[trial] = steps, 0, 0
+        self._tasks[trial] = self._progress.add_task(trial, total=steps, state="waiting", left="")
+
+    def _how_far(self) -> tuple[int, int]:
+        """Steps made and steps in all; trials that are not known yet are taken to be like the others."""
+        known = sum(self._totals.values())
+        return sum(self._steps.values()), known * max(self._count, len(self._totals)) // max(1, len(self._totals))
+
+    def _position(self) -> str:
+        done, total = self._how_far()
+        return f"{done}/{total} steps of all trials"
 
     def _left(self) -> str:
         """Time left at the mean speed so far, pauses for evaluations included."""
-        done = sum(self._steps.values()) - sum(self._found.values())
-        to_do = sum(self._totals.values()) - sum(self._steps.values())
-        return clock((time.monotonic() - self._started) / done * to_do) if done > 0 else "?"
+        done, total = self._how_far()
+        here = done - sum(self._found.values())
+        return clock((time.monotonic() - self._started) / here * (total - done)) if here > 0 else "?"
 
     def _quiet_for_long(self) -> bool:
         """Whether it is time to say something again where there is no terminal."""
