@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from pairtune.config import TrialConfig
-from pairtune.engine.records import TrialResult
+from pairtune.engine.records import EXAMPLE_METRICS, TrialResult
 from pairtune.errors import RunFailed
 from pairtune.models.save import saved_fingerprint
 from pairtune.runs import RunFolder
-from pairtune.sweep.select import install_best, select_best
+from pairtune.sweep.select import against_base, install_best, select_best
 
 
-def planted(beta, *epochs, lr=1e-5, status="finished", best=1):
+def planted(beta, *epochs, lr=1e-5, status="finished", best=1, **more):
     rows = [
         {"epoch": number, "eval_loss": loss, "eval_rewards/accuracies": accuracy, "eval_rewards/margins": margin}
         for number, (loss, accuracy, margin) in enumerate(epochs, 1)
     ]
-    config = TrialConfig(learning_rate=lr, beta=beta)
+    config = TrialConfig(learning_rate=lr, beta=beta, **more)
     return TrialResult(config, status, "", rows, best_epoch=best if epochs else None)
 
 
@@ -30,36 +31,105 @@ RESULTS = [
 ]
 
 
+def noise(pairs, seed=0, **columns):
+    """Per-example records: noise, but for the columns that are given."""
+    records = np.random.default_rng(seed).normal(size=(pairs, len(EXAMPLE_METRICS)))
+    for name, values in columns.items():
+        records[:, EXAMPLE_METRICS.index(name.replace("_", "/"))] = values
+    return records
+
+
+def choose(results, rule="eval_loss", pairs=100, records=None):
+    return select_best(results, records or {result.trial.name: noise(pairs) for result in results}, rule)
+
+
 @pytest.mark.parametrize(("rule", "winner"), [("eval_loss", 0), ("accuracy", 1), ("margin", 2)])
 def test_each_rule_finds_its_winner(rule, winner):
-    selection = select_best(RESULTS, rule, 100)
+    selection = choose(RESULTS, rule)
     assert selection["winner"] == RESULTS[winner].trial.name
     assert selection["best_epoch"] == RESULTS[winner].best_epoch
     assert selection["ranking"][0]["name"] == selection["winner"]
     assert f"{selection['value']:.4f}" in selection["why"]
     assert len(selection["ranking"]) == 3
+    json.dumps(selection, allow_nan=False)
 
 
-def test_a_failed_trial_cannot_win():
-    best_but_failed = planted(0.4, (0.01, 1.0, 9.0), status="failed")
-    assert select_best([best_but_failed, *RESULTS], "eval_loss", 100)["winner"] == RESULTS[0].trial.name
+@pytest.mark.parametrize("status", ["failed", "pruned"])
+def test_a_trial_that_did_not_finish_cannot_win(status):
+    better = planted(0.4, (0.01, 1.0, 9.0), status=status)
+    assert choose([better, *RESULTS])["winner"] == RESULTS[0].trial.name
 
 
 def test_level_trials_keep_the_grids_order():
     level = [planted(0.1, (0.5, 0.5, 0.5)), planted(0.1, (0.5, 0.5, 0.5), lr=1e-4)]
-    assert select_best(level, "eval_loss", 100)["winner"] == level[0].trial.name
+    assert choose(level)["winner"] == level[0].trial.name
 
 
-def test_a_ranking_of_betas_by_loss_warns_with_the_ranking_by_accuracy_beside_it():
-    (warning,) = select_best(RESULTS, "eval_loss", 100)["warnings"]
-    assert "beta is part of the loss" in warning
+@pytest.mark.parametrize(("rule", "what"), [("eval_loss", "losses"), ("margin", "margins")])
+def test_a_ranking_of_betas_warns_with_the_ranking_by_accuracy_beside_it(rule, what):
+    (warning,) = choose(RESULTS, rule)["warnings"]
+    assert f"so {what} of trials in which they differ are not on one scale" in warning
     assert warning.index("beta-0.2 0.800") < warning.index("beta-0.1 0.600") < warning.index("beta-0.3 0.500")
-    assert select_best(RESULTS[:1], "eval_loss", 100)["warnings"] == []
-    assert select_best(RESULTS, "accuracy", 100)["warnings"] == []
+    assert choose(RESULTS[:1], rule)["warnings"] == []
+    assert choose(RESULTS, "accuracy")["warnings"] == []
 
 
 def test_few_validation_pairs_warn():
-    assert "only 5 validation pairs" in select_best(RESULTS[:1], "eval_loss", 5)["warnings"][0]
+    assert "only 5 validation pairs" in choose(RESULTS[:1], pairs=5)["warnings"][0]
+
+
+LEVEL = [planted(0.1, (0.5, 0.5, 0.5), lr=rate) for rate in (1e-5, 1e-4, 1e-3)]
+
+
+def test_identical_trials_cannot_be_told_apart():
+    selection = choose(LEVEL)
+    assert not selection["settled"]
+    assert selection["verdict"].startswith("no trial can be told from another by eval_loss on these 100 pairs")
+    assert "no number of pairs would settle it" in selection["verdict"]
+    assert all(entry["p_corrected"] == 1 for entry in selection["comparisons"])
+
+
+def test_one_truly_better_trial_is_found():
+    hard = np.random.default_rng(9).normal(0.6, 0.3, 200)  # how hard a pair is for every trial
+    records = {r.trial.name: noise(200, loss=hard + noise(200, n)[:, 0] / 10) for n, r in enumerate(LEVEL)}
+    records[LEVEL[0].trial.name][:, 0] -= 0.05
+    selection = choose(LEVEL, records=records)
+    assert selection["settled"]
+    assert "differs from every other trial by eval_loss on these 200 pairs" in selection["verdict"]
+    for entry in selection["comparisons"]:
+        assert entry["interval"][0] < -0.05 < entry["interval"][1] < 0
+        assert entry["pairs_needed"] < 200
+
+
+def test_a_difference_that_more_pairs_would_show_says_how_many():
+    shift = np.where(np.arange(60) % 2, 1.1, -0.9)  # mean 0.1, standard deviation 1.008
+    records = {r.trial.name: noise(60, loss=0.0) for r in LEVEL}
+    for result in LEVEL[1:]:
+        records[result.trial.name][:, 0] = shift
+    selection = choose(LEVEL, records=records)
+    # Three trials make three comparisons: z(1 - 0.05/6) = 2.394, z(0.8) = 0.842; ((3.236) * 1.008 / 0.1)^2 = 1065.
+    assert selection["comparisons"][0]["pairs_needed"] == pytest.approx(1065, abs=5)
+    assert "about 1,06" in selection["verdict"]
+    assert "validation pairs would settle it between the first two" in selection["verdict"]
+
+
+def test_trials_of_different_betas_are_compared_by_accuracy():
+    right = np.arange(300) % 10 < 7
+    records = {r.trial.name: noise(300, n, rewards_accuracies=right) for n, r in enumerate(RESULTS)}
+    records[RESULTS[2].trial.name] = noise(300, 5, rewards_accuracies=~right)
+    selection = choose(RESULTS, records=records)
+    by_name = {entry["name"]: entry for entry in selection["comparisons"]}
+    assert {entry["metric"] for entry in by_name.values()} == {"eval_rewards/accuracies"}
+    assert by_name[RESULTS[2].trial.name]["differs"]
+    assert not by_name[RESULTS[1].trial.name]["differs"]
+    assert f"cannot be told from {RESULTS[1].trial.name} by eval_rewards/accuracies" in selection["verdict"]
+
+
+def test_the_test_against_the_base_wants_margins_above_zero():
+    better, worse = noise(100, rewards_margins=noise(100)[:, 0] + 1), noise(100, rewards_margins=noise(100)[:, 0] - 1)
+    assert against_base(better)["better"]
+    assert not against_base(worse)["better"]
+    assert not against_base(noise(100, rewards_margins=np.where(np.arange(100) % 2, 1.0, -1.0)))["better"]
 
 
 def test_best_is_the_winners_and_a_changed_file_is_found(tmp_path):
@@ -69,7 +139,7 @@ def test_best_is_the_winners_and_a_changed_file_is_found(tmp_path):
     best.mkdir(parents=True)
     (best / "adapter_model.safetensors").write_bytes(b"weights")
     winner.best_fingerprint = saved_fingerprint(best)
-    selection = select_best(RESULTS, "eval_loss", 100)
+    selection = choose(RESULTS)
     install_best(run, RESULTS, selection)
     assert (run.best / "adapter_model.safetensors").read_bytes() == b"weights"
     assert json.loads(run.selection.read_text())["best_fingerprint"] == winner.best_fingerprint

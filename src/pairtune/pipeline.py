@@ -22,7 +22,7 @@ from pairtune.models.load import LoadedBase, open_base, pick_device
 from pairtune.runs import RunFolder, write_atomic, write_json
 from pairtune.sweep.run import run_sweep
 from pairtune.sweep.search import Search
-from pairtune.sweep.select import install_best, select_best
+from pairtune.sweep.select import best_records, install_best, select_best
 from pairtune.track.live import LiveView
 from pairtune.track.sinks import JsonlSink, Sink, Sinks
 
@@ -109,7 +109,7 @@ def _carry_out(
         sinks: list[Sink] = [JsonlSink(run), live] if processes.first else []
         results = run_sweep(config, search, data, base, run, Sinks(sinks), stopping)
     if processes.first:
-        install_best(run, results, select_best(results, config.select, len(data.validation)))
+        install_best(run, results, select_best(results, best_records(run, results), config.select))
         if config.samples:
             _write_generations(config, data, base, run, console)
         write_atomic(run.complete, datetime.now(UTC).isoformat(timespec="seconds") + "\n")

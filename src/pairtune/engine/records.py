@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from pairtune.config import Select, TrialConfig
+from pairtune.data.pairs import PreferencePair
 from pairtune.runs import TrialFolder, write_atomic, write_json
 
 # Per pair: loss (nats), rewards = beta * (policy - reference) log-prob, log-probs summed over the answer's tokens
@@ -135,8 +139,15 @@ def score(metrics: dict[str, float], rule: Select) -> float:
     return metrics[name] if more_is_better else -metrics[name]
 
 
-def write_records(folder: TrialFolder, epoch: int, records: Sequence[ExampleRecord]) -> None:
+def write_records(path: Path, pairs: Iterable[PreferencePair], records: Sequence[ExampleRecord]) -> None:
     """Write one evaluation's per-example records as Parquet, one row per pair, in the order of the pairs."""
+    named = [{"origin": pair.origin, **record} for pair, record in zip(pairs, records, strict=True)]
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(list(records)), buffer)
-    write_atomic(folder.evaluation(epoch), buffer.getvalue())
+    pq.write_table(pa.Table.from_pylist(named), buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def read_records(path: Path) -> NDArray[np.float64]:
+    """The numbers of one evaluation that `write_records` wrote, [pairs, EXAMPLE_METRICS]."""
+    table = pq.read_table(path, columns=list(EXAMPLE_METRICS))
+    return np.stack([table[name].to_numpy() for name in EXAMPLE_METRICS], axis=1).astype(np.float64)

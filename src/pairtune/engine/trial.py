@@ -133,8 +133,7 @@ def record_evaluation(
             f"an evaluation metric of epoch {row['epoch']} is not a finite number; lower the learning rate"
         )
     if inputs.processes.first:
-        named = [{"origin": pair.origin, **record} for pair, record in zip(inputs.validation, records, strict=True)]
-        write_records(folder, int(row["epoch"]), named)
+        write_records(folder.evaluation(int(row["epoch"])), inputs.validation, records)
     if not result.epochs or score(row, inputs.select) > score(result.best_metrics, inputs.select):
         result.best_epoch = int(row["epoch"])
         result.best_fingerprint = save()

@@ -1,55 +1,102 @@
-"""The choice: the best epoch of the best trial, by a rule that is on record, with its reasons."""
+"""The choice: the best epoch of the best trial by a rule that is on record, and whether the data supports it."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pairtune.config import Select
-from pairtune.engine.records import RULES, TrialResult, score
+from pairtune.engine.records import EXAMPLE_METRICS, RULES, TrialResult, read_records, score
 from pairtune.errors import RunFailed
 from pairtune.models.save import saved_fingerprint
 from pairtune.runs import RunFolder, fill_folder, write_json
+from pairtune.sweep.statistics import ALPHA, Numbers, bootstrap_intervals, compare_all, paired_p_values, pairs_needed
+
+_FEW_PAIRS = 30
 
 
-def select_best(results: list[TrialResult], rule: Select, validation_pairs: int) -> dict[str, Any]:
-    """Rank the trials by their best epochs.
+def select_best(results: Sequence[TrialResult], records: Mapping[str, Numbers], rule: Select) -> dict[str, Any]:
+    """Rank the trials by their best epochs, and say what can be said about the ranking.
 
-    Trials that failed are not ranked. Where two trials are level the earlier one of the grid stays in front.
+    Trials that failed or were pruned are not ranked. Where two trials are level the earlier one stays in front.
+
+    Args:
+        results: of all trials.
+        records: [validation pairs, EXAMPLE_METRICS] of each ranked trial's best epoch, by name (see `best_records`).
+        rule: by which the first is chosen.
 
     Returns:
-        The content of `selection.json`: `rule`, `metric`, `winner`, `best_epoch`, `value`, `why`, `warnings`, and
-        `ranking`, one entry per ranked trial with its best epoch's metrics.
+        The content of `selection.json`: `rule`, `metric`, `winner`, `best_epoch`, `value`, `validation_pairs`; `why`
+        and `verdict` in words; `settled`, whether the winner differs from every other trial; `warnings`; `ranking`, one
+        entry a ranked trial with its best epoch's metrics, their 95 % intervals and the test against the base; and
+        `comparisons`, the winner with each other trial.
     """
     metric, more_is_better = RULES[rule]
-    usable = [result for result in results if result.status == "finished"]
-    ranked = sorted(usable, key=lambda result: score(result.best_metrics, rule), reverse=True)
-    winner = ranked[0]
+    ranked = sorted(
+        (result for result in results if result.status == "finished"),
+        key=lambda result: score(result.best_metrics, rule),
+        reverse=True,
+    )
+    winner, pairs = ranked[0], len(records[ranked[0].trial.name])
     value = winner.best_metrics[metric]
     why = (
         f"{winner.trial.name}, epoch {winner.best_epoch}: {'highest' if more_is_better else 'lowest'} {metric} "
-        f"({value:.4f}) of {sum(len(result.epochs) for result in usable)} evaluations, trials: {len(usable)}, "
-        f"validation pairs: {validation_pairs}"
+        f"({value:.4f}) of {sum(len(result.epochs) for result in ranked)} evaluations, trials: {len(ranked)}, "
+        f"validation pairs: {pairs}"
     )
     if len(ranked) > 1:
         why += f"; next: {ranked[1].trial.name} ({ranked[1].best_metrics[metric]:.4f})"
+    compared_by = metric if _one_scale(ranked, rule) else "eval_rewards/accuracies"
+    column = EXAMPLE_METRICS.index(compared_by.removeprefix("eval_"))
+    values = np.stack([records[result.trial.name][:, column] for result in ranked], axis=1)
+    p_values = compare_all(values)
+    comparisons = _comparisons(ranked, values, p_values, compared_by)
+    no_two_differ = all(p_value >= ALPHA for p_value in p_values.values())
     return {
         "rule": rule,
         "metric": metric,
         "winner": winner.trial.name,
         "best_epoch": winner.best_epoch,
         "value": value,
+        "validation_pairs": pairs,
         "why": why,
-        "warnings": _warnings(usable, rule, validation_pairs),
-        "ranking": [
-            {"name": result.trial.name, "best_epoch": result.best_epoch, "metrics": result.best_metrics}
-            for result in ranked
-        ],
+        "verdict": _verdict(winner, comparisons, compared_by, pairs, no_two_differ=no_two_differ),
+        "settled": all(entry["differs"] for entry in comparisons),
+        "warnings": _warnings(ranked, rule, pairs),
+        "ranking": [_entry(result, records[result.trial.name]) for result in ranked],
+        "comparisons": comparisons,
     }
 
 
-def install_best(run: RunFolder, results: list[TrialResult], selection: dict[str, Any]) -> None:
+def best_records(run: RunFolder, results: Sequence[TrialResult]) -> dict[str, Numbers]:
+    """The per-example records of every finished trial's best epoch, from the run folder."""
+    return {
+        result.trial.name: read_records(run.trial(result.trial.name).evaluation(result.best_epoch or 0))
+        for result in results
+        if result.status == "finished"
+    }
+
+
+def metric_intervals(records: Numbers) -> dict[str, list[float]]:
+    """95 % intervals of the means over pairs, by the name of the metric."""
+    intervals = bootstrap_intervals(records)
+    return {
+        f"eval_{name}": [float(low), float(high)] for name, (low, high) in zip(EXAMPLE_METRICS, intervals, strict=True)
+    }
+
+
+def against_base(records: Numbers) -> dict[str, Any]:
+    """Whether tuning moved the model the right way: the base's reward margin is 0 on every pair, by definition."""
+    margins = records[:, [EXAMPLE_METRICS.index("rewards/margins")]]
+    p_value = float(paired_p_values(margins)[0])
+    return {"margin": float(margins.mean()), "p": p_value, "better": bool(p_value < ALPHA and margins.mean() > 0)}
+
+
+def install_best(run: RunFolder, results: Sequence[TrialResult], selection: dict[str, Any]) -> None:
     """Copy the winner's weights to the run's `best/`, check that they are those that were evaluated, and record it.
 
     Raises:
@@ -70,16 +117,77 @@ def install_best(run: RunFolder, results: list[TrialResult], selection: dict[str
     write_json(run.selection, selection | {"best_fingerprint": winner.best_fingerprint})
 
 
-def _warnings(results: list[TrialResult], rule: Select, validation_pairs: int) -> list[str]:
+def _one_scale(results: Sequence[TrialResult], rule: Select) -> bool:
+    """Whether the rule's metric means the same in all trials: beta and the kind of loss are part of losses and margins."""
+    return rule == "accuracy" or len({(result.trial.beta, result.trial.loss) for result in results}) == 1
+
+
+def _entry(result: TrialResult, records: Numbers) -> dict[str, Any]:
+    return {
+        "name": result.trial.name,
+        "best_epoch": result.best_epoch,
+        "metrics": result.best_metrics,
+        "intervals": metric_intervals(records),
+        "against_base": against_base(records),
+    }
+
+
+def _comparisons(
+    ranked: Sequence[TrialResult], values: Numbers, corrected: Mapping[tuple[int, int], float], metric: str
+) -> list[dict[str, Any]]:
+    """The winner with each other trial, pair by pair, corrected for the number of comparisons of any two trials."""
+    entries = []
+    for place, result in enumerate(ranked[1:], 1):
+        difference = values[:, 0] - values[:, place]
+        p_value = corrected[0, place]
+        entries.append(
+            {
+                "name": result.trial.name,
+                "metric": metric,
+                "difference": float(difference.mean()),
+                "interval": bootstrap_intervals(difference[:, None])[0].tolist(),
+                "p_corrected": p_value,
+                "differs": p_value < ALPHA,
+                "pairs_needed": pairs_needed(difference, len(corrected)),
+            }
+        )
+    return entries
+
+
+def _verdict(
+    winner: TrialResult, comparisons: Sequence[dict[str, Any]], metric: str, pairs: int, *, no_two_differ: bool
+) -> str:
+    if not comparisons:
+        return "one trial: there is nothing to compare it with"
+    alike = [entry for entry in comparisons if not entry["differs"]]
+    if not alike:
+        return f"{winner.trial.name} differs from every other trial by {metric} on these {pairs} pairs"
+    needed = alike[0]["pairs_needed"]
+    settle = (
+        f"about {needed:,} validation pairs would settle it between the first two"
+        if needed
+        else "no number of pairs would settle it: their numbers are the same"
+    )
+    if no_two_differ:
+        return f"no trial can be told from another by {metric} on these {pairs} pairs; {settle}"
+    names = ", ".join(entry["name"] for entry in alike)
+    return f"{winner.trial.name} cannot be told from {names} by {metric} on these {pairs} pairs; {settle}"
+
+
+def _warnings(results: Sequence[TrialResult], rule: Select, validation_pairs: int) -> list[str]:
     warnings = []
-    if rule == "eval_loss" and len({result.trial.beta for result in results}) > 1:
+    if not _one_scale(results, rule):
         by_accuracy = sorted(results, key=lambda result: score(result.best_metrics, "accuracy"), reverse=True)
         order = ", ".join(
             f"{result.trial.name} {result.best_metrics['eval_rewards/accuracies']:.3f}" for result in by_accuracy
         )
+        what = "losses" if rule == "eval_loss" else "margins"
         warnings.append(
-            f"beta is part of the loss, so losses of different betas are not on one scale; ranked by accuracy: {order}"
+            f"beta and the kind of loss are part of {what}, so {what} of trials in which they differ are not on one "
+            f"scale; ranked by accuracy: {order}"
         )
-    if validation_pairs < 30:
-        warnings.append(f"only {validation_pairs} validation pairs: too few to tell trials apart; give 30 or more")
+    if validation_pairs < _FEW_PAIRS:
+        warnings.append(
+            f"only {validation_pairs} validation pairs: too few to tell trials apart; give {_FEW_PAIRS} or more"
+        )
     return warnings
