@@ -53,7 +53,7 @@ def simulated(generator, trials=4, pairs=64, epochs=3, better=0.0):
 
 
 def test_grids_of_equal_trials_raise_a_false_alarm_in_at_most_one_of_twenty():
-    """Of 200 grids. At a true rate of 5 %, more than 20 alarms would come in 1 of 1,000 such tests: Binomial(200, 0.05)."""
+    """Of 200 grids; at a true rate of 5 % more than 20 alarms come in 1 of 1,000 such tests (binomial)."""
     generator = np.random.default_rng(2)
     alarms = sum(min(compare_all(simulated(generator)).values()) < ALPHA for _ in range(200))
     assert alarms <= 20

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from rich.console import Console
 
@@ -20,6 +21,7 @@ from pairtune.errors import BadInput
 from pairtune.evaluate.generations import compare_answers, held_out_prompts
 from pairtune.models.load import LoadedBase, open_base, pick_device
 from pairtune.runs import RunFolder, write_atomic, write_json
+from pairtune.sweep.final import evaluate_test
 from pairtune.sweep.run import run_sweep
 from pairtune.sweep.search import Search
 from pairtune.sweep.select import best_records, install_best, select_best
@@ -108,8 +110,24 @@ def _carry_out(
     with stop_on_signals(console) as stopping, LiveView(steps, search.count, console) as live:
         sinks: list[Sink] = [JsonlSink(run), live] if processes.first else []
         results = run_sweep(config, search, data, base, run, Sinks(sinks), stopping)
+    selection: dict[str, Any] = {}
     if processes.first:
-        install_best(run, results, select_best(results, best_records(run, results), config.select))
+        selection = select_best(results, best_records(run, results), config.select)
+        if not run.test.is_file():  # else a killed run had come further than this: the choice stands
+            install_best(run, results, selection)
+    selection = processes.from_first(selection)
+    if len(data.test) and not processes.from_first(run.test.is_file()):
+        with console.status("looking at the test pairs, once") as status:
+            total = len(data.test)
+            evaluate_test(
+                search.trial(selection["winner"]),
+                selection,
+                data.test,
+                base,
+                run,
+                lambda done: status.update(f"looking at the test pairs, once: {done}/{total}"),
+            )
+    if processes.first:
         if config.samples:
             _write_generations(config, data, base, run, console)
         write_atomic(run.complete, datetime.now(UTC).isoformat(timespec="seconds") + "\n")

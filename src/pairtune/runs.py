@@ -122,6 +122,8 @@ class RunFolder:
     trials = property(lambda self: self.root / "trials")
     sweep = property(lambda self: self.root / "sweep.json")
     selection = property(lambda self: self.root / "selection.json")
+    test = property(lambda self: self.root / "test.json")
+    test_records = property(lambda self: self.root / "test.parquet")
     generations = property(lambda self: self.root / "generations.json")
     best = property(lambda self: self.root / "best")
     checkpoint = property(lambda self: self.root / "checkpoint.safetensors")

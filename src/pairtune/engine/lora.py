@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.functional import linear
 
+from pairtune.config import TrialConfig
 from pairtune.errors import BadInput
 
 
@@ -42,6 +43,11 @@ class LoraSettings:
     def scale(self) -> float:
         """Factor of the update."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+def settings_of(trial: TrialConfig) -> LoraSettings:
+    """The adapter that a trial asks for."""
+    return LoraSettings(trial.lora_rank, trial.lora_alpha, trial.lora_dropout, trial.rslora, trial.lora_targets)
 
 
 class LoraLinear(nn.Module):

@@ -21,12 +21,12 @@ from torch import Tensor
 from pairtune.config import TrialConfig
 from pairtune.data.table import PairTable
 from pairtune.engine.checkpoint import read_checkpoint, read_state, write_checkpoint
-from pairtune.engine.lora import LoraSettings, add_adapters, peft_config, peft_tensors
+from pairtune.engine.lora import add_adapters, peft_config, peft_tensors, settings_of
 from pairtune.engine.optimize import AdapterWeights, FullWeights, TrialOptimizer
 from pairtune.engine.policy import EVALUATION_TOKENS, TRAIN_TOKENS, Policy
 from pairtune.engine.records import ExampleRecord, TrialFailed, TrialResult
 from pairtune.engine.reference import reference_fingerprint, reference_logps
-from pairtune.engine.scoring import Scored, score_row
+from pairtune.engine.scoring import Scored, score_pairs
 from pairtune.engine.trial import (
     TrialInputs,
     check_first_step,
@@ -42,8 +42,6 @@ from pairtune.errors import Interrupted, RunFailed
 from pairtune.models.save import save_adapter, save_best
 from pairtune.runs import RunFolder, TrialFolder, fingerprint
 from pairtune.track.sinks import Sink
-
-_TABLE_ROWS = 256
 
 
 def run_trials(trials: Sequence[TrialConfig], inputs: TrialInputs, run: RunFolder, sink: Sink) -> list[TrialResult]:
@@ -110,7 +108,7 @@ class _Lockstep:
         self.references = {name: self._reference(name, pairs) for name, pairs in inputs.splits.items()}
         adapted = {}
         if masters is None:
-            adapted = add_adapters(self.model, _lora_settings(self.shared), [trial.seed for trial in trials])
+            adapted = add_adapters(self.model, settings_of(self.shared), [trial.seed for trial in trials])
         self.policy = Policy(self.model, adapted, len(trials))
         if wants_checkpointing(self.shared, self.device):
             self.policy.checkpoint_activations()
@@ -253,19 +251,16 @@ class _Lockstep:
         self.seen += len(rows)
 
     def _scored(self, split: str, rows: Sequence[int], max_tokens: int) -> Iterator[list[Scored]]:
-        """The pairs of some rows under every trial, as many at a time as fit into a row."""
-        for start in range(0, len(rows), _TABLE_ROWS):
-            some, done = rows[start : start + _TABLE_ROWS], 0
-            packs = self.policy.rows(self.inputs.splits[split].tokens(some), max_tokens // len(self.members))
-            for pack in packs:
-                reference = self.references[split][list(some[done : done + pack.pairs])]
-                self.policy.draw_dropout(self.shared.seed, self.step, some[done])
-                answers = self.policy.answer_logps(pack)
-                yield [
-                    score_row(member.trial, pack, answers, place, reference)
-                    for place, member in enumerate(self.members)
-                ]
-                done += pack.pairs
+        """Some pairs of a split under every trial."""
+        return score_pairs(
+            self.policy,
+            [member.trial for member in self.members],
+            self.inputs.splits[split],
+            rows,
+            self.references[split],
+            max_tokens // len(self.members),
+            (self.shared.seed, self.step),
+        )
 
     def _update(self, member: _Member, records: list[ExampleRecord], rows: Sequence[int]) -> None:
         """Take the gradients of a step, look at them, and update a trial's weights."""
@@ -331,10 +326,6 @@ class _Lockstep:
         if self.shared.method == "full":
             return save_best(self.model, tokenizer, folder, source.published_as)
         adapted = self.policy.adapted
-        config = peft_config(adapted, _lora_settings(self.shared))
+        config = peft_config(adapted, settings_of(self.shared))
         tensors = peft_tensors(adapted, self.members.index(member))
         return save_adapter(tensors, config, tokenizer, folder, source.published_as)
-
-
-def _lora_settings(trial: TrialConfig) -> LoraSettings:
-    return LoraSettings(trial.lora_rank, trial.lora_alpha, trial.lora_dropout, trial.rslora, trial.lora_targets)

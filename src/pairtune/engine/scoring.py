@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from pairtune.config import TrialConfig
+from pairtune.data.table import PairTable
 from pairtune.engine.losses import LossSettings, PairLogps, pair_loss
 from pairtune.engine.packing import Pack
-from pairtune.engine.policy import AnswerLogps
+from pairtune.engine.policy import AnswerLogps, Policy
 from pairtune.engine.records import ExampleRecord
+
+# Pairs that are read from their table at a time.
+_TABLE_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -41,16 +46,37 @@ class Scored:
         return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
 
 
-def score_row(trial: TrialConfig, pack: Pack, answers: AnswerLogps, place: int, reference: Tensor) -> Scored:
-    """Losses of a row's pairs.
+def score_pairs(
+    policy: Policy,
+    trials: Sequence[TrialConfig],
+    pairs: PairTable,
+    rows: Sequence[int],
+    reference: Tensor,
+    max_tokens: int,
+    draw: tuple[int, ...] = (),
+) -> Iterator[list[Scored]]:
+    """Pairs under every trial, as many at a time as go into a row.
 
     Args:
-        trial: its loss and that loss's settings.
-        pack: the row.
-        answers: of the row, under all trials.
-        place: of this trial among them.
-        reference: [pairs, 2], the base's log-probs of chosen and rejected.
+        policy: with the trials' adapters, in their order.
+        trials: their losses and those losses' settings.
+        pairs: of which some are scored.
+        rows: the numbers of these.
+        reference: [all pairs, 2], the base's log-probs of chosen and rejected.
+        max_tokens: of a row.
+        draw: what the adapters' dropout is drawn from, besides the pairs.
     """
+    for start in range(0, len(rows), _TABLE_ROWS):
+        some, done = rows[start : start + _TABLE_ROWS], 0
+        for pack in policy.rows(pairs.tokens(some), max_tokens):
+            policy.draw_dropout(*draw, some[done])
+            answers = policy.answer_logps(pack)
+            base = reference[list(some[done : done + pack.pairs])]
+            yield [_score(trial, pack, answers, place, base) for place, trial in enumerate(trials)]
+            done += pack.pairs
+
+
+def _score(trial: TrialConfig, pack: Pack, answers: AnswerLogps, place: int, reference: Tensor) -> Scored:
     logps, logits, tokens = answers.logps[place], answers.logits[place], pack.answer_tokens
     pairs = PairLogps(logps[0::2], logps[1::2], reference[:, 0], reference[:, 1], tokens[0::2], tokens[1::2])
     settings = LossSettings(trial.beta, trial.label_smoothing, trial.simpo_gamma, trial.discopop_tau, trial.sft_weight)

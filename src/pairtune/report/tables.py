@@ -36,6 +36,8 @@ def render_run(run: RunFolder) -> RenderableType:
         record = run.read_json(run.trial(trial["name"]).record)
         parts.append(render_trial(record, winner=trial["name"] == selection["winner"]))
     parts.append(render_selection(selection))
+    if run.test.is_file():
+        parts.append(render_test(run.read_json(run.test)))
     if run.generations.is_file():
         parts.append(render_generations(run.read_json(run.generations), selection["winner"]))
     parts.append(Text.assemble("\n", ("Next\n", "bold"), *_next_commands(run)))
@@ -56,7 +58,8 @@ def render_data(data: dict[str, Any]) -> RenderableType:
 
 def render_trial(record: dict[str, Any], *, winner: bool) -> RenderableType:
     """One trial's table: a row per epoch in the assignment's columns, the kept epoch marked."""
-    title = f"lr={record['learning_rate']:g}, beta={record['beta']:g}"
+    varied = [f"{name}={record['config'][name]}" for name in record["config"]["varied"]]
+    title = ", ".join([f"lr={record['learning_rate']:g}", f"beta={record['beta']:g}", *varied])
     table = Table(title=f"{title} (winner)" if winner else title, title_justify="left", title_style="bold")
     table.add_column("Epoch")
     for heading, _ in COLUMNS:
@@ -65,21 +68,68 @@ def render_trial(record: dict[str, Any], *, winner: bool) -> RenderableType:
         best = row["epoch"] == record["best_epoch"]
         cells = [f"{row[metric]:.6f}" for _, metric in COLUMNS]
         table.add_row(f"{row['epoch']}{' *' if best else ''}", *cells, style="bold" if best else "")
-    if record["status"] == "failed":
-        return Group(table, Text(f"  failed: {record['reason']}", style="red"))
+    if record["status"] != "finished":
+        return Group(table, Text(f"  {record['status']}: {record['reason']}", style="red"))
+    others = record["side_by_side"] - 1
+    beside = f" beside {others} other{'s' if others > 1 else ''}" if others else ""
     speed = (
-        f"  * kept; {record['train_seconds']:.0f} s of training, {record['train_pairs_per_second']:.2f} pairs/s, "
-        f"peak memory {record['peak_memory_mb']} MB"
+        f"  * kept; {record['train_seconds']:.0f} s of training{beside}, "
+        f"{record['train_pairs_per_second']:.2f} pairs/s, peak memory {record['peak_memory_mb']} MB"
     )
     return Group(table, Text(speed, style="dim"), Text(""))
 
 
 def render_selection(selection: dict[str, Any]) -> RenderableType:
-    """The winner and why."""
-    text = Text.assemble(("Winner\n", "bold"), f"  {selection['why']}\n")
+    """The ranking with its intervals, the winner and why, and whether the data supports the choice."""
+    table = Table(
+        title=f"Best epochs on {selection['validation_pairs']} validation pairs, with 95 % intervals",
+        title_justify="left",
+        title_style="bold",
+    )
+    table.add_column("Trial", overflow="fold")
+    table.add_column("Epoch")
+    for heading in ("Loss", "Accuracy", "Margin"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("Differs from\nthe winner")
+    table.add_column("Better than\nthe base")
+    compared = {entry["name"]: entry for entry in selection["comparisons"]}
+    for place, entry in enumerate(selection["ranking"]):
+        table.add_row(
+            entry["name"],
+            str(entry["best_epoch"]),
+            *(_with_interval(entry, f"eval_{name}") for name in ("loss", "rewards/accuracies", "rewards/margins")),
+            _differs(compared.get(entry["name"])),
+            "yes" if entry["against_base"]["better"] else "not shown",
+            style="bold" if place == 0 else "",
+        )
+    text = Text.assemble(("Winner\n", "bold"), f"  {selection['why']}\n", (f"  {selection['verdict']}\n", "cyan"))
     for warning in selection["warnings"]:
         text.append(f"  note: {warning}\n", style="yellow")
-    return text
+    return Group(table, Text(""), text)
+
+
+def render_test(test: dict[str, Any]) -> RenderableType:
+    """The one look at the test pairs."""
+    numbers = ", ".join(
+        f"{title} {_with_interval(test, f'eval_{name}')}"
+        for title, name in (("loss", "loss"), ("accuracy", "rewards/accuracies"), ("margin", "rewards/margins"))
+    )
+    better = "better than the base" if test["against_base"]["better"] else "not shown to be better than the base"
+    return Text.assemble(
+        (f"Test, {test['pairs']} pairs that had no part in the choice\n", "bold"),
+        f"  {test['trial']}, epoch {test['epoch']}: {numbers}; {better} (p = {test['against_base']['p']:.4f})\n",
+    )
+
+
+def _with_interval(entry: dict[str, Any], metric: str) -> str:
+    low, high = entry["intervals"][metric]
+    return f"{entry['metrics'][metric]:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _differs(comparison: dict[str, Any] | None) -> str:
+    if comparison is None:
+        return ""
+    return f"{'yes' if comparison['differs'] else 'not shown'} (p = {comparison['p_corrected']:.3f})"
 
 
 def render_generations(generations: dict[str, Any], winner: str) -> RenderableType:

@@ -49,6 +49,10 @@ class Search:
         if config.search != "tpe":  # what is drawn does not depend on results
             self._waiting = self._propose(self.count)
 
+    def trial(self, name: str) -> TrialConfig:
+        """One of the trials proposed so far."""
+        return next(trial for trial in self.trials if trial.name == name)
+
     def ask(self) -> list[TrialConfig]:
         """The next trials; none: the search is over."""
         batch, self._waiting = self._waiting, []

@@ -118,7 +118,7 @@ def install_best(run: RunFolder, results: Sequence[TrialResult], selection: dict
 
 
 def _one_scale(results: Sequence[TrialResult], rule: Select) -> bool:
-    """Whether the rule's metric means the same in all trials: beta and the kind of loss are part of losses and margins."""
+    """Whether the rule's metric means the same in all trials: beta and the loss's form are in losses and margins."""
     return rule == "accuracy" or len({(result.trial.beta, result.trial.loss) for result in results}) == 1
 
 
