@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo test lint format bench pins clean
+.PHONY: install demo test chaos lint format bench pins clean
 
 install: $(INSTALLED)
 
@@ -31,6 +31,10 @@ lint: install
 
 test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/pytest --numprocesses 2
+
+# Kills a run at 100 random moments and goes on each time; about five minutes.
+chaos: lint
+	HF_HUB_OFFLINE=1 PAIRTUNE_CHAOS_MOMENTS=100 $(BIN)/pytest tests/test_resume.py -k killed
 
 # On pairs of your own: make bench DATA=pairs.jsonl. Takes about ten minutes; run nothing beside it.
 DATA ?= bundled:concise

@@ -117,3 +117,14 @@ def test_the_result_says_with_how_many_others_time_was_shared(train):
     results, *_ = train("together", trial(), trial(beta=0.2))
     assert {result.side_by_side for result in results.values()} == {2}
     assert all(math.isclose(result.train_pairs, 14) for result in results.values())
+
+
+def test_less_memory_makes_narrower_groups(inputs, monkeypatch):
+    widths = []
+    for megabytes in (0, 4, 8, 64_000):
+        monkeypatch.setattr("pairtune.engine.memory.free_bytes", lambda device, free=megabytes << 20: free)
+        widths.append(native.width(trial(), inputs, None))
+    assert widths == sorted(widths)
+    assert (widths[0], widths[-1]) == (1, 4)
+    assert native.width(trial(), inputs, 3) == 3
+    assert native.width(trial(method="full"), inputs, 3) == 1

@@ -193,7 +193,9 @@ class RunConfig(_Training):
         None, validate_default=True, description="grid: all; random and tpe need a number"
     )
     prune: bool = Field(False, description="all trials run to their end, so that all can be compared")
-    side_by_side: PositiveInt | None = Field(None, description="as many trials at once as memory allows, at most 8")
+    side_by_side: PositiveInt | None = Field(
+        None, description="as many trials at once as memory allows, at most 4 on a CPU"
+    )
     checkpoint_steps: PositiveInt = Field(50, description="minutes of work lost at most, seconds spent on writing")
     select: Select = Field("eval_loss", description="the assignment's rule")
     samples: NonNegativeInt = Field(8, description="held-out prompts answered before and after; 0: none")

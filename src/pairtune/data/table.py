@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pairtune.data.pairs import PreferencePair
 from pairtune.data.tokens import PairTokenizer, TokenizedPair
@@ -103,6 +104,12 @@ class PairTable(Sequence[PreferencePair]):
             for name in ID_COLUMNS
             for chunk in ids[name].chunks
         )
+
+    def longest(self) -> int:
+        """Tokens of the longest pair: its prompt and both answers."""
+        ids = self.ids()
+        lengths = sum(pc.list_value_length(ids[name]).to_numpy().astype(np.int64) for name in ID_COLUMNS)
+        return int(np.max(lengths, initial=0))
 
     def ids(self) -> pa.Table:
         """`prompt_ids`, `chosen_ids` and `rejected_ids` of all rows, copied into memory."""

@@ -22,6 +22,7 @@ from pairtune.config import TrialConfig
 from pairtune.data.table import PairTable
 from pairtune.engine.checkpoint import read_checkpoint, read_state, write_checkpoint
 from pairtune.engine.lora import add_adapters, peft_config, peft_tensors, settings_of
+from pairtune.engine.memory import lockstep_width
 from pairtune.engine.optimize import AdapterWeights, FullWeights, TrialOptimizer
 from pairtune.engine.policy import EVALUATION_TOKENS, TRAIN_TOKENS, Policy
 from pairtune.engine.records import ExampleRecord, TrialFailed, TrialResult
@@ -73,7 +74,9 @@ def checkpointed(run: RunFolder) -> list[str]:
 
 def width(trial: TrialConfig, inputs: TrialInputs, asked: int | None) -> int:
     """How many trials like this one run side by side: as asked, or as many as memory allows."""
-    return asked or 4
+    if trial.method == "full":
+        return 1
+    return asked or inputs.processes.from_first(lockstep_width(trial, inputs))
 
 
 @dataclass(eq=False)
