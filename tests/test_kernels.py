@@ -36,6 +36,7 @@ from pairtune.engine.lora import (
     peft_config,
     peft_tensors,
 )
+from pairtune.engine.norms import replace_norms
 from pairtune.engine.packing import Segment, pack_batches, pack_pairs
 from pairtune.engine.policy import PACKED_FAMILIES, Policy
 from pairtune.engine.processes import Processes
@@ -358,3 +359,59 @@ def test_references_of_no_pairs_are_none(tiny_base):
     table = PairTable.of([make_pair(0)], tiny_base.tokenizer)[:0]
     policy = Policy(load_model(tiny_base.source, torch.float32))
     assert compute_logps(policy, table, Processes(CPU)).shape == (0, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "phi3", "smollm3"])
+def test_norms_are_transformers_own(family, dtype):
+    """Forward to the last digit of the type, backward to its rounding; also for the weights."""
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=dtype)
+    norm = model.base_model.layers[0].input_layernorm
+    torch.nn.init.normal_(norm.weight)
+    x, grad = (torch.randn(1, 7, norm.weight.shape[0], dtype=dtype) for _ in range(2))
+    results = []
+    for replaced in (False, True):
+        if replaced:
+            replace_norms(model)
+            assert "forward" in vars(norm)
+        seen = x.clone().requires_grad_()
+        norm.weight.grad = None
+        result = norm(seen)
+        result.backward(grad)
+        results.append((result.detach(), seen.grad, norm.weight.grad))
+    near = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.02}
+    for own, theirs in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(own, theirs, **near)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("parts", [(9, 6, 7), (9, 0, 7), (9, 6, 0), (1, 5, 5)])
+def test_attention_in_blocks_is_attention_with_a_mask(monkeypatch, parts, window):
+    """Forward and all gradients, with pairs cut into blocks and left whole."""
+    torch.manual_seed(4)
+    segments = (Segment(*parts), Segment(4, 3, 2))
+    total = sum(segment.length for segment in segments)
+    inputs = [torch.randn(2, heads, total, 8, dtype=torch.float64) for heads in (4, 2, 2)]
+    grad = torch.randn(2, total, 4, 8, dtype=torch.float64)
+
+    def run(attend):
+        seen = [each.clone().requires_grad_() for each in inputs]
+        result, _ = attend(None, *seen, None, segments=segments, sliding_window=window)
+        result.backward(grad)
+        return [result.detach(), *(each.grad for each in seen)]
+
+    monkeypatch.setattr(attention, "DENSE_TOKENS", 0)
+    expected = run(attention.packed_attention)
+    monkeypatch.setattr(attention, "DENSE_TOKENS", 640)
+    try:
+        for worth, blocks in ((0, 3), (10**9, 1)):
+            monkeypatch.setattr(attention, "_WORTH_SPLITTING", worth)
+            attention._blocks.cache_clear()
+            attention._bias.cache_clear()
+            assert len(attention._blocks(segments[1])) == blocks
+            for one, other in zip(run(attention.packed_attention), expected, strict=True):
+                torch.testing.assert_close(one, other)
+    finally:
+        attention._blocks.cache_clear()
+        attention._bias.cache_clear()

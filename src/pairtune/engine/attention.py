@@ -8,7 +8,8 @@ are made for long sequences. Long pairs, and other devices, take PyTorch's kerne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -24,6 +25,9 @@ ATTENTION = "pairtune_packed"
 
 # Tokens of a pair up to which the dense way is taken: its memory grows with the square.
 DENSE_TOKENS = 640
+
+# Scores that a pair must save to be computed in blocks.
+_WORTH_SPLITTING = 16_000
 
 
 def packed_attention(
@@ -105,16 +109,49 @@ def _visible(segment: Segment, window: int | None, device: torch.device) -> Tens
     return visible
 
 
-@lru_cache(maxsize=64)
-def _bias(segment: Segment, window: int | None, groups: int, dtype: torch.dtype) -> Tensor:
-    """0 where a token sees another and -inf where not, once for each of the query heads that share a key head."""
-    visible = _visible(segment, window, torch.device("cpu"))
+@dataclass(frozen=True)
+class _Block:
+    """Some queries of a pair, and the keys that any of them sees: places in the pair."""
+
+    queries: slice
+    keys: tuple[slice, ...]
+
+
+@lru_cache(maxsize=256)
+def _blocks(segment: Segment) -> tuple[_Block, ...]:
+    """A pair in three: the prompt sees itself, and each answer the prompt and itself. No other scores are computed.
+
+    A pair that would save few scores stays whole: products of a few more numbers are cheaper than more products.
+    """
+    prompt, chosen, rejected = (
+        slice(0, segment.prompt),
+        slice(segment.prompt, segment.prompt + segment.chosen),
+        slice(segment.prompt + segment.chosen, segment.length),
+    )
+    saved = segment.prompt * (segment.chosen + segment.rejected) + 2 * segment.chosen * segment.rejected
+    whole = slice(0, segment.length)
+    if saved < _WORTH_SPLITTING:
+        return (_Block(whole, (whole,)),)
+    blocks = (
+        _Block(prompt, (prompt,)),
+        _Block(chosen, (slice(0, chosen.stop),)),
+        _Block(rejected, (prompt, rejected) if segment.chosen else (whole,)),
+    )
+    return tuple(block for block in blocks if block.queries.stop > block.queries.start)
+
+
+@lru_cache(maxsize=256)
+def _bias(segment: Segment, place: int, window: int | None, groups: int, dtype: torch.dtype) -> Tensor:
+    """Of a block: 0 where a token sees another and -inf where not, once for each of the heads that share a key head."""
+    block = _blocks(segment)[place]
+    visible = _visible(segment, window, torch.device("cpu"))[block.queries]
+    visible = torch.cat([visible[:, keys] for keys in block.keys], dim=1)
     bias = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf)
     return bias.repeat(groups, 1)
 
 
 class _DenseAttention(Function):
-    """softmax(scale Q K' + bias) V, pair by pair; query heads that share keys are rows of one product."""
+    """softmax(scale Q K' + bias) V, block by block; query heads that share keys are rows of one product."""
 
     @staticmethod
     def forward(
@@ -127,13 +164,14 @@ class _DenseAttention(Function):
         window: int | None,
     ) -> Tensor:
         groups = query.shape[1] // key.shape[1]
+        query = query * scale
         result = torch.empty_like(query, memory_format=torch.contiguous_format)
         weights = []
-        for segment, part in _parts(segments):
-            q, k, v = _rows(query[:, :, part], groups), _rows(key[:, :, part]), _rows(value[:, :, part])
-            scores = torch.bmm(q * scale, k.mT).add_(_bias(segment, window, groups, query.dtype))
+        for segment, place, rows, columns in _places(segments):
+            q, k, v = _rows(query[:, :, rows], groups), _rows(_take(key, columns)), _rows(_take(value, columns))
+            scores = torch.bmm(q, k.mT).add_(_bias(segment, place, window, groups, query.dtype))
             weights.append(scores.softmax(-1))
-            result[:, :, part] = torch.bmm(weights[-1], v).view(query.shape[0], query.shape[1], segment.length, -1)
+            result[:, :, rows] = torch.bmm(weights[-1], v).view(*query.shape[:2], -1, v.shape[-1])
         ctx.segments, ctx.scale, ctx.groups = segments, scale, groups
         ctx.save_for_backward(query, key, value, *weights)
         return result
@@ -142,25 +180,40 @@ class _DenseAttention(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         query, key, value, *weights = ctx.saved_tensors
-        results = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (query, key, value)]
-        for (segment, part), weight in zip(_parts(ctx.segments), weights, strict=True):
-            q, k, v = _rows(query[:, :, part], ctx.groups), _rows(key[:, :, part]), _rows(value[:, :, part])
-            g = _rows(grad[:, :, part], ctx.groups)
+        by_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+        by_key, by_value = (torch.zeros_like(each, memory_format=torch.contiguous_format) for each in (key, value))
+        for (_, _, rows, columns), weight in zip(_places(ctx.segments), weights, strict=True):
+            q, g = _rows(query[:, :, rows], ctx.groups), _rows(grad[:, :, rows], ctx.groups)
+            k, v = _rows(_take(key, columns)), _rows(_take(value, columns))
             by_scores = torch._softmax_backward_data(torch.bmm(g, v.mT), weight, -1, weight.dtype)
-            by_query = torch.bmm(by_scores, k).mul_(ctx.scale)
-            by_key = torch.bmm(by_scores.mT, q).mul_(ctx.scale)
-            by_value = torch.bmm(weight.mT, g)
-            for result, by in zip(results, (by_query, by_key, by_value), strict=True):
-                result[:, :, part] = by.view(*result.shape[:2], segment.length, -1)
-        return *results, None, None, None
+            by_query[:, :, rows] = torch.bmm(by_scores, k).view(*query.shape[:2], -1, q.shape[-1])
+            _add(by_key, columns, torch.bmm(by_scores.mT, q))  # q is scaled
+            _add(by_value, columns, torch.bmm(weight.mT, g))
+        return by_query.mul_(ctx.scale), by_key, by_value, None, None, None
 
 
-def _parts(segments: Sequence[Segment]) -> list[tuple[Segment, slice]]:
-    parts, start = [], 0
+def _places(segments: Sequence[Segment]) -> Iterator[tuple[Segment, int, slice, tuple[slice, ...]]]:
+    """Every block of a row: its pair, its number there, and where its queries and keys lie in the row."""
+    start = 0
     for segment in segments:
-        parts.append((segment, slice(start, start + segment.length)))
+        for number, block in enumerate(_blocks(segment)):
+            rows, *columns = (slice(start + place.start, start + place.stop) for place in (block.queries, *block.keys))
+            yield segment, number, rows, tuple(columns)
         start += segment.length
-    return parts
+
+
+def _take(heads: Tensor, places: Sequence[slice]) -> Tensor:
+    parts = [heads[:, :, place] for place in places]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _add(total: Tensor, places: Sequence[slice], more: Tensor) -> None:
+    """Add [trials * heads, length, size] where its tokens came from."""
+    more, start = more.view(*total.shape[:2], -1, total.shape[-1]), 0
+    for place in places:
+        length = place.stop - place.start
+        total[:, :, place] += more[:, :, start : start + length]
+        start += length
 
 
 def _rows(heads: Tensor, groups: int = 1) -> Tensor:

@@ -45,16 +45,25 @@ class _TokenLogps(Function):
     ) -> tuple[Tensor, Tensor]:
         logps, means = torch.empty(2, len(targets), dtype=torch.float32, device=hidden.device)
         by_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        wide = None
         for part in _chunks(len(targets), len(head)):
-            logits, bend = _logits(hidden[part], head, bias, softcap)
-            means[part] = logits.mean(1)
-            picked = logits.gather(1, targets[part, None])
-            top = logits.amax(1, keepdim=True)
-            weights = logits.sub_(top).exp_()
-            total = weights.sum(1, keepdim=True)
+            logits = linear(hidden[part], head, bias)
+            if wide is None:  # one for all chunks: memory that is new is slower than memory that is used again
+                wide = torch.empty_like(logits, dtype=torch.float32)
+            weights = wide[: len(logits)].copy_(logits)
+            bend = _bend(weights, softcap)
+            means[part] = weights.mean(1)
+            picked = weights.gather(1, targets[part, None])
+            top = weights.amax(1, keepdim=True)
+            total = weights.sub_(top).exp_().sum(1, keepdim=True)
             logps[part] = (picked - top - total.log())[:, 0]
             if by_hidden is not None:
-                by_hidden[part] = _by_logits(weights.div_(total), bend, targets[part]).to(head.dtype) @ head
+                target = head[targets[part]]
+                if bend is not None:
+                    target = target * bend.gather(1, targets[part, None])
+                    weights.mul_(bend)
+                # Divided by their sum after the product, which is the same in fewer passes over the vocabulary.
+                by_hidden[part] = target - (logits.copy_(weights) @ head) / total
         ctx.softcap = softcap
         ctx.save_for_backward(by_hidden, hidden, head, bias, targets)
         ctx.mark_non_differentiable(means)
@@ -68,8 +77,11 @@ class _TokenLogps(Function):
         by_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         if by_head is not None or by_bias is not None:
             for part in _chunks(len(targets), len(head)):
-                logits, bend = _logits(hidden[part], head, bias, ctx.softcap)
-                by_logits = _by_logits(logits.softmax(1), bend, targets[part]).mul_(grad[part])
+                logits = linear(hidden[part], head, bias).float()
+                bend = _bend(logits, ctx.softcap)
+                by_logits = logits.softmax(1).neg_()
+                by_logits[torch.arange(len(by_logits), device=targets.device), targets[part]] += 1
+                by_logits.mul_(grad[part] if bend is None else grad[part] * bend)
                 if by_head is not None:
                     by_head += by_logits.to(head.dtype).T @ hidden[part]
                 if by_bias is not None:
@@ -89,17 +101,11 @@ def _chunks(tokens: int, words: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, tokens, size)]
 
 
-def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, softcap: float | None) -> tuple[Tensor, Tensor | None]:
-    """Logits in float32, and the derivative of their bend."""
-    logits = linear(hidden, head, bias).float()
+def _bend(logits: Tensor, softcap: float | None) -> Tensor | None:
+    """Bend logits in place, and give the derivative of the bend."""
     if softcap is None:
-        return logits, None
-    bent = torch.tanh(logits / softcap)
-    return bent * softcap, 1 - bent**2
-
-
-def _by_logits(probabilities: Tensor, bend: Tensor | None, targets: Tensor) -> Tensor:
-    """The derivative of the targets' log-probs, one-hot minus probabilities, in the probabilities' place."""
-    by_logits = probabilities.neg_()
-    by_logits[torch.arange(len(targets), device=targets.device), targets] += 1
-    return by_logits if bend is None else by_logits.mul_(bend)
+        return None
+    bent = torch.tanh_(logits.div_(softcap))
+    derivative = 1 - bent**2
+    bent.mul_(softcap)
+    return derivative

@@ -15,6 +15,7 @@ from pairtune.data.table import TokenIds
 from pairtune.engine.attention import ATTENTION
 from pairtune.engine.logps import token_logps
 from pairtune.engine.lora import LoraLinear
+from pairtune.engine.norms import replace_norms
 from pairtune.engine.packing import Pack, pack_batches, pad_pairs
 from pairtune.errors import BadInput
 from pairtune.runs import fingerprint
@@ -62,6 +63,7 @@ class Policy:
     ) -> None:
         self.model, self.adapted, self.trials = model, adapted or {}, trials
         self.share_prompts = share_prompts
+        replace_norms(model)
         self.packed = model.config.model_type in PACKED_FAMILIES
         if self.packed:
             model.set_attn_implementation(ATTENTION)

@@ -21,7 +21,7 @@ from pairtune.errors import RunFailed
 from pairtune.runs import fingerprint, user_cache, write_atomic
 
 # Other kernels, other last bits: changed whenever the engine's arithmetic changes.
-_KERNELS = "1"
+_KERNELS = "2"
 _TABLE_ROWS = 256
 
 
