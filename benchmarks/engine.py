@@ -50,15 +50,17 @@ def train_ours(data: Path, model: str, pairs: int, method: str) -> dict[str, Any
     from pairtune.engine import native
     from pairtune.engine.trial import TrialInputs, load_start
     from pairtune.models.load import weights_fingerprint
-    from pairtune.runs import TrialFolder
+    from pairtune.runs import RunFolder
+    from pairtune.track.sinks import JsonlSink
 
     base, train = prepare(data, model, pairs, "bfloat16")
     trial = TrialConfig(learning_rate=RATE[method], beta=0.1, epochs=1, method=method)
     inputs = TrialInputs(base, weights_fingerprint(load_start(trial, base)), train, train[:1], "eval_loss")
     native.epoch_order = lambda count, *_: list(range(count))
-    lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        result = native.run_trial(trial, inputs, TrialFolder(Path(folder)), lines.append)
+        run = RunFolder(Path(folder))
+        (result,) = native.run_trials([trial], inputs, run, JsonlSink(run))
+        lines = [json.loads(line) for line in run.trial(trial.name).metrics.read_text().splitlines()]
     ids = train.tokens(range(len(train)))
     return {
         "seconds": result.train_seconds,

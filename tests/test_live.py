@@ -58,6 +58,19 @@ def test_long_work_says_where_it_is_now_and_then(monkeypatch):
     ]
 
 
+def test_the_time_left_of_an_evaluation_does_not_count_the_time_since_the_one_before(monkeypatch):
+    out, clock = io.StringIO(), Clock(monkeypatch)
+    with LiveView({"one": 2}, 1, Console(file=out)) as live:
+        live.start("one", 2, 0, 0)
+        live.busy(["one"], "evaluating", 2, 60)
+        live.busy(["one"], "evaluating", 60, 60)
+        clock.now += 1000
+        live.busy(["one"], "evaluating", 2, 60)
+        clock.now += 40
+        live.busy(["one"], "evaluating", 20, 60)
+    assert out.getvalue().splitlines()[-1] == "evaluating: 20/60, 1:20 left"
+
+
 def test_time_left_counts_all_trials_and_not_the_steps_of_an_earlier_call(monkeypatch):
     out, clock = io.StringIO(), Clock(monkeypatch)
     with LiveView({"one": 10, "two": 10, "later": 20}, 3, Console(file=out)) as live:

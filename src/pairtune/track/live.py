@@ -31,7 +31,7 @@ class LiveView:
         self._steps: dict[str, int] = {}
         self._found: dict[str, int] = {}  # steps of earlier calls, which took none of this one's time
         self._started = self._spoken = time.monotonic()
-        self._busy = ("", 0.0)  # what is done besides steps, and since when
+        self._busy = ("", 0, 0.0)  # what is done besides steps, how far it is, and since when
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -73,10 +73,12 @@ class LiveView:
     def busy(self, trials: Sequence[str], what: str, done: int, total: int) -> None:
         for trial in trials:
             self._progress.update(self._tasks[trial], state=f"{what} {done:,}/{total:,}")
-        if self._busy[0] != what or done == 1:
-            self._busy = (what, time.monotonic())
+        before, so_far, since = self._busy
+        if before != what or done <= so_far:  # it begins, perhaps again
+            since = time.monotonic()
+        self._busy = (what, done, since)
         if self._quiet_for_long() and done < total:
-            left = clock((time.monotonic() - self._busy[1]) / done * (total - done))
+            left = clock((time.monotonic() - since) / done * (total - done))
             self._console.print(f"{what}: {done:,}/{total:,}, {left} left", highlight=False, soft_wrap=True)
 
     def finish(self, trial: str, status: str, best_epoch: int | None) -> None:
