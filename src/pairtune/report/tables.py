@@ -117,7 +117,7 @@ def render_test(test: dict[str, Any]) -> RenderableType:
     better = "better than the base" if test["against_base"]["better"] else "not shown to be better than the base"
     return Text.assemble(
         (f"Test, {test['pairs']} pairs that had no part in the choice\n", "bold"),
-        f"  {test['trial']}, epoch {test['epoch']}: {numbers}; {better} (p = {test['against_base']['p']:.4f})\n",
+        f"  {test['trial']}, epoch {test['epoch']}: {numbers}; {better} ({_p(test['against_base']['p'])})\n",
     )
 
 
@@ -129,7 +129,11 @@ def _with_interval(entry: dict[str, Any], metric: str) -> str:
 def _differs(comparison: dict[str, Any] | None) -> str:
     if comparison is None:
         return ""
-    return f"{'yes' if comparison['differs'] else 'not shown'} (p = {comparison['p_corrected']:.3f})"
+    return f"{'yes' if comparison['differs'] else 'not shown'} ({_p(comparison['p_corrected'])})"
+
+
+def _p(value: float) -> str:
+    return f"p = {value:.3f}" if value >= 0.001 else "p < 0.001"
 
 
 def render_generations(generations: dict[str, Any], winner: str) -> RenderableType:
