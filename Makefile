@@ -32,7 +32,7 @@ lint: install
 test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/pytest --numprocesses 2
 
-# Kills a run at 100 random moments and goes on each time; about five minutes.
+# Kills a run at 100 random moments and goes on each time; about four minutes.
 chaos: lint
 	HF_HUB_OFFLINE=1 PAIRTUNE_CHAOS_MOMENTS=100 $(BIN)/pytest tests/test_resume.py -k killed
 
