@@ -1,4 +1,4 @@
-"""The processes that share a run's work: one, unless a launcher (`accelerate launch`, `torchrun`) started several.
+"""The processes that share a run's work: one, unless a launcher (`torchrun`) started several.
 
 Each batch is divided among them and gradients are added up, so that the result is that of one process. All take the
 same decisions from the same numbers; the first one writes.
