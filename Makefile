@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo test chaos lint format bench pins clean
+.PHONY: install demo test chaos alarms lint format bench bench-grid pins clean
 
 install: $(INSTALLED)
 
@@ -36,10 +36,18 @@ test: lint
 chaos: lint
 	HF_HUB_OFFLINE=1 PAIRTUNE_CHAOS_MOMENTS=100 $(BIN)/pytest tests/test_resume.py -k killed
 
+# A hundred clean runs, of which the audit may call at most five wrong; about three minutes.
+alarms: lint
+	HF_HUB_OFFLINE=1 PAIRTUNE_CLEAN_RUNS=100 $(BIN)/pytest tests/test_audit_faults.py -k clean_runs
+
 # On pairs of your own: make bench DATA=pairs.jsonl. Takes about ten minutes; run nothing beside it.
 DATA ?= bundled:concise
 bench: install
 	HF_HUB_OFFLINE=1 TQDM_DISABLE=1 $(BIN)/python benchmarks/engine.py $(DATA)
+
+# The assignment's grid against TRL; about half an hour.
+bench-grid: install
+	HF_HUB_OFFLINE=1 TQDM_DISABLE=1 $(BIN)/python benchmarks/grid.py $(DATA)
 
 format: install
 	$(BIN)/ruff format .

@@ -84,8 +84,11 @@ def useful_work(base: Any, ids: list[Any], method: str) -> float:
     return 2 * weights * tokens * passes + 4 * head.weight.numel() * answers
 
 
-def train_trl(data: Path, model: str, pairs: int, method: str, *, best: bool) -> dict[str, Any]:
-    """TRL's own trainer; only the order of pairs and the adapters' start are set."""
+def train_trl(data: Path, model: str, pairs: int, method: str, *, best: bool, held_out: int = 0) -> dict[str, Any]:
+    """TRL's own trainer; only the order of pairs and the adapters' start are set.
+
+    `held_out`: pairs on which the epoch is evaluated, as the seconds then count.
+    """
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -99,7 +102,8 @@ def train_trl(data: Path, model: str, pairs: int, method: str, *, best: bool) ->
         def _get_train_sampler(self, dataset: Any = None) -> Any:
             return SequentialSampler(dataset)
 
-    base, train = prepare(data, model, pairs, "bfloat16" if best else "float32")
+    base, drawn = prepare(data, model, pairs + held_out, "bfloat16" if best else "float32")
+    rows = [pair.conversational() for pair in drawn]
     batch = 1 if best else 2
     with tempfile.TemporaryDirectory() as folder:
         trainer = InOrder(
@@ -118,11 +122,13 @@ def train_trl(data: Path, model: str, pairs: int, method: str, *, best: bool) ->
                 report_to=[],
                 logging_steps=1,
                 save_strategy="no",
+                eval_strategy="epoch" if held_out else "no",
                 disable_tqdm=True,
                 dataloader_pin_memory=False,
                 seed=0,
             ),
-            train_dataset=Dataset.from_list([pair.conversational() for pair in train]),
+            train_dataset=Dataset.from_list(rows[:pairs]),
+            eval_dataset=Dataset.from_list(rows[pairs:]) if held_out else None,
             processing_class=base.tokenizer,
             peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear") if method == "lora" else None,
         )

@@ -21,7 +21,7 @@ from pairtune.engine.records import EXAMPLE_METRICS, mean_metrics, score
 from pairtune.engine.trial import TrialInputs, load_start
 from pairtune.errors import RunFailed
 from pairtune.models.load import load_model, load_tuned, weights_fingerprint
-from pairtune.models.save import saved_fingerprint
+from pairtune.runs import saved_fingerprint
 
 TRAIN = [make_pair(number) for number in range(5)]
 HELD = [make_pair(number, rejected="No." * (number % 3 + 1) + "{}") for number in range(20, 23)]

@@ -8,9 +8,18 @@ import pytest
 import torch
 from conftest import make_pair
 
-from pairtune.evaluate.generations import compare_answers, held_out_prompts, summarise
-from pairtune.models.generate import Answer, Sampling, end_tokens, generate_answers, stream_answer
-from pairtune.models.load import load_model
+from pairtune.engine.lora import LoraSettings, add_adapters, peft_config, peft_tensors
+from pairtune.evaluate import generations
+from pairtune.evaluate.generations import (
+    CHECK_SAMPLING,
+    Speakers,
+    affordable,
+    compare_answers,
+    held_out_prompts,
+)
+from pairtune.models.generate import Sampling, end_tokens, generate_answers, stream_answer
+from pairtune.models.load import load_model, load_tuned
+from pairtune.models.save import save_adapter
 
 
 def asked(*texts):
@@ -78,19 +87,55 @@ def test_a_failure_in_the_model_reaches_the_reader(model, tiny_base, monkeypatch
         list(stream_answer(model, tiny_base.tokenizer, asked("hello")[0], Sampling()))
 
 
-def test_summary_by_hand():
-    answers = [Answer("a b a b", 4, True), Answer("one", 1, True), Answer("", 0, True), Answer("x y z w", 9, False)]
-    assert summarise(answers) == {"median_tokens": 2.5, "ended_share": 0.75, "different_words_share": 0.8333}
-
-
 def test_held_out_prompts_are_different_and_in_order():
     pairs = [make_pair(3), make_pair(3, chosen="other"), make_pair(1), make_pair(2)]
     assert held_out_prompts(pairs, 2) == [pairs[0].prompt, pairs[2].prompt]
 
 
-def test_base_and_tuned_answer_the_same_prompts(tiny_base):
-    result = compare_answers(tiny_base, {"same": tiny_base.source.folder}, [make_pair(1).prompt], seed=3)
-    assert list(result["models"]) == ["base", "same"]
-    assert result["models"]["base"] == result["models"]["same"]
-    assert result["prompts"] == [list(make_pair(1).prompt)]
+def tuned_adapter(base, folder, seed):
+    """An adapter that changes what the model says."""
+    model = load_model(base.source, base.dtype)
+    layers = add_adapters(model, LoraSettings(), [seed])
+    generator = torch.Generator().manual_seed(seed)
+    for layer in layers.values():
+        layer.lora_b.data = torch.randn(layer.lora_b.shape, generator=generator) / 8
+    save_adapter(
+        peft_tensors(layers, 0), peft_config(layers, LoraSettings()), base.tokenizer, folder, str(base.source.folder)
+    )
+    return folder
+
+
+def test_one_base_answers_with_every_adapter_as_each_would_alone(tiny_base, tmp_path):
+    tuned = {name: tuned_adapter(tiny_base, tmp_path / name, seed) for seed, name in enumerate(("a.1", "b.2"), 1)}
+    prompts = [make_pair(1).prompt, make_pair(2).prompt]
+    result = compare_answers(Speakers(tiny_base, tuned), prompts, seed=3)
+    assert list(result["models"]) == ["base", "a.1", "b.2"]
+    alone = {"base": load_model(tiny_base.source, tiny_base.dtype)}
+    alone |= {name: load_tuned(folder, tiny_base) for name, folder in tuned.items()}
+    for name, model in alone.items():
+        expected = generate_answers(model, tiny_base.tokenizer, prompts, CHECK_SAMPLING, seed=3)
+        assert result["models"][name]["answers"] == [vars(answer) for answer in expected], name
+    assert len({str(model["answers"]) for model in result["models"].values()}) == 3
+    assert result["prompts"] == [list(prompt) for prompt in prompts]
     assert result["sampling"]["seed"] == 3
+
+
+def test_the_base_still_answers_as_the_base_after_an_adapter(tiny_base, tmp_path):
+    speakers = Speakers(tiny_base, {"a": tuned_adapter(tiny_base, tmp_path / "a", 1)})
+    prompts = [make_pair(1).prompt]
+    before, tuned, after = (speakers.answer(name, prompts, 0) for name in ("base", "a", "base"))
+    assert before == after != tuned
+
+
+def test_a_whole_model_speaks_for_itself(tiny_base):
+    result = compare_answers(Speakers(tiny_base, {"same": tiny_base.source.folder}), [make_pair(1).prompt], seed=3)
+    assert result["models"]["base"]["answers"] == result["models"]["same"]["answers"]
+    assert result["models"]["same"]["win_rate"]["ties"] == 1
+
+
+def test_prompts_are_as_many_as_a_tenth_of_the_time_allows(tiny_base, monkeypatch):
+    speakers = Speakers(tiny_base, {"a": tiny_base.source.folder})
+    clock = iter(range(0, 1000, 4))  # four seconds for four prompts, for each of two models: two seconds a prompt
+    monkeypatch.setattr(generations.time, "monotonic", lambda: next(clock))
+    prompts = [make_pair(number).prompt for number in range(40)]
+    assert [affordable(speakers, prompts, seconds, 0) for seconds in (1, 240, 10_000)] == [4, 12, 32]

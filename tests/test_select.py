@@ -10,8 +10,7 @@ import pytest
 from pairtune.config import TrialConfig
 from pairtune.engine.records import EXAMPLE_METRICS, TrialResult
 from pairtune.errors import RunFailed
-from pairtune.models.save import saved_fingerprint
-from pairtune.runs import RunFolder
+from pairtune.runs import RunFolder, saved_fingerprint
 from pairtune.sweep.select import against_base, install_best, select_best
 
 
@@ -34,6 +33,7 @@ RESULTS = [
 def noise(pairs, seed=0, **columns):
     """Per-example records: noise, but for the columns that are given."""
     records = np.random.default_rng(seed).normal(size=(pairs, len(EXAMPLE_METRICS)))
+    records[:, EXAMPLE_METRICS.index("rewards/accuracies")] = records[:, 0] > 0
     for name, values in columns.items():
         records[:, EXAMPLE_METRICS.index(name.replace("_", "/"))] = values
     return records
@@ -52,6 +52,22 @@ def test_each_rule_finds_its_winner(rule, winner):
     assert f"{selection['value']:.4f}" in selection["why"]
     assert len(selection["ranking"]) == 3
     json.dumps(selection, allow_nan=False)
+
+
+def test_answers_choose_where_they_are_asked_for():
+    wins = {
+        result.trial.name: scores for result, scores in zip(RESULTS, ([0.5] * 8, [1.0] * 8, [0.0] * 8), strict=True)
+    }
+    records = {result.trial.name: noise(100) for result in RESULTS}
+    selection = select_best(RESULTS, records, "win_rate", wins)
+    assert (selection["winner"], selection["metric"], selection["value"]) == (RESULTS[1].trial.name, "win_rate", 1.0)
+    assert "highest win_rate (1.0000)" in selection["why"]
+    assert "validation prompts: 8" in selection["why"]
+    assert "by win_rate on these 8 prompts" in selection["verdict"]
+    assert selection["warnings"] == []
+    level = select_best(RESULTS, records, "win_rate", dict.fromkeys(wins, [0.5] * 8))
+    assert level["winner"] == RESULTS[0].trial.name  # the lowest loss of those that are level
+    assert "no trial can be told from another" in level["verdict"]
 
 
 @pytest.mark.parametrize("status", ["failed", "pruned"])

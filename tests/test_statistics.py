@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from pairtune.sweep.statistics import ALPHA, bootstrap_intervals, compare_all, holm, paired_p_values, pairs_needed
+from pairtune.statistics import ALPHA, bootstrap_intervals, compare_all, holm, paired_p_values, pairs_needed
 
 
 def test_an_interval_by_hand():

@@ -102,9 +102,9 @@ def tune(
     ] = None,
     side_by_side: Annotated[int | None, typer.Option(help="Trials at once (as memory allows).")] = None,
     checkpoint_steps: Annotated[int | None, typer.Option(help="Steps from one checkpoint to the next (50).")] = None,
-    samples: Annotated[int | None, typer.Option(help="Held-out prompts answered before and after (8).")] = None,
+    samples: Annotated[int | None, typer.Option(help="Held-out prompts answered before and after (4 to 32).")] = None,
     seed: Annotated[int | None, typer.Option(help="For everything that is drawn (0).")] = None,
-    select: Annotated[str | None, typer.Option(help="eval_loss (default), accuracy or margin.")] = None,
+    select: Annotated[str | None, typer.Option(help="eval_loss (default), accuracy, margin or win_rate.")] = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
@@ -134,6 +134,116 @@ def resume(
     from pairtune.pipeline import resume
 
     _show(resume(run, Console(stderr=True)), as_json)
+
+
+@app.command()
+def audit(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="Run folder, trainer_state.json, .csv, or W&B offline run.")
+    ],
+    eval_rows: Annotated[int | None, typer.Option(min=1, help="Validation rows, where the log does not say.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Of the evaluation, where the log does not say.")
+    ] = None,
+    beta: Annotated[list[float] | None, typer.Option(help="DPO's beta, where the log does not say; repeat.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the findings to this file as well.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Find in a run's own numbers what is wrong with it. Exit code 1 when an error is found."""
+    from pairtune.evaluate.audit.check import audit
+    from pairtune.evaluate.audit.foreign import with_options
+    from pairtune.evaluate.audit.read import read_evidence
+    from pairtune.report.findings import audit_markdown, render_audit
+
+    record = audit(with_options(read_evidence(path), eval_rows, batch_size, beta))
+    if markdown:
+        from pairtune.runs import write_atomic
+
+        write_atomic(markdown, audit_markdown(record))
+    if as_json:
+        typer.echo(json.dumps(record))
+    else:
+        _output().print(render_audit(record), highlight=False)
+    if record["verdict"] == "error":
+        raise typer.Exit(1)
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[
+        str, typer.Argument(metavar="RUN|MODEL", help="A finished run, a LoRA adapter, or a model with --base.")
+    ],
+    data: Annotated[str, typer.Option(help=SOURCES)],
+    base: Annotated[str | None, typer.Option(help="What to compare with; an adapter names its own.")] = None,
+    beta: Annotated[float, typer.Option(help="For losses and rewards of a model not tuned here.")] = 0.1,
+    judge: Annotated[str, typer.Option(help="rule, a reward model, or an OpenAI-style endpoint (http...).")] = "rule",
+    judge_model: Annotated[str | None, typer.Option(help="The judge's name at the endpoint.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Ask the endpoint without showing the cost first.")] = False,
+    samples: Annotated[int, typer.Option(min=0, help="Prompts answered by both and judged; 0: none.")] = 32,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read at most this many rows.")] = None,
+    column: ColumnOption = None,
+    on_bad_row: Annotated[str, typer.Option(help="stop (default) or skip, and count.")] = "stop",
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Of the answers.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Judge a model on pairs: what it prefers, what it answers, and how often it wins over its base."""
+    _check_bad_row_choice(on_bad_row)
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise BadInput(f"--dtype: should be auto, float32 or bfloat16 (given: {dtype!r})")
+    if not 0 < beta < float("inf"):
+        raise BadInput(f"--beta: must be greater than 0, not {beta:g}")
+    reading = _open_reading(data, column, limit, "--data")
+
+    import tempfile
+
+    from rich.console import Console
+
+    from pairtune.evaluate.judges import open_judge
+    from pairtune.evaluate.model import answer_prompts, evaluate_pairs, open_candidate, read_pairs
+    from pairtune.report.evaluation import render_evaluation
+
+    console = Console(stderr=True)
+    judging = open_judge(judge, judge_model)
+    candidate = open_candidate(target, base, beta, dtype)
+    with tempfile.TemporaryDirectory(prefix="pairtune-") as folder:
+        with console.status("reading pairs") as status:
+            pairs, rows = read_pairs(candidate, reading, on_bad_row, Path(folder))  # type: ignore[arg-type]
+            status.update("evaluating")
+            total = len(pairs)
+            record = {"model": target, "base": candidate.base.source.name, "data": rows}
+            record |= evaluate_pairs(candidate, pairs, lambda done: status.update(f"evaluating: {done:,}/{total:,}"))
+            if samples:
+                answered = answer_prompts(
+                    candidate, pairs, samples, seed, lambda name, done: status.update(f"answering: {name} {done}")
+                )
+        if samples:
+            if (cost := answered.cost(judging)) and not yes:
+                _confirm(cost, judging.name)
+            with console.status("judging") as status:
+                record["answers"] = answered.judged(judging, lambda done: status.update(f"judging: {done}"))
+    typer.echo(json.dumps(record)) if as_json else _output().print(render_evaluation(record), highlight=False)
+
+
+def _confirm(cost: dict[str, int], judge: str) -> None:
+    """Show what an endpoint will be asked, and go on only with a yes."""
+    asked = f"{cost['calls']} calls with about {cost['tokens']:,} tokens go to {judge}"
+    if not cost["calls"]:
+        return
+    if not sys.stdin.isatty():
+        raise BadInput(f"--yes: is needed where nobody can be asked; {asked}")
+    typer.confirm(f"{asked}. Go on?", abort=True, err=True)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")]) -> None:
+    """Write report.html, report.md and the model card of a run again."""
+    from pairtune.report.write import write_report
+    from pairtune.runs import RunFolder
+
+    finished = RunFolder.finished(run)
+    write_report(finished)
+    typer.echo(str(finished.report))
 
 
 @app.command()
@@ -193,8 +303,7 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Write a source in TRL's conversational format."""
-    if on_bad_row not in ("stop", "skip"):
-        raise BadInput(f"--on-bad-row: should be stop or skip (given: {on_bad_row!r})")
+    _check_bad_row_choice(on_bad_row)
     reading = _open_reading(source, column, limit)
 
     from pairtune.data.convert import convert_source
@@ -207,11 +316,16 @@ def convert(
     typer.echo(f"{out}: {record['kept']:,} pairs of {record['rows_in']:,} rows{dropped}")
 
 
-def _open_reading(source: str, column: list[str] | None, limit: int | None) -> Reading:
+def _check_bad_row_choice(on_bad_row: str) -> None:
+    if on_bad_row not in ("stop", "skip"):
+        raise BadInput(f"--on-bad-row: should be stop or skip (given: {on_bad_row!r})")
+
+
+def _open_reading(source: str, column: list[str] | None, limit: int | None, flag: str = "SRC") -> Reading:
     from pairtune.config import SourceConfig
     from pairtune.data.reading import Reading
 
-    return Reading.open(SourceConfig(source=source), "SRC", _columns(column) or {}, limit)
+    return Reading.open(SourceConfig(source=source), flag, _columns(column) or {}, limit)
 
 
 def _weighted(data: list[str] | None, weights: list[float] | None) -> list[Any] | None:

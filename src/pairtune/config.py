@@ -52,7 +52,7 @@ Loss = Literal[
     "orpo",
 ]
 Search = Literal["grid", "random", "tpe"]
-Select = Literal["eval_loss", "accuracy", "margin"]
+Select = Literal["eval_loss", "accuracy", "margin", "win_rate"]
 DType = Literal["auto", "float32", "bfloat16"]
 Checkpointing = Literal["auto", "on", "off"]
 OnBadRow = Literal["stop", "skip"]
@@ -198,7 +198,9 @@ class RunConfig(_Training):
     )
     checkpoint_steps: PositiveInt = Field(50, description="minutes of work lost at most, seconds spent on writing")
     select: Select = Field("eval_loss", description="the assignment's rule")
-    samples: NonNegativeInt = Field(8, description="held-out prompts answered before and after; 0: none")
+    samples: NonNegativeInt | None = Field(
+        None, description="held-out prompts answered before and after: 4 to 32, a tenth of the run's time; 0: none"
+    )
     out: Path = Field(default_factory=lambda: Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}", description="the time")
     _vary: dict[str, list[Any]] = PrivateAttr({})  # more of the grid: settings given as a list, by name
 
@@ -236,6 +238,13 @@ class RunConfig(_Training):
         config = build(firsts)
         config._vary = {name: values for name, values in checked.items() if len(values) > 1}
         return config
+
+    @field_validator("samples")
+    @classmethod
+    def _answers_that_choose(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value == 0 and info.data.get("select") == "win_rate":
+            raise ValueError("must not be 0 with --select win_rate, which chooses by answers")
+        return value
 
     @field_validator("trial_count")
     @classmethod

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,14 +18,20 @@ from rich.console import Console
 from pairtune.config import Resolved, RunConfig, resolve
 from pairtune.data.prepare import PreparedData, prepare_data
 from pairtune.engine.processes import Processes
+from pairtune.environment import describe_environment
 from pairtune.errors import BadInput
-from pairtune.evaluate.generations import compare_answers, held_out_prompts
-from pairtune.models.load import LoadedBase, open_base, pick_device
+from pairtune.evaluate.audit.check import audit
+from pairtune.evaluate.audit.findings import Finding
+from pairtune.evaluate.audit.live import LiveAudit
+from pairtune.evaluate.audit.runs import evidence_of_run
+from pairtune.evaluate.generations import MOST, Prompt, Speakers, affordable, compare_answers, held_out_prompts
+from pairtune.models.load import LoadedBase, device_name, open_base, pick_device
+from pairtune.report.write import write_report
 from pairtune.runs import RunFolder, write_atomic, write_json
 from pairtune.sweep.final import evaluate_test
 from pairtune.sweep.run import run_sweep
 from pairtune.sweep.search import Search
-from pairtune.sweep.select import best_records, install_best, select_best
+from pairtune.sweep.select import best_examples, best_records, install_best, select_best
 from pairtune.track.live import LiveView
 from pairtune.track.sinks import JsonlSink, Sink, Sinks
 
@@ -46,6 +53,10 @@ def tune(resolved: Resolved, console: Console) -> RunFolder | None:
     def write(run: RunFolder) -> None:
         write_atomic(run.config, resolved.to_yaml())
         write_json(run.data, data.record)
+        data.write_pairs(run.pairs)
+        source = base.source
+        described = {"name": source.name, "hub_id": source.hub_id, "license": source.licence}
+        write_json(run.environment, describe_environment(device_name(base.device)) | {"base": described})
 
     if processes.first:
         RunFolder.create(run.root, write)  # only now: bad input leaves nothing behind
@@ -108,11 +119,14 @@ def _carry_out(
         highlight=False,
     )
     with stop_on_signals(console) as stopping, LiveView(steps, search.count, console) as live:
-        sinks: list[Sink] = [JsonlSink(run), live] if processes.first else []
+        watching = LiveAudit(run, search.trial, partial(_say_finding, console))
+        sinks: list[Sink] = [JsonlSink(run), live, watching] if processes.first else []
         results = run_sweep(config, search, data, base, run, Sinks(sinks), stopping)
     selection: dict[str, Any] = {}
     if processes.first:
-        selection = select_best(results, best_records(run, results), config.select)
+        wins = _wins_on_validation(config, data, base, run, console) if config.select == "win_rate" else None
+        selection = select_best(results, best_records(run, results), config.select, wins)
+        selection["examples"] = best_examples(run, results)
         if not run.test.is_file():  # else a killed run had come further than this: the choice stands
             install_best(run, results, selection)
     selection = processes.from_first(selection)
@@ -128,8 +142,10 @@ def _carry_out(
                 lambda done: status.update(f"looking at the test pairs, once: {done}/{total}"),
             )
     if processes.first:
-        if config.samples:
+        if config.samples != 0:
             _write_generations(config, data, base, run, console)
+        write_json(run.audit, audit(evidence_of_run(run.root)))
+        write_report(run)
         write_atomic(run.complete, datetime.now(UTC).isoformat(timespec="seconds") + "\n")
     processes.wait()
     return run if processes.first else None
@@ -172,19 +188,54 @@ def _prepare(config: RunConfig, base: LoadedBase, console: Console) -> PreparedD
     return data
 
 
+def _say_finding(console: Console, finding: Finding) -> None:
+    names = ", ".join(finding.trials)
+    console.print(
+        f"{finding.level}: {names}: {finding.title.lower()} ({finding.evidence})", highlight=False, soft_wrap=True
+    )
+
+
 def _write_generations(
     config: RunConfig, data: PreparedData, base: LoadedBase, run: RunFolder, console: Console
 ) -> None:
     """Answer held-out prompts with every model; the test split's prompts where there are some."""
-    prompts = held_out_prompts(data.test if len(data.test) else data.validation, config.samples)
-    finished = [trial["name"] for trial in run.read_json(run.sweep)["trials"] if trial["status"] == "finished"]
-    tuned = {name: run.trial(name).best for name in finished}
+    if run.generations.is_file():
+        return
+    prompts = held_out_prompts(data.test if len(data.test) else data.validation, config.samples or MOST)
+    speakers = _speakers(base, run)
+    if config.samples is None:
+        ended = [run.read_json(run.trial(trial["name"]).record) for trial in run.read_json(run.sweep)["trials"]]
+        seconds = sum(trial["train_seconds"] / trial["side_by_side"] for trial in ended)
+        prompts = prompts[: affordable(speakers, prompts, seconds, config.seed)]
+    _answer(speakers, prompts, config.seed, run.generations, console)
+
+
+def _wins_on_validation(
+    config: RunConfig, data: PreparedData, base: LoadedBase, run: RunFolder, console: Console
+) -> dict[str, list[float]]:
+    """Every finished trial's scores against the base on validation prompts, for the rule that chooses by answers."""
+    if not run.choosing.is_file():
+        prompts = held_out_prompts(data.validation, config.samples or MOST)
+        _answer(_speakers(base, run), prompts, config.seed, run.choosing, console)
+    models = run.read_json(run.choosing)["models"]
+    return {name: model["win_rate"]["scores"] for name, model in models.items() if name != "base"}
+
+
+def _speakers(base: LoadedBase, run: RunFolder) -> Speakers:
+    """The base, and the best epoch of every finished trial."""
+    trials = run.read_json(run.sweep)["trials"]
+    return Speakers(
+        base, {each["name"]: run.trial(each["name"]).best for each in trials if each["status"] == "finished"}
+    )
+
+
+def _answer(speakers: Speakers, prompts: Sequence[Prompt], seed: int, file: Path, console: Console) -> None:
+    """Let every model answer the prompts, and write what they say."""
     with console.status("answering held-out prompts") as status:
         generations = compare_answers(
-            base,
-            tuned,
+            speakers,
             prompts,
-            config.seed,
+            seed,
             lambda name, done: status.update(f"answering held-out prompts: {name} {done}/{len(prompts)}"),
         )
-    write_json(run.generations, generations)
+    write_json(file, generations)

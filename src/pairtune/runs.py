@@ -110,6 +110,14 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
+def saved_fingerprint(folder: Path) -> str:
+    """16 hex digits of SHA-256 over the weight files of a saved model, in name order."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Paths of one run. Stages meet through these files, so each can be tested from a small fixture."""
@@ -118,13 +126,21 @@ class RunFolder:
 
     config = property(lambda self: self.root / "config.yaml")
     data = property(lambda self: self.root / "data.json")
+    pairs = property(lambda self: self.root / "pairs.parquet")
     reference = property(lambda self: self.root / "reference")
     trials = property(lambda self: self.root / "trials")
     sweep = property(lambda self: self.root / "sweep.json")
     selection = property(lambda self: self.root / "selection.json")
     test = property(lambda self: self.root / "test.json")
     test_records = property(lambda self: self.root / "test.parquet")
+    choosing = property(lambda self: self.root / "choosing.json")
     generations = property(lambda self: self.root / "generations.json")
+    environment = property(lambda self: self.root / "environment.json")
+    audit = property(lambda self: self.root / "audit.json")
+    report = property(lambda self: self.root / "report.html")
+    report_text = property(lambda self: self.root / "report.md")
+    figures = property(lambda self: self.root / "figures")
+    card = property(lambda self: self.root / "README.md")
     best = property(lambda self: self.root / "best")
     checkpoint = property(lambda self: self.root / "checkpoint.safetensors")
     complete = property(lambda self: self.root / "COMPLETE")

@@ -11,6 +11,9 @@ from typing import Any
 from pairtune.config import OnBadRow
 from pairtune.data.pairs import BadRow, LeftOut, RowCount
 from pairtune.data.reading import Reading, describe_fault
+from pairtune.data.sources import SourceRow
+from pairtune.data.table import write_table
+from pairtune.data.tokens import PairTokenizer, TokenizedPair
 from pairtune.errors import BadInput
 from pairtune.runs import replacing
 
@@ -38,17 +41,47 @@ def convert_source(reading: Reading, out: Path, on_bad_row: OnBadRow) -> RowCoun
 
     def pairs() -> Iterator[dict[str, Any]]:
         for row, result in reading.parsed():
-            if not isinstance(result, BadRow):
-                count.keep(shortened=False)
-                yield {**result.conversational(), "origin": result.origin}
-            elif on_bad_row == "stop" and not isinstance(result, LeftOut):
-                raise BadInput(f"{describe_fault(row, result)} (or --on-bad-row skip)")
-            else:
-                count.drop(result.reason)
+            if isinstance(result, BadRow):
+                _drop(count, row, result, on_bad_row)
+                continue
+            count.keep(shortened=False)
+            yield {**result.conversational(), "origin": result.origin}
 
     with replacing(out) as temporary:
         write(temporary, pairs())
     return count
+
+
+def tokenize_source(reading: Reading, tokenizer: Any, max_length: int, on_bad_row: OnBadRow, path: Path) -> RowCount:
+    """Write all pairs of a source to a table (see `table.write_table`): what is evaluated needs no splits.
+
+    Returns:
+        The account of the rows.
+
+    Raises:
+        BadInput: a row cannot be used and `on_bad_row` is stop.
+    """
+    count = RowCount(reading.source.name, "all")
+
+    def batches() -> Iterator[list[TokenizedPair]]:
+        for batch in reading.encoded(PairTokenizer(tokenizer, max_length).encode):
+            kept = []
+            for row, result in batch:
+                if isinstance(result, BadRow):
+                    _drop(count, row, result, on_bad_row)
+                    continue
+                count.keep(shortened=result.turns_cut > 0)
+                kept.append(result)
+            yield kept
+
+    write_table(path, batches())
+    return count
+
+
+def _drop(count: RowCount, row: SourceRow, fault: BadRow, on_bad_row: OnBadRow) -> None:
+    if on_bad_row == "stop" and not isinstance(fault, LeftOut):
+        raise BadInput(f"{describe_fault(row, fault)} (or --on-bad-row skip)")
+    count.drop(fault.reason)
 
 
 def _write_json_lines(path: Path, pairs: Iterator[dict[str, Any]]) -> None:

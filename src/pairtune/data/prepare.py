@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pairtune.config import RunConfig
 from pairtune.data.pairs import BadRow, LeftOut, PreferencePair, RowCount
@@ -24,14 +26,15 @@ from pairtune.data.splits import Prompt, draw_splits, find_leaks
 from pairtune.data.table import PairTable, write_table
 from pairtune.data.tokens import PairTokenizer, TokenizedPair, decode_example
 from pairtune.errors import BadInput
-from pairtune.runs import fill_folder, fingerprint, forget_oldest, mark_used, user_cache, write_json
+from pairtune.runs import fill_folder, fingerprint, forget_oldest, mark_used, replacing, user_cache, write_json
 
 SPLITS = ("train", "validation", "test")
 TRAIN, VALIDATION, TEST = range(3)
 
-_CACHE_FORMAT = "1"
+_CACHE_FORMAT = "2"
 _CACHE_BYTES = 4 << 30
 _RECORD, _PAIRS, _ROWS = "data.json", "pairs.arrow", "splits.npz"
+_PROMPTS = "prompts of "
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class PreparedData:
         train: pairs to train on.
         validation: pairs that choose epoch and trial; no conversation of theirs is in `train`.
         test: pairs that have no part in the choice; empty where the source leaves none.
+        prompts: hashes of the splits' prompts, by the split's name, in the order of its pairs.
         record: the account of every row read, the fingerprints of the splits and one decoded example; for `data.json`.
         from_cache: whether an earlier run had prepared it.
     """
@@ -49,16 +53,34 @@ class PreparedData:
     train: PairTable
     validation: PairTable
     test: PairTable
+    prompts: dict[str, np.ndarray]
     record: dict[str, Any]
     from_cache: bool
+
+    def write_pairs(self, path: Path) -> None:
+        """Write which pairs are in which split: `split`, `origin`, `prompt` (a hash), tokens of its parts."""
+        tables = [
+            pa.table(
+                {
+                    "split": pa.array([name] * len(pairs), pa.string()),
+                    "origin": pairs.columns("origin")["origin"],
+                    "prompt": self.prompts[name],
+                    **pairs.lengths(),
+                }
+            )
+            for name, pairs in zip(SPLITS, (self.train, self.validation, self.test), strict=True)
+        ]
+        with replacing(path) as temporary:
+            pq.write_table(pa.concat_tables(tables), temporary)
 
     @classmethod
     def open(cls, folder: Path, *, from_cache: bool) -> PreparedData:
         """What lies in a folder of the cache."""
         with np.load(folder / _ROWS) as rows:
             train, validation, test = (PairTable.open(folder / _PAIRS, rows[name]) for name in SPLITS)
+            prompts = {name: rows[_PROMPTS + name] for name in SPLITS}
         record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-        return cls(train, validation, test, record, from_cache)
+        return cls(train, validation, test, prompts, record, from_cache)
 
 
 def prepare_data(
@@ -183,7 +205,11 @@ class _Preparation:
         for name in SPLITS[:TEST]:
             if not len(rows[name]):
                 self._raise_empty(name, counts)
-        np.savez(target / _ROWS, **rows)  # type: ignore[arg-type]
+        prompts = {
+            _PROMPTS + name: np.array([self.kept[n].prompt.whole[0] for n in of_split], np.uint64)
+            for name, of_split in rows.items()
+        }
+        np.savez(target / _ROWS, **rows, **prompts)  # type: ignore[arg-type]
         write_json(target / _RECORD, self._record(counts, rows))
 
     def _batches(self) -> Iterator[list[TokenizedPair]]:

@@ -107,9 +107,14 @@ class PairTable(Sequence[PreferencePair]):
 
     def longest(self) -> int:
         """Tokens of the longest pair: its prompt and both answers."""
+        return int(np.max(sum(each.astype(np.int64) for each in self.lengths().values()), initial=0))
+
+    def lengths(self) -> dict[str, np.ndarray]:
+        """Tokens of `prompt`, `chosen` and `rejected`, each as `tokens/…`, [pairs]; answers with their end token."""
         ids = self.ids()
-        lengths = sum(pc.list_value_length(ids[name]).to_numpy().astype(np.int64) for name in ID_COLUMNS)
-        return int(np.max(lengths, initial=0))
+        return {
+            f"tokens/{name.removesuffix('_ids')}": pc.list_value_length(ids[name]).to_numpy() for name in ID_COLUMNS
+        }
 
     def ids(self) -> pa.Table:
         """`prompt_ids`, `chosen_ids` and `rejected_ids` of all rows, copied into memory."""

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from pairtune.config import TrialConfig
 from pairtune.data.table import PairTable
+from pairtune.engine.divergence import BaseStates, base_states
 from pairtune.engine.lora import add_adapters, load_peft_tensors, settings_of
 from pairtune.engine.policy import EVALUATION_TOKENS, Policy
 from pairtune.engine.processes import Processes
@@ -44,6 +45,8 @@ def evaluate_weights(
     model = load_model(base.source, base.dtype, base.device)
     name = reference_fingerprint(weights_fingerprint(model), base.device, base.dtype, pairs)
     reference = reference_logps(lambda: Policy(model), name, pairs, reference_file, processes).to(base.device)
+    head = model.get_output_embeddings()
+    base_places = BaseStates(base_states(lambda: Policy(model), name, pairs, processes), head.weight, head.bias)
     if trial.method == "lora":
         adapted = add_adapters(model, settings_of(trial), [trial.seed])
         load_peft_tensors(adapted, 0, load_file(weights / "adapter_model.safetensors"))
@@ -54,7 +57,7 @@ def evaluate_weights(
     records: list[ExampleRecord] = []
     with torch.no_grad():
         rows = processes.share(range(len(pairs)))
-        for (scored,) in score_pairs(policy, [trial], pairs, rows, reference, EVALUATION_TOKENS):
+        for (scored,) in score_pairs(policy, [trial], pairs, rows, reference, EVALUATION_TOKENS, base=base_places):
             records += scored.records()
             progress(len(records) * processes.count)
     return processes.gather(records)

@@ -95,6 +95,34 @@ class _TokenLogps(Function):
         )
 
 
+Head = tuple[Tensor, Tensor, Tensor | None]
+
+
+@torch.no_grad()
+def token_kl(ours: Head, base: Head, *, softcap: float | None = None) -> Tensor:
+    """KL(ours || base) of two models' distributions over the next token.
+
+    Args:
+        ours: hidden states [N, size], the output embedding [vocabulary, size] and its bias or None.
+        base: the same of the model that ours is compared with, at the same places.
+        softcap: see `token_logps`.
+
+    Returns:
+        [N], nats, float32.
+    """
+    kl = torch.empty(len(ours[0]), dtype=torch.float32, device=ours[0].device)
+    for part in _chunks(len(kl), len(ours[1])):
+        logps, base_logps = (_log_softmax(hidden[part], head, bias, softcap) for hidden, head, bias in (ours, base))
+        kl[part] = (logps.exp() * (logps - base_logps)).sum(1)
+    return kl
+
+
+def _log_softmax(hidden: Tensor, head: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+    logits = linear(hidden, head, bias).float()
+    _bend(logits, softcap)
+    return logits.log_softmax(1)
+
+
 def _chunks(tokens: int, words: int) -> list[slice]:
     # At least 16 tokens: products of fewer rows take another kernel with other last bits.
     size = max(16, _CHUNK_LOGITS // words)

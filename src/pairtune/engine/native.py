@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 from pairtune.config import TrialConfig
 from pairtune.data.table import PairTable
 from pairtune.engine.checkpoint import read_checkpoint, read_state, write_checkpoint
+from pairtune.engine.divergence import PAIRS, BaseStates, base_states
 from pairtune.engine.lora import add_adapters, peft_config, peft_tensors, settings_of
 from pairtune.engine.memory import lockstep_width
 from pairtune.engine.optimize import AdapterWeights, FullWeights, TrialOptimizer
@@ -109,6 +111,7 @@ class _Lockstep:
         self.model.to(inputs.base.dtype)
         self.members: list[_Member] = []
         self.references = {name: self._reference(name, pairs) for name, pairs in inputs.splits.items()}
+        self.base = self._base_states()
         adapted = {}
         if masters is None:
             adapted = add_adapters(self.model, settings_of(self.shared), [trial.seed for trial in trials])
@@ -227,6 +230,23 @@ class _Lockstep:
         logps: Tensor = self.inputs.reference[split].to(self.device)
         return logps
 
+    def _base_states(self) -> BaseStates:
+        """The base at some places of the validation answers, from which the trials' divergence is measured."""
+        base, pairs = self.inputs.base, self.inputs.validation
+        if "states" not in self.inputs.reference:
+            name = reference_fingerprint(self.inputs.base_fingerprint, base.device, base.dtype, pairs)
+            self.inputs.reference["states"] = base_states(
+                lambda: Policy(self.model),
+                name,
+                pairs,
+                self.inputs.processes,
+                lambda done: self._busy("the base on validation pairs", done, min(PAIRS, len(pairs))),
+            )
+        head = self.model.get_output_embeddings()
+        if self.shared.method == "full":
+            head = deepcopy(head)  # the base's, while the policy's is trained
+        return BaseStates(self.inputs.reference["states"], head.weight, head.bias)
+
     def _busy(self, what: str, done: int, total: int) -> None:
         self.sink.busy([member.trial.name for member in self.members], what, done, total)
         if self.inputs.stopping() and self.inputs.processes.count == 1:  # several can only stop together
@@ -263,6 +283,7 @@ class _Lockstep:
             self.references[split],
             max_tokens // len(self.members),
             (self.shared.seed, self.step),
+            self.base if split == "validation" else None,
         )
 
     def _update(self, member: _Member, records: list[ExampleRecord], rows: Sequence[int]) -> None:

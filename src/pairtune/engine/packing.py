@@ -60,6 +60,12 @@ class Pack:
         """How many pairs the row holds."""
         return len(self.answer_tokens) // 2
 
+    def places(self, count: int) -> Tensor:
+        """For each answer the numbers of `count` evenly spaced targets, [2 * pairs * count]; of fewer some twice."""
+        starts = self.answer_tokens.cumsum(0) - self.answer_tokens
+        steps = torch.arange(count, device=starts.device)
+        return (starts[:, None] + steps * self.answer_tokens[:, None] // count).flatten()
+
 
 def pack_pairs(pairs: Sequence[TokenIds], device: torch.device, *, share_prompts: bool = True) -> Pack:
     """Put pairs into one row.

@@ -29,6 +29,9 @@ PACKED_FAMILIES = frozenset(
 TRAIN_TOKENS = 1024
 EVALUATION_TOKENS = 4096
 
+# Places of an answer, evenly spaced, whose last hidden states are kept where they are asked for.
+STATES = 8
+
 
 @dataclass(frozen=True)
 class AnswerLogps:
@@ -37,10 +40,13 @@ class AnswerLogps:
     Attributes:
         logps: summed over the answer's tokens, [trials, 2 * pairs], nats, float32.
         logits: mean over the answer's tokens and the vocabulary, [trials, 2 * pairs].
+        states: last hidden states at some places of the answers, where they were asked for, else empty:
+            [trials, pairs, 2 * STATES, size].
     """
 
     logps: Tensor
     logits: Tensor
+    states: Tensor
 
 
 class Policy:
@@ -81,6 +87,12 @@ class Policy:
                 module.training = True  # this layer's own flag alone: dropout inside it stays off
 
     @property
+    def softcap(self) -> float | None:
+        """The value below which the model bends its logits, or None."""
+        softcap: float | None = getattr(self.model.config, "final_logit_softcapping", None)
+        return softcap
+
+    @property
     def slack(self) -> float:
         """Nats by which the log-prob of an answer may depend on what else is in its row; 0: not at all.
 
@@ -114,12 +126,14 @@ class Policy:
         for layer in self.adapted.values():
             layer.keep(trials)
 
-    def answer_logps(self, pack: Pack) -> AnswerLogps:
+    def answer_logps(self, pack: Pack, *, keep_states: bool = False) -> AnswerLogps:
         """Log-probs of a row's answers under every trial's adapter."""
         hidden = self._hidden(pack)[:, pack.predicting]
         counted = [self._count(pack, hidden[trial]) for trial in range(self.trials)]
         logps, logits = (torch.stack(values) for values in zip(*counted, strict=True))
-        return AnswerLogps(logps, logits)
+        states = hidden[:, pack.places(STATES)] if keep_states else hidden[:, :0]
+        shape = (self.trials, pack.pairs, 2 * STATES if keep_states else 0, hidden.shape[-1])
+        return AnswerLogps(logps, logits, states.reshape(shape))
 
     def _hidden(self, pack: Pack) -> Tensor:
         """Last hidden states, [trials, tokens of the row, size]."""
@@ -133,8 +147,7 @@ class Policy:
         return hidden.reshape(self.trials, -1, hidden.shape[-1])
 
     def _count(self, pack: Pack, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        softcap = getattr(self.model.config, "final_logit_softcapping", None)
-        logps, logits = token_logps(hidden, self.head.weight, self.head.bias, pack.targets, softcap=softcap)
+        logps, logits = token_logps(hidden, self.head.weight, self.head.bias, pack.targets, softcap=self.softcap)
         zeros = torch.zeros(len(pack.answer_tokens), device=hidden.device)
         return (
             zeros.index_add(0, pack.answers, logps),

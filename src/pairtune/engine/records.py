@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,11 +18,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pairtune.config import Select, TrialConfig
-from pairtune.data.pairs import PreferencePair
+from pairtune.data.table import PairTable
 from pairtune.runs import TrialFolder, write_atomic, write_json
+from pairtune.statistics import bootstrap_intervals, share_interval
 
 # Per pair: loss (nats), rewards = beta * (policy - reference) log-prob, log-probs summed over the answer's tokens
-# (nats), logits averaged over the answer's tokens and the vocabulary.
+# (nats), logits averaged over the answer's tokens and the vocabulary. The last one is not TRL's: the change of the
+# chosen answer's log-prob per token minus the rejected one's, which has no beta and no length in it.
 EXAMPLE_METRICS = (
     "loss",
     "rewards/chosen",
@@ -33,9 +35,12 @@ EXAMPLE_METRICS = (
     "logps/rejected",
     "logits/chosen",
     "logits/rejected",
+    "logps/margins_per_token",
 )
+# What some evaluations have besides: the divergence from the base (nats per token), of the first pairs alone.
+KL = "kl"
 
-# One evaluated pair: its origin, and a number for each of EXAMPLE_METRICS.
+# One evaluated pair: a number for each of EXAMPLE_METRICS, and perhaps `kl`.
 ExampleRecord = dict[str, Any]
 
 # The metric that a selection rule looks at, and whether more of it is better.
@@ -43,6 +48,7 @@ RULES: dict[Select, tuple[str, bool]] = {
     "eval_loss": ("eval_loss", False),
     "accuracy": ("eval_rewards/accuracies", True),
     "margin": ("eval_rewards/margins", True),
+    "win_rate": ("eval_loss", False),  # of a trial's epochs; the trials are then judged by their answers
 }
 
 
@@ -130,7 +136,10 @@ _KEPT = (
 
 def mean_metrics(records: Sequence[ExampleRecord]) -> dict[str, float]:
     """Means over examples, named as TRL names evaluation metrics: `eval_loss`, `eval_rewards/chosen`, …"""
-    return {f"eval_{name}": math.fsum(row[name] for row in records) / len(records) for name in EXAMPLE_METRICS}
+    means = {f"eval_{name}": math.fsum(row[name] for row in records) / len(records) for name in EXAMPLE_METRICS}
+    if known := [row[KL] for row in records if row.get(KL) is not None]:
+        means[f"eval_{KL}"] = math.fsum(known) / len(known)
+    return means
 
 
 def score(metrics: dict[str, float], rule: Select) -> float:
@@ -139,11 +148,18 @@ def score(metrics: dict[str, float], rule: Select) -> float:
     return metrics[name] if more_is_better else -metrics[name]
 
 
-def write_records(path: Path, pairs: Iterable[PreferencePair], records: Sequence[ExampleRecord]) -> None:
-    """Write one evaluation's per-example records as Parquet, one row per pair, in the order of the pairs."""
-    named = [{"origin": pair.origin, **record} for pair, record in zip(pairs, records, strict=True)]
+def write_records(path: Path, pairs: PairTable, records: Sequence[ExampleRecord]) -> None:
+    """Write one evaluation's per-example records as Parquet, one row per pair, in the order of the pairs.
+
+    Columns: `origin` (source and row), `tokens/prompt`, `tokens/chosen`, `tokens/rejected`, EXAMPLE_METRICS, and `kl`
+    where it is known.
+    """
+    columns = {"origin": pairs.columns("origin")["origin"], **pairs.lengths()}
+    columns |= {name: pa.array([row[name] for row in records], pa.float64()) for name in EXAMPLE_METRICS}
+    if any(KL in row for row in records):
+        columns[KL] = pa.array([row[KL] for row in records], pa.float64())
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(named), buffer)
+    pq.write_table(pa.table(columns), buffer)
     write_atomic(path, buffer.getvalue())
 
 
@@ -151,3 +167,42 @@ def read_records(path: Path) -> NDArray[np.float64]:
     """The numbers of one evaluation that `write_records` wrote, [pairs, EXAMPLE_METRICS]."""
     table = pq.read_table(path, columns=list(EXAMPLE_METRICS))
     return np.stack([table[name].to_numpy() for name in EXAMPLE_METRICS], axis=1).astype(np.float64)
+
+
+def metric_intervals(records: NDArray[np.float64]) -> dict[str, list[float]]:
+    """95 % intervals of the means over pairs, by the name of the metric."""
+    intervals = bootstrap_intervals(records)
+    accuracy = EXAMPLE_METRICS.index("rewards/accuracies")
+    intervals[accuracy] = share_interval(records[:, accuracy].sum(), len(records))  # resampling sees no doubt in 5 of 5
+    return {
+        f"eval_{name}": [float(low), float(high)] for name, (low, high) in zip(EXAMPLE_METRICS, intervals, strict=True)
+    }
+
+
+def describe_examples(path: Path) -> dict[str, Any]:
+    """What an evaluation's records say besides the means of its metrics, with 95 % intervals.
+
+    Returns:
+        `longer_wins`: how often "the longer answer is the better one" is right (equal lengths count half);
+        `accuracy_longer_chosen` and `accuracy_shorter_chosen`: the model's accuracy on the pairs whose chosen answer is
+        the longer or the shorter one; each with `value`, `interval` and `pairs`. `kl` where it is known.
+    """
+    table = pq.read_table(path)
+    chosen, rejected = (table[f"tokens/{answer}"].to_numpy() for answer in ("chosen", "rejected"))
+    right = table["rewards/accuracies"].to_numpy()
+    described = {
+        "longer_wins": _share((chosen > rejected) + (chosen == rejected) / 2),
+        "accuracy_longer_chosen": _share(right[chosen > rejected]),
+        "accuracy_shorter_chosen": _share(right[chosen < rejected]),
+    }
+    if KL in table.column_names:
+        known = table[KL].drop_null().to_numpy()
+        (interval,) = bootstrap_intervals(known[:, None])
+        described[KL] = {"value": float(known.mean()), "interval": interval.tolist(), "pairs": len(known)}
+    return described
+
+
+def _share(right: NDArray[np.float64]) -> dict[str, Any]:
+    count = float(right.sum())
+    value = count / len(right) if len(right) else None
+    return {"value": value, "interval": list(share_interval(count, len(right))), "pairs": len(right)}

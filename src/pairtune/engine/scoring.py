@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,10 +10,11 @@ from torch import Tensor
 
 from pairtune.config import TrialConfig
 from pairtune.data.table import PairTable
+from pairtune.engine.divergence import BaseStates
 from pairtune.engine.losses import LossSettings, PairLogps, pair_loss
 from pairtune.engine.packing import Pack
 from pairtune.engine.policy import AnswerLogps, Policy
-from pairtune.engine.records import ExampleRecord
+from pairtune.engine.records import KL, ExampleRecord
 
 # Pairs that are read from their table at a time.
 _TABLE_ROWS = 256
@@ -27,6 +29,7 @@ class Scored:
     beta: float
     chosen_logits: Tensor
     rejected_logits: Tensor
+    kl: Tensor | None  # from the base, nats per token; NaN where it was not looked at
 
     def records(self) -> list[ExampleRecord]:
         """One record a pair, under TRL's names."""
@@ -41,8 +44,12 @@ class Scored:
             "logps/rejected": self.pairs.rejected,
             "logits/chosen": self.chosen_logits,
             "logits/rejected": self.rejected_logits,
+            "logps/margins_per_token": self.pairs.chosen_ratio / self.pairs.chosen_tokens
+            - self.pairs.rejected_ratio / self.pairs.rejected_tokens,
         }
         values = {name: column.detach().tolist() for name, column in columns.items()}
+        if self.kl is not None:
+            values[KL] = [None if math.isnan(value) else value for value in self.kl.tolist()]
         return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
 
 
@@ -54,6 +61,7 @@ def score_pairs(
     reference: Tensor,
     max_tokens: int,
     draw: tuple[int, ...] = (),
+    base: BaseStates | None = None,
 ) -> Iterator[list[Scored]]:
     """Pairs under every trial, as many at a time as go into a row.
 
@@ -65,19 +73,26 @@ def score_pairs(
         reference: [all pairs, 2], the base's log-probs of chosen and rejected.
         max_tokens: of a row.
         draw: what the adapters' dropout is drawn from, besides the pairs.
+        base: gives the records the divergence from the base, `kl`.
     """
     for start in range(0, len(rows), _TABLE_ROWS):
         some, done = rows[start : start + _TABLE_ROWS], 0
         for pack in policy.rows(pairs.tokens(some), max_tokens):
             policy.draw_dropout(*draw, some[done])
-            answers = policy.answer_logps(pack)
-            base = reference[list(some[done : done + pack.pairs])]
-            yield [_score(trial, pack, answers, place, base) for place, trial in enumerate(trials)]
+            answers = policy.answer_logps(pack, keep_states=base is not None)
+            numbers = list(some[done : done + pack.pairs])
+            kls = [base.kl(policy, states, numbers) if base else None for states in answers.states]
+            yield [
+                _score(trial, pack, answers, place, reference[numbers], kls[place])
+                for place, trial in enumerate(trials)
+            ]
             done += pack.pairs
 
 
-def _score(trial: TrialConfig, pack: Pack, answers: AnswerLogps, place: int, reference: Tensor) -> Scored:
+def _score(
+    trial: TrialConfig, pack: Pack, answers: AnswerLogps, place: int, reference: Tensor, kl: Tensor | None
+) -> Scored:
     logps, logits, tokens = answers.logps[place], answers.logits[place], pack.answer_tokens
     pairs = PairLogps(logps[0::2], logps[1::2], reference[:, 0], reference[:, 1], tokens[0::2], tokens[1::2])
     settings = LossSettings(trial.beta, trial.label_smoothing, trial.simpo_gamma, trial.discopop_tau, trial.sft_weight)
-    return Scored(pair_loss(trial.loss, pairs, settings), pairs, trial.beta, logits[0::2], logits[1::2])
+    return Scored(pair_loss(trial.loss, pairs, settings), pairs, trial.beta, logits[0::2], logits[1::2], kl)

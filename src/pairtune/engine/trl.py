@@ -184,8 +184,19 @@ class _Trainer(DPOTrainer):
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         loss, logits, labels = super().prediction_step(*args, **kwargs)
         numbers = {name: values[-1] for name, values in self._metrics["eval"].items() if name in EXAMPLE_METRICS}
-        self.example_records.append({"loss": loss.item(), **numbers})
+        self.example_records.append(
+            {"loss": loss.item(), **numbers, "logps/margins_per_token": self._per_token(numbers)}
+        )
         return loss, logits, labels
+
+    def _per_token(self, numbers: dict[str, float]) -> float:
+        """The margin of the pair being evaluated, without beta, per token of its answers."""
+        ids = self.eval_dataset[len(self.example_records)]
+        beta = float(self.beta)
+        chosen, rejected = (
+            numbers[f"rewards/{answer}"] / beta / len(ids[f"{answer}_ids"]) for answer in ("chosen", "rejected")
+        )
+        return chosen - rejected
 
 
 @dataclass

@@ -6,7 +6,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +16,9 @@ from transformers import logging as transformers_logging
 from pairtune.errors import BadInput, one_line
 from pairtune.models.resolve import ModelSource, resolve_model
 from pairtune.runs import fingerprint
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 transformers_logging.disable_progress_bar()  # our own live view says what is going on
 
@@ -63,6 +66,11 @@ def pick_device() -> torch.device:
     if torch.accelerator.is_available():
         return torch.accelerator.current_accelerator() or torch.device("cpu")
     return torch.device("cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """What a person calls it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def pick_dtype(device: torch.device) -> torch.dtype:
@@ -119,8 +127,16 @@ def load_model(source: ModelSource | Path, dtype: torch.dtype, device: torch.dev
     return model.to(device or pick_device()).eval()
 
 
-def load_tuned(folder: Path, base: LoadedBase) -> PreTrainedModel:
+def load_tuned(
+    folder: Path, base: LoadedBase, model: PreTrainedModel | None = None, name: str = "default"
+) -> PreTrainedModel | PeftModel:
     """A run's or trial's `best/` in memory: the base with its adapter on top, or the full model that lies there.
+
+    Args:
+        folder: of the weights.
+        base: that an adapter belongs to.
+        model: the base in memory, onto which the adapter is put; loaded where none is given.
+        name: of the adapter among others.
 
     Raises:
         BadInput: the folder holds neither an adapter nor a model.
@@ -129,11 +145,11 @@ def load_tuned(folder: Path, base: LoadedBase) -> PreTrainedModel:
         return load_model(folder, base.dtype, base.device)
     from peft import PeftModel
 
-    model = load_model(base.source, base.dtype, base.device)
+    model = model or load_model(base.source, base.dtype, base.device)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of a name that PEFT and transformers rename between them
-            return PeftModel.from_pretrained(model, folder).eval()
+            return PeftModel.from_pretrained(model, folder, name).eval()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BadInput(f"{folder}: the adapter cannot be loaded ({one_line(error)})") from error
 

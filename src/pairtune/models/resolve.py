@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import yaml
+
 from pairtune.errors import BadInput, one_line
 from pairtune.runs import fill_folder, hash_file, user_cache
 
@@ -16,7 +18,7 @@ BUNDLED = "smollm2-135m"
 BUNDLED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 # What a model needs to be loaded; pickled weights (*.bin, *.pt) are never fetched.
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,32 @@ class ModelSource:
     kind: Literal["bundled", "gguf", "folder", "hub"]
     published_as: str
 
+    @property
+    def hub_id(self) -> str | None:
+        """The model's name on the Hub; None where it is not known to be there."""
+        return {"bundled": BUNDLED_HUB_ID, "hub": self.name}.get(self.kind)
 
-def resolve_model(name: str) -> ModelSource:
+    @property
+    def licence(self) -> str | None:
+        """What the model's own card says of it; None where it has none."""
+        return "apache-2.0" if self.published_as == BUNDLED_HUB_ID or self.kind == "bundled" else _licence(self.folder)
+
+
+def _licence(folder: Path) -> str | None:
+    from huggingface_hub import ModelCard
+
+    card = folder / "README.md"
+    try:
+        licence = ModelCard.load(card).data.get("license") if card.is_file() else None
+    except (ValueError, OSError, yaml.YAMLError):
+        return None  # a card that cannot be read says nothing
+    return licence if isinstance(licence, str) else None
+
+
+def resolve_model(name: str, flag: str = "--model") -> ModelSource:
     """Find `name`: the bundled model, a folder, a `.gguf` file or a Hub id, in this order.
+
+    `flag` is how errors call what was given.
 
     Raises:
         BadInput: it is none of these, or cannot be had (for instance a Hub id without a network).
@@ -46,23 +71,23 @@ def resolve_model(name: str) -> ModelSource:
     if name == BUNDLED:
         file = bundled_gguf()
         if file is None:
-            found = _from_hub(BUNDLED_HUB_ID)
+            found = _from_hub(BUNDLED_HUB_ID, flag)
             return ModelSource(name, found.folder, "hub", BUNDLED_HUB_ID)
         folder = _dequantised(file)
         return ModelSource(name, folder, "bundled", str(folder))
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
-            raise BadInput(f"--model {name}: no such file")
+            raise BadInput(f"{flag} {name}: no such file")
         folder = _dequantised(path)
         return ModelSource(name, folder, "gguf", str(folder))
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise BadInput(f"--model {name}: the folder has no config.json, so it is not a model")
+            raise BadInput(f"{flag} {name}: the folder has no config.json, so it is not a model")
         return ModelSource(name, path.resolve(), "folder", str(path.resolve()))
     if path.exists():
-        raise BadInput(f"--model {name}: is a file, but not a .gguf; give a folder, a .gguf file or a Hub id")
-    return _from_hub(name)
+        raise BadInput(f"{flag} {name}: is a file, but not a .gguf; give a folder, a .gguf file or a Hub id")
+    return _from_hub(name, flag)
 
 
 def bundled_gguf() -> Path | None:
@@ -103,7 +128,7 @@ def _dequantised(file: Path) -> Path:
         raise BadInput(f"--model {file}: cannot be read as GGUF ({one_line(error)})") from error
 
 
-def _from_hub(name: str) -> ModelSource:
+def _from_hub(name: str, flag: str) -> ModelSource:
     """Fetch a Hub model into the Hub's own cache (or find it there when offline)."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
@@ -112,12 +137,12 @@ def _from_hub(name: str) -> ModelSource:
     try:
         folder = Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except HFValidationError as error:
-        raise BadInput(f"--model {name}: no such folder, and not a Hub id (USER/NAME)") from error
+        raise BadInput(f"{flag} {name}: no such folder, and not a Hub id (USER/NAME)") from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise BadInput(
-            f"--model {name}: not a local folder, and not to be had from the Hub ({one_line(error, 120)}); "
+            f"{flag} {name}: not a local folder, and not to be had from the Hub ({one_line(error, 120)}); "
             f"check the name and the network, or use --model {BUNDLED}"
         ) from error
     if not any(folder.glob("*.safetensors")):
-        raise BadInput(f"--model {name}: the repository has no safetensors weights; choose a model that has")
+        raise BadInput(f"{flag} {name}: the repository has no safetensors weights; choose a model that has")
     return ModelSource(name, folder, "hub", name)

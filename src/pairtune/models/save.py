@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pairtune.runs import fill_folder
+from pairtune.runs import fill_folder, saved_fingerprint
 
 
 def save_best(model: PreTrainedModel | PeftModel, tokenizer: Any, folder: Path, base_name: str) -> str:
@@ -51,11 +50,3 @@ def save_adapter(
         tokenizer.save_pretrained(target)
 
     return saved_fingerprint(fill_folder(folder, fill))
-
-
-def saved_fingerprint(folder: Path) -> str:
-    """16 hex digits of SHA-256 over the weight files of a saved model, in name order."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]

@@ -10,21 +10,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from pairtune.report.findings import render_findings
+from pairtune.report.gather import COLUMNS
+from pairtune.report.words import p_value
 from pairtune.runs import RunFolder
 
-# Column title and metric, as in the assignment's tables.
-COLUMNS = (
-    ("Training Loss", "loss"),
-    ("Validation Loss", "eval_loss"),
-    ("Rewards/chosen", "eval_rewards/chosen"),
-    ("Rewards/rejected", "eval_rewards/rejected"),
-    ("Rewards/accuracies", "eval_rewards/accuracies"),
-    ("Rewards/margins", "eval_rewards/margins"),
-    ("Logps/chosen", "eval_logps/chosen"),
-    ("Logps/rejected", "eval_logps/rejected"),
-    ("Logits/chosen", "eval_logits/chosen"),
-    ("Logits/rejected", "eval_logits/rejected"),
-)
 EXAMPLES = 3
 
 
@@ -38,6 +28,8 @@ def render_run(run: RunFolder) -> RenderableType:
     parts.append(render_selection(selection))
     if run.test.is_file():
         parts.append(render_test(run.read_json(run.test)))
+    if run.audit.is_file():
+        parts.append(render_findings(run.read_json(run.audit)))
     if run.generations.is_file():
         parts.append(render_generations(run.read_json(run.generations), selection["winner"]))
     parts.append(Text.assemble("\n", ("Next\n", "bold"), *_next_commands(run)))
@@ -117,7 +109,7 @@ def render_test(test: dict[str, Any]) -> RenderableType:
     better = "better than the base" if test["against_base"]["better"] else "not shown to be better than the base"
     return Text.assemble(
         (f"Test, {test['pairs']} pairs that had no part in the choice\n", "bold"),
-        f"  {test['trial']}, epoch {test['epoch']}: {numbers}; {better} ({_p(test['against_base']['p'])})\n",
+        f"  {test['trial']}, epoch {test['epoch']}: {numbers}; {better} ({p_value(test['against_base']['p'])})\n",
     )
 
 
@@ -129,11 +121,7 @@ def _with_interval(entry: dict[str, Any], metric: str) -> str:
 def _differs(comparison: dict[str, Any] | None) -> str:
     if comparison is None:
         return ""
-    return f"{'yes' if comparison['differs'] else 'not shown'} ({_p(comparison['p_corrected'])})"
-
-
-def _p(value: float) -> str:
-    return f"p = {value:.3f}" if value >= 0.001 else "p < 0.001"
+    return f"{'yes' if comparison['differs'] else 'not shown'} ({p_value(comparison['p_corrected'])})"
 
 
 def render_generations(generations: dict[str, Any], winner: str) -> RenderableType:
@@ -141,7 +129,7 @@ def render_generations(generations: dict[str, Any], winner: str) -> RenderableTy
     limit, count = generations["sampling"]["max_new_tokens"], len(generations["prompts"])
     table = Table(title=f"Answers to {count} held-out prompts", title_justify="left", title_style="bold")
     table.add_column("Model")
-    for heading in ("Median\ntokens", f"Ended by itself\nwithin {limit} tokens", "Different\nwords"):
+    for heading in ("Median\ntokens", f"Ended by itself\nwithin {limit} tokens", "Repeated\nphrases"):
         table.add_column(heading, justify="right")
     for name, model in generations["models"].items():
         numbers = model["summary"]
@@ -149,7 +137,7 @@ def render_generations(generations: dict[str, Any], winner: str) -> RenderableTy
             f"{name} (winner)" if name == winner else name,
             f"{numbers['median_tokens']:.0f}",
             f"{numbers['ended_share']:.0%}",
-            f"{numbers['different_words_share']:.0%}",
+            f"{numbers['repeated_share']:.0%}",
             style="bold" if name == winner else "",
         )
     return Group(table, Text(""), *_examples(generations, winner))
@@ -170,6 +158,7 @@ def _examples(generations: dict[str, Any], winner: str) -> Iterator[RenderableTy
 
 def _next_commands(run: RunFolder) -> list[str]:
     return [
+        f"  {run.report}                 curves, answers side by side, what the audit found\n",
         f"  pairtune chat {run.root}                 talk to it, base and tuned\n",
         f"  pairtune tune {run.config} --out NEW     run it again, flags change it\n",
     ]

@@ -9,12 +9,11 @@ from pairtune.config import TrialConfig
 from pairtune.data.table import PairTable
 from pairtune.engine.evaluation import evaluate_weights
 from pairtune.engine.processes import Processes
-from pairtune.engine.records import mean_metrics, read_records, write_records
+from pairtune.engine.records import describe_examples, mean_metrics, metric_intervals, read_records, write_records
 from pairtune.errors import RunFailed
 from pairtune.models.load import LoadedBase
-from pairtune.models.save import saved_fingerprint
-from pairtune.runs import RunFolder, hash_file, write_json
-from pairtune.sweep.select import against_base, metric_intervals
+from pairtune.runs import RunFolder, hash_file, saved_fingerprint, write_json
+from pairtune.sweep.select import against_base
 
 
 def evaluate_test(
@@ -48,6 +47,7 @@ def evaluate_test(
             "metrics": mean_metrics(records),
             "intervals": metric_intervals(numbers),
             "against_base": against_base(numbers),
+            "examples": describe_examples(run.test_records),
         },
     )
 

@@ -10,24 +10,45 @@ from typing import Any
 import numpy as np
 
 from pairtune.config import Select
-from pairtune.engine.records import EXAMPLE_METRICS, RULES, TrialResult, read_records, score
+from pairtune.engine.records import (
+    EXAMPLE_METRICS,
+    RULES,
+    TrialResult,
+    describe_examples,
+    metric_intervals,
+    read_records,
+    score,
+)
 from pairtune.errors import RunFailed
-from pairtune.models.save import saved_fingerprint
-from pairtune.runs import RunFolder, fill_folder, write_json
-from pairtune.sweep.statistics import ALPHA, Numbers, bootstrap_intervals, compare_all, paired_p_values, pairs_needed
+from pairtune.runs import RunFolder, fill_folder, saved_fingerprint, write_json
+from pairtune.statistics import (
+    ALPHA,
+    Numbers,
+    bootstrap_intervals,
+    compare_all,
+    paired_p_values,
+    pairs_needed,
+)
 
 _FEW_PAIRS = 30
 
 
-def select_best(results: Sequence[TrialResult], records: Mapping[str, Numbers], rule: Select) -> dict[str, Any]:
+def select_best(
+    results: Sequence[TrialResult],
+    records: Mapping[str, Numbers],
+    rule: Select,
+    wins: Mapping[str, Sequence[float]] | None = None,
+) -> dict[str, Any]:
     """Rank the trials by their best epochs, and say what can be said about the ranking.
 
-    Trials that failed or were pruned are not ranked. Where two trials are level the earlier one stays in front.
+    Trials that failed or were pruned are not ranked. Where two trials are level the earlier one stays in front; where
+    they win equally often, the one with the lower loss.
 
     Args:
         results: of all trials.
         records: [validation pairs, EXAMPLE_METRICS] of each ranked trial's best epoch, by name (see `best_records`).
         rule: by which the first is chosen.
+        wins: for the rule win_rate, each ranked trial's score against the base, prompt by prompt: 1, a half or 0.
 
     Returns:
         The content of `selection.json`: `rule`, `metric`, `winner`, `best_epoch`, `value`, `validation_pairs`; `why`
@@ -35,26 +56,34 @@ def select_best(results: Sequence[TrialResult], records: Mapping[str, Numbers], 
         entry a ranked trial with its best epoch's metrics, their 95 % intervals and the test against the base; and
         `comparisons`, the winner with each other trial.
     """
-    metric, more_is_better = RULES[rule]
+    finished = [result for result in results if result.status == "finished"]
+    if wins is None:
+        metric, more_is_better = RULES[rule]
+        values = {result.trial.name: result.best_metrics[metric] for result in finished}
+    else:
+        metric, more_is_better = rule, True
+        values = {name: float(np.mean(scores)) for name, scores in wins.items()}
+    sign = 1 if more_is_better else -1
     ranked = sorted(
-        (result for result in results if result.status == "finished"),
-        key=lambda result: score(result.best_metrics, rule),
+        finished,
+        key=lambda result: (sign * values[result.trial.name], score(result.best_metrics, rule)),
         reverse=True,
     )
     winner, pairs = ranked[0], len(records[ranked[0].trial.name])
-    value = winner.best_metrics[metric]
+    value = values[winner.trial.name]
+    unit = f"{pairs} pairs" if wins is None else f"{len(wins[winner.trial.name])} prompts"
     why = (
         f"{winner.trial.name}, epoch {winner.best_epoch}: {'highest' if more_is_better else 'lowest'} {metric} "
         f"({value:.4f}) of {sum(len(result.epochs) for result in ranked)} evaluations, trials: {len(ranked)}, "
-        f"validation pairs: {pairs}"
+        f"validation {'pairs' if wins is None else 'prompts'}: {unit.split(maxsplit=1)[0]}"
     )
     if len(ranked) > 1:
-        why += f"; next: {ranked[1].trial.name} ({ranked[1].best_metrics[metric]:.4f})"
+        why += f"; next: {ranked[1].trial.name} ({values[ranked[1].trial.name]:.4f})"
     compared_by = metric if _one_scale(ranked, rule) else "eval_rewards/accuracies"
-    column = EXAMPLE_METRICS.index(compared_by.removeprefix("eval_"))
-    values = np.stack([records[result.trial.name][:, column] for result in ranked], axis=1)
-    p_values = compare_all(values)
-    comparisons = _comparisons(ranked, values, p_values, compared_by)
+    columns = _columns(ranked, records, compared_by) if wins is None else [wins[each.trial.name] for each in ranked]
+    examples = np.stack([np.asarray(column, np.float64) for column in columns], axis=1)
+    p_values = compare_all(examples)
+    comparisons = _comparisons(ranked, examples, p_values, compared_by)
     no_two_differ = all(p_value >= ALPHA for p_value in p_values.values())
     return {
         "rule": rule,
@@ -64,12 +93,18 @@ def select_best(results: Sequence[TrialResult], records: Mapping[str, Numbers], 
         "value": value,
         "validation_pairs": pairs,
         "why": why,
-        "verdict": _verdict(winner, comparisons, compared_by, pairs, no_two_differ=no_two_differ),
+        "verdict": _verdict(winner, comparisons, compared_by, unit, no_two_differ=no_two_differ),
         "settled": all(entry["differs"] for entry in comparisons),
         "warnings": _warnings(ranked, rule, pairs),
         "ranking": [_entry(result, records[result.trial.name]) for result in ranked],
         "comparisons": comparisons,
     }
+
+
+def _columns(ranked: Sequence[TrialResult], records: Mapping[str, Numbers], metric: str) -> list[Numbers]:
+    """One metric of every trial, [pairs] each."""
+    column = EXAMPLE_METRICS.index(metric.removeprefix("eval_"))
+    return [records[result.trial.name][:, column] for result in ranked]
 
 
 def best_records(run: RunFolder, results: Sequence[TrialResult]) -> dict[str, Numbers]:
@@ -81,11 +116,12 @@ def best_records(run: RunFolder, results: Sequence[TrialResult]) -> dict[str, Nu
     }
 
 
-def metric_intervals(records: Numbers) -> dict[str, list[float]]:
-    """95 % intervals of the means over pairs, by the name of the metric."""
-    intervals = bootstrap_intervals(records)
+def best_examples(run: RunFolder, results: Sequence[TrialResult]) -> dict[str, Any]:
+    """What else the records of every finished trial's best epoch say, see `describe_examples`."""
     return {
-        f"eval_{name}": [float(low), float(high)] for name, (low, high) in zip(EXAMPLE_METRICS, intervals, strict=True)
+        result.trial.name: describe_examples(run.trial(result.trial.name).evaluation(result.best_epoch or 0))
+        for result in results
+        if result.status == "finished"
     }
 
 
@@ -119,7 +155,7 @@ def install_best(run: RunFolder, results: Sequence[TrialResult], selection: dict
 
 def _one_scale(results: Sequence[TrialResult], rule: Select) -> bool:
     """Whether the rule's metric means the same in all trials: beta and the loss's form are in losses and margins."""
-    return rule == "accuracy" or len({(result.trial.beta, result.trial.loss) for result in results}) == 1
+    return rule in ("accuracy", "win_rate") or len({(result.trial.beta, result.trial.loss) for result in results}) == 1
 
 
 def _entry(result: TrialResult, records: Numbers) -> dict[str, Any]:
@@ -155,23 +191,23 @@ def _comparisons(
 
 
 def _verdict(
-    winner: TrialResult, comparisons: Sequence[dict[str, Any]], metric: str, pairs: int, *, no_two_differ: bool
+    winner: TrialResult, comparisons: Sequence[dict[str, Any]], metric: str, unit: str, *, no_two_differ: bool
 ) -> str:
     if not comparisons:
         return "one trial: there is nothing to compare it with"
     alike = [entry for entry in comparisons if not entry["differs"]]
     if not alike:
-        return f"{winner.trial.name} differs from every other trial by {metric} on these {pairs} pairs"
+        return f"{winner.trial.name} differs from every other trial by {metric} on these {unit}"
     needed = alike[0]["pairs_needed"]
     settle = (
-        f"about {needed:,} validation pairs would settle it between the first two"
+        f"about {needed:,} validation {unit.split()[1]} would settle it between the first two"
         if needed
         else "no number of pairs would settle it: their numbers are the same"
     )
     if no_two_differ:
-        return f"no trial can be told from another by {metric} on these {pairs} pairs; {settle}"
+        return f"no trial can be told from another by {metric} on these {unit}; {settle}"
     names = ", ".join(entry["name"] for entry in alike)
-    return f"{winner.trial.name} cannot be told from {names} by {metric} on these {pairs} pairs; {settle}"
+    return f"{winner.trial.name} cannot be told from {names} by {metric} on these {unit}; {settle}"
 
 
 def _warnings(results: Sequence[TrialResult], rule: Select, validation_pairs: int) -> list[str]:

@@ -102,3 +102,14 @@ def _blocks(rows: int, columns: int) -> Iterator[int]:
     while rows > 0:
         yield min(rows, at_once)
         rows -= at_once
+
+
+def share_interval(count: float, total: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927): honest for few cases and near 0 and 1. `count` may hold halves."""
+    if not total:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf(1 - ALPHA / 2)
+    share, room = count / total, z * z / total
+    centre = (share + room / 2) / (1 + room)
+    half = z / (1 + room) * math.sqrt(share * (1 - share) / total + room / (4 * total))
+    return max(0.0, centre - half), min(1.0, centre + half)

@@ -1,0 +1,84 @@
+"""What can be counted about answers without a model: length, ends, repetition, refusals, languages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from statistics import median
+
+from pairtune.models.generate import Answer
+
+_PHRASE = 4  # words; shorter ones repeat in good prose too
+# Fewer letters tell no language.
+_LETTERS_OF_A_LANGUAGE = 40
+
+# How refusals begin, within the first words of an answer; counted, not judged: refusing may be right.
+_REFUSAL = re.compile(
+    r"^\W*(?:"
+    r"i(?:['\u2019]| a)m (?:very |so |really )?(?:sorry|afraid|unable|not able)|sorry,? (?:but )?i|i apologi[sz]e"
+    r"|i (?:can['\u2019]t|cannot|can not|won['\u2019]t|will not|must decline)|as an? (?:ai|language model)"
+    r"|unfortunately,? i (?:can['\u2019]t|cannot))",
+    re.IGNORECASE,
+)
+
+
+def repeated_share(text: str) -> float:
+    """The share of an answer's phrases of four words that it has said before; 0 for short answers."""
+    words = text.lower().split()
+    phrases = [tuple(words[at : at + _PHRASE]) for at in range(len(words) - _PHRASE + 1)]
+    return 1 - len(set(phrases)) / len(phrases) if phrases else 0.0
+
+
+def distinct(texts: Sequence[str], words: int) -> float:
+    """Different over all phrases of so many words in all answers together (distinct-n, Li et al. 2016)."""
+    phrases = [
+        tuple(said[at : at + words])
+        for text in texts
+        for said in [text.lower().split()]
+        for at in range(len(said) - words + 1)
+    ]
+    return len(set(phrases)) / len(phrases) if phrases else 0.0
+
+
+def refuses(text: str) -> bool:
+    """Whether an answer begins as refusals in English do."""
+    return bool(_REFUSAL.match(text))
+
+
+def other_language(prompt: str, answer: str) -> bool:
+    """Whether an answer is in another language than its prompt; never where either is too short to tell."""
+    if min(sum(map(str.isalpha, prompt)), sum(map(str.isalpha, answer))) < _LETTERS_OF_A_LANGUAGE:
+        return False
+    return _language(prompt) != _language(answer)
+
+
+def summarise(prompts: Sequence[str], answers: Sequence[Answer]) -> dict[str, float]:
+    """Shares and means over answers.
+
+    Args:
+        prompts: the last user turns.
+        answers: one a prompt.
+
+    Returns:
+        `median_tokens`; `ended_share` of answers that ended by themselves within the token limit; `empty_share`;
+        `repeated_share`, the mean of `repeated_share`; `distinct_1` and `distinct_2`, over all answers;
+        `refused_share`; `other_language_share`.
+    """
+    texts, count = [answer.text for answer in answers], len(answers)
+    return {
+        "median_tokens": float(median(answer.tokens for answer in answers)),
+        "ended_share": sum(answer.ended for answer in answers) / count,
+        "empty_share": sum(not text for text in texts) / count,
+        "repeated_share": round(sum(map(repeated_share, texts)) / count, 4),
+        "distinct_1": round(distinct(texts, 1), 4),
+        "distinct_2": round(distinct(texts, 2), 4),
+        "refused_share": sum(map(refuses, texts)) / count,
+        "other_language_share": sum(map(other_language, prompts, texts)) / count,
+    }
+
+
+def _language(text: str) -> str:
+    from py3langid import classify  # its model takes half a second
+
+    language: str = classify(text)[0]
+    return language

@@ -1,0 +1,45 @@
+"""All rules over all the evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pairtune.evaluate.audit import claims, learning, numbers, starts
+from pairtune.evaluate.audit.evidence import Evidence
+from pairtune.evaluate.audit.findings import LEVELS, Finding, Rule
+
+RULES: tuple[Rule, ...] = starts.RULES + numbers.RULES + learning.RULES + claims.RULES
+
+
+def find(evidence: Evidence, rules: Sequence[Rule] = RULES) -> list[Finding]:
+    """What the rules find, the worst first and otherwise in the order of the rules."""
+    found = [Finding.of(rule, hit) for rule in rules if not rule.needs(evidence) for hit in rule.check(evidence)]
+    return sorted(found, key=lambda finding: LEVELS.index(finding.level))
+
+
+def audit(evidence: Evidence) -> dict[str, Any]:
+    """The content of `audit.json`.
+
+    Returns:
+        `source`, `kind`, `trials` (names), `findings` (see `Finding`), `passed` (ids of rules that looked and found
+        nothing), `not_checked` (what a rule lacked, by its id), and `verdict`: the worst level found, or "clean".
+    """
+    findings = find(evidence)
+    lacking = {rule.id: missing for rule in RULES if (missing := rule.needs(evidence))}
+    hit = {finding.rule for finding in findings}
+    worst = [level for level in LEVELS if any(finding.level == level for finding in findings)]
+    return {
+        "source": str(evidence.source),
+        "kind": evidence.kind,
+        "trials": [trial.name for trial in evidence.trials],
+        "findings": [finding.as_dict() for finding in findings],
+        "passed": [rule.id for rule in RULES if rule.id not in hit and rule.id not in lacking],
+        "not_checked": lacking,
+        "verdict": worst[0] if worst else "clean",
+    }
+
+
+def find_live(evidence: Evidence) -> list[Finding]:
+    """What can be said while trials run."""
+    return find(evidence, [rule for rule in RULES if rule.live])

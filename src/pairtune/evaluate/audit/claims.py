@@ -1,0 +1,215 @@
+"""Rules about what the numbers are taken to show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import combinations
+
+from pairtune.evaluate.audit.evidence import Evidence, TrialLog
+from pairtune.evaluate.audit.findings import Hit, Rule
+from pairtune.statistics import ALPHA, share_interval
+
+_FEW_ROWS = 100
+_MOST_ROWS = 20
+_CUT_SHARE, _CUT_MUCH = 0.05, 0.2
+_NAMED = 3
+
+
+def _few_rows(evidence: Evidence) -> Iterator[Hit]:
+    for rows, trials in _by_rows(evidence).items():
+        best = max(trials, key=_accuracy)
+        accuracy = _accuracy(best)
+        if not math.isfinite(accuracy) or rows >= _FEW_ROWS:
+            continue
+        low, high = share_interval(accuracy * rows, rows)
+        chance = ", which has a coin toss in it" if low <= 0.5 <= high else ""
+        yield Hit(
+            "warning",
+            tuple(trial.name for trial in trials),
+            f"{rows} validation rows{_known(best)}: an accuracy of {accuracy:.4f} means {low:.2f} to {high:.2f} with "
+            f"95 % confidence{chance}",
+        )
+
+
+def _known(trial: TrialLog) -> str:
+    return "" if trial.eval_rows else " (the fewest that give these accuracies; their number is not on record)"
+
+
+def _by_rows(evidence: Evidence) -> dict[int, list[TrialLog]]:
+    """Trials by the number of their validation rows: as on record, or the least that their accuracies need."""
+    unknown = [trial for trial in evidence.trials if not trial.eval_rows and math.isfinite(_accuracy(trial))]
+    needed = _least_rows(unknown) if unknown else None
+    by_rows: dict[int, list[TrialLog]] = {}
+    for trial in evidence.trials:
+        rows = trial.eval_rows or (needed if trial in unknown else None)
+        if rows:
+            by_rows.setdefault(rows, []).append(trial)
+    return by_rows
+
+
+def _least_rows(trials: list[TrialLog]) -> int | None:
+    values = [row["rewards/accuracies"] for trial in trials for row in trial.evaluations if "rewards/accuracies" in row]
+    fits = (
+        rows
+        for rows in range(1, _MOST_ROWS)
+        if all(abs(value * rows - round(value * rows)) < 1e-5 * rows for value in values)
+    )
+    return next(fits, None)
+
+
+def _accuracy(trial: TrialLog) -> float:
+    return (trial.best or {}).get("rewards/accuracies", math.nan)
+
+
+def _ranked_across_betas(evidence: Evidence) -> Iterator[Hit]:
+    if evidence.selection.get("rule") == "accuracy":
+        return
+    judged = [
+        trial for trial in evidence.trials if trial.name in evidence.betas and trial.best and "loss" in trial.best
+    ]
+    betas = {round(evidence.betas[trial.name], 3) for trial in judged}
+    if len(betas) < 2:
+        return
+    by_loss = sorted(judged, key=lambda trial: trial.best["loss"] if trial.best else math.inf)
+    by_accuracy = sorted(judged, key=_accuracy, reverse=True)
+    yield Hit(
+        "note" if evidence.selection else "warning",
+        tuple(trial.name for trial in judged),
+        f"betas {', '.join(f'{beta:g}' for beta in sorted(betas))}; by loss {_order(by_loss)}; by accuracy "
+        f"{_order(by_accuracy)}",
+    )
+
+
+def _order(trials: list[TrialLog]) -> str:
+    return " before ".join(trial.name for trial in trials)
+
+
+def _unsettled(evidence: Evidence) -> Iterator[Hit]:
+    if evidence.selection:
+        if not evidence.selection.get("settled", True) and evidence.selection.get("comparisons"):
+            alike = [entry["name"] for entry in evidence.selection["comparisons"] if not entry["differs"]]
+            yield Hit("note", (evidence.selection["winner"], *alike), evidence.selection["verdict"])
+        return
+    for rows, trials in _by_rows(evidence).items():
+        judged = [trial for trial in trials if math.isfinite(_accuracy(trial))]
+        apart = max((abs(_accuracy(one) - _accuracy(other)) for one, other in combinations(judged, 2)), default=None)
+        if apart is None:
+            continue
+        ahead = round(apart * rows)
+        # The best case for a difference: all rows on which two trials differ speak for the same one of them.
+        chance = min(1.0, 2 * 0.5**ahead)
+        if chance >= ALPHA:
+            yield Hit(
+                "warning",
+                tuple(trial.name for trial in judged),
+                f"no two trials differ in more than {ahead} of {rows} rows of accuracy; even if all of these spoke for "
+                f"the same trial, chance alone would do that with p = {chance:.2f}: the winner cannot be told from the "
+                "others",
+            )
+
+
+def _other_weights(evidence: Evidence) -> Iterator[Hit]:
+    for trial in evidence.trials:
+        if trial.saved:
+            yield Hit("error", (trial.name,), trial.saved)
+
+
+def _splits_overlap(evidence: Evidence) -> Iterator[Hit]:
+    for (one, ours), (other, theirs) in combinations(evidence.prompts.items(), 2):
+        shared = len(set(ours) & set(theirs))
+        if shared:
+            yield Hit(
+                "error", (), f"{shared} prompts of {other} ({len(theirs)} pairs) are in {one} ({len(ours)} pairs) too"
+            )
+
+
+def _much_is_cut(evidence: Evidence) -> Iterator[Hit]:
+    limit = evidence.data.get("max_length")
+    for source in evidence.data.get("sources", []):
+        too_long = sum(rows for reason, rows in source["dropped"].items() if reason.startswith("longer than"))
+        cut, rows = source["shortened"] + too_long, source["rows_in"]
+        if rows and cut > _CUT_SHARE * rows:
+            yield Hit(
+                "warning" if cut > _CUT_MUCH * rows else "note",
+                (),
+                f"{source['source']} ({source['split']}): at {limit} tokens {source['shortened']} of {rows} prompts "
+                f"lost their oldest turns, and {too_long} pairs were left out",
+            )
+
+
+def _no_accuracy(evidence: Evidence) -> str:
+    return "" if _by_rows(evidence) else "accuracies, or the number of validation rows"
+
+
+def _no_betas(evidence: Evidence) -> str:
+    return "" if len(evidence.betas) > 1 else "two trials with a beta"
+
+
+def _one_trial(evidence: Evidence) -> str:
+    return "" if len(evidence.trials) > 1 else "two trials"
+
+
+def _no_weights(evidence: Evidence) -> str:
+    known = any(trial.best_epoch is not None or trial.saved for trial in evidence.trials)
+    return "" if known else "which epoch was reported and which was saved"
+
+
+def _no_prompts(evidence: Evidence) -> str:
+    return "" if len(evidence.prompts) > 1 else "the prompts of the splits"
+
+
+def _no_data(evidence: Evidence) -> str:
+    return "" if evidence.data else "an account of the rows"
+
+
+RULES = (
+    Rule(
+        "few-rows",
+        "Too few validation rows for the claim",
+        "An accuracy over a few rows is a matter of luck; the interval says how much.",
+        f"Evaluate on {_FEW_ROWS} rows or more; thousands to tell trials apart that are alike.",
+        _few_rows,
+        _no_accuracy,
+    ),
+    Rule(
+        "beta-ranking",
+        "Trials with different betas are ranked by their loss",
+        "Beta is a factor inside the loss, so the losses of two betas are on two scales: one model has two losses.",
+        "Rank by accuracy (--select accuracy) or by what the models answer.",
+        _ranked_across_betas,
+        _no_betas,
+    ),
+    Rule(
+        "winner-unsettled",
+        "The winner cannot be told from other trials",
+        "Some trial always comes first. Whether it would again on other pairs is what a test asks.",
+        "Say so when the result is reported; more validation rows may settle it.",
+        _unsettled,
+        _one_trial,
+    ),
+    Rule(
+        "weights-not-reported",
+        "The weights saved are not those reported",
+        "The table names one epoch, the file holds another one.",
+        "Save the weights while they are the ones just evaluated, and check their hash.",
+        _other_weights,
+        _no_weights,
+    ),
+    Rule(
+        "split-overlap",
+        "The same prompts are in two splits",
+        "What was seen in training is no test of anything.",
+        "Split by prompt, and drop the doubles from the held-out side.",
+        _splits_overlap,
+        _no_prompts,
+    ),
+    Rule(
+        "truncation",
+        "Many conversations are cut",
+        "What lost its beginning may not make sense any more, and long conversations differ from short ones.",
+        "Raise --max-length where memory allows.",
+        _much_is_cut,
+        _no_data,
+    ),
+)

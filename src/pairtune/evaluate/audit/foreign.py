@@ -1,0 +1,274 @@
+"""Evidence from other people's logs: TRL's `trainer_state.json`, tables with TRL's column names, W&B offline runs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import struct
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pairtune.errors import BadInput, one_line
+from pairtune.evaluate.audit.evidence import Evidence, TrialLog
+from pairtune.evaluate.audit.runs import add_row
+
+STATE = "trainer_state.json"
+
+# Column titles of tables for readers, and what TRL calls the same.
+_TITLES = {
+    "training loss": "loss",
+    "validation loss": "eval_loss",
+    "lr": "learning_rate",
+    "trial": "run",
+    "name": "run",
+}
+_OF_TRIAL = ("run", "learning_rate", "beta")
+_NO_VALUE = ("", "no log", "none", "-")
+
+
+def evidence_of_csv(path: Path) -> Evidence:
+    """A table with a row an evaluation; trials are told by `run`, or else by learning rate and beta.
+
+    Raises:
+        BadInput: it cannot be read, a cell is not a number, or it has no column of an evaluation.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise BadInput(f"{path}: cannot be read as CSV ({one_line(error)})") from error
+    if not rows:
+        raise BadInput(f"{path}: has no rows")
+    trials: dict[tuple[str, ...], TrialLog] = {}
+    for number, cells in enumerate(rows, 2):
+        named = _named(cells, f"{path}, row {number}")
+        if not any(name in named for name in ("eval_loss", "loss", "rewards/chosen", "eval_rewards/chosen")):
+            raise BadInput(f"{path}: has neither eval_loss nor rewards/chosen among its columns ({', '.join(cells)})")
+        key = tuple(str(named.get(name, "")) for name in _OF_TRIAL)
+        if key not in trials:
+            label = _trial_name(named, len(trials) + 1)
+            trials[key] = TrialLog(label, named.get("learning_rate"), named.get("beta"))
+        numbers = {name: value for name, value in named.items() if name not in _OF_TRIAL}
+        add_row(trials[key], _as_evaluation(numbers))
+    return Evidence(path, "CSV", list(trials.values()))
+
+
+def _named(cells: Mapping[str | None, Any], where: str) -> dict[str, Any]:
+    """A row under TRL's names; `run` as text, everything else as numbers; what is not there is left out."""
+    named: dict[str, Any] = {}
+    for title, cell in cells.items():
+        if title is None or cell is None:
+            raise BadInput(f"{where}: has another number of cells than the header")
+        text, lower = cell.strip(), title.strip().lower()
+        name = _TITLES.get(lower, lower)
+        if name == "run":
+            named[name] = text
+        elif text.lower() not in _NO_VALUE:
+            try:
+                named[name] = float(text)
+            except ValueError:
+                if "/" in name or name in ("loss", "eval_loss", "beta", "learning_rate", "epoch", "step"):
+                    raise BadInput(f"{where}, {title}: {text!r} is not a number") from None
+    return named
+
+
+def _trial_name(named: Mapping[str, Any], number: int) -> str:
+    label = named.get("run") or str(number)
+    return f"run {label}" if label.isdigit() else label
+
+
+def _as_evaluation(numbers: Mapping[str, float]) -> dict[str, float]:
+    """A row with an evaluation loss, in which metrics without `eval_` are the evaluation's too."""
+    if "eval_loss" not in numbers and not any(name.startswith("eval_") for name in numbers):
+        return dict(numbers)
+    prefixed = any(name.startswith("eval_") and "/" in name for name in numbers)
+    own = {} if prefixed else {f"eval_{name}": value for name, value in numbers.items() if "/" in name}
+    return {"eval_loss": math.nan, **{name: value for name, value in numbers.items() if name not in own}, **own}
+
+
+def evidence_of_trainer_states(path: Path) -> Evidence:
+    """One `trainer_state.json`, or all below a folder; of the checkpoints of one training the last.
+
+    Raises:
+        BadInput: a file is not one of these.
+    """
+    files = [path] if path.is_file() else sorted(path.rglob(STATE))
+    latest: dict[Path, tuple[float, Path, dict[str, Any]]] = {}
+    for file in files:
+        state = _trainer_state(file)
+        of_checkpoint = file.parent.name.startswith("checkpoint-")
+        training = file.parent.parent if of_checkpoint and path != file else file.parent
+        step = float(state.get("global_step") or 0)
+        if training not in latest or step >= latest[training][0]:
+            latest[training] = step, file, state
+    trials = [_log_of_state(_training_name(training, path), state) for training, (_, _, state) in latest.items()]
+    return Evidence(path, "TRL trainer_state.json", trials)
+
+
+def _training_name(training: Path, path: Path) -> str:
+    if path.is_file() or training == path:
+        return training.resolve().name
+    return str(training.relative_to(path))
+
+
+def _trainer_state(file: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{file}: cannot be read as JSON ({one_line(error)})") from error
+    if not isinstance(state, dict) or not isinstance(state.get("log_history"), list):
+        raise BadInput(f"{file}: has no log_history, so it is no trainer_state.json")
+    return state
+
+
+def _log_of_state(name: str, state: Mapping[str, Any]) -> TrialLog:
+    log = TrialLog(name)
+    for row in state["log_history"]:
+        if isinstance(row, dict) and ("loss" in row or "eval_loss" in row):
+            add_row(log, row)
+    log.saved = _other_step(log, state)
+    return log
+
+
+def _other_step(log: TrialLog, state: Mapping[str, Any]) -> str:
+    """Whether the checkpoint that the trainer calls its best is that of the best evaluation."""
+    losses = [(row["loss"], row.get("step")) for row in log.evaluations if math.isfinite(row.get("loss", math.nan))]
+    checkpoint, step = state.get("best_model_checkpoint"), state.get("global_step")
+    if len(losses) < 2:
+        return ""
+    lowest, best_step = min(losses)
+    if checkpoint:
+        saved_step = str(checkpoint).rpartition("-")[2]
+        metric = state.get("best_metric")
+        by_loss = metric is not None and any(math.isclose(metric, loss, rel_tol=1e-6) for loss, _ in losses)
+        if by_loss and saved_step.isdigit() and best_step is not None and int(saved_step) != int(best_step):
+            return (
+                f"the best checkpoint is of step {saved_step}, the lowest evaluation loss ({lowest:.6f}) of step "
+                f"{best_step:g}"
+            )
+        return ""
+    if step and best_step is not None and best_step != step and losses[-1][0] > lowest + 1e-9:
+        return (
+            f"no best checkpoint was kept: the weights are those of step {step:g} (evaluation loss "
+            f"{losses[-1][0]:.6f}), the lowest loss was {lowest:.6f} at step {best_step:g}"
+        )
+    return ""
+
+
+def evidence_of_wandb(path: Path) -> Evidence:
+    """One W&B offline run folder, or a folder of them (`wandb/offline-run-*`).
+
+    Raises:
+        BadInput: there is none, one is damaged, or the package `wandb` is not installed.
+    """
+    files = [path] if path.is_file() else sorted(path.glob("*.wandb")) or sorted(path.rglob("*.wandb"))
+    return Evidence(path, "W&B offline run", [_log_of_wandb(file) for file in files])
+
+
+def _log_of_wandb(file: Path) -> TrialLog:
+    log = TrialLog(file.parent.name)
+    config: dict[str, Any] = {}
+    for record in _wandb_records(file):
+        if record.HasField("run"):
+            log.name = record.run.display_name or log.name
+            config |= {item.key: _value(item.value_json) for item in record.run.config.update}
+        elif record.HasField("config"):
+            config |= {item.key: _value(item.value_json) for item in record.config.update}
+        elif record.HasField("history"):
+            row = {item.key or "/".join(item.nested_key): _value(item.value_json) for item in record.history.item}
+            add_row(log, _trl_names(row))
+    log.beta, log.learning_rate = _setting(config, "beta"), _setting(config, "learning_rate")
+    kind = config.get("loss_type")
+    if isinstance(kind, str):
+        log.loss = kind
+    return log
+
+
+def _trl_names(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Transformers logs to W&B as `train/loss` and `eval/loss`."""
+    named = {}
+    for name, value in row.items():
+        if name.startswith("eval/"):
+            named["eval_" + name.removeprefix("eval/")] = value
+        elif name in ("train/global_step", "_step"):
+            named.setdefault("step", value)
+        else:
+            named[name.removeprefix("train/")] = value
+    return {name: value for name, value in named.items() if not name.startswith("_")}
+
+
+def _setting(config: Mapping[str, Any], name: str) -> float | None:
+    value = config.get(name)
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+# W&B's own file: a header of 7 bytes, then LevelDB's log format. Blocks of 32 KiB hold pieces, each with checksum,
+# length and kind; a record is one whole piece, or a first, middle and last ones.
+_WANDB_HEADER, _WANDB_BLOCK, _WANDB_PIECE = b":W&B", 32768, struct.Struct("<IHB")
+_WHOLE, _FIRST, _LAST = 1, 2, 4
+
+
+def _wandb_records(file: Path) -> Iterator[Any]:
+    """The records of a run's file; one whose writer was killed ends with its last whole record."""
+    try:
+        from google.protobuf.message import DecodeError
+        from wandb.proto.wandb_internal_pb2 import Record
+    except ImportError:
+        raise BadInput(f"{file}: reading W&B runs needs its package; pip install 'pairtune[wandb]'") from None
+    content = file.read_bytes()
+    if not content.startswith(_WANDB_HEADER):
+        raise BadInput(f"{file}: is no W&B run")
+    try:
+        for data in _wandb_data(content):
+            record = Record()
+            record.ParseFromString(data)
+            yield record
+    except (ValueError, DecodeError) as error:
+        raise BadInput(f"{file}: the W&B run is damaged ({one_line(error)})") from error
+
+
+def _wandb_data(content: bytes) -> Iterator[bytes]:
+    place, pieces = len(_WANDB_HEADER) + 3, b""
+    while place + _WANDB_PIECE.size <= len(content):
+        left = _WANDB_BLOCK - place % _WANDB_BLOCK
+        if left < _WANDB_PIECE.size:  # too little for a piece: padding
+            place += left
+            continue
+        checksum, length, kind = _WANDB_PIECE.unpack_from(content, place)
+        piece = content[place + _WANDB_PIECE.size : place + _WANDB_PIECE.size + length]
+        if len(piece) < length:
+            return  # being written, or cut off
+        if zlib.crc32(piece, zlib.crc32(bytes([kind]))) != checksum:
+            raise ValueError(f"a checksum is wrong at byte {place}")
+        pieces = piece if kind in (_WHOLE, _FIRST) else pieces + piece
+        if kind in (_WHOLE, _LAST):
+            yield pieces
+        place += _WANDB_PIECE.size + length
+
+
+def with_options(
+    evidence: Evidence, eval_rows: int | None, batch_size: int | None, betas: Sequence[float] | None
+) -> Evidence:
+    """Add what a log does not say.
+
+    Raises:
+        BadInput: another number of betas than of trials.
+    """
+    if betas and len(betas) not in (1, len(evidence.trials)):
+        raise BadInput(f"--beta: {len(betas)} given for {len(evidence.trials)} trials; give one, or one for each")
+    for place, trial in enumerate(evidence.trials):
+        trial.eval_rows = eval_rows or trial.eval_rows
+        trial.batch_size = batch_size or trial.batch_size
+        if betas:
+            trial.beta = betas[place % len(betas)]
+    return evidence

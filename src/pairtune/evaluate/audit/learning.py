@@ -1,0 +1,238 @@
+"""Rules about what a model has learned instead of what people prefer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from pairtune.evaluate.audit.evidence import Evidence, TrialLog
+from pairtune.evaluate.audit.findings import Hit, Level, Rule
+from pairtune.statistics import Numbers, share_interval
+
+# Likelihood displacement: the chosen answers lose this share of their log-prob, and at least so many nats.
+_COLLAPSE_SHARE, _COLLAPSE_NATS = 0.15, 10.0
+_FELL_NATS = 1.0
+_OVERFIT_SHARE, _OVERFIT = 0.02, 0.01
+# Fewer pairs than this on either side say nothing about lengths.
+_LENGTH_PAIRS = 10
+_LONGER, _SHORTER = 1.5, 0.5
+_EMPTY_SHARE, _FEWER_ENDED, _MORE_REPEATED = 0.1, 0.25, 0.15
+
+
+def _chosen_collapses(evidence: Evidence) -> Iterator[Hit]:
+    for trial in evidence.trials:
+        nats = _moved(trial, evidence, "chosen")
+        base = evidence.base_logps.get("chosen", math.nan)
+        if nats is not None and nats < -_COLLAPSE_NATS and nats < _COLLAPSE_SHARE * base:
+            yield Hit(
+                "warning",
+                (trial.name,),
+                f"chosen answers lost {-nats:.1f} of {-base:.1f} nats of log-prob: they became "
+                f"{math.exp(min(-nats, 50)):.1g} times less likely",
+            )
+
+
+def _only_rejected_falls(evidence: Evidence) -> Iterator[Hit]:
+    for trial in evidence.trials:
+        chosen, rejected = _moved(trial, evidence, "chosen"), _moved(trial, evidence, "rejected")
+        if chosen is not None and rejected is not None and rejected < chosen < -_FELL_NATS:
+            yield Hit(
+                "note",
+                (trial.name,),
+                f"log-probs of chosen answers changed by {chosen:+.1f} nats, of rejected ones by {rejected:+.1f}",
+            )
+
+
+def _moved(trial: TrialLog, evidence: Evidence, answer: str) -> float | None:
+    """Nats by which the mean log-prob of an answer has changed since the base, at the evaluation that counts."""
+    beta, row = evidence.betas.get(trial.name), trial.best
+    if row is None or not beta or not math.isfinite(row.get(f"rewards/{answer}", math.nan)):
+        return None
+    return row[f"rewards/{answer}"] / beta
+
+
+def _overfits(evidence: Evidence) -> Iterator[Hit]:
+    for trial in evidence.trials:
+        losses = trial.series("loss")
+        if len(losses) < 2 or not all(map(math.isfinite, losses)):
+            continue
+        best = int(losses.argmin())
+        rise = float(losses[-1] - losses[best])
+        if best == len(losses) - 1 or rise < max(_OVERFIT, _OVERFIT_SHARE * losses[best]):
+            continue
+        epochs = [f"{row.get('epoch', number):g}" for number, row in enumerate(trial.evaluations, 1)]
+        kept = trial.best_epoch is not None and trial.best_epoch == trial.evaluations[best].get("epoch")
+        yield Hit(
+            "note" if kept else "warning",
+            (trial.name,),
+            f"evaluation loss {losses[best]:.4f} at epoch {epochs[best]}, {losses[-1]:.4f} at epoch {epochs[-1]}"
+            + ("; the better epoch was kept" if kept else ""),
+        )
+
+
+def _prefers_by_length(evidence: Evidence) -> Iterator[Hit]:
+    for trial in evidence.trials:
+        lengths = {answer: trial.examples.get(f"tokens/{answer}") for answer in ("chosen", "rejected")}
+        right = trial.examples.get("rewards/accuracies")
+        if right is None or lengths["chosen"] is None or lengths["rejected"] is None:
+            continue
+        longer = right[lengths["chosen"] > lengths["rejected"]]
+        shorter = right[lengths["chosen"] < lengths["rejected"]]
+        if min(len(longer), len(shorter)) < _LENGTH_PAIRS:
+            continue
+        (low_of_longer, high_of_longer), (low_of_shorter, high_of_shorter) = map(_interval, (longer, shorter))
+        if low_of_longer > high_of_shorter or low_of_shorter > high_of_longer:
+            yield Hit(
+                "warning",
+                (trial.name,),
+                f"accuracy {longer.mean():.2f} [{low_of_longer:.2f}, {high_of_longer:.2f}] on {len(longer)} pairs "
+                f"whose chosen answer is the longer one, {shorter.mean():.2f} [{low_of_shorter:.2f}, "
+                f"{high_of_shorter:.2f}] on {len(shorter)} whose chosen answer is the shorter one",
+            )
+
+
+def _interval(right: Numbers) -> tuple[float, float]:
+    return share_interval(float(right.sum()), len(right))
+
+
+def _answers_change_length(evidence: Evidence) -> Iterator[Hit]:
+    for name, base, tuned in _tuned_answers(evidence):
+        before, after = base["median_tokens"], tuned["median_tokens"]
+        if before and (after > _LONGER * before or after < _SHORTER * before):
+            yield Hit("note", (name,), f"median length of answers {after:.0f} tokens, the base's {before:.0f}")
+
+
+def _answers_break(evidence: Evidence) -> Iterator[Hit]:
+    for name, base, tuned in _tuned_answers(evidence):
+        worse = [
+            (tuned["empty_share"] - base["empty_share"] > _EMPTY_SHARE, "empty_share", "empty answers"),
+            (
+                base["ended_share"] - tuned["ended_share"] > _FEWER_ENDED,
+                "ended_share",
+                "answers that end by themselves",
+            ),
+            (tuned["repeated_share"] - base["repeated_share"] > _MORE_REPEATED, "repeated_share", "repeated phrases"),
+            (
+                tuned["other_language_share"] - base["other_language_share"] > _EMPTY_SHARE,
+                "other_language_share",
+                "answers in another language than the prompt",
+            ),
+        ]
+        said = [f"{words} {tuned[field]:.0%} (base {base[field]:.0%})" for found, field, words in worse if found]
+        if said:
+            level: Level = "error" if tuned["empty_share"] > 0.5 else "warning"
+            yield Hit(level, (name,), f"on {evidence_size(evidence)} held-out prompts: {', '.join(said)}")
+
+
+def evidence_size(evidence: Evidence) -> int:
+    """How many prompts were answered."""
+    return len(evidence.generations["prompts"])
+
+
+def _tuned_answers(evidence: Evidence) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    models = evidence.generations.get("models", {})
+    for name, model in models.items():
+        if name != "base":
+            yield name, models["base"]["summary"], model["summary"]
+
+
+def _below_chance(evidence: Evidence) -> Iterator[Hit]:
+    for trial in evidence.trials:
+        row = trial.best or {}
+        accuracy = row.get("rewards/accuracies", math.nan)
+        if not trial.eval_rows or not math.isfinite(accuracy):
+            continue
+        low, high = share_interval(accuracy * trial.eval_rows, trial.eval_rows)
+        if high < 0.5 and row.get("rewards/margins", 0) < 0:
+            yield Hit(
+                "warning",
+                (trial.name,),
+                f"accuracy {accuracy:.3f} [{low:.3f}, {high:.3f}] on {trial.eval_rows} rows, margin "
+                f"{row['rewards/margins']:.4f}",
+            )
+
+
+def _no_moves(evidence: Evidence) -> str:
+    known = any(_moved(trial, evidence, "chosen") is not None for trial in evidence.trials)
+    return "" if known else "rewards and a beta"
+
+
+def _no_evaluations(evidence: Evidence) -> str:
+    return "" if any(len(trial.evaluations) > 1 for trial in evidence.trials) else "two evaluations of a trial"
+
+
+def _no_lengths(evidence: Evidence) -> str:
+    return "" if any("tokens/chosen" in trial.examples for trial in evidence.trials) else "numbers of single pairs"
+
+
+def _no_answers(evidence: Evidence) -> str:
+    return "" if evidence.generations else "answers to held-out prompts"
+
+
+def _no_rows(evidence: Evidence) -> str:
+    return "" if any(trial.eval_rows for trial in evidence.trials) else "the number of validation rows"
+
+
+RULES = (
+    Rule(
+        "chosen-collapse",
+        "The chosen answers become much less likely",
+        "DPO looks at differences only, so both answers may fall as long as the rejected one falls faster (likelihood "
+        "displacement, Razin et al. 2024). The probability that they lose goes to answers that nobody has seen.",
+        "Add an SFT term (sft_weight 1), raise beta, lower the learning rate, or stop earlier.",
+        _chosen_collapses,
+        _no_moves,
+        live=True,
+    ),
+    Rule(
+        "only-rejected-falls",
+        "The margin grows because the rejected answers fall",
+        "Chosen answers became less likely too. That is how DPO often works; it is not what its picture suggests.",
+        "Look at the answers. Where they got worse, add an SFT term, or raise beta.",
+        _only_rejected_falls,
+        _no_moves,
+    ),
+    Rule(
+        "overfit",
+        "The trial got worse before its end",
+        "From some epoch on the model learns the training pairs by heart.",
+        "Keep the better epoch; use fewer epochs, a lower learning rate, or more pairs.",
+        _overfits,
+        _no_evaluations,
+        live=True,
+    ),
+    Rule(
+        "length-bias",
+        "The model prefers by length",
+        "It agrees with people much more often where the better answer is also the longer (or the shorter) one, so it "
+        "may have learned the length alone.",
+        'Compare with the baseline "the longer answer wins"; balance the pairs, or use sigmoid_norm or simpo.',
+        _prefers_by_length,
+        _no_lengths,
+    ),
+    Rule(
+        "length-drift",
+        "Answers have another length than the base's",
+        "Preferences are often preferences for a length. This may be what was wanted.",
+        "Read a few answers side by side.",
+        _answers_change_length,
+        _no_answers,
+    ),
+    Rule(
+        "answers-break",
+        "Answers got worse in a way that losses do not show",
+        "A model can win on pairs that it is shown, and say nothing, repeat itself or never end when it is asked.",
+        "Do not use this model; lower the learning rate, raise beta, or add an SFT term.",
+        _answers_break,
+        _no_answers,
+    ),
+    Rule(
+        "below-chance",
+        "The model prefers the rejected answers",
+        "An accuracy below one half that is no accident means that it learned the opposite.",
+        "Look whether chosen and rejected are swapped, in training or in validation.",
+        _below_chance,
+        _no_rows,
+    ),
+)

@@ -1,0 +1,254 @@
+"""Rules about numbers that cannot be, or that mean something else than they seem to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import product
+
+from pairtune.evaluate.audit.evidence import Evidence, Row, TrialLog
+from pairtune.evaluate.audit.findings import Hit, Rule
+
+LN_2 = math.log(2)
+# Losses whose value at the base is ln 2, and that no finite margin brings to exactly 0.
+SIGMOID_LIKE = ("sigmoid", "sigmoid_norm", "robust")
+_ACCURACY = "rewards/accuracies"
+# Half a unit of the sixth decimal, as tables are printed.
+_PRINTED = 6e-7
+# The most rows for which an accuracy alone tells how many there were.
+_TELLING_ROWS = 20
+_COMMON_BATCHES = (2, 4, 8)
+_NO_EFFECT_NATS = 0.02
+_CLIPPED_SHARE, _CLIPPED_STEPS = 0.95, 20
+
+
+def _impossible_accuracy(evidence: Evidence) -> Iterator[Hit]:
+    for trial in evidence.trials:
+        if not trial.eval_rows:
+            continue
+        wrong = sorted({value for value in _accuracies(trial) if not _possible(value, trial.eval_rows)})
+        if wrong:
+            shown = ", ".join(f"{value:.6g}" for value in wrong)
+            yield Hit(
+                "error", (trial.name,), f"{shown} cannot come from {trial.eval_rows} rows{_by_batches(wrong, trial)}"
+            )
+    unknown = [trial for trial in evidence.trials if not trial.eval_rows]
+    found = {value for trial in unknown for value in _accuracies(trial)}
+    needed = next((rows for rows in range(1, _TELLING_ROWS) if all(_possible(value, rows) for value in found)), None)
+    if not found or needed is None or needed < 3:
+        return
+    batched = next(
+        ((rows, size) for rows in range(needed - 1, 1, -1) for size in _COMMON_BATCHES if _averaged(found, rows, size)),
+        None,
+    )
+    if batched:
+        rows, size = batched
+        shown = ", ".join(f"{value:.4f}" for value in sorted(found))
+        yield Hit(
+            "warning",
+            tuple(trial.name for trial in unknown),
+            f"accuracies {shown} need {needed} rows or a multiple of that: {max(found):.4f} cannot come from {rows} "
+            f"rows. Means of batches of {size}, averaged over the batches, give all of them from {rows} rows "
+            f"(--eval-rows says how many there were)",
+        )
+
+
+def _accuracies(trial: TrialLog) -> list[float]:
+    values = (row.get(_ACCURACY, math.nan) for row in trial.evaluations)
+    return [value for value in values if math.isfinite(value)]
+
+
+def _possible(accuracy: float, rows: int) -> bool:
+    return abs(accuracy * rows - round(accuracy * rows)) <= rows * _PRINTED + 1e-9
+
+
+def _averaged(accuracies: Sequence[float] | set[float], rows: int, size: int) -> bool:
+    """Whether all of these can be means of batch means, the last batch being smaller."""
+    full, last = divmod(rows, size)
+    if not last or not full:
+        return False
+    means = {
+        (of_full / size + of_last / last) / (full + 1)
+        for of_full, of_last in product(range(full * size + 1), range(last + 1))
+    }
+    return all(any(abs(value - mean) <= _PRINTED for mean in means) for value in accuracies)
+
+
+def _by_batches(wrong: Sequence[float], trial: TrialLog) -> str:
+    sizes = [trial.batch_size] if trial.batch_size else _COMMON_BATCHES
+    for size in sizes:
+        if _averaged(wrong, trial.eval_rows or 0, size):
+            return f"; averages over batches of {size} can be that, the last batch being smaller"
+    return ""
+
+
+def _zero_loss(evidence: Evidence) -> Iterator[Hit]:
+    for trial in evidence.trials:
+        if trial.loss not in SIGMOID_LIKE:
+            continue
+        steps = [row for row in trial.steps if row.get("loss") == 0]
+        epochs = [row for row in trial.evaluations if row.get("train_loss") == 0]
+        what = [f"{len(steps)} of {len(trial.steps)} steps"] if steps else []
+        what += [f"{len(epochs)} of {len(trial.evaluations)} epochs"] if epochs else []
+        if what:
+            yield Hit(
+                "error",
+                (trial.name,),
+                f"training loss of 0.000000 in {' and '.join(what)}; at the base it is 0.693, and no finite margin "
+                "makes it 0",
+            )
+
+
+def _not_a_number(evidence: Evidence) -> Iterator[Hit]:
+    for trial in evidence.trials:
+        rows = [*trial.steps, *trial.evaluations]
+        broken = [
+            row for row in rows if any(not math.isfinite(value) for name, value in row.items() if name != "epoch")
+        ]
+        if broken:
+            names = sorted({name for row in broken for name, value in row.items() if not math.isfinite(value)})
+            yield Hit(
+                "error", (trial.name,), f"{len(broken)} of {len(rows)} rows hold NaN or infinity: {', '.join(names)}"
+            )
+        hidden = [row for row in rows if _hides_nan(row, trial)]
+        if hidden:
+            place = f"step {hidden[0]['step']:g}" if "step" in hidden[0] else f"epoch {hidden[0].get('epoch', 0):g}"
+            yield Hit(
+                "error",
+                (trial.name,),
+                f"{len(hidden)} of {len(rows)} rows, first at {place}, have loss 0 with a margin or gradient that "
+                "contradicts it: NaN was logged as 0",
+            )
+
+
+def _hides_nan(row: Row, trial: TrialLog) -> bool:
+    if row.get("loss") != 0 or trial.loss not in SIGMOID_LIKE:
+        return False
+    norm = row.get("grad_norm", 0.0)
+    return not math.isfinite(norm) or abs(row.get("rewards/margins", math.inf)) < 1 or norm > 1e-3
+
+
+def _no_effect(evidence: Evidence) -> Iterator[Hit]:
+    for trial in evidence.trials:
+        row, beta = trial.evaluations[-1] if trial.evaluations else {}, evidence.betas.get(trial.name, 0.1)
+        moved = [abs(row.get(f"rewards/{answer}", math.nan)) / beta for answer in ("chosen", "rejected")]
+        if all(distance < _NO_EFFECT_NATS for distance in moved):
+            exactly = all(distance == 0 for distance in moved)
+            loss = (
+                f", its loss is {row['loss']:.6f} (ln 2 is {LN_2:.6f})"
+                if "loss" in row and trial.loss in SIGMOID_LIKE
+                else ""
+            )
+            yield Hit(
+                "error" if exactly else "warning",
+                (trial.name,),
+                f"at the end mean log-probs have moved by {max(moved):.4f} nats from the base{loss}",
+            )
+        without = sum(step.get("grad_norm") == 0 for step in trial.steps)
+        if without:
+            yield Hit("warning", (trial.name,), f"{without} of {len(trial.steps)} steps had a gradient of exactly 0")
+
+
+def _always_clipped(evidence: Evidence) -> Iterator[Hit]:
+    for trial in evidence.trials:
+        norms = [step["grad_norm"] for step in trial.steps if math.isfinite(step.get("grad_norm", math.nan))]
+        clipped = sum(norm > trial.max_grad_norm for norm in norms)
+        if len(norms) >= _CLIPPED_STEPS and clipped >= _CLIPPED_SHARE * len(norms):
+            middle = sorted(norms)[len(norms) // 2]
+            yield Hit(
+                "note",
+                (trial.name,),
+                f"{clipped} of {len(norms)} steps were clipped to {trial.max_grad_norm:g}; the median gradient norm is "
+                f"{middle:.1f}",
+            )
+
+
+def _ended_badly(evidence: Evidence) -> Iterator[Hit]:
+    for trial in evidence.trials:
+        if trial.status == "failed":
+            yield Hit("warning", (trial.name,), trial.reason or "it failed")
+
+
+def _no_steps(evidence: Evidence) -> str:
+    return "" if any(trial.steps for trial in evidence.trials) else "training steps"
+
+
+def _no_accuracies(evidence: Evidence) -> str:
+    return "" if any(_accuracies(trial) for trial in evidence.trials) else "accuracies"
+
+
+def _no_losses(evidence: Evidence) -> str:
+    known = any(
+        name in row
+        for trial in evidence.trials
+        for name, rows in (("loss", trial.steps[:1]), ("train_loss", trial.evaluations))
+        for row in rows
+    )
+    return "" if known else "training losses"
+
+
+def _no_rewards(evidence: Evidence) -> str:
+    known = any("rewards/chosen" in row for trial in evidence.trials for row in trial.evaluations)
+    return "" if known else "rewards of evaluations"
+
+
+def _nothing(evidence: Evidence) -> str:
+    return ""
+
+
+RULES = (
+    Rule(
+        "accuracy-impossible",
+        "An accuracy that the number of rows cannot give",
+        "Over N rows an accuracy is a multiple of 1/N. Another value is a mean of batch means, in which the rows of a "
+        "smaller last batch count more than the others.",
+        "Average over examples, not over batches, and say how many rows there are.",
+        _impossible_accuracy,
+        _no_accuracies,
+    ),
+    Rule(
+        "train-loss-zero",
+        "The training loss is exactly 0",
+        "-log sigmoid(margin) is above 0 for every finite margin. 0.000000 is a few rows learned by heart until "
+        "margins of 15 and more, or a NaN that the logger writes as 0.",
+        "Look at gradient norms and margins of these steps; train on more rows, with a lower learning rate.",
+        _zero_loss,
+        _no_losses,
+        live=True,
+    ),
+    Rule(
+        "nan-as-zero",
+        "Numbers that are not numbers",
+        "A NaN spoils all weights with the next update. transformers logs a NaN loss as 0 unless told otherwise "
+        "(logging_nan_inf_filter), which reads like success.",
+        "Discard what came after the first NaN; lower the learning rate, or use float32 or bfloat16, not float16.",
+        _not_a_number,
+        _nothing,
+        live=True,
+    ),
+    Rule(
+        "no-effect",
+        "The training had no effect",
+        "Rewards near 0 and a loss of ln 2 are those of the base model: nothing was learned, or nothing was trained.",
+        "Check that parameters require gradients and that the optimizer has them; else raise the learning rate.",
+        _no_effect,
+        _no_rewards,
+    ),
+    Rule(
+        "always-clipped",
+        "The gradient was clipped at every step",
+        "With every gradient cut to the same length, AdamW's own scaling makes up for most of it; what is lost is that "
+        "large gradients count more than small ones.",
+        "Nothing needs to be done; larger batches or a lower beta make gradients smaller.",
+        _always_clipped,
+        _no_steps,
+    ),
+    Rule(
+        "trial-failed",
+        "A trial did not come to its end",
+        "It has no part in the ranking, which is among the others.",
+        "Read the reason; a lower learning rate is the usual remedy.",
+        _ended_badly,
+        _nothing,
+    ),
+)

@@ -1,0 +1,39 @@
+"""From a path to evidence, whatever lies there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pairtune.errors import BadInput
+from pairtune.evaluate.audit.evidence import Evidence
+from pairtune.evaluate.audit.foreign import (
+    STATE,
+    evidence_of_csv,
+    evidence_of_trainer_states,
+    evidence_of_wandb,
+)
+from pairtune.evaluate.audit.runs import evidence_of_run
+
+_KINDS = "a run folder, a trainer_state.json (or a folder with some), a .csv, or a W&B offline run"
+
+
+def read_evidence(path: Path) -> Evidence:
+    """What lies at `path`.
+
+    Raises:
+        BadInput: nothing that can be audited lies there.
+    """
+    if path.is_file():
+        readers = {".csv": evidence_of_csv, ".json": evidence_of_trainer_states, ".wandb": evidence_of_wandb}
+        if reader := readers.get(path.suffix.lower()):
+            return reader(path)
+    elif path.is_dir():
+        if (path / "config.yaml").is_file() and (path / "data.json").is_file():
+            return evidence_of_run(path)
+        if next(path.rglob(STATE), None):
+            return evidence_of_trainer_states(path)
+        if next(path.rglob("*.wandb"), None):
+            return evidence_of_wandb(path)
+    else:
+        raise BadInput(f"{path}: no such file or folder; give {_KINDS}")
+    raise BadInput(f"{path}: cannot be audited; give {_KINDS}")

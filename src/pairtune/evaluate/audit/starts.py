@@ -1,0 +1,181 @@
+"""Rules about where a trial began, and under which beta."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from pairtune.evaluate.audit.evidence import ANSWERS, BETA_SHARE, Evidence, TrialLog
+from pairtune.evaluate.audit.findings import Hit, Rule
+
+# Nats that a mean log-prob may be off at the first step: rounding in bfloat16 is a few tenths for a single answer.
+_START_NATS = 1.0
+# A first epoch that leads so much further from the base than another trial's at the same learning rate began elsewhere;
+# beta hardly changes how far AdamW goes.
+_FURTHER, _FAR_NATS = 2.5, 5.0
+# A trial begins where another one ended when it is nearer to that end than this share of the way there.
+_SAME_PLACE, _WAY_NATS = 0.01, 1.0
+
+
+def _not_at_base(evidence: Evidence) -> Iterator[Hit]:
+    continued = {after.name: before.name for before, after in _continued(evidence)}
+    clean: list[TrialLog] = []
+    for trial in evidence.trials:
+        found = (
+            _first_step(trial, evidence)
+            or (trial.name in continued and _elsewhere(trial, continued[trial.name], evidence))
+            or _too_far(trial, clean, evidence)
+        )
+        if found:
+            yield Hit("error", (trial.name,), found)
+        else:
+            clean.append(trial)
+
+
+def _first_step(trial: TrialLog, evidence: Evidence) -> str:
+    first = trial.steps[0] if trial.steps else {}
+    if first.get("step") != 1:
+        return ""
+    beta = evidence.betas.get(trial.name, 0.1)
+    rewards = {answer: first.get(f"rewards/{answer}", math.nan) for answer in ANSWERS}
+    far = {answer: reward for answer, reward in rewards.items() if abs(reward) > beta * _START_NATS}
+    if not far:
+        return ""
+    shown = " and ".join(f"{answer} {reward:+.4f}" for answer, reward in far.items())
+    return f"the rewards of its first step, taken before any update, are {shown} instead of 0"
+
+
+def _elsewhere(trial: TrialLog, before: str, evidence: Evidence) -> str:
+    distance = _distance(trial, evidence)
+    if distance is None:
+        return f"it begins where {before} ended"
+    return f"it begins where {before} ended, {distance:.1f} nats from the base in the log-prob of chosen answers"
+
+
+def _too_far(trial: TrialLog, clean: list[TrialLog], evidence: Evidence) -> str:
+    """Where only evaluations are on record: how far from the base the first one is, beside trials that began there."""
+    distance = _distance(trial, evidence)
+    if distance is None or distance < _FAR_NATS or trial.steps or not trial.learning_rate:
+        return ""
+    for other in clean:
+        theirs = _distance(other, evidence)
+        alike = other.learning_rate and other.learning_rate >= trial.learning_rate and not other.steps
+        if alike and theirs and distance > _FURTHER * theirs:
+            return (
+                f"at its first evaluation it is {distance:.1f} nats from the base in the log-prob of chosen answers; "
+                f"{other.name}, with a learning rate no lower, was {theirs:.1f} nats away"
+            )
+    return ""
+
+
+def _distance(trial: TrialLog, evidence: Evidence) -> float | None:
+    """Nats between base and first evaluation, in the mean log-prob of the chosen answers."""
+    beta, first = evidence.betas.get(trial.name), trial.evaluations[0] if trial.evaluations else {}
+    reward = first.get("rewards/chosen", math.nan)
+    return abs(reward) / beta if beta and math.isfinite(reward) else None
+
+
+def _continued(evidence: Evidence) -> Iterator[tuple[TrialLog, TrialLog]]:
+    """Trials of which the second begins where the first, an earlier one, ended."""
+    for place, after in enumerate(evidence.trials):
+        for before in reversed(evidence.trials[:place]):
+            if _begins_at_end(before, after, evidence):
+                yield before, after
+                break
+
+
+def _begins_at_end(before: TrialLog, after: TrialLog, evidence: Evidence) -> bool:
+    if not before.evaluations or not after.evaluations:
+        return False
+    end, start, base = before.evaluations[-1], after.evaluations[0], evidence.base_logps
+    for answer in ANSWERS:
+        name = f"logps/{answer}"
+        way = abs(end.get(name, math.nan) - base.get(answer, math.nan))
+        gap = abs(start.get(name, math.nan) - end.get(name, math.nan))
+        if not (way > _WAY_NATS and gap <= _SAME_PLACE * way):
+            return False
+    return True
+
+
+def _continue_one_another(evidence: Evidence) -> Iterator[Hit]:
+    for before, after in _continued(evidence):
+        ends = [
+            f"{answer} {before.evaluations[-1][name]:.6f} and {after.evaluations[0][name]:.6f}"
+            for answer, name in ((answer, f"logps/{answer}") for answer in ANSWERS)
+        ]
+        yield Hit(
+            "error",
+            (before.name, after.name),
+            f"log-probs at the last evaluation of {before.name} and the first of {after.name}: {', '.join(ends)}",
+        )
+
+
+def _other_beta(evidence: Evidence) -> Iterator[Hit]:
+    for trial in evidence.trials:
+        found = evidence.behaviour.get(trial.name)
+        if not found or not trial.beta or not _differs(found, trial.beta):
+            continue
+        evidently = (
+            f"labelled beta {trial.beta:g}, it behaves as beta {found[0]:.3g} (rewards over change of log-probs)"
+        )
+        others = [
+            other.name
+            for other in evidence.trials
+            if other.beta and other.name != trial.name and not _differs(found, other.beta)
+        ]
+        if others:
+            evidently += f", which is the label of {', '.join(others)}"
+        yield Hit("error", (trial.name,), evidently)
+
+
+def _differs(found: tuple[float, float], label: float) -> bool:
+    value, error = found
+    return abs(value - label) > max(BETA_SHARE * label, error)
+
+
+def _no_rewards(evidence: Evidence) -> str:
+    known = any("rewards/chosen" in row for trial in evidence.trials for row in (*trial.evaluations, *trial.steps[:1]))
+    return "" if known else "rewards of chosen and rejected answers"
+
+
+def _no_two(evidence: Evidence) -> str:
+    known = [trial for trial in evidence.trials if any("logps/chosen" in row for row in trial.evaluations)]
+    return "" if len(known) > 1 and evidence.base_logps else "two trials with log-probs, rewards and beta"
+
+
+def _no_labels(evidence: Evidence) -> str:
+    if not any(trial.beta for trial in evidence.trials):
+        return "a labelled beta"
+    return "" if evidence.behaviour else "log-probs that move"
+
+
+RULES = (
+    Rule(
+        "start-not-base",
+        "The trial did not start at the base model",
+        "Before the first update policy and reference are the same model, so every reward is 0. A trial that starts "
+        "elsewhere goes on from what another one has learned: its numbers say nothing about its own settings.",
+        "Load the base weights anew for every trial, and make the adapter after that.",
+        _not_at_base,
+        _no_rewards,
+        live=True,
+    ),
+    Rule(
+        "trials-continue",
+        "One trial goes on where another one ended",
+        "The same validation pairs have the same log-probs at the end of one trial and at the start of the next, which "
+        "happens when one model object is trained again. The grid was one long training.",
+        "Load the base weights anew for every trial; then compare again. The trials on record cannot be compared.",
+        _continue_one_another,
+        _no_two,
+    ),
+    Rule(
+        "beta-mislabelled",
+        "The trial was trained with another beta than its label says",
+        "A reward is beta times the change of an answer's log-prob since the base (Rafailov et al. 2023, eq. 5), so "
+        "the two columns give beta away.",
+        "Look for the label being written in another order than the loop runs; then relabel, or run again.",
+        _other_beta,
+        _no_labels,
+    ),
+)

@@ -1,0 +1,187 @@
+"""Judges that need a model: a reward model on this machine, or a chat model behind an OpenAI-style endpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pairtune.errors import BadInput, RunFailed, one_line
+from pairtune.evaluate.winrate import LOSS, TIE, WIN, Judge, Progress, RuleJudge, Turns, better
+from pairtune.models.generate import Answer
+from pairtune.runs import fingerprint, user_cache, write_json
+
+KEY_VARIABLES = ("PAIRTUNE_JUDGE_KEY", "OPENAI_API_KEY")
+_LETTERS_A_TOKEN = 4  # of English text, for the estimate of the cost
+_ASKED = """Which of two answers to the conversation is better: more helpful, true, and no longer than needed?
+The order and the length of the answers must not matter.
+
+# Conversation
+{conversation}
+
+# Answer A
+{a}
+
+# Answer B
+{b}
+
+Reply with one letter: A, B, or T for a tie."""
+
+
+def open_judge(name: str, judge_model: str | None) -> Judge:
+    """The judge that a person names: `rule`, an `http(s)://` endpoint, or a reward model (folder or Hub id).
+
+    Raises:
+        BadInput: it cannot be had.
+    """
+    if name == "rule":
+        return RuleJudge()
+    if name.startswith(("http://", "https://")):
+        if not judge_model:
+            raise BadInput("--judge-model: is needed with an endpoint: the name under which it knows the judge")
+        return EndpointJudge(name.rstrip("/"), judge_model)
+    return RewardModelJudge.load(name)
+
+
+@dataclass
+class RewardModelJudge:
+    """A sequence classifier with one output: the answer with the higher score wins."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+
+    @classmethod
+    def load(cls, name: str) -> RewardModelJudge:
+        """Load a reward model of transformers.
+
+        Raises:
+            BadInput: it cannot be had, or has more than one output, or no chat template.
+        """
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        from pairtune.models.load import pick_device
+        from pairtune.models.resolve import resolve_model
+
+        folder = resolve_model(name, "--judge").folder
+        try:
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                folder, use_safetensors=True, output_loading_info=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise BadInput(f"--judge {name}: cannot be loaded as a reward model ({one_line(error)})") from error
+        if missing := sorted(info["missing_keys"]):  # they would be drawn at random, and so would the verdicts
+            raise BadInput(f"--judge {name}: is no reward model: it has no weights for {', '.join(missing[:3])}")
+        if model.config.num_labels != 1:
+            raise BadInput(f"--judge {name}: has {model.config.num_labels} outputs; a reward model has one")
+        if tokenizer.chat_template is None:
+            raise BadInput(f"--judge {name}: its tokenizer has no chat template, so it cannot be shown a conversation")
+        return cls(f"reward model {name}", model.to(pick_device()).eval(), tokenizer)
+
+    def judge(
+        self, prompts: Sequence[Turns], ours: Sequence[Answer], base: Sequence[Answer], progress: Progress
+    ) -> list[float]:
+        scores = []
+        for turns, mine, theirs in zip(prompts, ours, base, strict=True):
+            scores.append(better(self.score(turns, mine.text), self.score(turns, theirs.text)))
+            progress(len(scores))
+        return scores
+
+    def score(self, turns: Turns, answer: str) -> float:
+        """The reward of one answer; one at a time, so that padding has no part in it."""
+        import torch
+
+        conversation = [*turns, {"role": "assistant", "content": answer}]
+        inputs = self.tokenizer.apply_chat_template(conversation, return_tensors="pt", return_dict=True)
+        with torch.inference_mode():
+            return float(self.model(**inputs.to(self.model.device)).logits[0, 0])
+
+
+@dataclass
+class EndpointJudge:
+    """A chat model behind an OpenAI-style endpoint, asked twice with the answers swapped.
+
+    It wins only who wins in both orders; everything else is a tie. What it said is kept in the user cache, so that
+    the same question is paid for once.
+
+    Attributes:
+        url: of the endpoint, up to and with `/v1`.
+        model: its name there.
+    """
+
+    url: str
+    model: str
+
+    @property
+    def name(self) -> str:
+        """For reports; no key is part of it."""
+        return f"{self.model} at {self.url}"
+
+    def estimate(self, prompts: Sequence[Turns], ours: Sequence[Answer], base: Sequence[Answer]) -> dict[str, int]:
+        """What asking will cost: `calls` and about how many `tokens` they send; answers in the cache cost nothing."""
+        asked = [
+            question
+            for two in self._questions(prompts, ours, base)
+            for question in two
+            if not self._cached(question).is_file()
+        ]
+        return {"calls": len(asked), "tokens": sum(len(question) for question in asked) // _LETTERS_A_TOKEN}
+
+    def judge(
+        self, prompts: Sequence[Turns], ours: Sequence[Answer], base: Sequence[Answer], progress: Progress
+    ) -> list[float]:
+        scores = []
+        for straight, swapped in self._questions(prompts, ours, base):
+            first, second = self._ask(straight), self._ask(swapped)
+            scores.append({("A", "B"): WIN, ("B", "A"): LOSS}.get((first, second), TIE))
+            progress(len(scores))
+        return scores
+
+    def _questions(
+        self, prompts: Sequence[Turns], ours: Sequence[Answer], base: Sequence[Answer]
+    ) -> Iterator[tuple[str, str]]:
+        for turns, mine, theirs in zip(prompts, ours, base, strict=True):
+            conversation = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+            yield (
+                _ASKED.format(conversation=conversation, a=mine.text, b=theirs.text),
+                _ASKED.format(conversation=conversation, a=theirs.text, b=mine.text),
+            )
+
+    def _cached(self, question: str) -> Path:
+        return user_cache() / "judged" / f"{fingerprint([self.url, self.model, question])}.json"
+
+    def _ask(self, question: str) -> str:
+        """A, B or T.
+
+        Raises:
+            RunFailed: the endpoint does not answer; what it has said so far is kept.
+        """
+        cached = self._cached(question)
+        if cached.is_file():
+            return str(json.loads(cached.read_text(encoding="utf-8"))["said"])
+        from openai import OpenAIError
+
+        try:
+            reply = self._client().chat.completions.create(
+                model=self.model, messages=[{"role": "user", "content": question}], temperature=0, max_tokens=4
+            )
+        except OpenAIError as error:
+            raise RunFailed(
+                f"--judge {self.url}: {one_line(error, 160)}; what it has said so far is kept, so a second try goes on"
+            ) from error
+        text = (reply.choices[0].message.content or "").strip().upper()
+        said = text[:1] if text[:1] in ("A", "B") and text[1:2] in ("", ".", ")", " ", "\n") else "T"
+        write_json(cached, {"said": said})
+        return said
+
+    def _client(self) -> Any:
+        try:
+            from openai import OpenAI
+        except ImportError:
+            raise BadInput("--judge: an endpoint needs the package openai; pip install 'pairtune[judge]'") from None
+        key = next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), "none")
+        return OpenAI(base_url=self.url, api_key=key, max_retries=4)

@@ -1,0 +1,98 @@
+"""The model card: what the Hub shows of a model, from the same evidence as the report."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from pairtune.report.gather import Gathered
+from pairtune.report.words import source_name
+
+_TASK = ("text-generation", "Text Generation")
+_METRICS = {"eval_rewards/accuracies": ("accuracy", "Preference accuracy"), "eval_loss": ("loss", "Loss")}
+
+
+def model_card(run: Gathered, report: str) -> str:
+    """The card as text, front matter included.
+
+    Args:
+        run: that the model comes from.
+        report: the run's report in Markdown, which the card ends with, losers and findings included.
+    """
+    base, adapter = run.environment["base"], run.config["method"] == "lora"
+    data = ModelCardData(
+        model_name=run.name,
+        base_model=base["hub_id"],
+        datasets=_hub_datasets(run) or None,
+        library_name="peft" if adapter else "transformers",
+        license=base["license"],
+        pipeline_tag="text-generation",
+        tags=["dpo", "preference-tuning", "pairtune", *(["lora"] if adapter else [])],
+        eval_results=list(_results(run)),
+    )
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(run, adapter=adapter)}\n{_without_title(report)}"))
+
+
+def _body(run: Gathered, *, adapter: bool) -> str:
+    base, sources = run.environment["base"], ", ".join(_names(run.data["sources"]))
+    loader = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
+    package = "peft" if adapter else "transformers"
+    what = "A LoRA adapter" if adapter else "A model"
+    return f"""# {run.name}
+
+{what} tuned from {run.base_name} to people's preferences with pairtune ({run.config["loss"]} loss).
+
+```python
+from {package} import {loader}
+from transformers import AutoTokenizer
+
+model = {loader}.from_pretrained("THIS_REPOSITORY")
+tokenizer = AutoTokenizer.from_pretrained("THIS_REPOSITORY")
+```
+
+- Base: {run.base_name}, licence {base["license"] or "not known: look it up before you publish"}
+- Pairs: {sources}; their licence is {_data_licence(run)}
+- It learned which of two answers people prefer; no facts, and safety only as far as the pairs have it.
+"""
+
+
+def _data_licence(run: Gathered) -> str:
+    bundled = all(source["source"].startswith("bundled:") for source in run.data["sources"])
+    return "Apache-2.0, as pairtune's" if bundled else "that of their source, which is not on record: look it up"
+
+
+def _without_title(report: str) -> str:
+    """The report's sections one level down."""
+    lines = report.splitlines()[1:]
+    return "## The run\n" + "\n".join(f"#{line}" if line.startswith("## ") else line for line in lines) + "\n"
+
+
+def _names(sources: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(source_name(source["source"]) for source in sources))
+
+
+def _hub_datasets(run: Gathered) -> list[str]:
+    """Those of the sources that are data sets of the Hub, without subset, split and revision."""
+    return list(dict.fromkeys(re.split("[:@#]", name)[0] for name in _names(run.data["sources"]) if "/" in name))
+
+
+def _results(run: Gathered) -> Iterator[EvalResult]:
+    """What a leaderboard reads: the test where there is one, else the validation pairs that chose the model."""
+    shown = run.test or {"metrics": run.winner.record["metrics"], "pairs": run.selection["validation_pairs"]}
+    split = "test" if run.test else "validation"
+    sources = [source for source in run.data["sources"] if source["split"] == split]
+    name = ", ".join(_names(sources or run.data["sources"][:1]))
+    for metric, (kind, title) in _METRICS.items():
+        yield EvalResult(
+            task_type=_TASK[0],
+            task_name=_TASK[1],
+            dataset_type=name,
+            dataset_name=f"{name} ({shown['pairs']} {split} pairs)",
+            dataset_split=split,
+            metric_type=kind,
+            metric_name=title,
+            metric_value=round(shown["metrics"][metric], 4),
+        )

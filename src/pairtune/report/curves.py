@@ -1,0 +1,148 @@
+"""A run's curves as SVG, in colours that people who see few colours can tell apart, for light and dark pages."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pairtune.report.gather import Gathered, Trial
+
+# Okabe and Ito's palette without yellow, which is lost on white; every trial has a marker of its own as well.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+_MARKERS = "osD^vPX*"
+# Stands for the page's own text colour, which is put in its place.
+_INK = "#010203"
+_LN_2 = math.log(2)
+_SMOOTHED = 20  # points of the training loss
+
+
+def draw_curves(gathered: Gathered) -> dict[str, str]:
+    """All curves of a run that its records have.
+
+    Returns:
+        SVG elements by a short name (`loss`, `accuracy`, …), each with a title and a description for screen readers.
+    """
+    return {name: _draw(gathered, name, *what) for name, what in _CURVES.items() if _known(gathered, what[1])}
+
+
+def legend(gathered: Gathered) -> list[tuple[str, str, str]]:
+    """Trials' names, labels and colours, in the order of the grid."""
+    return [(trial.name, trial.label, colour(number)) for number, trial in enumerate(gathered.trials)]
+
+
+def colour(number: int) -> str:
+    """Of the trial with this number."""
+    return COLOURS[number % len(COLOURS)]
+
+
+def standalone(svg: str) -> str:
+    """A curve as a file of its own, with dark ink."""
+    return svg.replace("currentColor", "#444444").replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+
+
+def _points(trial: Trial, metric: str, start: float | None) -> tuple[list[float], list[float]]:
+    rows = [row for row in trial.epochs if metric in row]
+    before = [] if start is None or not rows else [(0.0, start)]
+    points = [*before, *((float(row["epoch"]), float(row[metric])) for row in rows)]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _training(trial: Trial) -> tuple[list[float], list[float]]:
+    """The training loss, as means of neighbouring steps."""
+    size = max(1, len(trial.steps) // _SMOOTHED)
+    parts = [trial.steps[at : at + size] for at in range(0, len(trial.steps), size)]
+    return [part[-1]["epoch"] for part in parts], [sum(row["loss"] for row in part) / len(part) for part in parts]
+
+
+def _moved(trial: Trial, answer: str) -> tuple[list[float], list[float]]:
+    """Change of an answer's log-prob since the base, which has none."""
+    epochs, rewards = _points(trial, f"eval_rewards/{answer}", 0.0)
+    return epochs, [reward / trial.record["beta"] for reward in rewards]
+
+
+def _start_of_loss(trial: Trial) -> float | None:
+    return _LN_2 if trial.record["config"]["loss"] == "sigmoid" else None
+
+
+Series = Callable[[Trial], tuple[list[float], list[float]]]
+# Name: title, what is drawn, and a level that means "as the base".
+_CURVES: dict[str, tuple[str, Series, float | None]] = {
+    "training-loss": ("Training loss", _training, None),
+    "loss": ("Validation loss", lambda trial: _points(trial, "eval_loss", _start_of_loss(trial)), None),
+    "accuracy": ("Validation accuracy", lambda trial: _points(trial, "eval_rewards/accuracies", None), 0.5),
+    "margin": ("Reward margin", lambda trial: _points(trial, "eval_rewards/margins", 0.0), 0.0),
+    "chosen": ("Chosen log-probs, change (nats)", lambda trial: _moved(trial, "chosen"), 0.0),
+    "rejected": ("Rejected log-probs, change (nats)", lambda trial: _moved(trial, "rejected"), 0.0),
+    "kl": ("KL from the base (nats per token)", lambda trial: _points(trial, "eval_kl", 0.0), 0.0),
+}
+
+
+def _known(gathered: Gathered, series: Series) -> bool:
+    return any(series(trial)[0] for trial in gathered.trials)
+
+
+def _draw(gathered: Gathered, name: str, title: str, series: Series, level: float | None) -> str:
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
+        figure = Figure(figsize=(4.2, 2.7), layout="constrained")
+        axes = figure.subplots()
+        if level is not None:
+            axes.axhline(level, color=_INK, linewidth=0.8, linestyle=(0, (1, 3)))
+        for number, trial in enumerate(gathered.trials):
+            _line(axes, number, *series(trial), winner=trial.name == gathered.selection["winner"])
+        _style(axes, title, max(trial.record["config"]["epochs"] for trial in gathered.trials))
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _inline(buffer.getvalue(), title, "; ".join(_described(gathered, series)))
+
+
+def _line(axes: Axes, number: int, x: list[float], y: list[float], *, winner: bool) -> None:
+    axes.plot(
+        x,
+        y,
+        color=colour(number),
+        linewidth=2.6 if winner else 1.3,
+        marker=_MARKERS[number % len(_MARKERS)],
+        markersize=5 if winner else 4,
+    )
+
+
+def _style(axes: Axes, title: str, epochs: int) -> None:
+    axes.set_title(title, color=_INK, fontsize=11, loc="left")
+    axes.set_xlabel("epoch", color=_INK, fontsize=9)
+    axes.set_xlim(left=0, right=epochs + 0.1)
+    axes.set_xticks(range(0, epochs + 1, max(1, epochs // 6)))
+    axes.tick_params(colors=_INK, labelsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(_INK)
+    axes.grid(axis="y", color=_INK, alpha=0.12)
+
+
+def _described(gathered: Gathered, series: Series) -> Iterator[str]:
+    for trial in gathered.trials:
+        x, y = series(trial)
+        if x:
+            yield f"{trial.label}: " + ", ".join(f"{value:.3g}" for value in y[-6:])
+
+
+def _inline(svg: str, title: str, description: str) -> str:
+    """An SVG element for an HTML page: no XML header, the page's ink, words for those who cannot see it."""
+    body = svg[svg.index("<svg") :]
+    size = re.search(r'viewBox="([^"]*)"', body)
+    inner = body[body.index(">") + 1 :]
+    escaped = {"title": title, "desc": description}
+    words = "".join(f"<{tag}>{_escape(text)}</{tag}>" for tag, text in escaped.items())
+    links = 'xmlns:xlink="http://www.w3.org/1999/xlink"'
+    box = size.group(1) if size else "0 0 302 194"
+    return f'<svg viewBox="{box}" role="img" {links}>{words}{inner.strip()}'.replace(_INK, "currentColor")
+
+
+def _escape(text: Any) -> str:
+    return str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -1,0 +1,276 @@
+"""The audit of other people's logs: what is read, what is found, and what is said where it cannot be read."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import SHARED
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pairtune.errors import BadInput
+from pairtune.evaluate.audit.check import RULES, audit
+from pairtune.evaluate.audit.evidence import TrialLog
+from pairtune.evaluate.audit.foreign import with_options
+from pairtune.evaluate.audit.read import read_evidence
+from pairtune.report.findings import audit_markdown
+
+BASE = {"chosen": -120.0, "rejected": -140.0}
+
+
+def evaluation(beta: float, chosen: float, rejected: float, **more) -> dict[str, float]:
+    """A row of a trial whose log-probs have moved so many nats."""
+    margin = beta * (chosen - rejected)
+    return {
+        "eval_loss": math.log1p(math.exp(-margin)),
+        "rewards/chosen": beta * chosen,
+        "rewards/rejected": beta * rejected,
+        "rewards/accuracies": 0.75,
+        "rewards/margins": margin,
+        "logps/chosen": BASE["chosen"] + chosen,
+        "logps/rejected": BASE["rejected"] + rejected,
+        **more,
+    }
+
+
+def write_csv(path: Path, rows) -> Path:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(
+            {name: f"{value:.6f}" if isinstance(value, float) else value for name, value in row.items()} for row in rows
+        )
+    return path
+
+
+def findings(path: Path, **options) -> list[dict]:
+    options = {"eval_rows": None, "batch_size": None, "betas": None, **options}
+    return audit(with_options(read_evidence(path), **options))["findings"]
+
+
+def rules(found: list[dict]) -> dict[str, set[str]]:
+    by_rule: dict[str, set[str]] = {}
+    for finding in found:
+        by_rule.setdefault(finding["rule"], set()).update(finding["trials"])
+    return by_rule
+
+
+@pytest.fixture(scope="module")
+def assignment() -> Path:
+    path = SHARED.parent / "reference" / "assignment_runs.csv"
+    if not path.is_file():
+        pytest.skip("the assignment's tables are kept beside the project, not in it")
+    return path
+
+
+def test_the_assignments_tables_give_themselves_away(assignment):
+    found = findings(assignment)
+    by_rule = rules(found)
+    assert by_rule["start-not-base"] == {"run 2", "run 3", "run 4"}
+    continued = [set(each["trials"]) for each in found if each["rule"] == "trials-continue"]
+    assert continued == [{"run 1", "run 2"}, {"run 3", "run 4"}]
+    evidence = " ".join(each["evidence"] for each in found)
+    assert "-137.299118 and -137.299698" in evidence
+    assert "-149.098358 and -149.098358" in evidence
+    assert "labelled beta 0.1, it behaves as beta 0.202" in evidence
+    assert "labelled beta 0.2, it behaves as beta 0.1 " in evidence
+    assert by_rule["beta-mislabelled"] == {"run 2", "run 3"}
+    assert "0.8333 cannot come from 5 rows" in evidence
+    assert by_rule["train-loss-zero"] == {"run 2", "run 3", "run 4"}
+    assert "the winner cannot be told from the others" in evidence
+
+
+def test_with_the_number_of_rows_the_accuracies_are_wrong(assignment):
+    wrong = [each for each in findings(assignment, eval_rows=5) if each["rule"] == "accuracy-impossible"]
+    assert {each["level"] for each in wrong} == {"error"}
+    assert "0.833333 cannot come from 5 rows; averages over batches of 2 can be that" in wrong[-1]["evidence"]
+
+
+def test_the_command_prints_the_findings_and_fails(assignment, tmp_path):
+    command = [sys.executable, "-m", "pairtune", "audit", assignment]
+    done = subprocess.run([*command, "--markdown", tmp_path / "audit.md"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "start-not-base" in done.stdout
+    written = (tmp_path / "audit.md").read_text()
+    assert written.startswith("# Audit of ")
+    assert "-149.098358" in written
+    record = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=False).stdout)
+    assert record["verdict"] == "error"
+    assert audit_markdown(record) == written
+
+
+def test_a_sound_table_is_left_alone(tmp_path):
+    rows = [
+        {
+            "run": number,
+            "learning_rate": rate,
+            "beta": beta,
+            "epoch": epoch,
+            **evaluation(beta, 0.5 * epoch * speed, -epoch * speed),
+        }
+        for number, (rate, beta, speed) in enumerate([(3e-5, 0.1, 1.0), (1e-5, 0.1, 0.4), (3e-5, 0.2, 1.1)], 1)
+        for epoch in (1, 2, 3)
+    ]
+    found = findings(write_csv(tmp_path / "sound.csv", rows), eval_rows=400)
+    assert rules(found).keys() <= {"beta-ranking", "winner-unsettled"}  # accuracies are equal
+
+
+def test_a_beta_shows_in_a_trial_that_does_not_move(tmp_path):
+    rows = [{"run": 1, "beta": 0.1, "epoch": epoch, **evaluation(0.1, -3.0 * epoch, -6.0 * epoch)} for epoch in (1, 2)]
+    rows += [{"run": 2, "beta": 0.1, "epoch": epoch, **evaluation(0.5, -9.0, -12.0)} for epoch in (1, 2)]
+    assert rules(findings(write_csv(tmp_path / "still.csv", rows)))["beta-mislabelled"] == {"run 2"}
+
+
+@given(beta=st.floats(0.01, 2), chosen=st.lists(st.floats(-30, 30), min_size=2, max_size=5, unique=True))
+def test_beta_follows_from_rewards_and_log_probs(beta, chosen):
+    rows = [evaluation(beta, moved, moved - 5) for moved in chosen]
+    log = TrialLog("any", evaluations=[{"loss": row["eval_loss"], **row} for row in rows])
+    found = log.implied_beta()
+    if found is not None:  # None: it hardly moved
+        value, error = found
+        assert abs(value - beta) <= error + 1e-9
+    elif max(chosen) - min(chosen) > 1:
+        raise AssertionError("it moved by more than a nat")
+
+
+def test_prefixed_and_titled_columns_are_the_same(tmp_path):
+    row = {"beta": 0.1, "epoch": 1, **evaluation(0.1, -4.0, -8.0)}
+    plain = write_csv(tmp_path / "plain.csv", [row])
+    prefixed = write_csv(
+        tmp_path / "prefixed.csv", [{f"eval_{name}" if "/" in name else name: value for name, value in row.items()}]
+    )
+    titles = {"eval_loss": "Validation Loss", "logps/chosen": "Logps/chosen", "beta": "Beta"}
+    titled = write_csv(tmp_path / "titled.csv", [{titles.get(name, name): value for name, value in row.items()}])
+    logs = [read_evidence(path).trials[0] for path in (plain, prefixed, titled)]
+    assert [log.evaluations for log in logs] == [logs[0].evaluations] * 3
+    assert {log.beta for log in logs} == {0.1}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "has no rows"),
+        ("epoch,accuracy\n1,0.5\n", "neither eval_loss nor rewards/chosen among its columns"),
+        ("epoch,eval_loss\n1,high\n", "row 2, eval_loss: 'high' is not a number"),
+        ("epoch,eval_loss\n1,0.5,7\n", "row 2: has another number of cells"),
+        ("epoch,eval_loss\n1\n", "row 2: has another number of cells"),
+        (b"\xff\xfe\x00", "cannot be read as CSV"),
+    ],
+)
+def test_what_is_wrong_with_a_table_is_said(tmp_path, content, message):
+    path = tmp_path / "bad.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(BadInput, match=message):
+        read_evidence(path)
+
+
+def test_what_cannot_be_audited_is_said(tmp_path):
+    (tmp_path / "notes.txt").write_text("hello")
+    for path, message in (
+        (tmp_path / "nothing", "no such file"),
+        (tmp_path / "notes.txt", "cannot be audited"),
+        (tmp_path, "cannot be audited"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            read_evidence(path)
+    with pytest.raises(BadInput, match="2 given for 1 trials"):
+        with_options(read_evidence(write_csv(tmp_path / "a.csv", [evaluation(0.1, 1.0, 0.0)])), None, None, [0.1, 0.2])
+
+
+def trainer_state(folder: Path, rows, **more) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": rows, **more}))
+    return folder / "trainer_state.json"
+
+
+def eval_row(step: int, loss: float) -> dict[str, float]:
+    metrics = {f"eval_{name}" if "/" in name else name: value for name, value in evaluation(0.1, 1.0, -1.0).items()}
+    return {"step": step, "epoch": step / 10, **metrics, "eval_loss": loss}
+
+
+def test_a_trainer_state_tells_which_weights_were_saved(tmp_path):
+    rows = [eval_row(10, 0.6), eval_row(20, 0.5), eval_row(30, 0.65)]
+    last = findings(trainer_state(tmp_path / "last", rows, global_step=30))
+    assert "the weights are those of step 30" in next(
+        each["evidence"] for each in last if each["rule"] == "weights-not-reported"
+    )
+    kept = trainer_state(
+        tmp_path / "kept", rows, global_step=30, best_model_checkpoint="out/checkpoint-20", best_metric=0.5
+    )
+    assert "weights-not-reported" not in rules(findings(kept))
+    other = trainer_state(
+        tmp_path / "other", rows, global_step=30, best_model_checkpoint="out/checkpoint-30", best_metric=0.65
+    )
+    assert "the best checkpoint is of step 30" in str(findings(other))
+
+
+def test_of_a_trainings_checkpoints_the_last_counts_and_trainings_are_trials(tmp_path):
+    for number, folder in enumerate(("a/checkpoint-10", "a/checkpoint-20", "b"), 1):
+        trainer_state(tmp_path / folder, [eval_row(10, 0.6)] * number, global_step=10 * number)
+    trials = read_evidence(tmp_path).trials
+    assert [(trial.name, len(trial.evaluations)) for trial in trials] == [("a", 2), ("b", 3)]
+
+
+def test_nan_in_a_trainer_state_is_found(tmp_path):
+    path = trainer_state(
+        tmp_path, [{"step": 1, "epoch": 0.1, "loss": 0.0, "grad_norm": math.nan, "rewards/margins": 0.2}]
+    )
+    found = [each["evidence"] for each in findings(path) if each["rule"] == "nan-as-zero"]
+    assert any("grad_norm" in each for each in found)
+    assert any("NaN was logged as 0" in each for each in found)
+    (tmp_path / "trainer_state.json").write_text("[]")
+    with pytest.raises(BadInput, match="no log_history"):
+        read_evidence(path)
+
+
+def test_a_real_offline_run_of_wandb_is_read(tmp_path):
+    """W&B's own client writes it, in a process of its own, as a training script would."""
+    script = (
+        "import wandb\n"
+        "run = wandb.init(project='p', name='first', mode='offline', config={'beta': 0.1, 'learning_rate': 3e-5})\n"
+        "run.log({'train/loss': 0.0, 'train/grad_norm': 0.5, 'train/rewards/margins': 2.0, 'train/global_step': 1})\n"
+        "run.log({'eval/loss': 0.5, 'eval/rewards/chosen': -2.0, 'train/global_step': 2})\n"
+        "run.finish()\n"
+    )
+    env = os.environ | {
+        "WANDB_DIR": str(tmp_path),
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
+        "HOME": str(tmp_path),
+    }
+    subprocess.run([sys.executable, "-c", script], check=True, env=env, capture_output=True, cwd=tmp_path, timeout=120)
+    evidence = read_evidence(tmp_path / "wandb")
+    (trial,) = evidence.trials
+    assert (evidence.kind, trial.name, trial.beta, trial.learning_rate) == ("W&B offline run", "first", 0.1, 3e-5)
+    assert trial.steps[0]["loss"] == 0.0
+    assert trial.evaluations[0]["rewards/chosen"] == -2.0
+    assert "train-loss-zero" in {each["rule"] for each in audit(evidence)["findings"]}
+    (file,) = tmp_path.rglob("*.wandb")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-5])  # its writer was killed
+    assert read_evidence(file).trials[0].evaluations == trial.evaluations
+    file.write_bytes(whole[:100] + b"damaged" + whole[107:])
+    with pytest.raises(BadInput, match="is damaged"):
+        read_evidence(file)
+
+
+def test_rules_say_what_to_do_and_have_names_of_their_own():
+    assert len({rule.id for rule in RULES}) == len(RULES) >= 17
+    for rule in RULES:
+        assert rule.explanation.endswith(".")
+        assert rule.advice.endswith(".")
+
+
+def test_the_audit_needs_no_torch():
+    rooms = "pairtune.evaluate.audit.read, pairtune.evaluate.audit.check, pairtune.report.write"
+    code = f"import sys, {rooms}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,339 @@
+"""The audit's rules, one by one: each finds the fault that is planted in a clean run, and clean runs are left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import write_pairs
+from rich.console import Console
+
+from pairtune.config import resolve
+from pairtune.evaluate.audit.check import RULES, audit
+from pairtune.evaluate.audit.read import read_evidence
+from pairtune.pipeline import tune
+from pairtune.runs import RunFolder
+
+# Clean runs that the audit must not call wrong; `make alarms` has a hundred.
+CLEAN_RUNS = int(os.environ.get("PAIRTUNE_CLEAN_RUNS", "8"))
+FALSE_ALARMS = 0.05
+
+
+def clean_run(tiny_model, folder: Path, seed: int, **more) -> RunFolder:
+    """A run of two trials of the tiny model, on pairs that it can learn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    first = 1000 * seed
+    flags = {
+        "model": str(tiny_model),
+        "data": [str(write_pairs(folder / "train.jsonl", range(first, first + 10)))],
+        "eval_data": [str(write_pairs(folder / "held.jsonl", range(first + 200, first + 224)))],
+        "test_data": [str(write_pairs(folder / "test.jsonl", range(first + 300, first + 304)))],
+        "learning_rate": [1e-3],
+        "beta": [0.1, 0.2],
+        "epochs": [2],
+        "batch_size": [4],
+        "dtype": "float32",
+        "samples": 0,
+        "seed": seed,
+        "out": folder / "run",
+        **more,
+    }
+    run = tune(resolve(None, flags), Console(quiet=True))
+    assert run is not None
+    return run
+
+
+@pytest.fixture(scope="module")
+def clean(tiny_model, tmp_path_factory):
+    return clean_run(tiny_model, tmp_path_factory.mktemp("clean"), 0, samples=2)
+
+
+def found(run: RunFolder) -> dict[str, str]:
+    """The worst level of what each rule finds."""
+    levels: dict[str, str] = {}
+    for finding in audit(read_evidence(run.root))["findings"]:
+        levels.setdefault(finding["rule"], finding["level"])
+    return levels
+
+
+def first_trial(run: RunFolder):
+    return run.trial(json.loads(run.sweep.read_text())["trials"][0]["name"])
+
+
+def change_lines(run: RunFolder, change, trial=None) -> None:
+    """Rewrite a trial's metrics line by line."""
+    file = (trial or first_trial(run)).metrics
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        change(row, number, "eval_loss" in row)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def change_json(path: Path, change) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def change_table(path: Path, **columns) -> None:
+    table = pq.read_table(path)
+    for name, values in columns.items():
+        table = table.set_column(table.column_names.index(name), name, pa.array(values))
+    pq.write_table(table, path)
+
+
+def evaluations(**values):
+    """A change that sets metrics of every evaluation; functions get the old value."""
+
+    def change(row, number, evaluation):
+        if evaluation:
+            row |= {f"eval_{name.replace('__', '/')}": value for name, value in values.items()}
+
+    return change
+
+
+# Every fault changes the run's files as the fault itself would have.
+
+
+def starts_elsewhere(run):
+    def change(row, number, evaluation):
+        if row["step"] == 1 and not evaluation:
+            row |= {"rewards/chosen": -0.8, "rewards/rejected": -1.3, "rewards/margins": 0.5}
+
+    change_lines(run, change)
+
+
+def goes_on(run):
+    """The second trial begins where the first one ended, far from the base."""
+    one, other = (run.trial(entry["name"]) for entry in json.loads(run.sweep.read_text())["trials"])
+    base = next(json.loads(line) for line in one.metrics.read_text().splitlines())  # its first step is at the base
+
+    def far(beta, way):
+        def change(row, number, evaluation):
+            if evaluation:
+                moved = way + 1e-3 * row["epoch"]
+                for answer, share in (("chosen", 1), ("rejected", 2)):
+                    row[f"eval_logps/{answer}"] = base[f"logps/{answer}"] - share * moved
+                    row[f"eval_rewards/{answer}"] = -beta * share * moved
+
+        return change
+
+    change_lines(run, far(0.1, 20.0), one)
+    change_lines(run, far(0.2, 20.001), other)
+
+
+def other_beta(run):
+    change_json(first_trial(run).record, lambda record: record["config"].update(beta=0.4))
+
+
+def batch_means(run):
+    change_lines(run, evaluations(rewards__accuracies=5 / 7))
+
+
+def zero_loss(run):
+    change_lines(run, lambda row, number, evaluation: row.update(loss=0.0))
+
+
+def nan(run):
+    change_lines(run, lambda row, number, evaluation: evaluation or row.update(grad_norm=float("nan")))
+
+
+def hidden_nan(run):
+    def change(row, number, evaluation):
+        if not evaluation and number > 0:
+            row |= {"loss": 0.0, "rewards/margins": 0.0, "grad_norm": 0.0}
+
+    change_lines(run, change)
+
+
+def no_effect(run):
+    change_lines(
+        run,
+        evaluations(loss=float(np.log(2)), rewards__chosen=0.0, rewards__rejected=0.0, rewards__margins=0.0),
+    )
+
+
+def clipped(run):
+    trial = first_trial(run)
+    rows = [json.loads(line) for line in trial.metrics.read_text().splitlines()]
+    steps = [row for row in rows if "eval_loss" not in row]
+    more = [{**steps[-1], "step": 100 + number, "grad_norm": 9.0} for number in range(600)]
+    trial.metrics.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *more]))
+
+
+def failed(run):
+    change_json(first_trial(run).record, lambda record: record.update(status="failed", reason="the loss became nan"))
+
+
+def collapse(run):
+    def change(row, number, evaluation):
+        if evaluation:
+            row |= {"eval_rewards/chosen": -4.0, "eval_rewards/rejected": -9.0, "eval_rewards/margins": 5.0}
+            row |= {"eval_logps/chosen": -140.0, "eval_logps/rejected": -210.0}
+
+    change_lines(run, change)
+
+
+def overfit(run):
+    def change(row, number, evaluation):
+        if evaluation:
+            row["eval_loss"] = 0.5 if row["epoch"] == 1 else 0.7
+
+    change_lines(run, change)
+    change_json(first_trial(run).record, lambda record: record.update(best_epoch=2))
+
+
+def length_bias(run):
+    file = best_records(run)
+    rows = pq.read_table(file).num_rows
+    long = np.arange(rows) % 2 == 0
+    change_table(
+        file,
+        **{"tokens/chosen": np.where(long, 50, 10), "tokens/rejected": np.full(rows, 30)},
+        **{"rewards/accuracies": long.astype(float)},
+    )
+
+
+def best_records(run: RunFolder) -> Path:
+    trial = first_trial(run)
+    return trial.evaluation(json.loads(trial.record.read_text())["best_epoch"])
+
+
+def summary_of_winner(**values):
+    def plant(run):
+        winner = json.loads(run.selection.read_text())["winner"]
+
+        def change(generations):
+            generations["models"]["base"]["summary"] |= {"median_tokens": 40.0, "ended_share": 0.9}
+            generations["models"][winner]["summary"] |= {"median_tokens": 40.0, "ended_share": 0.9, **values}
+
+        change_json(run.generations, change)
+
+    return plant
+
+
+def swapped_labels(run):
+    change_lines(run, evaluations(rewards__accuracies=4 / 24, rewards__margins=-0.3))
+
+
+def claims_without_rows(run):
+    change_json(run.data, lambda data: data["splits"]["validation"].update(pairs=6))
+    for trial in run.trials.iterdir():
+        change_lines(run, evaluations(rewards__accuracies=5 / 6), run.trial(trial.name))
+
+
+def ranked_by_loss(run):
+    change_json(run.selection, lambda selection: selection.update(rule="eval_loss"))
+
+
+def unsettled(run):
+    def change(selection):
+        selection["settled"] = False
+        selection["comparisons"] = [{**entry, "differs": False} for entry in selection["comparisons"]]
+
+    change_json(run.selection, change)
+
+
+def other_weights(run):
+    file = run.best / "adapter_model.safetensors"
+    other = next(
+        run.trial(trial.name).best
+        for trial in run.trials.iterdir()
+        if trial.name != json.loads(run.selection.read_text())["winner"]
+    )
+    shutil.copy(other / "adapter_model.safetensors", file)
+
+
+def overlap(run):
+    table = pq.read_table(run.pairs).to_pylist()
+    train = next(row for row in table if row["split"] == "train")
+    for row in table:
+        if row["split"] == "validation":
+            row["prompt"] = train["prompt"]
+    pq.write_table(pa.Table.from_pylist(table, schema=pq.read_schema(run.pairs)), run.pairs)
+
+
+def truncated(run):
+    change_json(run.data, lambda data: data["sources"][0].update(shortened=4, dropped={"longer than 64 tokens": 3}))
+
+
+FAULTS = {
+    "start-not-base": (starts_elsewhere, "error"),
+    "trials-continue": (goes_on, "error"),
+    "beta-mislabelled": (other_beta, "error"),
+    "accuracy-impossible": (batch_means, "error"),
+    "train-loss-zero": (zero_loss, "error"),
+    "nan-as-zero": (nan, "error"),
+    "nan-as-zero, hidden": (hidden_nan, "error"),
+    "no-effect": (no_effect, "error"),
+    "always-clipped": (clipped, "note"),
+    "trial-failed": (failed, "warning"),
+    "chosen-collapse": (collapse, "warning"),
+    "only-rejected-falls": (collapse, "note"),
+    "overfit": (overfit, "warning"),
+    "length-bias": (length_bias, "warning"),
+    "length-drift": (summary_of_winner(median_tokens=120.0), "note"),
+    "answers-break": (summary_of_winner(ended_share=0.2), "warning"),
+    "answers-break, empty": (summary_of_winner(empty_share=0.8, median_tokens=0.0), "error"),
+    "answers-break, repeating": (summary_of_winner(repeated_share=0.6), "warning"),
+    "answers-break, in another language": (summary_of_winner(other_language_share=0.5), "warning"),
+    "below-chance": (swapped_labels, "warning"),
+    "few-rows": (claims_without_rows, "warning"),
+    "beta-ranking": (ranked_by_loss, "note"),
+    "winner-unsettled": (unsettled, "note"),
+    "weights-not-reported": (other_weights, "error"),
+    "split-overlap": (overlap, "error"),
+    "truncation": (truncated, "warning"),
+}
+
+
+def cured(run: RunFolder) -> RunFolder:
+    """Take away what the small run itself has: few rows, betas ranked by loss, a winner that is not settled."""
+    change_json(run.data, lambda data: data["splits"]["validation"].update(pairs=2400))
+    change_json(run.selection, lambda selection: selection.update(rule="accuracy", settled=True))
+    return run
+
+
+@pytest.fixture
+def copied(clean, tmp_path):
+    """The clean run, to be spoilt."""
+    shutil.copytree(clean.root, tmp_path / "run")
+    return cured(RunFolder(tmp_path / "run"))
+
+
+def test_every_rule_has_a_planted_fault():
+    assert {name.split(",")[0] for name in FAULTS} == {rule.id for rule in RULES}
+
+
+def test_the_clean_run_is_clean(clean):
+    record = json.loads(clean.audit.read_text())
+    assert {finding["rule"] for finding in record["findings"]} <= {"few-rows", "beta-ranking", "winner-unsettled"}
+    assert not record["not_checked"]
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_found(copied, name):
+    plant, level = FAULTS[name]
+    rule = name.split(",")[0]
+    assert rule not in found(copied)
+    plant(copied)
+    assert found(copied).get(rule) == level
+
+
+def test_clean_runs_raise_no_false_alarm(tiny_model, tmp_path):
+    """Of errors, which say that what is reported is wrong. Seeds are fixed, so that the answer stays the same."""
+    accused = {}
+    for seed in range(1, CLEAN_RUNS + 1):
+        rates = [[1e-3], [3e-3, 1e-3], [1e-4]][seed % 3]
+        run = clean_run(tiny_model, tmp_path / str(seed), seed, learning_rate=rates, beta=[[0.1], [0.1, 0.5]][seed % 2])
+        errors = [each for each in audit(read_evidence(run.root))["findings"] if each["level"] == "error"]
+        if errors:
+            accused[seed] = errors
+        shutil.rmtree(tmp_path / str(seed))
+    assert len(accused) <= FALSE_ALARMS * CLEAN_RUNS, accused

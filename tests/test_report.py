@@ -1,0 +1,259 @@
+"""The report, the model card and `pairtune eval`, over real small runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+from conftest import write_pairs
+from huggingface_hub import ModelCard
+from rich.console import Console
+
+from pairtune.config import resolve
+from pairtune.pipeline import tune
+from pairtune.report.curves import draw_curves
+from pairtune.report.gather import Gathered
+from pairtune.report.words import duration, source_name
+from pairtune.report.write import write_report
+from pairtune.runs import RunFolder
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reported")
+    flags = {
+        "model": str(tiny_model),
+        "data": [str(write_pairs(folder / "train.jsonl", range(8)))],
+        "eval_data": [str(write_pairs(folder / "held.jsonl", range(20, 30)))],
+        "test_data": [str(write_pairs(folder / "test.jsonl", range(40, 46)))],
+        "learning_rate": [3e-3, 1e-3],
+        "beta": [0.1],
+        "epochs": [2],
+        "dtype": "float32",
+        "samples": 2,
+        "out": folder / "my<run>",
+    }
+    run = tune(resolve(None, flags), Console(quiet=True))
+    assert run is not None
+    return run
+
+
+def test_answers_on_validation_prompts_can_choose(tiny_model, tmp_path):
+    flags = {
+        "model": str(tiny_model),
+        "data": [str(write_pairs(tmp_path / "train.jsonl", range(8)))],
+        "eval_data": [str(write_pairs(tmp_path / "held.jsonl", range(20, 25)))],
+        "test_data": [str(write_pairs(tmp_path / "test.jsonl", range(40, 44)))],
+        "learning_rate": [3e-3, 1e-3],
+        "beta": [0.1],
+        "epochs": [1],
+        "dtype": "float32",
+        "samples": 3,
+        "select": "win_rate",
+        "out": tmp_path / "run",
+    }
+    run = tune(resolve(None, flags), Console(quiet=True))
+    choosing, generations, selection = (
+        json.loads(path.read_text()) for path in (run.choosing, run.generations, run.selection)
+    )
+    asked = [prompt[-1]["content"] for prompt in choosing["prompts"]]
+    assert asked == [f"Are there {number} apples?" for number in (20, 21, 22)]  # the choice sees no test prompt
+    assert generations["prompts"][0][-1]["content"] == "Are there 40 apples?"
+    rates = {name: model["win_rate"]["rate"] for name, model in choosing["models"].items() if name != "base"}
+    assert selection["value"] == max(rates.values()) == rates[selection["winner"]]
+    assert "validation prompts: 3" in selection["why"]
+
+
+class Page(HTMLParser):
+    """What a page is made of."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.ids: list[str] = []
+        self.tags: list[str] = []
+        self.text: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        if tag not in ("meta", "br", "link", "img", "path", "use", "rect"):
+            self.open.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "action"):
+                self.addresses.append(value or "")
+            if name == "id":
+                self.ids.append(value or "")
+
+    def handle_endtag(self, tag):
+        if tag in self.open:
+            assert self.open.pop() == tag, tag
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_report_is_one_file_that_needs_nothing_else(run):
+    page = Page(run.report.read_text())
+    assert not page.open
+    assert all(address.startswith("#") for address in page.addresses)
+    anchors = [
+        address for address in page.addresses if address in ("#trials", "#curves", "#answers", "#audit", "#data")
+    ]
+    assert len(anchors) == 5
+    assert {anchor[1:] for anchor in anchors} <= set(page.ids)
+    assert "script" not in page.tags
+    assert "@import" not in run.report.read_text()
+    assert "url(http" not in run.report.read_text()
+
+
+def test_the_report_tells_what_a_stranger_asks(run):
+    said = " ".join(" ".join(Page(run.report.read_text()).text).split())
+    selection, test = (json.loads(path.read_text()) for path in (run.selection, run.test))
+    for expected in (
+        "2 trials of tuning tiny on 8 preference pairs",
+        selection["why"],
+        selection["verdict"][1:],
+        f"On {test['pairs']} test pairs",
+        "lr 0.003, beta 0.1",
+        "KL from the base",
+        "Answers to 2 held-out prompts",
+        "Too few validation rows for the claim",
+        "train: 8 rows of train.jsonl, 8 kept",
+        "config.yaml --out NEW",
+        f"Weights: {selection['best_fingerprint']}",
+    ):
+        assert expected in said, expected
+
+
+def test_what_people_wrote_is_text_and_no_folder_of_theirs_is_named(run):
+    html, text = run.report.read_text(), run.report_text.read_text()
+    assert "my<run>" not in html
+    assert "my&lt;run&gt;" in html
+    for shown in (html, text, run.card.read_text()):
+        assert str(run.root.parent) not in shown
+
+
+def test_an_answer_with_markup_stays_text(run, tmp_path):
+    shutil.copytree(run.root, tmp_path / "run")
+    spoilt = RunFolder(tmp_path / "run")
+    generations = json.loads(spoilt.generations.read_text())
+    for model in generations["models"].values():
+        model["answers"][0]["text"] = "<script>alert(1)</script> [link](javascript:x) | `code`"
+    spoilt.generations.write_text(json.dumps(generations))
+    write_report(spoilt)
+    assert "script" not in Page(spoilt.report.read_text()).tags
+    assert "\\<script\\>alert(1)\\</script\\> \\[link\\](javascript:x) \\| \\`code\\`" in spoilt.report_text.read_text()
+
+
+def test_the_curves_are_all_there_and_speak(run):
+    curves = draw_curves(Gathered(run))
+    assert set(curves) == {"training-loss", "loss", "accuracy", "margin", "chosen", "rejected", "kl"}
+    for name, svg in curves.items():
+        assert svg.startswith("<svg viewBox="), name
+        assert "<title>" in svg
+        assert "lr 0.003, beta 0.1:" in svg
+        assert "currentColor" in svg
+        assert (run.figures / f"{name}.svg").is_file()
+    assert curves == draw_curves(Gathered(run))
+
+
+def test_the_card_has_what_the_hub_and_leaderboards_read(run):
+    card = ModelCard.load(run.card)
+    data = card.data.to_dict()
+    assert data["library_name"] == "peft"
+    assert {"dpo", "pairtune", "lora"} <= set(data["tags"])
+    (accuracy, loss) = card.data.eval_results
+    assert (accuracy.metric_type, loss.metric_type, accuracy.dataset_split) == ("accuracy", "loss", "test")
+    assert accuracy.metric_value == round(json.loads(run.test.read_text())["metrics"]["eval_rewards/accuracies"], 4)
+    assert "lr 0.001, beta 0.1" in card.text  # the losers are included
+    assert not re.search(r"^## (Trials|Audit)", card.text, re.MULTILINE)  # one level below the card's own
+
+
+def test_a_report_can_be_written_again_from_the_folder_alone(run, tmp_path):
+    shutil.copytree(run.root, tmp_path / "moved")
+    shutil.rmtree(tmp_path / "moved" / "figures")
+    command = [sys.executable, "-m", "pairtune", "report", tmp_path / "moved"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "moved" / "report.html")
+    assert (tmp_path / "moved" / "figures" / "loss.svg").read_bytes() == (run.figures / "loss.svg").read_bytes()
+    (tmp_path / "moved" / "COMPLETE").unlink()
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (refused.returncode, "unfinished" in refused.stderr) == (2, True)
+
+
+def test_words():
+    assert duration(59.6) == "1 min 00 s"
+    assert duration(3725) == "1 h 02 min"
+    assert source_name("/home/me/pairs.jsonl.gz") == "pairs.jsonl.gz"
+    assert source_name("pairs/mine.jsonl:12") == "mine.jsonl:12"
+    assert source_name("data/of/mine@train") == "mine@train"
+    assert source_name("Dahoas/rm-static@train") == "Dahoas/rm-static@train"
+    assert source_name("bundled:concise") == "bundled:concise"
+
+
+def evaluate(*arguments) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pairtune", "eval", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+
+
+def test_eval_of_a_run_repeats_its_own_numbers(run):
+    held = run.root.parent / "held.jsonl"
+    done = evaluate(run.root, "--data", held, "--samples", 2, "--dtype", "float32", "--json")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    best = json.loads(run.selection.read_text())["ranking"][0]
+    for name, value in record["metrics"].items():
+        assert value == pytest.approx(best["metrics"][name], abs=1e-5), name
+    assert record["intervals"]["eval_rewards/accuracies"] == best["intervals"]["eval_rewards/accuracies"]
+    assert record["data"]["kept"] == record["pairs"] == 10
+    assert record["answers"]["win_rate"]["ties"] + record["answers"]["win_rate"]["wins"] <= 2
+    shown = evaluate(run.root, "--data", held, "--samples", 2, "--dtype", "float32").stdout
+    assert "win rate" in shown
+    assert "The longer answer is better" in shown
+
+
+def test_eval_takes_a_foreign_adapter_and_a_whole_model(run, tiny_model):
+    held = run.root.parent / "held.jsonl"
+    of_run, of_adapter, of_model = (
+        json.loads(evaluate(*target, "--data", held, "--samples", 0, "--dtype", "float32", "--json").stdout)
+        for target in ((run.root,), (run.best,), (tiny_model, "--base", tiny_model))
+    )
+    assert of_adapter["metrics"] == pytest.approx(of_run["metrics"], abs=1e-6)
+    assert of_model["metrics"]["eval_rewards/margins"] == 0
+    assert of_model["metrics"]["eval_kl"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["MODEL", "--data", "HELD"], "--base: is needed with"),
+        (["MODEL", "--data", "nothing.jsonl"], "--data nothing.jsonl"),
+        (["nothing", "--base", "MODEL", "--data", "HELD"], "MODEL nothing: not a local folder"),
+        (["RUN", "--data", "HELD", "--judge", "http://127.0.0.1:9/v1"], "--judge-model: is needed"),
+        (
+            ["RUN", "--data", "HELD", "--judge", "http://127.0.0.1:9/v1", "--judge-model", "x", "--samples", "1"],
+            "--yes: is needed where nobody can be asked; 2 calls",
+        ),
+        (["RUN", "--data", "HELD", "--beta", "0"], "--beta: must be greater than 0"),
+        (["RUN", "--data", "HELD", "--dtype", "int8"], "--dtype: should be auto"),
+    ],
+)
+def test_what_eval_cannot_use_is_said(run, tiny_model, arguments, message):
+    names = {"RUN": run.root, "MODEL": tiny_model, "HELD": run.root.parent / "held.jsonl"}
+    done = evaluate(*(names.get(argument, argument) for argument in arguments))
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
