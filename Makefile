@@ -38,7 +38,7 @@ chaos: lint
 
 # A hundred clean runs, of which the audit may call at most five wrong; about three minutes.
 alarms: lint
-	HF_HUB_OFFLINE=1 PAIRTUNE_CLEAN_RUNS=100 $(BIN)/pytest tests/test_audit_faults.py -k clean_runs
+	HF_HUB_OFFLINE=1 PAIRTUNE_CLEAN_RUNS=100 $(BIN)/pytest -s tests/test_audit_faults.py -k clean_runs
 
 # On pairs of your own: make bench DATA=pairs.jsonl. Takes about ten minutes; run nothing beside it.
 DATA ?= bundled:concise

@@ -336,4 +336,5 @@ def test_clean_runs_raise_no_false_alarm(tiny_model, tmp_path):
         if errors:
             accused[seed] = errors
         shutil.rmtree(tmp_path / str(seed))
+    print(f"accused: {len(accused)} of {CLEAN_RUNS} clean runs")
     assert len(accused) <= FALSE_ALARMS * CLEAN_RUNS, accused
