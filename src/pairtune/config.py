@@ -53,6 +53,7 @@ Loss = Literal[
 ]
 Search = Literal["grid", "random", "tpe"]
 Select = Literal["eval_loss", "accuracy", "margin", "win_rate"]
+Track = Literal["wandb", "tensorboard", "mlflow"]
 DType = Literal["auto", "float32", "bfloat16"]
 Checkpointing = Literal["auto", "on", "off"]
 OnBadRow = Literal["stop", "skip"]
@@ -198,6 +199,9 @@ class RunConfig(_Training):
     )
     checkpoint_steps: PositiveInt = Field(50, description="minutes of work lost at most, seconds spent on writing")
     select: Select = Field("eval_loss", description="the assignment's rule")
+    track: tuple[Track, ...] = Field(
+        (), description="everything is in metrics.jsonl; trackers are for looking elsewhere"
+    )
     samples: NonNegativeInt | None = Field(
         None, description="held-out prompts answered before and after: 4 to 32, a tenth of the run's time; 0: none"
     )

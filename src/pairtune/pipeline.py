@@ -34,6 +34,7 @@ from pairtune.sweep.search import Search
 from pairtune.sweep.select import best_examples, best_records, install_best, select_best
 from pairtune.track.live import LiveView
 from pairtune.track.sinks import JsonlSink, Sink, Sinks
+from pairtune.track.trackers import TrackerSink, check_trackers
 
 
 def tune(resolved: Resolved, console: Console) -> RunFolder | None:
@@ -47,6 +48,7 @@ def tune(resolved: Resolved, console: Console) -> RunFolder | None:
         RunFailed: the run stopped on one of its guards. The folder stays, without `COMPLETE`.
         Interrupted: the run was asked to stop; `resume` goes on.
     """
+    check_trackers(resolved.config.track)
     base, data, processes, console = _open(resolved.config, console)
     run = RunFolder(processes.from_first(resolved.config.out))
 
@@ -120,7 +122,8 @@ def _carry_out(
     )
     with stop_on_signals(console) as stopping, LiveView(steps, search.count, console) as live:
         watching = LiveAudit(run, search.trial, partial(_say_finding, console))
-        sinks: list[Sink] = [JsonlSink(run), live, watching] if processes.first else []
+        trackers = _trackers(config, search, run, processes, console)
+        sinks: list[Sink] = [JsonlSink(run), live, watching, *trackers] if processes.first else []
         results = run_sweep(config, search, data, base, run, Sinks(sinks), stopping)
     selection: dict[str, Any] = {}
     if processes.first:
@@ -146,6 +149,8 @@ def _carry_out(
             _write_generations(config, data, base, run, console)
         write_json(run.audit, audit(evidence_of_run(run.root)))
         write_report(run)
+        for tracker in trackers:
+            tracker.conclude(run, selection)
         write_atomic(run.complete, datetime.now(UTC).isoformat(timespec="seconds") + "\n")
     processes.wait()
     return run if processes.first else None
@@ -186,6 +191,15 @@ def _prepare(config: RunConfig, base: LoadedBase, console: Console) -> PreparedD
         if source["shortened"]:
             console.print(f"{source['source']}: {source['shortened']} prompts lost their oldest turns", highlight=False)
     return data
+
+
+def _trackers(
+    config: RunConfig, search: Search, run: RunFolder, processes: Processes, console: Console
+) -> list[TrackerSink]:
+    def say(message: str) -> None:
+        console.print(message, highlight=False, soft_wrap=True)
+
+    return [TrackerSink(name, run, search.trial, say) for name in config.track] if processes.first else []
 
 
 def _say_finding(console: Console, finding: Finding) -> None:

@@ -139,6 +139,7 @@ class RunFolder:
     audit = property(lambda self: self.root / "audit.json")
     report = property(lambda self: self.root / "report.html")
     report_text = property(lambda self: self.root / "report.md")
+    tensorboard = property(lambda self: self.root / "tensorboard")
     figures = property(lambda self: self.root / "figures")
     card = property(lambda self: self.root / "README.md")
     best = property(lambda self: self.root / "best")

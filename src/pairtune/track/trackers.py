@@ -1,0 +1,259 @@
+"""Trackers that people look at elsewhere: Weights & Biases, TensorBoard, MLflow. One tracked run a trial, in one group.
+
+They follow a run and never stop it: what a tracker throws is said once, and the run goes on without it. Names are those
+that transformers' own integrations use (`train/loss`, `eval/rewards/margins`), so that dashboards carry over. Keys and
+logins are the tracker's own business; nothing here reads or writes them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from pairtune.config import Track, TrialConfig
+from pairtune.errors import BadInput, one_line
+from pairtune.runs import RunFolder, fingerprint
+
+_PACKAGES: dict[Track, str] = {"wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow"}
+_PROJECT = "pairtune"
+# Of the choice, what a tracker shows of the run as a whole.
+_CONCLUSION = ("winner", "best_epoch", "metric", "value", "verdict")
+_WANDB_WAITS = 30  # seconds, where there may be no network
+
+
+class Tracker(Protocol):
+    """One tracker, for all trials of a run."""
+
+    def open(self, trial: TrialConfig) -> None:
+        """A trial begins, or goes on."""
+
+    def log(self, trial: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Numbers of one step or evaluation."""
+
+    def close(self, trial: str, summary: Mapping[str, Any]) -> None:
+        """A trial has ended."""
+
+    def conclude(self, run: RunFolder, summary: Mapping[str, Any]) -> None:
+        """The run has ended, its report is written."""
+
+
+def check_trackers(names: Sequence[Track]) -> None:
+    """Raise BadInput where the package of a tracker is missing; before anything is trained."""
+    for name in names:
+        if find_spec(_PACKAGES[name]) is None:
+            raise BadInput(f"--track {name}: needs the package {_PACKAGES[name]}; pip install 'pairtune[{name}]'")
+
+
+Say = Callable[[str], None]
+
+
+def open_tracker(name: Track, run: RunFolder, say: Say) -> Tracker:
+    """The tracker called `name`."""
+    if name == "wandb":
+        return WandbTracker(run, say)
+    return TensorboardTracker(run) if name == "tensorboard" else MlflowTracker(run)
+
+
+class TrackerSink:
+    """A tracker as a sink.
+
+    Args:
+        name: of the tracker.
+        run: whose records are followed.
+        trial: gives a trial's settings by its name.
+        say: is told when the tracker fails, once.
+    """
+
+    def __init__(self, name: Track, run: RunFolder, trial: Callable[[str], TrialConfig], say: Say) -> None:
+        self._name, self._trial, self._say = name, trial, say
+        self._tracker: Tracker | None = None
+        self._losses: dict[tuple[str, int], float] = {}
+        with self._tolerating():
+            self._tracker = open_tracker(name, run, say)
+
+    def start(self, trial: str, total_steps: int, steps: int, lines: int) -> None:
+        with self._tolerating() as tracker:
+            tracker.open(self._trial(trial))
+
+    def log(self, trial: str, record: dict[str, Any]) -> None:
+        if "eval_loss" in record:
+            self._losses[trial, int(record["epoch"])] = record["eval_loss"]
+        with self._tolerating() as tracker:
+            tracker.log(trial, int(record["step"]), tracked_names(record))
+
+    def busy(self, trials: Sequence[str], what: str, done: int, total: int) -> None:
+        pass
+
+    def finish(self, trial: str, status: str, best_epoch: int | None) -> None:
+        summary: dict[str, Any] = {"status": status}
+        if best_epoch is not None:
+            summary["best_epoch"] = best_epoch
+        if (trial, best_epoch) in self._losses:  # else an earlier call had evaluated it
+            summary["best_eval_loss"] = self._losses[trial, best_epoch or 0]
+        with self._tolerating() as tracker:
+            tracker.close(trial, summary)
+
+    def conclude(self, run: RunFolder, selection: Mapping[str, Any]) -> None:
+        """Hand over the choice and the report."""
+        with self._tolerating() as tracker:
+            tracker.conclude(run, {name: selection[name] for name in _CONCLUSION})
+
+    @contextmanager
+    def _tolerating(self) -> Iterator[Any]:
+        """The tracker; what it throws ends it, and nothing else."""
+        try:
+            yield self._tracker or _Silent()
+        except Exception as error:  # noqa: BLE001 - whatever a tracker throws, training goes on
+            self._tracker = None
+            self._say(f"{self._name}: {one_line(error, 160)}; the run goes on without it, all is in metrics.jsonl")
+
+
+class _Silent:
+    """In place of a tracker that has failed."""
+
+    def _nothing(self, *_: object) -> None:
+        pass
+
+    open = log = close = conclude = _nothing
+
+
+def tracked_names(record: Mapping[str, Any]) -> dict[str, float]:
+    """A record under the names of transformers' trackers: `train/…` and `eval/…`; what is no number is left out."""
+    evaluation, named = "eval_loss" in record, {}
+    for name, value in record.items():
+        if not isinstance(value, int | float) or name == "step":
+            continue
+        part = "eval/" + name.removeprefix("eval_") if name.startswith("eval_") else f"train/{name}"
+        if name == "loss" and evaluation:
+            part = "train/epoch_loss"
+        named[part] = float(value)
+    return named | {"train/global_step": float(record["step"])}
+
+
+class WandbTracker:
+    """Weights & Biases.
+
+    Offline (`WANDB_MODE=offline`) everything waits for `wandb sync`, and so it does where the service cannot be reached
+    at the start; once a run is open its own process retries.
+    """
+
+    def __init__(self, run: RunFolder, say: Say) -> None:
+        import wandb
+
+        self._wandb, self._root, self._say = wandb, run.root.resolve(), say
+        self._mode: Any = None  # as the environment has it
+        self._runs: dict[str, Any] = {}
+
+    def open(self, trial: TrialConfig) -> None:
+        self._runs[trial.name] = self._init(trial.name, "trial", trial.model_dump(mode="json"))
+
+    def log(self, trial: str, step: int, metrics: Mapping[str, float]) -> None:
+        self._runs[trial].log(dict(metrics))
+
+    def close(self, trial: str, summary: Mapping[str, Any]) -> None:
+        tracked = self._runs.pop(trial)
+        tracked.summary.update(dict(summary))
+        tracked.finish()
+
+    def conclude(self, run: RunFolder, summary: Mapping[str, Any]) -> None:
+        tracked = self._init("result", "result", {})
+        tracked.summary.update(dict(summary))
+        tracked.log({"report": self._wandb.Html(run.report.read_text(encoding="utf-8"))})
+        tracked.finish()
+
+    def _init(self, name: str, kind: str, config: dict[str, Any]) -> Any:
+        # The same trial of the same run has the same id, so that a resumed run goes on there.
+        settings: dict[str, Any] = {
+            "project": os.environ.get("WANDB_PROJECT", _PROJECT),
+            "group": self._root.name,
+            "name": name,
+            "id": fingerprint([str(self._root), name]),
+            "job_type": kind,
+            "config": config,
+            "resume": "allow",
+            "reinit": "create_new",  # trials run side by side
+            "settings": self._wandb.Settings(init_timeout=_WANDB_WAITS, silent=True),
+        }
+        try:
+            return self._wandb.init(mode=self._mode, **settings)
+        except Exception as error:
+            if self._mode == "offline":
+                raise
+            self._mode = "offline"
+            self._say(f"wandb: {one_line(error, 160)}; tracked offline, `wandb sync` sends it later")
+            settings["id"] = fingerprint([settings["id"], "offline"])  # W&B's process still holds the other one
+            return self._wandb.init(mode=self._mode, **settings)
+
+
+class TensorboardTracker:
+    """Event files in the run folder's `tensorboard/`, a folder a trial."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._folder = run.tensorboard
+        self._writers: dict[str, Any] = {}
+
+    def open(self, trial: TrialConfig) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writers[trial.name] = SummaryWriter(str(self._folder / trial.name))
+        self._writers[trial.name].add_text("config", trial.model_dump_json(indent=2))
+
+    def log(self, trial: str, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writers[trial].add_scalar(name, value, step)
+
+    def close(self, trial: str, summary: Mapping[str, Any]) -> None:
+        writer = self._writers.pop(trial)
+        writer.add_text("summary", str(dict(summary)))
+        writer.close()
+
+    def conclude(self, run: RunFolder, summary: Mapping[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(self._folder / "result"))
+        writer.add_text("result", str(dict(summary)))
+        writer.add_text("report", run.report_text.read_text(encoding="utf-8"))
+        writer.close()
+
+
+class MlflowTracker:
+    """MLflow, at `MLFLOW_TRACKING_URI` or where its own default is; a run's trials are children of one parent run."""
+
+    def __init__(self, run: RunFolder) -> None:
+        from mlflow import MlflowClient
+
+        self._client = MlflowClient()
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
+        found = self._client.get_experiment_by_name(name)
+        self._experiment = found.experiment_id if found else self._client.create_experiment(name)
+        self._parent = self._client.create_run(self._experiment, run_name=run.root.resolve().name).info.run_id
+        self._runs: dict[str, str] = {}
+
+    def open(self, trial: TrialConfig) -> None:
+        tags = {"mlflow.parentRunId": self._parent}
+        self._runs[trial.name] = self._client.create_run(self._experiment, run_name=trial.name, tags=tags).info.run_id
+        for name, value in trial.model_dump(mode="json").items():
+            self._client.log_param(self._runs[trial.name], name, value)
+
+    def log(self, trial: str, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            if math.isfinite(value):
+                self._client.log_metric(self._runs[trial], name, value, step=step)
+
+    def close(self, trial: str, summary: Mapping[str, Any]) -> None:
+        tracked = self._runs.pop(trial)
+        for name, value in summary.items():
+            self._client.set_tag(tracked, name, value)
+        self._client.set_terminated(tracked, "FINISHED" if summary["status"] == "finished" else "FAILED")
+
+    def conclude(self, run: RunFolder, summary: Mapping[str, Any]) -> None:
+        for name, value in summary.items():
+            self._client.set_tag(self._parent, name, value)
+        for file in (run.report, run.config):
+            self._client.log_artifact(self._parent, str(Path(file)))
+        self._client.set_terminated(self._parent)
