@@ -116,6 +116,8 @@ def goes_on(run):
 
     def far(beta, way):
         def change(row, number, evaluation):
+            if row["step"] == 1 and not evaluation and beta == 0.2:
+                row |= {"rewards/chosen": -4.0, "rewards/rejected": -8.0, "rewards/margins": 4.0}
             if evaluation:
                 moved = way + 1e-3 * row["epoch"]
                 for answer, share in (("chosen", 1), ("rejected", 2)):
@@ -141,7 +143,11 @@ def zero_loss(run):
 
 
 def nan(run):
-    change_lines(run, lambda row, number, evaluation: evaluation or row.update(grad_norm=float("nan")))
+    change_lines(run, lambda row, number, evaluation: evaluation or row.update(loss=float("nan")))
+
+
+def overflow(run):
+    change_lines(run, lambda row, number, evaluation: number != 2 or row.update(grad_norm=float("inf")))
 
 
 def hidden_nan(run):
@@ -271,6 +277,7 @@ FAULTS = {
     "train-loss-zero": (zero_loss, "error"),
     "nan-as-zero": (nan, "error"),
     "nan-as-zero, hidden": (hidden_nan, "error"),
+    "nan-as-zero, in a loss scaler": (overflow, "note"),
     "no-effect": (no_effect, "error"),
     "always-clipped": (clipped, "note"),
     "trial-failed": (failed, "warning"),

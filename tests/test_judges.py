@@ -84,7 +84,10 @@ class Endpoint(BaseHTTPRequestHandler):
             return
         asked = body["messages"][-1]["content"]
         first, second = asked.split("# Answer A\n")[1].split("# Answer B\n")
-        letter = "B" if "yes" in second.split("Reply")[0] and "yes" not in first else "A"
+        if self.server.says is not None:
+            letter = self.server.says
+        else:
+            letter = "B" if "yes" in second.split("Reply")[0] and "yes" not in first else "A"
         reply = {
             "id": "1",
             "object": "chat.completion",
@@ -106,7 +109,7 @@ class Endpoint(BaseHTTPRequestHandler):
 @pytest.fixture
 def endpoint(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
-    server.seen, server.failing = [], False
+    server.seen, server.failing, server.says = [], False, None
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     monkeypatch.setenv("PAIRTUNE_JUDGE_KEY", SECRET)
@@ -134,6 +137,23 @@ def test_an_endpoint_is_asked_in_both_orders_and_once(endpoint):
     kept = [file.read_text() for file in (user_cache() / "judged").iterdir()]
     assert kept
     assert not any(SECRET in text for text in kept)
+
+
+@pytest.mark.parametrize(("said", "score"), [("**A**", TIE), ("Answer B.", TIE), ("a, because it is", TIE)])
+def test_verdicts_are_read_as_judges_write_them(endpoint, said, score):
+    """The same letter in both orders is a preference for a place."""
+    endpoint.says = said
+    judge = EndpointJudge(f"http://127.0.0.1:{endpoint.server_port}/v1", f"talks {said}")
+    assert judge.judge(prompts("one?"), answers("yes"), answers("no"), lambda done: None) == [score]
+
+
+def test_a_judge_that_gives_no_verdict_is_none(endpoint):
+    endpoint.says = "<think>Let me see"
+    url = f"http://user:{SECRET}@127.0.0.1:{endpoint.server_port}/v1"
+    with pytest.raises(RunFailed, match="2 of 2 replies are no verdict") as failure:
+        EndpointJudge(url, "thinks").judge(prompts("one?"), answers("yes"), answers("no"), lambda done: None)
+    assert SECRET not in str(failure.value)
+    assert SECRET not in EndpointJudge(url, "thinks").name
 
 
 def test_an_endpoint_that_refuses_is_said_without_the_key(endpoint):

@@ -14,11 +14,11 @@ from conftest import write_pairs
 from huggingface_hub import ModelCard
 from rich.console import Console
 
-from pairtune.config import resolve
+from pairtune.config import resolve, source_name
 from pairtune.pipeline import tune
 from pairtune.report.curves import draw_curves
 from pairtune.report.gather import Gathered
-from pairtune.report.words import duration, source_name
+from pairtune.report.words import duration
 from pairtune.report.write import write_report
 from pairtune.runs import RunFolder
 

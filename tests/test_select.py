@@ -64,7 +64,8 @@ def test_answers_choose_where_they_are_asked_for():
     assert "highest win_rate (1.0000)" in selection["why"]
     assert "validation prompts: 8" in selection["why"]
     assert "by win_rate on these 8 prompts" in selection["verdict"]
-    assert selection["warnings"] == []
+    (warning,) = selection["warnings"]
+    assert "what it was chosen for" in warning
     level = select_best(RESULTS, records, "win_rate", dict.fromkeys(wins, [0.5] * 8))
     assert level["winner"] == RESULTS[0].trial.name  # the lowest loss of those that are level
     assert "no trial can be told from another" in level["verdict"]

@@ -131,7 +131,7 @@ class Broken:
     def __init__(self) -> None:
         self.logged = 0
 
-    def open(self, trial):
+    def open(self, trial, steps):
         pass
 
     def log(self, trial, step, metrics):

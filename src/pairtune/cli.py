@@ -169,6 +169,61 @@ def audit(
         raise typer.Exit(1)
 
 
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")],
+    to: Annotated[Path, typer.Option(help="Folder for it; must not exist yet.")],
+    form: Annotated[str, typer.Option("--format", help="adapter (PEFT) or merged (a plain transformers folder).")],
+    as_json: Json = False,
+) -> None:
+    """Write a run's model for other tools, load it again, and check that it is the trained one."""
+    _check_choice("--format", form, ("adapter", "merged"))
+    from pairtune.runs import RunFolder
+
+    finished = RunFolder.finished(run)
+    from pairtune.publish.export import export_run
+
+    parity = export_run(finished, form, to)  # type: ignore[arg-type]
+    if as_json:
+        typer.echo(json.dumps({"to": str(to), **vars(parity)}))
+        return
+    typer.echo(
+        f"{to}: same prompt tokens; a token's log-prob differs by {parity.logp_difference:.2g} nats "
+        f"({parity.tolerance:g} allowed); {parity.same_answers} of {parity.prompts} greedy answers are the same"
+    )
+
+
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")],
+    repo: Annotated[str, typer.Option(metavar="USER/NAME", help="On the Hub; made where it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Where the repository is made.")] = False,
+    what: Annotated[str, typer.Option(help="adapter (default) or merged.")] = "adapter",
+    revision: Annotated[str | None, typer.Option(help="Branch (main).")] = None,
+    anyway: Annotated[bool, typer.Option("--anyway", help="Also what the audit calls wrong.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List every file and its size, and send nothing.")] = False,
+) -> None:
+    """Publish a run's model with card, report and figures on the Hugging Face Hub, in one commit."""
+    _check_choice("--what", what, ("adapter", "merged"))
+    from pairtune.runs import RunFolder
+
+    finished = RunFolder.finished(run)
+    from pairtune.publish.hub import push_run
+
+    pushed = push_run(
+        finished,
+        repo,
+        what,  # type: ignore[arg-type]
+        private=private,
+        revision=revision,
+        anyway=anyway,
+        dry_run=dry_run,
+    )
+    for name, size in pushed.files.items():
+        typer.echo(f"{size:>13,}  {name}", err=not dry_run)
+    typer.echo(pushed.url or f"{sum(pushed.files.values()):>13,}  in {len(pushed.files)} files; nothing was sent")
+
+
 @app.command("eval")
 def evaluate(
     target: Annotated[
@@ -189,9 +244,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Judge a model on pairs: what it prefers, what it answers, and how often it wins over its base."""
-    _check_bad_row_choice(on_bad_row)
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise BadInput(f"--dtype: should be auto, float32 or bfloat16 (given: {dtype!r})")
+    _check_choice("--on-bad-row", on_bad_row, ("stop", "skip"))
+    _check_choice("--dtype", dtype, ("auto", "float32", "bfloat16"))
     if not 0 < beta < float("inf"):
         raise BadInput(f"--beta: must be greater than 0, not {beta:g}")
     reading = _open_reading(data, column, limit, "--data")
@@ -304,7 +358,7 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Write a source in TRL's conversational format."""
-    _check_bad_row_choice(on_bad_row)
+    _check_choice("--on-bad-row", on_bad_row, ("stop", "skip"))
     reading = _open_reading(source, column, limit)
 
     from pairtune.data.convert import convert_source
@@ -317,9 +371,9 @@ def convert(
     typer.echo(f"{out}: {record['kept']:,} pairs of {record['rows_in']:,} rows{dropped}")
 
 
-def _check_bad_row_choice(on_bad_row: str) -> None:
-    if on_bad_row not in ("stop", "skip"):
-        raise BadInput(f"--on-bad-row: should be stop or skip (given: {on_bad_row!r})")
+def _check_choice(flag: str, given: str, choices: tuple[str, ...]) -> None:
+    if given not in choices:
+        raise BadInput(f"{flag}: should be {', '.join(choices[:-1])} or {choices[-1]} (given: {given!r})")
 
 
 def _open_reading(source: str, column: list[str] | None, limit: int | None, flag: str = "SRC") -> Reading:

@@ -7,11 +7,12 @@ defaults, a YAML file and flags, in this order; `Resolved.origins` remembers whi
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import product
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -113,6 +114,16 @@ def _all_weighted_or_none(sources: list[SourceConfig]) -> list[SourceConfig]:
 Sources = Annotated[
     list[SourceConfig], Field(min_length=1), BeforeValidator(_as_sources), AfterValidator(_all_weighted_or_none)
 ]
+
+
+_FILES = (".jsonl", ".json", ".csv", ".parquet", ".gz", ".zst")
+
+
+def source_name(source: str) -> str:
+    """A source of pairs without the folders of the machine that it lay on; a Hub id stays whole."""
+    path = re.sub(r":\d+$", "", source.partition("@")[0])  # without the row of an origin
+    local = path.startswith(("/", ".", "~")) or path.count("/") > 1 or Path(path).suffix in _FILES
+    return PurePath(source).name if local or Path(path).exists() else source
 
 
 class _Training(_Strict):

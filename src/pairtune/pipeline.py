@@ -124,7 +124,11 @@ def _carry_out(
         watching = LiveAudit(run, search.trial, partial(_say_finding, console))
         trackers = _trackers(config, search, run, processes, console)
         sinks: list[Sink] = [JsonlSink(run), live, watching, *trackers] if processes.first else []
-        results = run_sweep(config, search, data, base, run, Sinks(sinks), stopping)
+        try:
+            results = run_sweep(config, search, data, base, run, Sinks(sinks), stopping)
+        finally:
+            for tracker in trackers:
+                tracker.interrupt()  # nothing, where all trials have ended
     selection: dict[str, Any] = {}
     if processes.first:
         wins = _wins_on_validation(config, data, base, run, console) if config.select == "win_rate" else None
@@ -219,7 +223,7 @@ def _write_generations(
     speakers = _speakers(base, run)
     if config.samples is None:
         ended = [run.read_json(run.trial(trial["name"]).record) for trial in run.read_json(run.sweep)["trials"]]
-        seconds = sum(trial["train_seconds"] / trial["side_by_side"] for trial in ended)
+        seconds = sum(trial["own_seconds"] for trial in ended)
         prompts = prompts[: affordable(speakers, prompts, seconds, config.seed)]
     _answer(speakers, prompts, config.seed, run.generations, console)
 

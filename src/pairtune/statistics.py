@@ -109,7 +109,7 @@ def share_interval(count: float, total: int) -> tuple[float, float]:
     if not total:
         return 0.0, 1.0
     z = NormalDist().inv_cdf(1 - ALPHA / 2)
-    share, room = count / total, z * z / total
+    share, room = min(max(count / total, 0.0), 1.0), z * z / total
     centre = (share + room / 2) / (1 + room)
     half = z / (1 + room) * math.sqrt(share * (1 - share) / total + room / (4 * total))
     return max(0.0, centre - half), min(1.0, centre + half)

@@ -145,8 +145,10 @@ class _Lockstep:
         while self.seen < len(order) and self.members:
             started = time.perf_counter()
             self._train_step(order[self.seen : self.seen + self.shared.batch_size])
+            seconds = time.perf_counter() - started
             for member in self.members:
-                member.result.train_seconds += time.perf_counter() - started
+                member.result.train_seconds += seconds
+                member.result.own_seconds += seconds / len(self.members)
             self._retire()
             self._pause(checkpoint=self.step % self.inputs.checkpoint_steps == 0)
 
@@ -313,7 +315,7 @@ class _Lockstep:
         raise TrialFailed(
             f"the loss became {loss} and the gradient norm {norm} at step {self.step} (pairs {origins}); lower the "
             f"learning rate ({member.trial.learning_rate:g}), or use --dtype float32. The weights before it are in "
-            f"{member.folder.failed}"
+            f"{member.folder.failed.relative_to(self.run.root)}"
         )
 
     def _evaluate(self) -> None:

@@ -67,6 +67,7 @@ class TrialResult:
         base_fingerprint: of the weights the trial started from.
         best_fingerprint: of the weight files in the trial's `best/`.
         train_seconds: time in training steps, without loading, evaluation and saving.
+        own_seconds: of these, this trial's share: a second of four trials is a quarter of a second of each.
         train_pairs: seen in all steps together.
         side_by_side: how many trials were trained together, sharing `train_seconds`, when this one began.
         steps_without_gradient: steps whose gradient was exactly 0, so that they taught nothing.
@@ -82,6 +83,7 @@ class TrialResult:
     best_fingerprint: str = ""
     steps_without_gradient: int = 0
     train_seconds: float = 0.0
+    own_seconds: float = 0.0
     train_pairs: int = 0
     side_by_side: int = 1
     peak_memory_mb: int = 0
@@ -129,6 +131,7 @@ _KEPT = (
     "base_fingerprint",
     "best_fingerprint",
     "steps_without_gradient",
+    "own_seconds",
     "train_pairs",
     "side_by_side",
 )

@@ -223,7 +223,9 @@ class _Keeper(TrainerCallback):
         self._step_started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.result.train_seconds += time.perf_counter() - self._step_started
+        seconds = time.perf_counter() - self._step_started
+        self.result.train_seconds += seconds
+        self.result.own_seconds += seconds
         if self.inputs.stopping():
             raise Interrupted(f"interrupted; `pairtune resume {self.run.root}` begins this trial anew")
 

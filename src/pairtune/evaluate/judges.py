@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pairtune.errors import BadInput, RunFailed, one_line
 from pairtune.evaluate.winrate import LOSS, TIE, WIN, Judge, Progress, RuleJudge, Turns, better
 from pairtune.models.generate import Answer
 from pairtune.runs import fingerprint, user_cache, write_json
 
-KEY_VARIABLES = ("PAIRTUNE_JUDGE_KEY", "OPENAI_API_KEY")
+# The second one goes to its owner alone.
+_KEY, _OPENAI_KEY, _OPENAI = "PAIRTUNE_JUDGE_KEY", "OPENAI_API_KEY", "api.openai.com"
+_VERDICT = re.compile(r"\W*(?:answer\s+)?([ABT])\b", re.IGNORECASE)
+# A judge that says something else this often is none.
+_UNREADABLE_SHARE = 0.1
 _LETTERS_A_TOKEN = 4  # of English text, for the estimate of the cost
 _ASKED = """Which of two answers to the conversation is better: more helpful, true, and no longer than needed?
 The order and the length of the answers must not matter.
@@ -40,6 +47,8 @@ def open_judge(name: str, judge_model: str | None) -> Judge:
     if name == "rule":
         return RuleJudge()
     if name.startswith(("http://", "https://")):
+        if find_spec("openai") is None:
+            raise BadInput("--judge: an endpoint needs the package openai; pip install 'pairtune[judge]'")
         if not judge_model:
             raise BadInput("--judge-model: is needed with an endpoint: the name under which it knows the judge")
         return EndpointJudge(name.rstrip("/"), judge_model)
@@ -119,7 +128,8 @@ class EndpointJudge:
     @property
     def name(self) -> str:
         """For reports; no key is part of it."""
-        return f"{self.model} at {self.url}"
+        parts = urlsplit(self.url)
+        return f"{self.model} at {parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
     def estimate(self, prompts: Sequence[Turns], ours: Sequence[Answer], base: Sequence[Answer]) -> dict[str, int]:
         """What asking will cost: `calls` and about how many `tokens` they send; answers in the cache cost nothing."""
@@ -134,11 +144,17 @@ class EndpointJudge:
     def judge(
         self, prompts: Sequence[Turns], ours: Sequence[Answer], base: Sequence[Answer], progress: Progress
     ) -> list[float]:
-        scores = []
+        scores, unreadable = [], 0
         for straight, swapped in self._questions(prompts, ours, base):
             first, second = self._ask(straight), self._ask(swapped)
+            unreadable += (not first) + (not second)
             scores.append({("A", "B"): WIN, ("B", "A"): LOSS}.get((first, second), TIE))
             progress(len(scores))
+        if unreadable > _UNREADABLE_SHARE * 2 * len(scores):
+            raise RunFailed(
+                f"--judge {self.name}: {unreadable} of {2 * len(scores)} replies are no verdict (A, B or T); take a "
+                "model that answers with one letter"
+            )
         return scores
 
     def _questions(
@@ -155,7 +171,7 @@ class EndpointJudge:
         return user_cache() / "judged" / f"{fingerprint([self.url, self.model, question])}.json"
 
     def _ask(self, question: str) -> str:
-        """A, B or T.
+        """A, B or T; nothing where the reply is none of them.
 
         Raises:
             RunFailed: the endpoint does not answer; what it has said so far is kept.
@@ -171,17 +187,19 @@ class EndpointJudge:
             )
         except OpenAIError as error:
             raise RunFailed(
-                f"--judge {self.url}: {one_line(error, 160)}; what it has said so far is kept, so a second try goes on"
+                f"--judge {self.name}: {one_line(error, 160)}; what it has said so far is kept, so a second try goes on"
             ) from error
-        text = (reply.choices[0].message.content or "").strip().upper()
-        said = text[:1] if text[:1] in ("A", "B") and text[1:2] in ("", ".", ")", " ", "\n") else "T"
+        text = reply.choices[0].message.content if reply.choices else None
+        found = _VERDICT.match(text or "")
+        if found is None:
+            return ""
+        said = found.group(1).upper()
         write_json(cached, {"said": said})
         return said
 
     def _client(self) -> Any:
-        try:
-            from openai import OpenAI
-        except ImportError:
-            raise BadInput("--judge: an endpoint needs the package openai; pip install 'pairtune[judge]'") from None
-        key = next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), "none")
+        from openai import OpenAI
+
+        variables = (_KEY, _OPENAI_KEY) if urlsplit(self.url).hostname == _OPENAI else (_KEY,)
+        key = next((os.environ[name] for name in variables if os.environ.get(name)), "none")
         return OpenAI(base_url=self.url, api_key=key, max_retries=4)

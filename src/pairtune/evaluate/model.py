@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
+from safetensors import SafetensorError
 
 from pairtune.config import OnBadRow, TrialConfig, resolve
 from pairtune.data.convert import tokenize_source
@@ -27,6 +28,10 @@ from pairtune.runs import RunFolder
 
 # In what a foreign adapter must be like ours, so that the engine's kernels can run it.
 _PLAIN_LORA: dict[str, Any] = {
+    "layers_to_transform": None,
+    "lora_bias": False,
+    "trainable_token_indices": None,
+    "fan_in_fan_out": False,
     "use_dora": False,
     "modules_to_save": None,
     "rank_pattern": {},
@@ -83,7 +88,7 @@ def _of_run(run: RunFolder) -> Candidate:
 def _of_adapter(folder: Path, base: str | None, beta: float, dtype: str) -> Candidate:
     try:
         settings: Any = PeftConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise BadInput(f"{folder}: the adapter's settings cannot be read ({one_line(error)})") from error
     beyond = [name for name, plain in _PLAIN_LORA.items() if (getattr(settings, name, plain) or plain) != plain]
     if str(settings.peft_type) not in ("LORA", "PeftType.LORA") or beyond:
@@ -92,6 +97,11 @@ def _of_adapter(folder: Path, base: str | None, beta: float, dtype: str) -> Cand
             f"{folder}: is no plain LoRA adapter ({what}); merge it into its base and give that, with --base"
         )
     targets = settings.target_modules
+    if not targets or (isinstance(targets, str) and targets != "all-linear"):
+        raise BadInput(f"{folder}: names its layers by {targets!r}; merge it into its base and give that, with --base")
+    base = base or settings.base_model_name_or_path
+    if not base:
+        raise BadInput(f"--base: is needed with {folder}, which does not name its own")
     trial = TrialConfig(
         learning_rate=1.0,
         beta=beta,
@@ -100,7 +110,7 @@ def _of_adapter(folder: Path, base: str | None, beta: float, dtype: str) -> Cand
         rslora=settings.use_rslora,
         lora_targets=None if isinstance(targets, str) else tuple(sorted(targets)),
     )
-    return Candidate(str(folder), trial, folder, open_base(base or settings.base_model_name_or_path, dtype))
+    return Candidate(str(folder), trial, folder, open_base(base, dtype))
 
 
 def read_pairs(
@@ -127,9 +137,11 @@ def evaluate_pairs(
         `pairs`, `metrics` and `intervals` under TRL's names, and `examples` (see `describe_examples`).
     """
     with tempfile.TemporaryDirectory(prefix="pairtune-") as scratch:
-        records = evaluate_weights(
-            candidate.trial, candidate.weights, candidate.base, pairs, Path(scratch) / "reference.safetensors", progress
-        )
+        reference = Path(scratch) / "reference.safetensors"
+        try:
+            records = evaluate_weights(candidate.trial, candidate.weights, candidate.base, pairs, reference, progress)
+        except (ValueError, FileNotFoundError, SafetensorError) as error:
+            raise BadInput(f"{candidate.weights}: the weights do not fit the base ({one_line(error)})") from error
         file = Path(scratch) / "records.parquet"
         write_records(file, pairs, records)
         return {

@@ -132,13 +132,12 @@ def _from_hub(name: str, flag: str) -> ModelSource:
     """Fetch a Hub model into the Hub's own cache (or find it there when offline)."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import HfHubHTTPError
 
     try:
         folder = Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except HFValidationError as error:
         raise BadInput(f"{flag} {name}: no such folder, and not a Hub id (USER/NAME)") from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:
         raise BadInput(
             f"{flag} {name}: not a local folder, and not to be had from the Hub ({one_line(error, 120)}); "
             f"check the name and the network, or use --model {BUNDLED}"

@@ -8,21 +8,25 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from pairtune.config import source_name
 from pairtune.report.gather import Gathered
-from pairtune.report.words import source_name
 
 _TASK = ("text-generation", "Text Generation")
 _METRICS = {"eval_rewards/accuracies": ("accuracy", "Preference accuracy"), "eval_loss": ("loss", "Loss")}
 
 
-def model_card(run: Gathered, report: str) -> str:
+def model_card(run: Gathered, report: str, *, repository: str = "THIS_REPOSITORY", adapter: bool | None = None) -> str:
     """The card as text, front matter included.
 
     Args:
         run: that the model comes from.
         report: the run's report in Markdown, which the card ends with, losers and findings included.
+        repository: where the model will lie on the Hub.
+        adapter: whether it is an adapter; as the run trained it where nothing is said.
     """
-    base, adapter = run.environment["base"], run.config["method"] == "lora"
+    base = run.environment["base"]
+    if adapter is None:
+        adapter = run.config["method"] == "lora"
     data = ModelCardData(
         model_name=run.name,
         base_model=base["hub_id"],
@@ -33,10 +37,12 @@ def model_card(run: Gathered, report: str) -> str:
         tags=["dpo", "preference-tuning", "pairtune", *(["lora"] if adapter else [])],
         eval_results=list(_results(run)),
     )
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(run, adapter=adapter)}\n{_without_title(report)}"))
+    return str(
+        ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(run, repository, adapter=adapter)}\n{_without_title(report)}")
+    )
 
 
-def _body(run: Gathered, *, adapter: bool) -> str:
+def _body(run: Gathered, repository: str, *, adapter: bool) -> str:
     base, sources = run.environment["base"], ", ".join(_names(run.data["sources"]))
     loader = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
     package = "peft" if adapter else "transformers"
@@ -49,8 +55,8 @@ def _body(run: Gathered, *, adapter: bool) -> str:
 from {package} import {loader}
 from transformers import AutoTokenizer
 
-model = {loader}.from_pretrained("THIS_REPOSITORY")
-tokenizer = AutoTokenizer.from_pretrained("THIS_REPOSITORY")
+model = {loader}.from_pretrained("{repository}")
+tokenizer = AutoTokenizer.from_pretrained("{repository}")
 ```
 
 - Base: {run.base_name}, licence {base["license"] or "not known: look it up before you publish"}

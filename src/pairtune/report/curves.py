@@ -68,7 +68,8 @@ def _moved(trial: Trial, answer: str) -> tuple[list[float], list[float]]:
 
 
 def _start_of_loss(trial: Trial) -> float | None:
-    return _LN_2 if trial.record["config"]["loss"] == "sigmoid" else None
+    config = trial.record["config"]
+    return _LN_2 if config["loss"] == "sigmoid" and not config["sft_weight"] else None
 
 
 Series = Callable[[Trial], tuple[list[float], list[float]]]

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from pairtune.report.words import source_name
+from pairtune.config import source_name
 
 _STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 

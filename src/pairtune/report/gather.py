@@ -117,7 +117,7 @@ class Gathered:
     def cost(self) -> dict[str, float]:
         """Seconds from the start to now or to the end, seconds of training, memory and an estimate of energy."""
         records = [trial.record for trial in self.trials]
-        training = sum(record["train_seconds"] / record["side_by_side"] for record in records)
+        training = sum(record["own_seconds"] for record in records)
         started = datetime.fromisoformat(self.environment["started"])
         ended = self.run.complete.read_text().strip() if self.run.complete.is_file() else None
         seconds = ((datetime.fromisoformat(ended) if ended else datetime.now(started.tzinfo)) - started).total_seconds()

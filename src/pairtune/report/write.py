@@ -7,10 +7,11 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
+from pairtune.config import source_name
 from pairtune.report.card import model_card
 from pairtune.report.curves import draw_curves, legend, standalone
 from pairtune.report.gather import COLUMNS, WATTS, Gathered
-from pairtune.report.words import duration, p_value, source_name
+from pairtune.report.words import duration, p_value
 from pairtune.runs import RunFolder, write_atomic
 
 

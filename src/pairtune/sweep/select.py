@@ -31,6 +31,7 @@ from pairtune.statistics import (
 )
 
 _FEW_PAIRS = 30
+_CHOSEN_BY = "the winner's win rate on these prompts is what it was chosen for, so it is rather too high"
 
 
 def select_best(
@@ -95,7 +96,7 @@ def select_best(
         "why": why,
         "verdict": _verdict(winner, comparisons, compared_by, unit, no_two_differ=no_two_differ),
         "settled": all(entry["differs"] for entry in comparisons),
-        "warnings": _warnings(ranked, rule, pairs),
+        "warnings": [*_warnings(ranked, rule, pairs), *([] if wins is None else [_CHOSEN_BY])],
         "ranking": [_entry(result, records[result.trial.name]) for result in ranked],
         "comparisons": comparisons,
     }

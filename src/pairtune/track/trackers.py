@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Protocol
 
 from pairtune.config import Track, TrialConfig
@@ -29,8 +28,8 @@ _WANDB_WAITS = 30  # seconds, where there may be no network
 class Tracker(Protocol):
     """One tracker, for all trials of a run."""
 
-    def open(self, trial: TrialConfig) -> None:
-        """A trial begins, or goes on."""
+    def open(self, trial: TrialConfig, steps: int) -> None:
+        """A trial begins, or goes on after so many steps."""
 
     def log(self, trial: str, step: int, metrics: Mapping[str, float]) -> None:
         """Numbers of one step or evaluation."""
@@ -73,12 +72,14 @@ class TrackerSink:
         self._name, self._trial, self._say = name, trial, say
         self._tracker: Tracker | None = None
         self._losses: dict[tuple[str, int], float] = {}
+        self._open: set[str] = set()
         with self._tolerating():
             self._tracker = open_tracker(name, run, say)
 
     def start(self, trial: str, total_steps: int, steps: int, lines: int) -> None:
+        self._open.add(trial)
         with self._tolerating() as tracker:
-            tracker.open(self._trial(trial))
+            tracker.open(self._trial(trial), steps)
 
     def log(self, trial: str, record: dict[str, Any]) -> None:
         if "eval_loss" in record:
@@ -90,6 +91,7 @@ class TrackerSink:
         pass
 
     def finish(self, trial: str, status: str, best_epoch: int | None) -> None:
+        self._open.discard(trial)
         summary: dict[str, Any] = {"status": status}
         if best_epoch is not None:
             summary["best_epoch"] = best_epoch
@@ -97,6 +99,11 @@ class TrackerSink:
             summary["best_eval_loss"] = self._losses[trial, best_epoch or 0]
         with self._tolerating() as tracker:
             tracker.close(trial, summary)
+
+    def interrupt(self) -> None:
+        """Close what is open, since the run stops here: what was logged is written."""
+        for trial in sorted(self._open):
+            self.finish(trial, "interrupted", None)
 
     def conclude(self, run: RunFolder, selection: Mapping[str, Any]) -> None:
         """Hand over the choice and the report."""
@@ -146,10 +153,11 @@ class WandbTracker:
         import wandb
 
         self._wandb, self._root, self._say = wandb, run.root.resolve(), say
+        self._started = run.environment.read_text(encoding="utf-8") if run.environment.is_file() else ""
         self._mode: Any = None  # as the environment has it
         self._runs: dict[str, Any] = {}
 
-    def open(self, trial: TrialConfig) -> None:
+    def open(self, trial: TrialConfig, steps: int) -> None:
         self._runs[trial.name] = self._init(trial.name, "trial", trial.model_dump(mode="json"))
 
     def log(self, trial: str, step: int, metrics: Mapping[str, float]) -> None:
@@ -172,7 +180,7 @@ class WandbTracker:
             "project": os.environ.get("WANDB_PROJECT", _PROJECT),
             "group": self._root.name,
             "name": name,
-            "id": fingerprint([str(self._root), name]),
+            "id": fingerprint([str(self._root), self._started, name]),
             "job_type": kind,
             "config": config,
             "resume": "allow",
@@ -197,10 +205,10 @@ class TensorboardTracker:
         self._folder = run.tensorboard
         self._writers: dict[str, Any] = {}
 
-    def open(self, trial: TrialConfig) -> None:
+    def open(self, trial: TrialConfig, steps: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writers[trial.name] = SummaryWriter(str(self._folder / trial.name))
+        self._writers[trial.name] = SummaryWriter(str(self._folder / trial.name), purge_step=steps + 1)
         self._writers[trial.name].add_text("config", trial.model_dump_json(indent=2))
 
     def log(self, trial: str, step: int, metrics: Mapping[str, float]) -> None:
@@ -234,7 +242,7 @@ class MlflowTracker:
         self._parent = self._client.create_run(self._experiment, run_name=run.root.resolve().name).info.run_id
         self._runs: dict[str, str] = {}
 
-    def open(self, trial: TrialConfig) -> None:
+    def open(self, trial: TrialConfig, steps: int) -> None:
         tags = {"mlflow.parentRunId": self._parent}
         self._runs[trial.name] = self._client.create_run(self._experiment, run_name=trial.name, tags=tags).info.run_id
         for name, value in trial.model_dump(mode="json").items():
@@ -249,11 +257,11 @@ class MlflowTracker:
         tracked = self._runs.pop(trial)
         for name, value in summary.items():
             self._client.set_tag(tracked, name, value)
-        self._client.set_terminated(tracked, "FINISHED" if summary["status"] == "finished" else "FAILED")
+        status = {"finished": "FINISHED", "pruned": "KILLED", "interrupted": "KILLED"}
+        self._client.set_terminated(tracked, status.get(summary["status"], "FAILED"))
 
     def conclude(self, run: RunFolder, summary: Mapping[str, Any]) -> None:
         for name, value in summary.items():
             self._client.set_tag(self._parent, name, value)
-        for file in (run.report, run.config):
-            self._client.log_artifact(self._parent, str(Path(file)))
+        self._client.log_artifact(self._parent, str(run.report))
         self._client.set_terminated(self._parent)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from itertools import combinations
 
+from pairtune.config import source_name
 from pairtune.evaluate.audit.evidence import Evidence, TrialLog
 from pairtune.evaluate.audit.findings import Hit, Rule
 from pairtune.statistics import ALPHA, share_interval
@@ -18,10 +19,11 @@ _NAMED = 3
 
 def _few_rows(evidence: Evidence) -> Iterator[Hit]:
     for rows, trials in _by_rows(evidence).items():
-        best = max(trials, key=_accuracy)
-        accuracy = _accuracy(best)
-        if not math.isfinite(accuracy) or rows >= _FEW_ROWS:
+        judged = [trial for trial in trials if math.isfinite(_accuracy(trial))]
+        if not judged or rows >= _FEW_ROWS:
             continue
+        best = max(judged, key=_accuracy)
+        accuracy = _accuracy(best)
         low, high = share_interval(accuracy * rows, rows)
         chance = ", which has a coin toss in it" if low <= 0.5 <= high else ""
         yield Hit(
@@ -113,6 +115,8 @@ def _other_weights(evidence: Evidence) -> Iterator[Hit]:
     for trial in evidence.trials:
         if trial.saved:
             yield Hit("error", (trial.name,), trial.saved)
+        if trial.left:
+            yield Hit("note", (trial.name,), trial.left)
 
 
 def _splits_overlap(evidence: Evidence) -> Iterator[Hit]:
@@ -133,8 +137,8 @@ def _much_is_cut(evidence: Evidence) -> Iterator[Hit]:
             yield Hit(
                 "warning" if cut > _CUT_MUCH * rows else "note",
                 (),
-                f"{source['source']} ({source['split']}): at {limit} tokens {source['shortened']} of {rows} prompts "
-                f"lost their oldest turns, and {too_long} pairs were left out",
+                f"{source_name(source['source'])} ({source['split']}): at {limit} tokens {source['shortened']} of "
+                f"{rows} prompts lost their oldest turns, and {too_long} pairs were left out",
             )
 
 
@@ -146,12 +150,13 @@ def _no_betas(evidence: Evidence) -> str:
     return "" if len(evidence.betas) > 1 else "two trials with a beta"
 
 
-def _one_trial(evidence: Evidence) -> str:
-    return "" if len(evidence.trials) > 1 else "two trials"
+def _no_comparison(evidence: Evidence) -> str:
+    known = evidence.selection or any(len(trials) > 1 for trials in _by_rows(evidence).values())
+    return "" if known else "two trials with accuracies, or the number of validation rows"
 
 
 def _no_weights(evidence: Evidence) -> str:
-    known = any(trial.best_epoch is not None or trial.saved for trial in evidence.trials)
+    known = any(trial.best_epoch is not None or trial.saved or trial.left for trial in evidence.trials)
     return "" if known else "which epoch was reported and which was saved"
 
 
@@ -186,7 +191,7 @@ RULES = (
         "Some trial always comes first. Whether it would again on other pairs is what a test asks.",
         "Say so when the result is reported; more validation rows may settle it.",
         _unsettled,
-        _one_trial,
+        _no_comparison,
     ),
     Rule(
         "weights-not-reported",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +20,8 @@ Row = Mapping[str, float]
 CHOSEN, REJECTED = "chosen", "rejected"
 ANSWERS = (CHOSEN, REJECTED)
 
+# Implied log-probs of one base on the same pairs agree to this many nats.
+SAME_BASE_NATS = 1.0
 # By how much beta may be off before it is another one.
 BETA_SHARE = 0.1
 
@@ -40,6 +43,7 @@ class TrialLog:
         status: `finished`, or what became of it, with `reason`.
         best_epoch: the epoch that is reported as the best.
         saved: words for the saved weights being others than those reported; empty where they agree or are not known.
+        left: words for better weights than those that were kept, where no others were reported; or empty.
         examples: the best epoch's per-pair numbers by column, [pairs] each; empty where there are none.
     """
 
@@ -56,6 +60,7 @@ class TrialLog:
     reason: str = ""
     best_epoch: float | None = None
     saved: str = ""
+    left: str = ""
     examples: dict[str, Numbers] = field(default_factory=dict)
 
     @property
@@ -98,7 +103,7 @@ class TrialLog:
         freedom = len(x) - len(moved) - 1
         scatter = float(np.sqrt(np.square(y - slope * x).sum() / freedom)) if freedom > 0 else 0.0
         error = max(scatter, _REWARD_ROUNDING + abs(slope) * _LOGP_ROUNDING) / math.sqrt(square)
-        return (slope, 4 * error) if 4 * error < abs(slope) / 2 else None
+        return (slope, 4 * error) if slope > 0 and 4 * error < slope / 2 else None
 
     def base_logps(self, beta: float | None) -> dict[str, float]:
         """The base's mean log-probs as this trial implies them: log-prob minus reward over beta, of its evaluations."""
@@ -138,6 +143,13 @@ class Evidence:
     generations: Mapping[str, Any] = field(default_factory=dict)
     prompts: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Give trials that share a name names of their own: everything else goes by them."""
+        names = Counter(trial.name for trial in self.trials)
+        for number, trial in enumerate(self.trials, 1):
+            if names[trial.name] > 1:
+                trial.name = f"{trial.name} ({number})"
+
     @cached_property
     def betas(self) -> dict[str, float]:
         """Each trial's beta as it behaves, where that can be told, else as it is labelled."""
@@ -161,16 +173,6 @@ class Evidence:
                 moved[trial.name] = found
         return moved
 
-    @cached_property
-    def base_logps(self) -> dict[str, float]:
-        """The base's mean log-probs of the evaluated answers, as most trials imply them."""
-        implied = [trial.base_logps(self.betas.get(trial.name)) for trial in self.trials]
-        return {
-            answer: float(np.median([each[answer] for each in implied if answer in each]))
-            for answer in ANSWERS
-            if any(answer in each for each in implied)
-        }
-
 
 def _against(trial: TrialLog, bases: Sequence[Mapping[str, float]]) -> tuple[float, float] | None:
     """Beta of a trial that does not move: its rewards over its distance from the base that the others imply."""
@@ -180,10 +182,12 @@ def _against(trial: TrialLog, bases: Sequence[Mapping[str, float]]) -> tuple[flo
     found = []
     for answer in ANSWERS:
         known = [base[answer] for base in bases if answer in base]
-        far = row.get(f"logps/{answer}", math.nan) - float(np.median(known or [math.nan]))
-        spread = float(np.ptp(known)) if known else 0.0
-        if abs(far) > max(1.0, 10 * spread):
+        if not known or np.ptp(known) > SAME_BASE_NATS:
+            return None  # of several models, or on several sets of pairs: none of them need be this trial's
+        far = row.get(f"logps/{answer}", math.nan) - float(np.median(known))
+        if abs(far) > max(SAME_BASE_NATS, 10 * float(np.ptp(known))):
             found.append(row.get(f"rewards/{answer}", math.nan) / far)
-    if not found or not all(map(math.isfinite, found)):
+    if len(found) < len(ANSWERS) or not all(each > 0 for each in found):
         return None
-    return float(np.mean(found)), float(np.ptp(found)) + 0.02 * abs(float(np.mean(found)))
+    value, error = float(np.mean(found)), float(np.ptp(found))
+    return (value, error + 0.02 * value) if error < BETA_SHARE * value else None  # both answers must agree

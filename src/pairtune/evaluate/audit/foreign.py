@@ -25,7 +25,7 @@ _TITLES = {
     "trial": "run",
     "name": "run",
 }
-_OF_TRIAL = ("run", "learning_rate", "beta")
+_CLEARLY = 0.01  # of an evaluation loss
 _NO_VALUE = ("", "no log", "none", "-")
 
 
@@ -42,18 +42,29 @@ def evidence_of_csv(path: Path) -> Evidence:
         raise BadInput(f"{path}: cannot be read as CSV ({one_line(error)})") from error
     if not rows:
         raise BadInput(f"{path}: has no rows")
+    titles = {_name(title) for title in rows[0] if title}
+    if not titles & {"eval_loss", "loss", "rewards/chosen", "eval_rewards/chosen"}:
+        raise BadInput(f"{path}: has neither eval_loss nor rewards/chosen among its columns ({', '.join(rows[0])})")
+    # A log of steps has a learning rate that falls from step to step, and so says nothing about trials.
+    told_by = ("run", "beta") if "grad_norm" in titles else ("run", "learning_rate", "beta")
     trials: dict[tuple[str, ...], TrialLog] = {}
     for number, cells in enumerate(rows, 2):
         named = _named(cells, f"{path}, row {number}")
-        if not any(name in named for name in ("eval_loss", "loss", "rewards/chosen", "eval_rewards/chosen")):
-            raise BadInput(f"{path}: has neither eval_loss nor rewards/chosen among its columns ({', '.join(cells)})")
-        key = tuple(str(named.get(name, "")) for name in _OF_TRIAL)
+        numbers = {name: value for name, value in named.items() if name not in told_by}
+        if not any(name in numbers or f"eval_{name}" in numbers for name in ("loss", "rewards/chosen")):
+            continue  # such as the summary at the end of a training
+        key = tuple(str(named.get(name, "")) for name in told_by)
         if key not in trials:
-            label = _trial_name(named, len(trials) + 1)
-            trials[key] = TrialLog(label, named.get("learning_rate"), named.get("beta"))
-        numbers = {name: value for name, value in named.items() if name not in _OF_TRIAL}
+            rate = named.get("learning_rate") if "learning_rate" in told_by else None
+            trials[key] = TrialLog(_trial_name(named, len(trials) + 1), rate, named.get("beta"))
         add_row(trials[key], _as_evaluation(numbers))
     return Evidence(path, "CSV", list(trials.values()))
+
+
+def _name(title: str) -> str:
+    """What TRL calls a column with this title."""
+    lower = title.strip().lower()
+    return _TITLES.get(lower, lower)
 
 
 def _named(cells: Mapping[str | None, Any], where: str) -> dict[str, Any]:
@@ -62,8 +73,7 @@ def _named(cells: Mapping[str | None, Any], where: str) -> dict[str, Any]:
     for title, cell in cells.items():
         if title is None or cell is None:
             raise BadInput(f"{where}: has another number of cells than the header")
-        text, lower = cell.strip(), title.strip().lower()
-        name = _TITLES.get(lower, lower)
+        text, name = cell.strip(), _name(title)
         if name == "run":
             named[name] = text
         elif text.lower() not in _NO_VALUE:
@@ -72,6 +82,8 @@ def _named(cells: Mapping[str | None, Any], where: str) -> dict[str, Any]:
             except ValueError:
                 if "/" in name or name in ("loss", "eval_loss", "beta", "learning_rate", "epoch", "step"):
                     raise BadInput(f"{where}, {title}: {text!r} is not a number") from None
+            if name.endswith("rewards/accuracies") and not 0 <= named.get(name, 0) <= 1:
+                raise BadInput(f"{where}, {title}: {text} is no share between 0 and 1 (divide percentages by 100)")
     return named
 
 
@@ -86,7 +98,7 @@ def _as_evaluation(numbers: Mapping[str, float]) -> dict[str, float]:
         return dict(numbers)
     prefixed = any(name.startswith("eval_") and "/" in name for name in numbers)
     own = {} if prefixed else {f"eval_{name}": value for name, value in numbers.items() if "/" in name}
-    return {"eval_loss": math.nan, **{name: value for name, value in numbers.items() if name not in own}, **own}
+    return {**{name: value for name, value in numbers.items() if f"eval_{name}" not in own}, **own}
 
 
 def evidence_of_trainer_states(path: Path) -> Evidence:
@@ -104,7 +116,9 @@ def evidence_of_trainer_states(path: Path) -> Evidence:
         step = float(state.get("global_step") or 0)
         if training not in latest or step >= latest[training][0]:
             latest[training] = step, file, state
-    trials = [_log_of_state(_training_name(training, path), state) for training, (_, _, state) in latest.items()]
+    trials = [
+        _log_of_state(_training_name(training, path), state, training) for training, (_, _, state) in latest.items()
+    ]
     return Evidence(path, "TRL trainer_state.json", trials)
 
 
@@ -124,38 +138,38 @@ def _trainer_state(file: Path) -> dict[str, Any]:
     return state
 
 
-def _log_of_state(name: str, state: Mapping[str, Any]) -> TrialLog:
+def _log_of_state(name: str, state: Mapping[str, Any], training: Path) -> TrialLog:
     log = TrialLog(name)
     for row in state["log_history"]:
         if isinstance(row, dict) and ("loss" in row or "eval_loss" in row):
             add_row(log, row)
-    log.saved = _other_step(log, state)
+    _compare_steps(log, state, training)
     return log
 
 
-def _other_step(log: TrialLog, state: Mapping[str, Any]) -> str:
+def _compare_steps(log: TrialLog, state: Mapping[str, Any], training: Path) -> None:
     """Whether the checkpoint that the trainer calls its best is that of the best evaluation."""
     losses = [(row["loss"], row.get("step")) for row in log.evaluations if math.isfinite(row.get("loss", math.nan))]
     checkpoint, step = state.get("best_model_checkpoint"), state.get("global_step")
     if len(losses) < 2:
-        return ""
+        return
     lowest, best_step = min(losses)
     if checkpoint:
         saved_step = str(checkpoint).rpartition("-")[2]
         metric = state.get("best_metric")
         by_loss = metric is not None and any(math.isclose(metric, loss, rel_tol=1e-6) for loss, _ in losses)
         if by_loss and saved_step.isdigit() and best_step is not None and int(saved_step) != int(best_step):
-            return (
+            log.saved = (
                 f"the best checkpoint is of step {saved_step}, the lowest evaluation loss ({lowest:.6f}) of step "
                 f"{best_step:g}"
             )
-        return ""
-    if step and best_step is not None and best_step != step and losses[-1][0] > lowest + 1e-9:
-        return (
+        return
+    risen = losses[-1][0] > lowest + _CLEARLY
+    if step and best_step is not None and risen and not (training / f"checkpoint-{best_step:g}").is_dir():
+        log.left = (
             f"no best checkpoint was kept: the weights are those of step {step:g} (evaluation loss "
             f"{losses[-1][0]:.6f}), the lowest loss was {lowest:.6f} at step {best_step:g}"
         )
-    return ""
 
 
 def evidence_of_wandb(path: Path) -> Evidence:
@@ -181,9 +195,9 @@ def _log_of_wandb(file: Path) -> TrialLog:
             row = {item.key or "/".join(item.nested_key): _value(item.value_json) for item in record.history.item}
             add_row(log, _trl_names(row))
     log.beta, log.learning_rate = _setting(config, "beta"), _setting(config, "learning_rate")
-    kind = config.get("loss_type")
-    if isinstance(kind, str):
-        log.loss = kind
+    kinds = config.get("loss_type", config.get("loss", log.loss))  # TRL's may be several, ours is called loss
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    log.loss = str(kinds[0]) if len(kinds) == 1 else "several"
     return log
 
 

@@ -23,7 +23,7 @@ _EMPTY_SHARE, _FEWER_ENDED, _MORE_REPEATED = 0.1, 0.25, 0.15
 def _chosen_collapses(evidence: Evidence) -> Iterator[Hit]:
     for trial in evidence.trials:
         nats = _moved(trial, evidence, "chosen")
-        base = evidence.base_logps.get("chosen", math.nan)
+        base = trial.base_logps(evidence.betas.get(trial.name)).get("chosen", math.nan)
         if nats is not None and nats < -_COLLAPSE_NATS and nats < _COLLAPSE_SHARE * base:
             yield Hit(
                 "warning",

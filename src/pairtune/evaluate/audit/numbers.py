@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 
 from pairtune.evaluate.audit.evidence import Evidence, Row, TrialLog
@@ -13,8 +13,10 @@ LN_2 = math.log(2)
 # Losses whose value at the base is ln 2, and that no finite margin brings to exactly 0.
 SIGMOID_LIKE = ("sigmoid", "sigmoid_norm", "robust")
 _ACCURACY = "rewards/accuracies"
-# Half a unit of the sixth decimal, as tables are printed.
-_PRINTED = 6e-7
+# Decimals of an accuracy that are looked at; tables are printed with six at most.
+_DECIMALS = 6
+# A margin above this leaves a loss that logs of four decimals call 0.
+_VANISHING_MARGIN = 9.0
 # The most rows for which an accuracy alone tells how many there were.
 _TELLING_ROWS = 20
 _COMMON_BATCHES = (2, 4, 8)
@@ -26,7 +28,9 @@ def _impossible_accuracy(evidence: Evidence) -> Iterator[Hit]:
     for trial in evidence.trials:
         if not trial.eval_rows:
             continue
-        wrong = sorted({value for value in _accuracies(trial) if not _possible(value, trial.eval_rows)})
+        values = _accuracies(trial)
+        room = _rounding(values)
+        wrong = sorted({value for value in values if not _possible(value, trial.eval_rows, room)})
         if wrong:
             shown = ", ".join(f"{value:.6g}" for value in wrong)
             yield Hit(
@@ -34,7 +38,10 @@ def _impossible_accuracy(evidence: Evidence) -> Iterator[Hit]:
             )
     unknown = [trial for trial in evidence.trials if not trial.eval_rows]
     found = {value for trial in unknown for value in _accuracies(trial)}
-    needed = next((rows for rows in range(1, _TELLING_ROWS) if all(_possible(value, rows) for value in found)), None)
+    room = _rounding(found)
+    needed = next(
+        (rows for rows in range(1, _TELLING_ROWS) if all(_possible(value, rows, room) for value in found)), None
+    )
     if not found or needed is None or needed < 3:
         return
     batched = next(
@@ -58,8 +65,14 @@ def _accuracies(trial: TrialLog) -> list[float]:
     return [value for value in values if math.isfinite(value)]
 
 
-def _possible(accuracy: float, rows: int) -> bool:
-    return abs(accuracy * rows - round(accuracy * rows)) <= rows * _PRINTED + 1e-9
+def _rounding(values: Iterable[float]) -> float:
+    """By how much printed accuracies may be off: half a unit of the last decimal that any of them has."""
+    decimals = max((len(repr(value).partition(".")[2]) for value in values), default=_DECIMALS)
+    return 0.6 * 10.0 ** -min(decimals, _DECIMALS)
+
+
+def _possible(accuracy: float, rows: int, room: float) -> bool:
+    return abs(accuracy * rows - round(accuracy * rows)) <= rows * room + 1e-9
 
 
 def _averaged(accuracies: Sequence[float] | set[float], rows: int, size: int) -> bool:
@@ -71,7 +84,8 @@ def _averaged(accuracies: Sequence[float] | set[float], rows: int, size: int) ->
         (of_full / size + of_last / last) / (full + 1)
         for of_full, of_last in product(range(full * size + 1), range(last + 1))
     }
-    return all(any(abs(value - mean) <= _PRINTED for mean in means) for value in accuracies)
+    room = _rounding(accuracies)
+    return all(any(abs(value - mean) <= room for mean in means) for value in accuracies)
 
 
 def _by_batches(wrong: Sequence[float], trial: TrialLog) -> str:
@@ -90,9 +104,11 @@ def _zero_loss(evidence: Evidence) -> Iterator[Hit]:
         epochs = [row for row in trial.evaluations if row.get("train_loss") == 0]
         what = [f"{len(steps)} of {len(trial.steps)} steps"] if steps else []
         what += [f"{len(epochs)} of {len(trial.evaluations)} epochs"] if epochs else []
+        # Where margins are on record and large, the loss was rounded to 0, and pairs were learned by heart.
+        rounded = bool(steps) and all(row.get("rewards/margins", 0) >= _VANISHING_MARGIN for row in steps)
         if what:
             yield Hit(
-                "error",
+                "warning" if rounded else "error",
                 (trial.name,),
                 f"training loss of 0.000000 in {' and '.join(what)}; at the base it is 0.693, and no finite margin "
                 "makes it 0",
@@ -102,14 +118,11 @@ def _zero_loss(evidence: Evidence) -> Iterator[Hit]:
 def _not_a_number(evidence: Evidence) -> Iterator[Hit]:
     for trial in evidence.trials:
         rows = [*trial.steps, *trial.evaluations]
-        broken = [
-            row for row in rows if any(not math.isfinite(value) for name, value in row.items() if name != "epoch")
-        ]
-        if broken:
-            names = sorted({name for row in broken for name, value in row.items() if not math.isfinite(value)})
-            yield Hit(
-                "error", (trial.name,), f"{len(broken)} of {len(rows)} rows hold NaN or infinity: {', '.join(names)}"
-            )
+        broken = [sorted(name for name, value in row.items() if not math.isfinite(value)) for row in rows]
+        names = sorted({name for each in broken for name in each if name not in _MAY_OVERFLOW})
+        if names:
+            count = sum(any(name in names for name in each) for each in broken)
+            yield Hit("error", (trial.name,), f"{count} of {len(rows)} rows hold NaN or infinity: {', '.join(names)}")
         hidden = [row for row in rows if _hides_nan(row, trial)]
         if hidden:
             place = f"step {hidden[0]['step']:g}" if "step" in hidden[0] else f"epoch {hidden[0].get('epoch', 0):g}"
@@ -119,13 +132,25 @@ def _not_a_number(evidence: Evidence) -> Iterator[Hit]:
                 f"{len(hidden)} of {len(rows)} rows, first at {place}, have loss 0 with a margin or gradient that "
                 "contradicts it: NaN was logged as 0",
             )
+        overflowing = sum(any(name in _MAY_OVERFLOW for name in each) for each in broken)
+        if overflowing and not names and not hidden:
+            yield Hit(
+                "note",
+                (trial.name,),
+                f"the gradient norm of {overflowing} of {len(trial.steps)} steps is no number; a loss scaler skips "
+                "such steps, anything else is ruined by them",
+            )
+
+
+# float16's loss scaler finds its scale by overflowing, and skips these steps.
+_MAY_OVERFLOW = ("grad_norm",)
 
 
 def _hides_nan(row: Row, trial: TrialLog) -> bool:
     if row.get("loss") != 0 or trial.loss not in SIGMOID_LIKE:
         return False
-    norm = row.get("grad_norm", 0.0)
-    return not math.isfinite(norm) or abs(row.get("rewards/margins", math.inf)) < 1 or norm > 1e-3
+    # The mean loss is at least that of the mean margin, the loss being convex.
+    return not math.isfinite(row.get("grad_norm", 0.0)) or row.get("rewards/margins", math.inf) < _VANISHING_MARGIN
 
 
 def _no_effect(evidence: Evidence) -> Iterator[Hit]:
@@ -174,7 +199,10 @@ def _no_steps(evidence: Evidence) -> str:
 
 
 def _no_accuracies(evidence: Evidence) -> str:
-    return "" if any(_accuracies(trial) for trial in evidence.trials) else "accuracies"
+    if not any(_accuracies(trial) for trial in evidence.trials):
+        return "accuracies"
+    known = all(trial.eval_rows for trial in evidence.trials) or any(_impossible_accuracy(evidence))
+    return "" if known else "the number of validation rows"
 
 
 def _no_losses(evidence: Evidence) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from pairtune.config import resolve
 from pairtune.evaluate.audit.evidence import Evidence, Row, TrialLog
 from pairtune.runs import RunFolder, saved_fingerprint
 
@@ -24,8 +25,9 @@ def evidence_of_run(root: Path) -> Evidence:
     run = RunFolder.started(root)
     data, selection = run.read_json(run.data), _json(run, run.selection)
     logs = []
+    settings = _settings(run)
     for record in _records(run):
-        log = _log(run, record)
+        log = _log(run, record, settings)
         log.eval_rows = data["splits"]["validation"]["pairs"]
         logs.append(log)
     _compare_weights(run, logs, selection)
@@ -45,17 +47,13 @@ def split_metrics(row: Mapping[str, Any]) -> tuple[bool, dict[str, float]]:
 
     An evaluation's own training loss is called `train_loss`.
     """
-    numbers = {name: _number(value) for name, value in row.items() if isinstance(value, int | float) or value is None}
-    if "eval_loss" not in numbers:
+    numbers = {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
+    if not any(name.startswith(_EVALUATION) for name in numbers):
         return False, numbers
     evaluation = {name.removeprefix(_EVALUATION): value for name, value in numbers.items() if name != "loss"}
     if "loss" in numbers:
         evaluation["train_loss"] = numbers["loss"]
     return True, evaluation
-
-
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else float(value)
 
 
 def _records(run: RunFolder) -> list[dict[str, Any]]:
@@ -71,8 +69,13 @@ def _records(run: RunFolder) -> list[dict[str, Any]]:
     return records
 
 
-def _log(run: RunFolder, record: Mapping[str, Any]) -> TrialLog:
-    folder, config = run.trial(record["name"]), record.get("config", {})
+def _settings(run: RunFolder) -> dict[str, dict[str, Any]]:
+    """The settings of the grid's trials by name: of trials that have not ended they are on record nowhere else."""
+    return {trial.name: trial.model_dump() for trial in resolve(run.config, {}).config.trials()}
+
+
+def _log(run: RunFolder, record: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]]) -> TrialLog:
+    folder, config = run.trial(record["name"]), record.get("config") or settings.get(record["name"], {})
     log = TrialLog(
         record["name"],
         config.get("learning_rate"),
@@ -121,7 +124,8 @@ def _compare_weights(run: RunFolder, logs: Iterable[TrialLog], selection: Mappin
         for folder in folders:
             found = saved_fingerprint(folder) if folder.is_dir() else "none"
             if found != expected:
-                log.saved = f"{folder}: weights {found}, but epoch {log.best_epoch} wrote {expected}"
+                place = folder.relative_to(run.root)
+                log.saved = f"{place} holds weights {found}, but epoch {log.best_epoch} wrote {expected}"
 
 
 def _prompts(run: RunFolder) -> dict[str, list[int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from pairtune.evaluate.audit.evidence import ANSWERS, BETA_SHARE, Evidence, TrialLog
+from pairtune.evaluate.audit.evidence import ANSWERS, BETA_SHARE, SAME_BASE_NATS, Evidence, TrialLog
 from pairtune.evaluate.audit.findings import Hit, Rule
 
 # Nats that a mean log-prob may be off at the first step: rounding in bfloat16 is a few tenths for a single answer.
@@ -21,24 +21,37 @@ def _not_at_base(evidence: Evidence) -> Iterator[Hit]:
     continued = {after.name: before.name for before, after in _continued(evidence)}
     clean: list[TrialLog] = []
     for trial in evidence.trials:
-        found = (
-            _first_step(trial, evidence)
-            or (trial.name in continued and _elsewhere(trial, continued[trial.name], evidence))
-            or _too_far(trial, clean, evidence)
-        )
-        if found:
+        if found := _first_step(trial, evidence):
             yield Hit("error", (trial.name,), found)
+        elif trial.name in continued:
+            yield Hit("error", (trial.name,), _elsewhere(trial, continued[trial.name], evidence))
+        elif found := _too_far(trial, clean, evidence):
+            # A suspicion, unless other trials of this work are known to have gone on from one another.
+            yield Hit("error" if continued else "warning", (trial.name,), found)
         else:
             clean.append(trial)
 
 
-def _first_step(trial: TrialLog, evidence: Evidence) -> str:
+def _at_base(trial: TrialLog, evidence: Evidence) -> bool:
+    """Whether the first step of all is on record, with the rewards that a start at the base has."""
+    rewards = _first_rewards(trial)
+    return bool(rewards) and all(abs(reward) <= _room(trial, evidence) for reward in rewards.values())
+
+
+def _first_rewards(trial: TrialLog) -> dict[str, float]:
+    """The rewards of the first step, where that is on record."""
     first = trial.steps[0] if trial.steps else {}
-    if first.get("step") != 1:
-        return ""
-    beta = evidence.betas.get(trial.name, 0.1)
     rewards = {answer: first.get(f"rewards/{answer}", math.nan) for answer in ANSWERS}
-    far = {answer: reward for answer, reward in rewards.items() if abs(reward) > beta * _START_NATS}
+    return rewards if first.get("step") == 1 and all(map(math.isfinite, rewards.values())) else {}
+
+
+def _room(trial: TrialLog, evidence: Evidence) -> float:
+    return evidence.betas.get(trial.name, 0.1) * _START_NATS
+
+
+def _first_step(trial: TrialLog, evidence: Evidence) -> str:
+    room = _room(trial, evidence)
+    far = {answer: reward for answer, reward in _first_rewards(trial).items() if abs(reward) > room}
     if not far:
         return ""
     shown = " and ".join(f"{answer} {reward:+.4f}" for answer, reward in far.items())
@@ -59,13 +72,27 @@ def _too_far(trial: TrialLog, clean: list[TrialLog], evidence: Evidence) -> str:
         return ""
     for other in clean:
         theirs = _distance(other, evidence)
-        alike = other.learning_rate and other.learning_rate >= trial.learning_rate and not other.steps
+        faster = other.learning_rate and other.learning_rate >= trial.learning_rate
+        alike = faster and not other.steps and _when(other) == _when(trial) and _same_base(other, trial, evidence)
         if alike and theirs and distance > _FURTHER * theirs:
             return (
                 f"at its first evaluation it is {distance:.1f} nats from the base in the log-prob of chosen answers; "
                 f"{other.name}, with a learning rate no lower, was {theirs:.1f} nats away"
             )
     return ""
+
+
+def _when(trial: TrialLog) -> tuple[float | None, float | None]:
+    first = trial.evaluations[0]
+    return first.get("epoch"), first.get("step")
+
+
+def _same_base(one: TrialLog, other: TrialLog, evidence: Evidence) -> bool:
+    """Whether two trials imply the same base on the same pairs."""
+    bases = [trial.base_logps(evidence.betas.get(trial.name)) for trial in (one, other)]
+    return all(
+        abs(bases[0].get(answer, math.nan) - bases[1].get(answer, math.nan)) <= SAME_BASE_NATS for answer in ANSWERS
+    )
 
 
 def _distance(trial: TrialLog, evidence: Evidence) -> float | None:
@@ -85,16 +112,26 @@ def _continued(evidence: Evidence) -> Iterator[tuple[TrialLog, TrialLog]]:
 
 
 def _begins_at_end(before: TrialLog, after: TrialLog, evidence: Evidence) -> bool:
-    if not before.evaluations or not after.evaluations:
+    if not before.evaluations or not after.evaluations or _at_base(after, evidence) or _as_far_on(before, after):
         return False
-    end, start, base = before.evaluations[-1], after.evaluations[0], evidence.base_logps
+    if not _same_base(before, after, evidence):
+        return False  # of other models, or on other pairs
+    end, start = before.evaluations[-1], after.evaluations[0]
+    base = before.base_logps(evidence.betas.get(before.name))
     for answer in ANSWERS:
         name = f"logps/{answer}"
-        way = abs(end.get(name, math.nan) - base.get(answer, math.nan))
+        way = abs(end.get(name, math.nan) - base[answer])
         gap = abs(start.get(name, math.nan) - end.get(name, math.nan))
         if not (way > _WAY_NATS and gap <= _SAME_PLACE * way):
             return False
     return True
+
+
+def _as_far_on(before: TrialLog, after: TrialLog) -> bool:
+    """Whether the one's first evaluation comes as late as the other's last: two that are alike are then alike there."""
+    end, start = before.evaluations[-1], after.evaluations[0]
+    known = [name for name in ("epoch", "step") if name in start and name in end]
+    return any(start[name] == end[name] for name in known) if known else len(before.evaluations) == 1
 
 
 def _continue_one_another(evidence: Evidence) -> Iterator[Hit]:
@@ -139,8 +176,8 @@ def _no_rewards(evidence: Evidence) -> str:
 
 
 def _no_two(evidence: Evidence) -> str:
-    known = [trial for trial in evidence.trials if any("logps/chosen" in row for row in trial.evaluations)]
-    return "" if len(known) > 1 and evidence.base_logps else "two trials with log-probs, rewards and beta"
+    known = [trial for trial in evidence.trials if trial.base_logps(evidence.betas.get(trial.name))]
+    return "" if len(known) > 1 else "two trials with log-probs, rewards and beta"
 
 
 def _no_labels(evidence: Evidence) -> str:

@@ -1,0 +1,1 @@
+"""Publishing: a run's model in the formats that other tools take, and on the Hub."""

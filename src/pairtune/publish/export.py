@@ -1,0 +1,162 @@
+"""A run's model as a folder that other tools load: the adapter, or the whole model with the adapter merged into it.
+
+Nothing leaves without the parity check: what was written is loaded again and compared with the trained model on
+held-out prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+
+from pairtune.config import resolve
+from pairtune.errors import BadInput, RunFailed
+from pairtune.models.generate import Conversation, Sampling, generate_answers
+from pairtune.models.load import LoadedBase, load_model, load_tokenizer, load_tuned, open_base
+from pairtune.models.save import save_best
+from pairtune.runs import RunFolder, fill_folder, write_json
+
+Format = Literal["adapter", "merged"]
+FORMATS: tuple[Format, ...] = ("adapter", "merged")
+
+# Nats by which the log-prob of a token may differ, on average: an adapter's is the same computation; merging rounds
+# W + BA once to the base's type.
+_TOLERANCE = {"adapter": 1e-4, "merged": {torch.float32: 1e-3, torch.bfloat16: 0.1}}
+_PROMPTS = 4
+_GREEDY = Sampling(max_new_tokens=48)
+_ASKED = ({"role": "user", "content": "What is a lighthouse for?"},)
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What the check found; it goes into the export's `parity.json`.
+
+    Attributes:
+        prompts: how many were compared.
+        same_tokens: whether the rendered prompts have the same ids.
+        logp_difference: mean absolute difference of a token's log-prob over the trained model's own answers, nats.
+        tolerance: that it may be.
+        same_answers: greedy answers that are the same, word for word.
+        answers: the first prompt's greedy answers, trained and exported.
+    """
+
+    prompts: int
+    same_tokens: bool
+    logp_difference: float
+    tolerance: float
+    same_answers: int
+    answers: tuple[str, str]
+
+    @property
+    def holds(self) -> bool:
+        """Whether the export is the trained model."""
+        return self.same_tokens and self.logp_difference <= self.tolerance
+
+
+def export_run(run: RunFolder, kind: Format, target: Path) -> Parity:
+    """Write a run's model to a new folder, and check it.
+
+    Raises:
+        BadInput: the folder exists, or its parent does not.
+        RunFailed: what was written is not the trained model; nothing is left.
+    """
+    if target.exists():
+        raise BadInput(f"--to {target}: already exists; choose another name or remove it first")
+    if not target.absolute().parent.is_dir():
+        raise BadInput(f"--to {target}: there is no folder {target.absolute().parent}")
+    config = resolve(run.config, {}).config
+    base = open_base(config.model, config.dtype)
+    found: list[Parity] = []
+
+    def fill(folder: Path) -> None:
+        _write(run, kind, base, folder)
+        parity = check_parity(run, kind, base, folder)
+        if not parity.holds:
+            raise RunFailed(
+                f"{target}: the exported model is not the trained one (same prompt tokens: {parity.same_tokens}; a "
+                f"token's log-prob differs by {parity.logp_difference:.4f} nats, {parity.tolerance:g} are allowed)"
+            )
+        write_json(folder / "parity.json", {**vars(parity), "answers": list(parity.answers)})
+        found.append(parity)
+
+    fill_folder(target, fill)
+    return found[0]
+
+
+def _write(run: RunFolder, kind: Format, base: LoadedBase, folder: Path) -> None:
+    adapted = (run.best / "adapter_config.json").is_file()
+    if kind == "adapter":
+        if not adapted:
+            raise BadInput(f"{run.root}: the run trained the whole model, so there is no adapter; use merged")
+        shutil.copytree(run.best, folder, dirs_exist_ok=True)
+        _name_base(folder / "adapter_config.json", base)
+        return
+    model = load_tuned(run.best, base)
+    merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
+    save_best(merged, load_tokenizer(run.best), folder, base.source.published_as)
+
+
+def _name_base(file: Path, base: LoadedBase) -> None:
+    """Let the adapter name its base as others know it, where it is on the Hub."""
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    if base.source.hub_id:
+        write_json(file, settings | {"base_model_name_or_path": base.source.hub_id})
+
+
+def check_parity(run: RunFolder, kind: Format, base: LoadedBase, folder: Path) -> Parity:
+    """Load an export again and compare it with the trained model."""
+    prompts = held_out(run)
+    trained, tokenizer = load_tuned(run.best, base), base.tokenizer
+    answers = generate_answers(trained, tokenizer, prompts, _GREEDY)
+    expected = [_logps(trained, tokenizer, prompt, each.text) for prompt, each in zip(prompts, answers, strict=True)]
+    del trained  # one of them in memory at a time
+    again = load_tokenizer(folder)
+    exported = load_tuned(folder, base) if kind == "adapter" else load_model(folder, base.dtype, base.device)
+    found = [_logps(exported, again, prompt, each.text) for prompt, each in zip(prompts, answers, strict=True)]
+    said = generate_answers(exported, again, prompts, _GREEDY)
+    same_tokens = all(one.shape == other.shape for one, other in zip(expected, found, strict=True)) and all(
+        _ids(tokenizer, prompt) == _ids(again, prompt) for prompt in prompts
+    )
+    apart = (
+        torch.cat([(one - other).abs() for one, other in zip(expected, found, strict=True)]) if same_tokens else None
+    )
+    tolerance: Any = _TOLERANCE[kind]
+    return Parity(
+        prompts=len(prompts),
+        same_tokens=same_tokens,
+        logp_difference=float("inf") if apart is None else float(apart.mean()),
+        tolerance=tolerance[base.dtype] if isinstance(tolerance, dict) else tolerance,
+        same_answers=sum(one.text == other.text for one, other in zip(answers, said, strict=True)),
+        answers=(answers[0].text, said[0].text),
+    )
+
+
+def held_out(run: RunFolder) -> Sequence[Conversation]:
+    """Prompts that the run has not trained on: those it answered at its end, or one of our own."""
+    if not run.generations.is_file():
+        return [_ASKED]
+    prompts: list[Conversation] = run.read_json(run.generations)["prompts"][:_PROMPTS]
+    return prompts
+
+
+def _ids(tokenizer: Any, prompt: Conversation) -> list[int]:
+    text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+@torch.inference_mode()
+def _logps(model: Any, tokenizer: Any, prompt: Conversation, answer: str) -> torch.Tensor:
+    """Log-probs of every token after the first, of a prompt with an answer."""
+    ids = _ids(tokenizer, prompt) + tokenizer(answer, add_special_tokens=False)["input_ids"]
+    row = torch.tensor([ids], device=model.device)
+    logps = model(row).logits[0, :-1].float().log_softmax(-1)
+    picked: torch.Tensor = logps.gather(1, row[0, 1:, None])[:, 0].cpu()
+    return picked

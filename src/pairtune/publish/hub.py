@@ -1,0 +1,139 @@
+"""`pairtune push`: a run's model, card and report to the Hub, in one commit."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from pairtune.errors import BadInput, RunFailed, one_line
+from pairtune.publish.export import Format, export_run
+from pairtune.report.card import model_card
+from pairtune.report.gather import Gathered
+from pairtune.runs import RunFolder
+
+# Weights that run code when they are loaded.
+_PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
+_ADVICE = {
+    401: "log in first: hf auth login, or set HF_TOKEN",
+    403: "this login may not write there; use a token with write access",
+    404: "there is no such repository or revision, or this login cannot see it",
+    409: "somebody else is writing there; try again",
+    429: "too many requests; wait as long as it says, and try again",
+}
+_PERSONS_OWN = (401, 403)
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What went to the Hub, or would.
+
+    Attributes:
+        files: bytes by name.
+        url: of the commit's repository; empty where nothing was sent.
+    """
+
+    files: dict[str, int]
+    url: str = ""
+
+
+def push_run(
+    run: RunFolder,
+    repo: str,
+    what: Format = "adapter",
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    anyway: bool = False,
+    dry_run: bool = False,
+) -> Pushed:
+    """Upload a finished run.
+
+    A second try after a failure sends only what the Hub has not got; before the commit nothing is visible.
+
+    Raises:
+        BadInput: the run may not be published, or the login may not write there.
+        RunFailed: the Hub cannot be reached, or refuses for another reason.
+    """
+    _check(run, anyway=anyway)
+    with tempfile.TemporaryDirectory(prefix="pairtune-") as scratch:
+        files = collect(run, repo, what, Path(scratch))
+        sizes = {
+            name: len(content) if isinstance(content, bytes) else content.stat().st_size
+            for name, content in files.items()
+        }
+        if dry_run:
+            return Pushed(sizes)
+        api = HfApi(library_name="pairtune")
+        with _explaining(repo):
+            url = api.create_repo(repo, private=private, exist_ok=True)
+            if revision:
+                api.create_branch(repo, branch=revision, exist_ok=True)
+            operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+            api.create_commit(
+                repo, operations, commit_message=f"{run.root.resolve().name} by pairtune", revision=revision
+            )
+    return Pushed(sizes, str(url))
+
+
+def collect(run: RunFolder, repo: str, what: Format, scratch: Path) -> dict[str, bytes | Path]:
+    """What is published of a run, by its name in the repository.
+
+    Raises:
+        BadInput: the adapter's base is known on this machine only, or a file is no safe format.
+    """
+    export_run(run, what, scratch / what)
+    if what == "adapter":
+        settings = json.loads((scratch / what / "adapter_config.json").read_text(encoding="utf-8"))
+        if Path(settings["base_model_name_or_path"]).is_absolute():
+            raise BadInput(
+                f"{run.root}: the adapter's base lies on this machine only, so nobody else could load it; "
+                "use --what merged"
+            )
+    report = run.report_text.read_text(encoding="utf-8")
+    card = model_card(Gathered(run), report, repository=repo, adapter=what == "adapter")
+    files: dict[str, bytes | Path] = {"README.md": card.encode()}
+    files |= {file.name: file for file in (run.report, run.report_text)}
+    files |= {f"figures/{file.name}": file for file in sorted(run.figures.glob("*.svg"))}
+    files |= {file.name: file for file in sorted((scratch / what).iterdir()) if file.name != "README.md"}
+    if pickled := [name for name in files if name.endswith(_PICKLED)]:
+        raise BadInput(f"{run.best}: holds {', '.join(pickled)}; only safetensors are published")
+    return files
+
+
+def _check(run: RunFolder, *, anyway: bool) -> None:
+    findings = run.read_json(run.audit)["findings"] if run.audit.is_file() else []
+    errors = sorted({finding["rule"] for finding in findings if finding["level"] == "error"})
+    if errors and not anyway:
+        raise BadInput(
+            f"{run.root}: the audit found what is wrong with it ({', '.join(errors)}; see {run.report}); "
+            "--anyway publishes it nevertheless"
+        )
+    if pickled := [file.name for file in run.best.iterdir() if file.suffix in _PICKLED]:
+        raise BadInput(f"{run.best}: holds {', '.join(pickled)}; only safetensors are published")
+
+
+@contextmanager
+def _explaining(repo: str) -> Iterator[None]:
+    """The Hub's refusals in one line each."""
+    try:
+        yield
+    except HFValidationError as error:
+        raise BadInput(f"--repo {repo}: is no name of a repository (USER/NAME)") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else 0
+        advice = _ADVICE.get(status, "try again: what has arrived is not sent twice")
+        wait = error.response.headers.get("Retry-After") if error.response is not None else None
+        answer = f"the Hub answers {status}{f' (wait {wait} s)' if wait else ''}"
+        said = f"--repo {repo}: {answer}; {advice}. Nothing was published"
+        raise (BadInput if status in _PERSONS_OWN else RunFailed)(said) from error
+    except Exception as error:
+        raise RunFailed(
+            f"--repo {repo}: the Hub cannot be reached ({one_line(error, 120)}); nothing was published, try again"
+        ) from error

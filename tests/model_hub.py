@@ -1,0 +1,199 @@
+"""A stand-in for the Hub on the loopback that stores models: what the real client needs to make a repository, upload to
+it in one commit, and read it again. Faults can be planted before any answer.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+Files = dict[str, bytes]
+# Gives a status (and headers) instead of the answer to a method and path, "drop" to break off, or None.
+Fault = Callable[[str, str], tuple[int, dict[str, str]] | str | None]
+
+
+@dataclass
+class ModelHub:
+    """What the stand-in has: repositories with their branches, large objects that have arrived, who asked for what."""
+
+    repositories: dict[str, dict[str, Files]] = field(default_factory=dict)
+    private: dict[str, bool] = field(default_factory=dict)
+    objects: Files = field(default_factory=dict)
+    commits: list[str] = field(default_factory=list)
+    asked: list[tuple[str, str]] = field(default_factory=list)
+    uploaded: int = 0
+    fault: Fault = lambda method, path: None
+    address: str = ""
+
+
+@contextmanager
+def serve_models() -> Iterator[ModelHub]:
+    """A running stand-in."""
+    hub = ModelHub()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def answer(self, code: int, body: bytes = b"", **headers: str) -> None:
+            self.send_response(code)
+            for header, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(header.replace("_", "-"), value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        def answer_json(self, value: object, code: int = 200) -> None:
+            self.answer(code, json.dumps(value).encode(), Content_Type="application/json")
+
+        def handle_any(self) -> None:
+            path = unquote(urlsplit(self.path).path)
+            hub.asked.append((self.command, path))
+            planted = hub.fault(self.command, path)
+            if planted == "drop":
+                self.rfile.read(min(1024, int(self.headers.get("Content-Length") or 0)))
+                self.close_connection = True
+                self.connection.close()
+                return
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if planted:
+                code, headers = planted  # type: ignore[misc]
+                self.answer(code, b'{"error": "planted"}', **headers)
+            else:
+                self.route(path, body)
+
+        def route(self, path: str, body: bytes) -> None:
+            if path == "/api/repos/create":
+                self.create(json.loads(body))
+            elif path == "/api/validate-yaml":
+                self.answer_json({"errors": [], "warnings": []})
+            elif path.startswith("/upload/"):
+                hub.objects[path.removeprefix("/upload/")] = body
+                hub.uploaded += 1
+                self.answer(200)
+            elif path.endswith(".git/info/lfs/objects/batch"):
+                self.batch(json.loads(body))
+            elif path.startswith("/api/models/"):
+                self.model(path.removeprefix("/api/models/"), body)
+            elif "/resolve/" in path:
+                name, _, rest = path.strip("/").partition("/resolve/")
+                branch, _, file = rest.partition("/")
+                self.send_file(name, branch, file)
+            else:
+                self.answer(404, b"{}", X_Error_Code="RepoNotFound")
+
+        def create(self, asked: dict[str, object]) -> None:
+            name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else str(asked["name"])
+            address = {"url": f"{hub.address}/{name}"}
+            if name in hub.repositories:
+                self.answer_json(address, 409)
+                return
+            hub.repositories[name], hub.private[name] = {"main": {}}, asked.get("visibility") == "private"
+            self.answer_json(address)
+
+        def batch(self, asked: dict[str, list[dict[str, object]]]) -> None:
+            objects = []
+            for each in asked["objects"]:
+                known = each["oid"] in hub.objects
+                upload = {"upload": {"href": f"{hub.address}/upload/{each['oid']}"}}
+                objects.append({**each, **({} if known else {"actions": upload})})
+            self.answer_json({"transfer": "basic", "objects": objects})
+
+        def model(self, rest: str, body: bytes) -> None:
+            user, name, *more = rest.split("/")
+            repository = f"{user}/{name}"
+            branches = hub.repositories.get(repository)
+            kind, branch = (*more, "", "main")[:2] if more else ("", "main")
+            if branches is None:
+                self.answer(404, b"{}", X_Error_Code="RepoNotFound")
+            elif kind == "branch":
+                branches.setdefault(branch, dict(branches["main"]))
+                self.answer_json({})
+            elif kind == "preupload":
+                files = [
+                    {
+                        "path": each["path"],
+                        "uploadMode": "lfs" if each["path"].endswith((".safetensors", ".json")) else "regular",
+                        "shouldIgnore": False,
+                        "oid": None,
+                    }
+                    for each in json.loads(body)["files"]
+                ]
+                self.answer_json({"files": files})
+            elif kind == "commit":
+                self.commit(repository, branch, body)
+            elif kind == "tree":
+                files = branches.get(branch, branches["main"])  # a commit's identity means what is there now
+                self.answer_json(
+                    [
+                        {"type": "file", "path": path, "size": len(content), "oid": sha(content)}
+                        for path, content in files.items()
+                    ]
+                )
+            else:
+                self.answer_json(
+                    {
+                        "id": repository,
+                        "sha": sha(json.dumps(sorted(branches.get("main", {}))).encode()),
+                        "private": hub.private[repository],
+                        "tags": [],
+                        "siblings": [{"rfilename": file} for file in branches.get("main", {})],
+                    }
+                )
+
+        def commit(self, repository: str, branch: str, body: bytes) -> None:
+            new: Files = {}
+            for line in body.splitlines():
+                entry = json.loads(line)
+                value = entry["value"]
+                if entry["key"] == "file":
+                    new[value["path"]] = base64.b64decode(value["content"])
+                elif entry["key"] == "lfsFile":
+                    new[value["path"]] = hub.objects[value["oid"]]
+            hub.repositories[repository].setdefault(branch, {}).update(new)
+            hub.commits.append(f"{repository}@{branch}: {len(new)} files")
+            self.answer_json(
+                {
+                    "success": True,
+                    "commitOid": sha(body),
+                    "commitUrl": f"{hub.address}/{repository}/commit/{sha(body)}",
+                    "hookOutput": "",
+                    "pullRequestUrl": None,
+                }
+            )
+
+        def send_file(self, name: str, branch: str, file: str) -> None:
+            files = hub.repositories.get(name, {}).get(branch) or hub.repositories.get(name, {}).get("main", {})
+            if file not in files:
+                self.answer(404, X_Error_Code="EntryNotFound")
+                return
+            commit = sha(json.dumps(sorted(files)).encode())
+            self.answer(200, files[file], ETag=f'"{sha(files[file])}"', X_Repo_Commit=commit, Accept_Ranges="none")
+
+        do_GET = do_HEAD = do_POST = do_PUT = handle_any
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    hub.address = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def sha(content: bytes) -> str:
+    """A commit's or file's identity."""
+    return hashlib.sha1(content, usedforsecurity=False).hexdigest()

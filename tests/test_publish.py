@@ -1,0 +1,294 @@
+"""Exports that are checked, and pushes to a Hub on the loopback with the real client."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_pairs
+from model_hub import serve_models
+from rich.console import Console
+
+from pairtune.config import resolve
+from pairtune.errors import BadInput, RunFailed
+from pairtune.pipeline import tune
+from pairtune.publish import export
+from pairtune.publish.export import export_run
+from pairtune.runs import RunFolder
+
+TOKEN = "hf_planted0123456789"  # noqa: S105 - no key, but something to look for
+
+
+def tuned(model: Path, folder: Path, **more) -> RunFolder:
+    flags = {
+        "model": str(model),
+        "data": [str(write_pairs(folder / "train.jsonl", range(8)))],
+        "eval_data": [str(write_pairs(folder / "held.jsonl", range(20, 25)))],
+        "test_data": [str(write_pairs(folder / "test.jsonl", range(40, 44)))],
+        "learning_rate": [3e-3],
+        "beta": [0.1],
+        "epochs": [1],
+        "dtype": "float32",
+        "samples": 2,
+        "out": folder / "run",
+        **more,
+    }
+    run = tune(resolve(None, flags), Console(quiet=True))
+    assert run is not None
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model, tmp_path_factory):
+    return tuned(tiny_model, tmp_path_factory.mktemp("published"))
+
+
+@pytest.fixture(scope="module")
+def full(tiny_model, tmp_path_factory):
+    return tuned(tiny_model, tmp_path_factory.mktemp("full"), method="full", learning_rate=[1e-4])
+
+
+def pairtune(*arguments, **environment) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pairtune", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
+
+
+def logits(model, tokenizer):
+    ids = tokenizer("Are there 4 apples?", return_tensors="pt")
+    with torch.inference_mode():
+        return model(**ids).logits
+
+
+def test_an_adapter_and_a_merged_model_are_the_trained_one(run, tmp_path):
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    parities = {kind: export_run(run, kind, tmp_path / kind) for kind in ("adapter", "merged")}
+    assert all(parity.holds for parity in parities.values())
+    assert parities["adapter"].logp_difference == 0
+    assert json.loads((tmp_path / "merged" / "parity.json").read_text())["same_answers"] == 2
+    tokenizer = AutoTokenizer.from_pretrained(run.best)
+    expected = logits(AutoPeftModelForCausalLM.from_pretrained(run.best), tokenizer)
+    adapter = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    again = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(adapter, tokenizer), expected)
+    torch.testing.assert_close(logits(merged, again), expected, rtol=1e-4, atol=1e-4)
+    assert not list((tmp_path / "merged").glob("*.bin"))
+
+
+def test_a_whole_model_has_no_adapter_but_can_be_exported(full, tmp_path):
+    assert export_run(full, "merged", tmp_path / "merged").logp_difference == 0
+    with pytest.raises(BadInput, match="there is no adapter; use merged"):
+        export_run(full, "adapter", tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_what_is_not_the_trained_model_does_not_leave(run, tmp_path, monkeypatch):
+    write = export._write
+
+    def spoilt(run, kind, base, folder):
+        write(run, kind, base, folder)
+        from safetensors.torch import load_file, save_file
+
+        (file,) = folder.glob("*.safetensors")
+        save_file({name: tensor * 1.2 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+
+    monkeypatch.setattr(export, "_write", spoilt)
+    for kind in ("adapter", "merged"):
+        with pytest.raises(RunFailed, match="the exported model is not the trained one"):
+            export_run(run, kind, tmp_path / kind)
+        assert not (tmp_path / kind).exists()
+
+
+def test_another_chat_template_does_not_leave(run, tmp_path, monkeypatch):
+    write = export._write
+
+    def spoilt(run, kind, base, folder):
+        write(run, kind, base, folder)
+        for file in folder.glob("*.jinja"):
+            file.write_text(file.read_text().replace("<|im_start|>", "<|im_end|>"))
+
+    monkeypatch.setattr(export, "_write", spoilt)
+    with pytest.raises(RunFailed, match="same prompt tokens: False"):
+        export_run(run, "merged", tmp_path / "merged")
+
+
+def test_the_command_says_what_the_check_found(run, tmp_path):
+    done = pairtune("export", run.root, "--format", "merged", "--to", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2 greedy answers are the same" in done.stdout
+    again = pairtune("export", run.root, "--format", "merged", "--to", tmp_path / "out")
+    assert (again.returncode, "already exists" in again.stderr) == (2, True)
+    wrong = pairtune("export", run.root, "--format", "onnx", "--to", tmp_path / "other")
+    assert (wrong.returncode, "--format: should be adapter or merged" in wrong.stderr) == (2, True)
+
+
+@pytest.fixture
+def hub():
+    with serve_models() as hub:
+        yield hub
+
+
+def online(hub, folder: Path) -> dict[str, str]:
+    return {
+        "HF_ENDPOINT": hub.address,
+        "HF_HUB_OFFLINE": "0",
+        "HF_TOKEN": TOKEN,
+        "HF_HOME": str(folder),
+        "HF_HUB_DISABLE_XET": "1",
+    }
+
+
+def test_what_is_pushed_arrives_whole_in_one_commit(run, hub, tmp_path):
+    done = pairtune(
+        "push", run.root, "--repo", "someone/demo", "--what", "merged", "--private", **online(hub, tmp_path)
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"{hub.address}/someone/demo"
+    assert hub.private == {"someone/demo": True}
+    assert len(hub.commits) == 1
+    arrived = hub.repositories["someone/demo"]["main"]
+    for name in ("report.html", "report.md"):
+        assert arrived[name] == (run.root / name).read_bytes()
+    for file in run.figures.iterdir():
+        assert arrived[f"figures/{file.name}"] == file.read_bytes()
+    export_run(run, "merged", tmp_path / "merged")
+    for file in (tmp_path / "merged").iterdir():
+        if file.name == "tokenizer_config.json":  # says whether its tokenizer was found offline
+            continue
+        assert arrived[file.name] == file.read_bytes(), file.name
+    card = arrived["README.md"].decode()
+    assert 'from_pretrained("someone/demo")' in card
+    assert "library_name: transformers" in card
+    for content in arrived.values():
+        assert TOKEN.encode() not in content
+        assert str(run.root.parent).encode() not in content
+    assert TOKEN not in done.stdout + done.stderr
+
+
+def test_an_adapter_from_the_hub_answers_as_the_runs_best(tiny_model, hub, tmp_path):
+    """Base and adapter both come from the Hub: tuned from a Hub id, pushed, and loaded by PEFT from what arrived."""
+    hub.repositories["someone/tiny"] = {"main": {file.name: file.read_bytes() for file in tiny_model.iterdir()}}
+    hub.private["someone/tiny"] = False
+    environment = online(hub, tmp_path / "home")
+    rows = {
+        name: write_pairs(tmp_path / f"{name}.jsonl", numbers)
+        for name, numbers in (("train", range(8)), ("held", range(20, 24)))
+    }
+    done = pairtune(
+        *("tune", "--model", "someone/tiny", "--data", rows["train"], "--eval-data", rows["held"], "--lr", "3e-3"),
+        *("--beta", "0.1", "--epochs", "1", "--dtype", "float32", "--samples", "1", "--out", tmp_path / "run"),
+        **environment,
+    )
+    assert done.returncode == 0, done.stderr
+    done = pairtune("push", tmp_path / "run", "--repo", "someone/demo", **environment)
+    assert done.returncode == 0, done.stderr
+    arrived = hub.repositories["someone/demo"]["main"]
+    assert json.loads(arrived["adapter_config.json"])["base_model_name_or_path"] == "someone/tiny"
+    assert "base_model: someone/tiny" in arrived["README.md"].decode()
+    script = (
+        "import sys, torch\n"
+        "from peft import AutoPeftModelForCausalLM\n"
+        "from transformers import AutoTokenizer\n"
+        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "ids = tokenizer('Are there 4 apples?', return_tensors='pt')\n"
+        "there = AutoPeftModelForCausalLM.from_pretrained('someone/demo')\n"
+        "here = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "with torch.inference_mode():\n"
+        "    assert torch.equal(there(**ids).logits, here(**ids).logits)\n"
+        "    with there.disable_adapter():\n"
+        "        assert not torch.equal(there(**ids).logits, here(**ids).logits)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "run" / "best")]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
+    assert loaded.returncode == 0, loaded.stderr
+
+
+def test_a_dry_run_lists_everything_and_sends_nothing(run, hub, tmp_path):
+    done = pairtune(
+        "push", run.root, "--repo", "someone/demo", "--what", "merged", "--dry-run", **online(hub, tmp_path)
+    )
+    assert done.returncode == 0, done.stderr
+    assert "model.safetensors" in done.stdout
+    assert f"{run.report.stat().st_size:,}  report.html" in done.stdout
+    assert not hub.asked
+
+
+def test_what_may_not_be_published_is_refused(run, hub, tmp_path):
+    environment = online(hub, tmp_path / "home")
+    push = ("push", tmp_path / "run", "--repo", "someone/demo", "--what")
+    shutil.copytree(run.root, tmp_path / "run")
+    refused = pairtune(*push, "adapter", **environment)
+    assert "the adapter's base lies on this machine only" in refused.stderr
+    audit = json.loads(run.audit.read_text())
+    wrong = {**audit["findings"][0], "level": "error", "rule": "start-not-base"}
+    (tmp_path / "run" / "audit.json").write_text(json.dumps({**audit, "findings": [wrong]}))
+    refused = pairtune(*push, "merged", **environment)
+    assert "start-not-base" in refused.stderr
+    assert "--anyway" in refused.stderr
+    assert refused.returncode == 2
+    (tmp_path / "run" / "best" / "training_args.bin").write_bytes(b"pickled")
+    refused = pairtune(*push, "merged", "--anyway", **environment)
+    assert "training_args.bin; only safetensors are published" in refused.stderr
+    (tmp_path / "run" / "COMPLETE").unlink()
+    assert "unfinished" in pairtune(*push, "merged", **environment).stderr
+    assert not hub.asked
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (401, 2, "log in first"),
+        (403, 2, "may not write there"),
+        (404, 1, "no such repository"),
+        (409, 1, "somebody else is writing"),
+        (429, 1, "(wait 7 s)"),
+    ],
+)
+def test_the_hubs_refusals_are_said(run, hub, tmp_path, status, code, message):
+    hub.fault = lambda method, path: (
+        (status, {"Retry-After": "7"} if status == 429 else {}) if "/commit/" in path else None
+    )
+    done = pairtune("push", run.root, "--repo", "someone/demo", "--what", "merged", **online(hub, tmp_path))
+    assert (done.returncode, message in done.stderr) == (code, True), done.stderr
+    assert "Traceback" not in done.stderr
+    assert TOKEN not in done.stderr
+    assert not hub.repositories["someone/demo"]["main"]
+
+
+def test_a_connection_lost_in_an_upload_leaves_nothing_and_the_second_try_completes(run, hub, tmp_path):
+    hub.fault = lambda method, path: "drop" if path.startswith("/upload/") and hub.uploaded else None
+    push = ("push", run.root, "--repo", "someone/demo", "--what", "merged")
+    done = pairtune(*push, **online(hub, tmp_path))
+    assert done.returncode == 1, done.stderr
+    assert "nothing was published" in done.stderr.lower()
+    assert not hub.repositories["someone/demo"]["main"]
+    before = hub.uploaded
+    hub.fault = lambda method, path: None
+    done = pairtune(*push, **online(hub, tmp_path))
+    assert done.returncode == 0, done.stderr
+    lfs = [name for name in hub.repositories["someone/demo"]["main"] if name.endswith((".json", ".safetensors"))]
+    assert hub.uploaded <= len(lfs)
+    assert before >= 1
+
+
+def test_a_branch_can_be_named(run, hub, tmp_path):
+    done = pairtune(
+        *("push", run.root, "--repo", "someone/demo", "--what", "merged", "--revision", "second"),
+        **online(hub, tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "model.safetensors" in hub.repositories["someone/demo"]["second"]
+    assert not hub.repositories["someone/demo"]["main"]
+
+
+def test_a_name_that_is_none_is_said(run, hub, tmp_path):
+    done = pairtune("push", run.root, "--repo", "a/b/c", "--what", "merged", **online(hub, tmp_path))
+    assert (done.returncode, "USER/NAME" in done.stderr) == (2, True), done.stderr
