@@ -185,11 +185,11 @@ def test_an_adapter_from_the_hub_answers_as_the_runs_best(tiny_model, hub, tmp_p
     done = pairtune(
         *("tune", "--model", "someone/tiny", "--data", rows["train"], "--eval-data", rows["held"], "--lr", "3e-3"),
         *("--beta", "0.1", "--epochs", "1", "--dtype", "float32", "--samples", "1", "--out", tmp_path / "run"),
+        *("--push", "someone/demo"),
         **environment,
     )
     assert done.returncode == 0, done.stderr
-    done = pairtune("push", tmp_path / "run", "--repo", "someone/demo", **environment)
-    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == f"{hub.address}/someone/demo"  # --push did it
     arrived = hub.repositories["someone/demo"]["main"]
     assert json.loads(arrived["adapter_config.json"])["base_model_name_or_path"] == "someone/tiny"
     assert "base_model: someone/tiny" in arrived["README.md"].decode()
@@ -209,6 +209,45 @@ def test_an_adapter_from_the_hub_answers_as_the_runs_best(tiny_model, hub, tmp_p
     command = [sys.executable, "-c", script, str(tmp_path / "run" / "best")]
     loaded = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
     assert loaded.returncode == 0, loaded.stderr
+    evaluated = [
+        pairtune("eval", target, "--data", rows["held"], "--samples", 0, "--dtype", "float32", "--json", **environment)
+        for target in ("someone/demo", tmp_path / "run")
+    ]
+    there, here = (json.loads(done.stdout)["metrics"] for done in evaluated)
+    assert there == pytest.approx(here, abs=1e-6)
+
+
+def test_a_push_that_could_not_be_loaded_is_refused_before_training(tiny_model, tmp_path):
+    rows = write_pairs(tmp_path / "pairs.jsonl", range(12))
+    done = pairtune("tune", "--model", tiny_model, "--data", rows, "--push", "someone/demo", "--out", tmp_path / "run")
+    assert (done.returncode, "--push someone/demo: the base model lies on this machine only" in done.stderr) == (
+        2,
+        True,
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_push_that_fails_leaves_a_finished_run(full, hub, tmp_path):
+    rows = {name: full.root.parent / f"{name}.jsonl" for name in ("train", "held")}
+    hub.fault = lambda method, path: (403, {}) if path == "/api/repos/create" else None
+    model = json.loads(full.environment.read_text())["base"]["name"]
+    done = pairtune(
+        *("tune", "--model", model, "--method", "full", "--data", rows["train"], "--eval-data", rows["held"]),
+        *("--lr", "1e-4", "--beta", "0.1", "--epochs", "1", "--dtype", "float32", "--samples", "0"),
+        *("--push", "someone/demo", "--out", tmp_path / "run"),
+        **online(hub, tmp_path / "home"),
+    )
+    assert done.returncode == 1
+    assert "may not write there" in done.stderr
+    assert "the run is complete; `pairtune push" in done.stderr
+    assert (tmp_path / "run" / "COMPLETE").is_file()
+
+
+def test_chat_takes_an_adapter(run):
+    command = [sys.executable, "-m", "pairtune", "chat", str(run.best)]
+    done = subprocess.run(command, input="hello\n/base\n", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "talking to the base model" in " ".join(done.stdout.split())
 
 
 def test_a_dry_run_lists_everything_and_sends_nothing(run, hub, tmp_path):

@@ -104,6 +104,7 @@ def tune(
     checkpoint_steps: Annotated[int | None, typer.Option(help="Steps from one checkpoint to the next (50).")] = None,
     samples: Annotated[int | None, typer.Option(help="Held-out prompts answered before and after (4 to 32).")] = None,
     track: Annotated[list[str] | None, typer.Option(help="wandb, tensorboard or mlflow; repeat.")] = None,
+    push: Annotated[str | None, typer.Option(metavar="USER/NAME", help="Publish the result on the Hub.")] = None,
     seed: Annotated[int | None, typer.Option(help="For everything that is drawn (0).")] = None,
     select: Annotated[str | None, typer.Option(help="eval_loss (default), accuracy, margin or win_rate.")] = None,
     out: Out = None,

@@ -213,6 +213,7 @@ class RunConfig(_Training):
     track: tuple[Track, ...] = Field(
         (), description="everything is in metrics.jsonl; trackers are for looking elsewhere"
     )
+    push: str | None = Field(None, description="stays on this machine")
     samples: NonNegativeInt | None = Field(
         None, description="held-out prompts answered before and after: 4 to 32, a tenth of the run's time; 0: none"
     )

@@ -19,13 +19,15 @@ from pairtune.config import Resolved, RunConfig, resolve
 from pairtune.data.prepare import PreparedData, prepare_data
 from pairtune.engine.processes import Processes
 from pairtune.environment import describe_environment
-from pairtune.errors import BadInput
+from pairtune.errors import BadInput, RunFailed
 from pairtune.evaluate.audit.check import audit
 from pairtune.evaluate.audit.findings import Finding
 from pairtune.evaluate.audit.live import LiveAudit
 from pairtune.evaluate.audit.runs import evidence_of_run
 from pairtune.evaluate.generations import MOST, Prompt, Speakers, affordable, compare_answers, held_out_prompts
 from pairtune.models.load import LoadedBase, device_name, open_base, pick_device
+from pairtune.publish.export import Format
+from pairtune.publish.hub import push_run
 from pairtune.report.write import write_report
 from pairtune.runs import RunFolder, write_atomic, write_json
 from pairtune.sweep.final import evaluate_test
@@ -50,6 +52,11 @@ def tune(resolved: Resolved, console: Console) -> RunFolder | None:
     """
     check_trackers(resolved.config.track)
     base, data, processes, console = _open(resolved.config, console)
+    if resolved.config.push and resolved.config.method == "lora" and base.source.hub_id is None:
+        raise BadInput(
+            f"--push {resolved.config.push}: the base model lies on this machine only, so nobody else could load the "
+            "adapter; tune a model of the Hub, or push the merged model afterwards (pairtune push RUN --what merged)"
+        )
     run = RunFolder(processes.from_first(resolved.config.out))
 
     def write(run: RunFolder) -> None:
@@ -156,6 +163,8 @@ def _carry_out(
         for tracker in trackers:
             tracker.conclude(run, selection)
         write_atomic(run.complete, datetime.now(UTC).isoformat(timespec="seconds") + "\n")
+        if config.push:
+            _push(config, config.push, run, console)
     processes.wait()
     return run if processes.first else None
 
@@ -204,6 +213,19 @@ def _trackers(
         console.print(message, highlight=False, soft_wrap=True)
 
     return [TrackerSink(name, run, search.trial, say) for name in config.track] if processes.first else []
+
+
+def _push(config: RunConfig, repo: str, run: RunFolder, console: Console) -> None:
+    """Publish the finished run; what goes wrong then leaves it as finished as it was."""
+    what: Format = "adapter" if config.method == "lora" else "merged"
+    try:
+        with console.status(f"pushing to {repo}"):
+            pushed = push_run(run, repo, what)
+    except (BadInput, RunFailed) as error:
+        raise RunFailed(
+            f"{error} (the run is complete; `pairtune push {run.root} --repo {repo}` tries again)"
+        ) from error
+    console.print(pushed.url, highlight=False)
 
 
 def _say_finding(console: Console, finding: Finding) -> None:

@@ -23,7 +23,7 @@ from pairtune.evaluate.generations import Speakers, held_out_prompts
 from pairtune.evaluate.judges import EndpointJudge
 from pairtune.evaluate.winrate import Judge, win_rate
 from pairtune.models.load import LoadedBase, open_base
-from pairtune.models.resolve import resolve_model
+from pairtune.models.resolve import base_of_adapter, find_adapter, resolve_model
 from pairtune.runs import RunFolder
 
 # In what a foreign adapter must be like ours, so that the engine's kernels can run it.
@@ -60,7 +60,7 @@ class Candidate:
 
 
 def open_candidate(target: str, base: str | None, beta: float, dtype: str) -> Candidate:
-    """Find what `pairtune eval TARGET` names: a finished run, an adapter folder, or a model with `--base`.
+    """Find what `pairtune eval TARGET` names: a finished run, an adapter (folder or Hub id), or a model with `--base`.
 
     Raises:
         BadInput: it is none of these, or cannot be had.
@@ -68,8 +68,8 @@ def open_candidate(target: str, base: str | None, beta: float, dtype: str) -> Ca
     folder = Path(target)
     if (folder / "config.yaml").is_file():
         return _of_run(RunFolder.finished(folder))
-    if (folder / "adapter_config.json").is_file():
-        return _of_adapter(folder, base, beta, dtype)
+    if adapter := find_adapter(target):
+        return _of_adapter(adapter, base, beta, dtype)
     if base is None:
         raise BadInput(
             f"--base: is needed with {target}, which is neither a run nor an adapter: what to compare it with"
@@ -99,9 +99,7 @@ def _of_adapter(folder: Path, base: str | None, beta: float, dtype: str) -> Cand
     targets = settings.target_modules
     if not targets or (isinstance(targets, str) and targets != "all-linear"):
         raise BadInput(f"{folder}: names its layers by {targets!r}; merge it into its base and give that, with --base")
-    base = base or settings.base_model_name_or_path
-    if not base:
-        raise BadInput(f"--base: is needed with {folder}, which does not name its own")
+    base = base or base_of_adapter(folder)
     trial = TrialConfig(
         learning_rate=1.0,
         beta=beta,

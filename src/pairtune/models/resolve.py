@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,36 @@ def resolve_model(name: str, flag: str = "--model") -> ModelSource:
     if path.exists():
         raise BadInput(f"{flag} {name}: is a file, but not a .gguf; give a folder, a .gguf file or a Hub id")
     return _from_hub(name, flag)
+
+
+ADAPTER_SETTINGS = "adapter_config.json"
+
+
+def find_adapter(name: str) -> Path | None:
+    """The local folder of an adapter: a folder, or a Hub id; None where `name` is something else.
+
+    Raises:
+        BadInput: `name` looks like a Hub id, and cannot be had.
+    """
+    path = Path(name).expanduser()
+    if not path.exists() and name != BUNDLED and name.count("/") == 1 and path.suffix != ".gguf":
+        path = _from_hub(name, "MODEL").folder
+    return path if (path / ADAPTER_SETTINGS).is_file() else None
+
+
+def base_of_adapter(folder: Path) -> str:
+    """The model that an adapter says it belongs to.
+
+    Raises:
+        BadInput: it does not say.
+    """
+    try:
+        base = json.loads((folder / ADAPTER_SETTINGS).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise BadInput(f"{folder}: the adapter's settings cannot be read ({one_line(error)})") from error
+    if not isinstance(base, str) or not base:
+        raise BadInput(f"{folder}: the adapter does not name its base model")
+    return base
 
 
 def bundled_gguf() -> Path | None:

@@ -15,6 +15,7 @@ from pairtune.config import resolve
 from pairtune.errors import BadInput
 from pairtune.models.generate import Conversation, Sampling, stream_answer
 from pairtune.models.load import LoadedBase, load_model, load_tuned, open_base
+from pairtune.models.resolve import base_of_adapter, find_adapter
 from pairtune.runs import RunFolder
 
 SAMPLING = Sampling(max_new_tokens=512, temperature=0.7)
@@ -45,7 +46,7 @@ class Talker:
 
 
 def open_talker(target: str) -> Talker:
-    """Load what `pairtune chat TARGET` names: a finished run, or any model.
+    """Load what `pairtune chat TARGET` names: a finished run, an adapter (a folder or a Hub id), or any model.
 
     Raises:
         BadInput: it is neither, or the run is unfinished.
@@ -58,6 +59,9 @@ def open_talker(target: str) -> Talker:
         tuned = load_tuned(run.best, opened)
         alone = None if isinstance(tuned, PeftModel) else load_model(opened.source, opened.dtype, opened.device)
         return Talker(opened, tuned, alone)
+    if adapter := find_adapter(target):
+        opened = open_base(base_of_adapter(adapter))
+        return Talker(opened, load_tuned(adapter, opened), None)
     opened = open_base(target)
     return Talker(opened, None, load_model(opened.source, opened.dtype, opened.device))
 
