@@ -14,11 +14,12 @@ import pytest
 from conftest import write_pairs
 from rich.console import Console
 
-from pairtune.config import resolve
+from pairtune.config import TrialConfig, resolve
 from pairtune.evaluate.audit.check import RULES, audit
+from pairtune.evaluate.audit.live import LiveAudit
 from pairtune.evaluate.audit.read import read_evidence
 from pairtune.pipeline import tune
-from pairtune.runs import RunFolder
+from pairtune.runs import RunFolder, write_atomic
 
 # Clean runs that the audit must not call wrong; `make alarms` has a hundred.
 CLEAN_RUNS = int(os.environ.get("PAIRTUNE_CLEAN_RUNS", "8"))
@@ -345,3 +346,18 @@ def test_clean_runs_raise_no_false_alarm(tiny_model, tmp_path):
         shutil.rmtree(tmp_path / str(seed))
     print(f"accused: {len(accused)} of {CLEAN_RUNS} clean runs")
     assert len(accused) <= FALSE_ALARMS * CLEAN_RUNS, accused
+
+
+def test_a_running_trial_is_watched_and_each_thing_is_said_once(tmp_path):
+    run, said = RunFolder(tmp_path), []
+    trial = TrialConfig(learning_rate=1e-3, beta=0.1)
+    watching = LiveAudit(run, lambda name: trial, said.append)
+    first = {"step": 1, "epoch": 0.5, "loss": 0.69, "rewards/chosen": -0.9, "rewards/rejected": -1.2}
+    write_atomic(run.trial("a").metrics, json.dumps(first) + "\n")  # of an earlier call; the trial goes on
+    watching.start("a", 10, 1, 1)
+    assert not said
+    for epoch, loss in ((1, 0.5), (2, 0.7), (3, 0.8)):
+        watching.log("a", {"step": 5 * epoch, "epoch": epoch, "loss": 0.4, "rewards/margins": 0.5, "grad_norm": 1.0})
+        watching.log("a", {"step": 5 * epoch, "epoch": epoch, "loss": 0.4, "eval_loss": loss})
+    watching.finish("a", "finished", 1)
+    assert [(finding.rule, finding.trials) for finding in said] == [("start-not-base", ("a",)), ("overfit", ("a",))]
