@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pairtune.config import TrialConfig
+from pairtune.config import TrialConfig, source_name
 from pairtune.data.table import PairTable
 from pairtune.engine.checkpoint import read_checkpoint, read_state, write_checkpoint
 from pairtune.engine.divergence import PAIRS, BaseStates, base_states
@@ -308,7 +308,7 @@ class _Lockstep:
         if math.isfinite(loss) and math.isfinite(norm) and (norm > 0 or self.step > 1):
             member.result.steps_without_gradient += norm == 0
             return
-        origins = ", ".join(self.inputs.train[row].origin for row in rows)
+        origins = ", ".join(source_name(self.inputs.train[row].origin) for row in rows)  # it is published
         self._save(member, member.folder.failed)
         if norm == 0:
             raise TrialFailed(f"the gradient of step {self.step} is 0 (pairs {origins}): nothing would be learned")
