@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo test chaos alarms lint format bench bench-grid pins clean
+.PHONY: install demo test test-gguf chaos alarms lint format bench bench-grid pins clean
 
 install: $(INSTALLED)
 
@@ -31,6 +31,11 @@ lint: install
 
 test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/pytest --numprocesses 2
+
+# llama.cpp reads what we write; its first build takes about ten minutes and a C++ compiler.
+test-gguf: lint
+	$(PIP) --no-build-isolation --editable '.[llamacpp]'
+	HF_HUB_OFFLINE=1 $(BIN)/pytest tests/test_gguf.py -m gguf
 
 # Kills a run at 100 random moments and goes on each time; about four minutes.
 chaos: lint

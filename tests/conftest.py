@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any library reads it: tests reach no network
 
@@ -13,12 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from pairtune.config import resolve
 from pairtune.data.pairs import PreferencePair
 from pairtune.models.load import LoadedBase, load_tokenizer
 from pairtune.models.resolve import resolve_model
+from pairtune.pipeline import tune
 from pairtune.runs import RunFolder, user_cache
 
 CHATML = (
@@ -102,6 +107,39 @@ def write_pairs(path: Path, numbers) -> Path:
     rows = (make_pair(number, rejected="No {0}" * (number % 3 + 1)).conversational() for number in numbers)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def small_run(model: Path, folder: Path, **more) -> RunFolder:
+    """A finished run of the tiny model over a handful of pairs; `more` are settings under their names in the config."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "model": str(model),
+        "data": [str(write_pairs(folder / "train.jsonl", range(8)))],
+        "eval_data": [str(write_pairs(folder / "held.jsonl", range(20, 25)))],
+        "test_data": [str(write_pairs(folder / "test.jsonl", range(40, 44)))],
+        "learning_rate": [3e-3],
+        "beta": [0.1],
+        "epochs": [1],
+        "dtype": "float32",
+        "samples": 2,
+        "out": folder / "run",
+        **more,
+    }
+    run = tune(resolve(None, settings), Console(quiet=True))
+    assert run is not None
+    return run
+
+
+def pairtune(*arguments, **environment) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own, with nobody to answer its questions."""
+    return subprocess.run(
+        [sys.executable, "-m", "pairtune", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
 
 
 class Lines:

@@ -12,7 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+TOKEN = "hf_planted0123456789"  # noqa: S105 - no key, but something to look for
 
 Files = dict[str, bytes]
 # Gives a status (and headers) instead of the answer to a method and path, "drop" to break off, or None.
@@ -31,6 +34,17 @@ class ModelHub:
     uploaded: int = 0
     fault: Fault = lambda method, path: None
     address: str = ""
+
+
+def online(hub: ModelHub, home: Path) -> dict[str, str]:
+    """An environment in which the Hub's client talks to the stand-in and keeps its cache in `home`."""
+    return {
+        "HF_ENDPOINT": hub.address,
+        "HF_HUB_OFFLINE": "0",
+        "HF_TOKEN": TOKEN,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+    }
 
 
 @contextmanager

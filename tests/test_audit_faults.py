@@ -11,14 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import write_pairs
-from rich.console import Console
+from conftest import small_run, write_pairs
 
-from pairtune.config import TrialConfig, resolve
+from pairtune.config import TrialConfig
 from pairtune.evaluate.audit.check import RULES, audit
 from pairtune.evaluate.audit.live import LiveAudit
 from pairtune.evaluate.audit.read import read_evidence
-from pairtune.pipeline import tune
 from pairtune.runs import RunFolder, write_atomic
 
 # Clean runs that the audit must not call wrong; `make alarms` has a hundred.
@@ -29,25 +27,14 @@ FALSE_ALARMS = 0.05
 def clean_run(tiny_model, folder: Path, seed: int, **more) -> RunFolder:
     """A run of two trials of the tiny model, on pairs that it can learn."""
     folder.mkdir(parents=True, exist_ok=True)
+    pairs = {"data": (0, 10), "eval_data": (200, 224), "test_data": (300, 304)}
     first = 1000 * seed
-    flags = {
-        "model": str(tiny_model),
-        "data": [str(write_pairs(folder / "train.jsonl", range(first, first + 10)))],
-        "eval_data": [str(write_pairs(folder / "held.jsonl", range(first + 200, first + 224)))],
-        "test_data": [str(write_pairs(folder / "test.jsonl", range(first + 300, first + 304)))],
-        "learning_rate": [1e-3],
-        "beta": [0.1, 0.2],
-        "epochs": [2],
-        "batch_size": [4],
-        "dtype": "float32",
-        "samples": 0,
-        "seed": seed,
-        "out": folder / "run",
-        **more,
+    sources = {
+        key: [str(write_pairs(folder / f"{key}.jsonl", range(first + start, first + stop)))]
+        for key, (start, stop) in pairs.items()
     }
-    run = tune(resolve(None, flags), Console(quiet=True))
-    assert run is not None
-    return run
+    settings = {"learning_rate": [1e-3], "beta": [0.1, 0.2], "epochs": [2], "batch_size": [4], "samples": 0}
+    return small_run(tiny_model, folder, **{**sources, **settings, "seed": seed, **more})
 
 
 @pytest.fixture(scope="module")

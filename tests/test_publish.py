@@ -7,56 +7,25 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_pairs
-from model_hub import serve_models
-from rich.console import Console
+from conftest import pairtune, small_run, write_pairs
+from model_hub import TOKEN, online, serve_models
 
-from pairtune.config import resolve
 from pairtune.errors import BadInput, RunFailed
-from pairtune.pipeline import tune
 from pairtune.publish import export
 from pairtune.publish.export import export_run
-from pairtune.runs import RunFolder
-
-TOKEN = "hf_planted0123456789"  # noqa: S105 - no key, but something to look for
-
-
-def tuned(model: Path, folder: Path, **more) -> RunFolder:
-    flags = {
-        "model": str(model),
-        "data": [str(write_pairs(folder / "train.jsonl", range(8)))],
-        "eval_data": [str(write_pairs(folder / "held.jsonl", range(20, 25)))],
-        "test_data": [str(write_pairs(folder / "test.jsonl", range(40, 44)))],
-        "learning_rate": [3e-3],
-        "beta": [0.1],
-        "epochs": [1],
-        "dtype": "float32",
-        "samples": 2,
-        "out": folder / "run",
-        **more,
-    }
-    run = tune(resolve(None, flags), Console(quiet=True))
-    assert run is not None
-    return run
 
 
 @pytest.fixture(scope="module")
 def run(tiny_model, tmp_path_factory):
-    return tuned(tiny_model, tmp_path_factory.mktemp("published"))
+    return small_run(tiny_model, tmp_path_factory.mktemp("published"))
 
 
 @pytest.fixture(scope="module")
 def full(tiny_model, tmp_path_factory):
-    return tuned(tiny_model, tmp_path_factory.mktemp("full"), method="full", learning_rate=[1e-4])
-
-
-def pairtune(*arguments, **environment) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pairtune", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
+    return small_run(tiny_model, tmp_path_factory.mktemp("full"), method="full", learning_rate=[1e-4])
 
 
 def logits(model, tokenizer):
@@ -93,8 +62,8 @@ def test_a_whole_model_has_no_adapter_but_can_be_exported(full, tmp_path):
 def test_what_is_not_the_trained_model_does_not_leave(run, tmp_path, monkeypatch):
     write = export._write
 
-    def spoilt(run, kind, base, folder):
-        write(run, kind, base, folder)
+    def spoilt(run, kind, base, folder, quantisation):
+        write(run, kind, base, folder, quantisation)
         from safetensors.torch import load_file, save_file
 
         (file,) = folder.glob("*.safetensors")
@@ -110,8 +79,8 @@ def test_what_is_not_the_trained_model_does_not_leave(run, tmp_path, monkeypatch
 def test_another_chat_template_does_not_leave(run, tmp_path, monkeypatch):
     write = export._write
 
-    def spoilt(run, kind, base, folder):
-        write(run, kind, base, folder)
+    def spoilt(run, kind, base, folder, quantisation):
+        write(run, kind, base, folder, quantisation)
         for file in folder.glob("*.jinja"):
             file.write_text(file.read_text().replace("<|im_start|>", "<|im_end|>"))
 
@@ -127,23 +96,13 @@ def test_the_command_says_what_the_check_found(run, tmp_path):
     again = pairtune("export", run.root, "--format", "merged", "--to", tmp_path / "out")
     assert (again.returncode, "already exists" in again.stderr) == (2, True)
     wrong = pairtune("export", run.root, "--format", "onnx", "--to", tmp_path / "other")
-    assert (wrong.returncode, "--format: should be adapter or merged" in wrong.stderr) == (2, True)
+    assert (wrong.returncode, "--format: should be adapter, merged or gguf" in wrong.stderr) == (2, True)
 
 
 @pytest.fixture
 def hub():
     with serve_models() as hub:
         yield hub
-
-
-def online(hub, folder: Path) -> dict[str, str]:
-    return {
-        "HF_ENDPOINT": hub.address,
-        "HF_HUB_OFFLINE": "0",
-        "HF_TOKEN": TOKEN,
-        "HF_HOME": str(folder),
-        "HF_HUB_DISABLE_XET": "1",
-    }
 
 
 def test_what_is_pushed_arrives_whole_in_one_commit(run, hub, tmp_path):
@@ -289,6 +248,7 @@ def test_what_may_not_be_published_is_refused(run, hub, tmp_path):
         (404, 1, "no such repository"),
         (409, 1, "somebody else is writing"),
         (429, 1, "(wait 7 s)"),
+        (500, 1, "the Hub answers 500; try again"),
     ],
 )
 def test_the_hubs_refusals_are_said(run, hub, tmp_path, status, code, message):

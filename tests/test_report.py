@@ -10,12 +10,10 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
-from conftest import write_pairs
+from conftest import pairtune, small_run, write_pairs
 from huggingface_hub import ModelCard
-from rich.console import Console
 
-from pairtune.config import resolve, source_name
-from pairtune.pipeline import tune
+from pairtune.config import source_name
 from pairtune.report.curves import draw_curves
 from pairtune.report.gather import Gathered
 from pairtune.report.words import duration
@@ -26,38 +24,14 @@ from pairtune.runs import RunFolder
 @pytest.fixture(scope="module")
 def run(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reported")
-    flags = {
-        "model": str(tiny_model),
-        "data": [str(write_pairs(folder / "train.jsonl", range(8)))],
-        "eval_data": [str(write_pairs(folder / "held.jsonl", range(20, 30)))],
-        "test_data": [str(write_pairs(folder / "test.jsonl", range(40, 46)))],
-        "learning_rate": [3e-3, 1e-3],
-        "beta": [0.1],
-        "epochs": [2],
-        "dtype": "float32",
-        "samples": 2,
-        "out": folder / "my<run>",
-    }
-    run = tune(resolve(None, flags), Console(quiet=True))
-    assert run is not None
-    return run
+    held = write_pairs(folder / "ten.jsonl", range(20, 30))
+    return small_run(
+        tiny_model, folder, eval_data=[str(held)], learning_rate=[3e-3, 1e-3], epochs=[2], out=folder / "my<run>"
+    )
 
 
 def test_answers_on_validation_prompts_can_choose(tiny_model, tmp_path):
-    flags = {
-        "model": str(tiny_model),
-        "data": [str(write_pairs(tmp_path / "train.jsonl", range(8)))],
-        "eval_data": [str(write_pairs(tmp_path / "held.jsonl", range(20, 25)))],
-        "test_data": [str(write_pairs(tmp_path / "test.jsonl", range(40, 44)))],
-        "learning_rate": [3e-3, 1e-3],
-        "beta": [0.1],
-        "epochs": [1],
-        "dtype": "float32",
-        "samples": 3,
-        "select": "win_rate",
-        "out": tmp_path / "run",
-    }
-    run = tune(resolve(None, flags), Console(quiet=True))
+    run = small_run(tiny_model, tmp_path, learning_rate=[3e-3, 1e-3], samples=3, select="win_rate")
     choosing, generations, selection = (
         json.loads(path.read_text()) for path in (run.choosing, run.generations, run.selection)
     )
@@ -204,14 +178,9 @@ def test_words():
     assert source_name("bundled:concise") == "bundled:concise"
 
 
-def evaluate(*arguments) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pairtune", "eval", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-
-
 def test_eval_of_a_run_repeats_its_own_numbers(run):
-    held = run.root.parent / "held.jsonl"
-    done = evaluate(run.root, "--data", held, "--samples", 2, "--dtype", "float32", "--json")
+    held = run.root.parent / "ten.jsonl"
+    done = pairtune("eval", run.root, "--data", held, "--samples", 2, "--dtype", "float32", "--json")
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
     best = json.loads(run.selection.read_text())["ranking"][0]
@@ -220,15 +189,15 @@ def test_eval_of_a_run_repeats_its_own_numbers(run):
     assert record["intervals"]["eval_rewards/accuracies"] == best["intervals"]["eval_rewards/accuracies"]
     assert record["data"]["kept"] == record["pairs"] == 10
     assert record["answers"]["win_rate"]["ties"] + record["answers"]["win_rate"]["wins"] <= 2
-    shown = evaluate(run.root, "--data", held, "--samples", 2, "--dtype", "float32").stdout
+    shown = pairtune("eval", run.root, "--data", held, "--samples", 2, "--dtype", "float32").stdout
     assert "win rate" in shown
     assert "The longer answer is better" in shown
 
 
 def test_eval_takes_a_foreign_adapter_and_a_whole_model(run, tiny_model):
-    held = run.root.parent / "held.jsonl"
+    held = run.root.parent / "ten.jsonl"
     of_run, of_adapter, of_model = (
-        json.loads(evaluate(*target, "--data", held, "--samples", 0, "--dtype", "float32", "--json").stdout)
+        json.loads(pairtune("eval", *target, "--data", held, "--samples", 0, "--dtype", "float32", "--json").stdout)
         for target in ((run.root,), (run.best,), (tiny_model, "--base", tiny_model))
     )
     assert of_adapter["metrics"] == pytest.approx(of_run["metrics"], abs=1e-6)
@@ -252,8 +221,8 @@ def test_eval_takes_a_foreign_adapter_and_a_whole_model(run, tiny_model):
     ],
 )
 def test_what_eval_cannot_use_is_said(run, tiny_model, arguments, message):
-    names = {"RUN": run.root, "MODEL": tiny_model, "HELD": run.root.parent / "held.jsonl"}
-    done = evaluate(*(names.get(argument, argument) for argument in arguments))
+    names = {"RUN": run.root, "MODEL": tiny_model, "HELD": run.root.parent / "ten.jsonl"}
+    done = pairtune("eval", *(names.get(argument, argument) for argument in arguments))
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr

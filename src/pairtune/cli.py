@@ -41,6 +41,9 @@ ColumnOption = Annotated[
     typer.Option(metavar="PART=NAME", help="Where prompt, chosen, rejected or system stands; repeat."),
 ]
 SourceArgument = Annotated[str, typer.Argument(metavar="SRC", help=SOURCES)]
+_FORMATS = ("adapter", "merged", "gguf")
+_QUANTISATIONS = ("f16", "q8_0", "q4_1")
+Quant = Annotated[str, typer.Option(help="Of a GGUF file: f16, q8_0 (default) or q4_1.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for the run; must not exist yet.")]
 
 
@@ -174,17 +177,19 @@ def audit(
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")],
     to: Annotated[Path, typer.Option(help="Folder for it; must not exist yet.")],
-    form: Annotated[str, typer.Option("--format", help="adapter (PEFT) or merged (a plain transformers folder).")],
+    form: Annotated[str, typer.Option("--format", help="adapter (PEFT), merged (transformers) or gguf (llama.cpp).")],
+    quant: Quant = "q8_0",
     as_json: Json = False,
 ) -> None:
     """Write a run's model for other tools, load it again, and check that it is the trained one."""
-    _check_choice("--format", form, ("adapter", "merged"))
+    _check_choice("--format", form, _FORMATS)
+    _check_choice("--quant", quant, _QUANTISATIONS)
     from pairtune.runs import RunFolder
 
     finished = RunFolder.finished(run)
     from pairtune.publish.export import export_run
 
-    parity = export_run(finished, form, to)  # type: ignore[arg-type]
+    parity = export_run(finished, form, to, quant)  # type: ignore[arg-type]
     if as_json:
         typer.echo(json.dumps({"to": str(to), **vars(parity)}))
         return
@@ -199,13 +204,15 @@ def push(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")],
     repo: Annotated[str, typer.Option(metavar="USER/NAME", help="On the Hub; made where it is not there.")],
     private: Annotated[bool, typer.Option("--private", help="Where the repository is made.")] = False,
-    what: Annotated[str, typer.Option(help="adapter (default) or merged.")] = "adapter",
+    what: Annotated[str, typer.Option(help="adapter (default), merged or gguf.")] = "adapter",
+    quant: Quant = "q8_0",
     revision: Annotated[str | None, typer.Option(help="Branch (main).")] = None,
     anyway: Annotated[bool, typer.Option("--anyway", help="Also what the audit calls wrong.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List every file and its size, and send nothing.")] = False,
 ) -> None:
     """Publish a run's model with card, report and figures on the Hugging Face Hub, in one commit."""
-    _check_choice("--what", what, ("adapter", "merged"))
+    _check_choice("--what", what, _FORMATS)
+    _check_choice("--quant", quant, _QUANTISATIONS)
     from pairtune.runs import RunFolder
 
     finished = RunFolder.finished(run)
@@ -215,6 +222,7 @@ def push(
         finished,
         repo,
         what,  # type: ignore[arg-type]
+        quant,  # type: ignore[arg-type]
         private=private,
         revision=revision,
         anyway=anyway,

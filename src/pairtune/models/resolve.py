@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
-from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -80,7 +78,7 @@ def resolve_model(name: str, flag: str = "--model") -> ModelSource:
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise BadInput(f"{flag} {name}: no such file")
-        folder = _dequantised(path)
+        folder = _dequantised(path, flag)
         return ModelSource(name, folder, "gguf", str(folder))
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -129,7 +127,7 @@ def bundled_gguf() -> Path | None:
     return next(iter(sorted(Path(spec.origin).parent.glob("*.gguf"))), None)
 
 
-def _dequantised(file: Path) -> Path:
+def _dequantised(file: Path, flag: str = "--model") -> Path:
     """A cache folder with the dense weights of a GGUF file, made at first use.
 
     Weights are stored as bfloat16, the precision in which the original models are published: the rounding is far
@@ -141,22 +139,18 @@ def _dequantised(file: Path) -> Path:
 
     def fill(target: Path) -> None:
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        with redirect_stderr(io.StringIO()):  # its progress bar; a failure is raised, not printed
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        from pairtune.models.gguf import read_gguf
+
+        model, tokenizer = read_gguf(file)
         model = model.to(torch.bfloat16)
-        if hasattr(model.config, "quantization_config"):  # the weights are dense now, and the config says so
-            del model.config.quantization_config
-            model.is_quantized, model.hf_quantizer = False, None
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
 
     try:
         return fill_folder(folder, fill)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise BadInput(f"--model {file}: cannot be read as GGUF ({one_line(error)})") from error
+        raise BadInput(f"{flag} {file}: cannot be read as GGUF ({one_line(error)})") from error
 
 
 def _from_hub(name: str, flag: str) -> ModelSource:
@@ -166,6 +160,11 @@ def _from_hub(name: str, flag: str) -> ModelSource:
 
     try:
         folder = Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        if not any(folder.glob("*.safetensors")) and (packed := _hub_gguf(name, folder, flag)):
+            unpacked = _dequantised(packed, flag)
+            return ModelSource(name, unpacked, "gguf", str(unpacked))
+    except BadInput:
+        raise
     except HFValidationError as error:
         raise BadInput(f"{flag} {name}: no such folder, and not a Hub id (USER/NAME)") from error
     except Exception as error:
@@ -176,3 +175,21 @@ def _from_hub(name: str, flag: str) -> ModelSource:
     if not any(folder.glob("*.safetensors")):
         raise BadInput(f"{flag} {name}: the repository has no safetensors weights; choose a model that has")
     return ModelSource(name, folder, "hub", name)
+
+
+def _hub_gguf(name: str, folder: Path, flag: str) -> Path | None:
+    """The one GGUF file of a Hub repository, fetched; None where it has none.
+
+    Raises:
+        BadInput: it has several, and which one is meant is not known.
+    """
+    from huggingface_hub import constants, hf_hub_download, list_repo_files
+
+    files = (
+        [file.name for file in folder.glob("*.gguf")]
+        if constants.HF_HUB_OFFLINE
+        else [file for file in list_repo_files(name) if file.endswith(".gguf")]
+    )
+    if len(files) > 1:
+        raise BadInput(f"{flag} {name}: holds {', '.join(sorted(files))}; download one of them and give the file")
+    return Path(hf_hub_download(name, files[0])) if files else None

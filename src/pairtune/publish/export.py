@@ -1,4 +1,5 @@
-"""A run's model as a folder that other tools load: the adapter, or the whole model with the adapter merged into it.
+"""A run's model as a folder that other tools load: the adapter, the whole model with the adapter merged into it, or
+that in one GGUF file.
 
 Nothing leaves without the parity check: what was written is loaded again and compared with the trained model on
 held-out prompts.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,19 +20,21 @@ from peft import PeftModel
 from pairtune.config import resolve
 from pairtune.errors import BadInput, RunFailed
 from pairtune.models.generate import Conversation, Sampling, generate_answers
+from pairtune.models.gguf import read_gguf
 from pairtune.models.load import LoadedBase, load_model, load_tokenizer, load_tuned, open_base
+from pairtune.models.resolve import ADAPTER_SETTINGS
 from pairtune.models.save import save_best
+from pairtune.publish.gguf import MODEL_FILE, Quantisation, write_gguf
 from pairtune.runs import RunFolder, fill_folder, write_json
 
-Format = Literal["adapter", "merged"]
-FORMATS: tuple[Format, ...] = ("adapter", "merged")
+Format = Literal["adapter", "merged", "gguf"]
+FORMATS: tuple[Format, ...] = ("adapter", "merged", "gguf")
 
-# Nats by which the log-prob of a token may differ, on average: an adapter's is the same computation; merging rounds
-# W + BA once to the base's type.
-_TOLERANCE = {"adapter": 1e-4, "merged": {torch.float32: 1e-3, torch.bfloat16: 0.1}}
 _PROMPTS = 4
 _GREEDY = Sampling(max_new_tokens=48)
 _ASKED = ({"role": "user", "content": "What is a lighthouse for?"},)
+
+Loaded = tuple[Any, Any]  # a model and its tokenizer
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,17 @@ class Parity:
         return self.same_tokens and self.logp_difference <= self.tolerance
 
 
-def export_run(run: RunFolder, kind: Format, target: Path) -> Parity:
+def export_run(run: RunFolder, kind: Format, target: Path, quantisation: Quantisation = "q8_0") -> Parity:
     """Write a run's model to a new folder, and check it.
 
+    Args:
+        run: a finished run.
+        kind: what is written.
+        target: the new folder.
+        quantisation: of a GGUF file's matrices.
+
     Raises:
-        BadInput: the folder exists, or its parent does not.
+        BadInput: the folder exists, or its parent does not, or the model cannot be had in this format.
         RunFailed: what was written is not the trained model; nothing is left.
     """
     if target.exists():
@@ -76,8 +85,9 @@ def export_run(run: RunFolder, kind: Format, target: Path) -> Parity:
     found: list[Parity] = []
 
     def fill(folder: Path) -> None:
-        _write(run, kind, base, folder)
-        parity = check_parity(run, kind, base, folder)
+        rotary = _write(run, kind, base, folder, quantisation)
+        exported = _load(folder, kind, base, rotary)
+        parity = check_parity(run, base, exported, tolerance(kind, base.dtype, quantisation))
         if not parity.holds:
             raise RunFailed(
                 f"{target}: the exported model is not the trained one (same prompt tokens: {parity.same_tokens}; a "
@@ -90,17 +100,35 @@ def export_run(run: RunFolder, kind: Format, target: Path) -> Parity:
     return found[0]
 
 
-def _write(run: RunFolder, kind: Format, base: LoadedBase, folder: Path) -> None:
-    adapted = (run.best / "adapter_config.json").is_file()
+def tolerance(kind: Format, dtype: torch.dtype, quantisation: Quantisation) -> float:
+    """Nats by which the log-prob of a token may differ, on average.
+
+    An adapter's is the same computation; merging rounds W + BA once to the base's type; GGUF's types keep 11, 8 and 4
+    bits of a weight.
+    """
+    merged = {torch.float32: 1e-3, torch.bfloat16: 0.1}[dtype]
+    packed = {"f16": 0.0, "q8_0": 0.05, "q4_1": 0.5}[quantisation]
+    return {"adapter": 1e-4, "merged": merged, "gguf": merged + packed}[kind]
+
+
+def _write(
+    run: RunFolder, kind: Format, base: LoadedBase, folder: Path, quantisation: Quantisation
+) -> Mapping[str, Any] | None:
+    """Write the model; its rotary embedding's parameters come back, which a GGUF file has not got."""
+    adapted = (run.best / ADAPTER_SETTINGS).is_file()
     if kind == "adapter":
         if not adapted:
             raise BadInput(f"{run.root}: the run trained the whole model, so there is no adapter; use merged")
         shutil.copytree(run.best, folder, dirs_exist_ok=True)
-        _name_base(folder / "adapter_config.json", base)
-        return
+        _name_base(folder / ADAPTER_SETTINGS, base)
+        return None
     model = load_tuned(run.best, base)
     merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
-    save_best(merged, load_tokenizer(run.best), folder, base.source.published_as)
+    if kind == "gguf":
+        write_gguf(merged, load_tokenizer(run.best), folder, run.root.resolve().name, quantisation)
+    else:
+        save_best(merged, load_tokenizer(run.best), folder, base.source.published_as)
+    return getattr(merged.config, "rope_parameters", None)
 
 
 def _name_base(file: Path, base: LoadedBase) -> None:
@@ -110,15 +138,27 @@ def _name_base(file: Path, base: LoadedBase) -> None:
         write_json(file, settings | {"base_model_name_or_path": base.source.hub_id})
 
 
-def check_parity(run: RunFolder, kind: Format, base: LoadedBase, folder: Path) -> Parity:
-    """Load an export again and compare it with the trained model."""
+def _load(folder: Path, kind: Format, base: LoadedBase, rotary: Mapping[str, Any] | None) -> Callable[[], Loaded]:
+    """How an export is loaded again; later, since two models need not be in memory at a time."""
+
+    def load() -> Loaded:
+        if kind == "gguf":
+            model, tokenizer = read_gguf(folder / MODEL_FILE, rotary)
+            return model.to(base.device), tokenizer
+        model = load_tuned(folder, base) if kind == "adapter" else load_model(folder, base.dtype, base.device)
+        return model, load_tokenizer(folder)
+
+    return load
+
+
+def check_parity(run: RunFolder, base: LoadedBase, load: Callable[[], Loaded], allowed: float) -> Parity:
+    """Compare an export with the trained model, `allowed` nats a token apart at most."""
     prompts = held_out(run)
     trained, tokenizer = load_tuned(run.best, base), base.tokenizer
     answers = generate_answers(trained, tokenizer, prompts, _GREEDY)
     expected = [_logps(trained, tokenizer, prompt, each.text) for prompt, each in zip(prompts, answers, strict=True)]
-    del trained  # one of them in memory at a time
-    again = load_tokenizer(folder)
-    exported = load_tuned(folder, base) if kind == "adapter" else load_model(folder, base.dtype, base.device)
+    del trained
+    exported, again = load()
     found = [_logps(exported, again, prompt, each.text) for prompt, each in zip(prompts, answers, strict=True)]
     said = generate_answers(exported, again, prompts, _GREEDY)
     same_tokens = all(one.shape == other.shape for one, other in zip(expected, found, strict=True)) and all(
@@ -127,12 +167,11 @@ def check_parity(run: RunFolder, kind: Format, base: LoadedBase, folder: Path) -
     apart = (
         torch.cat([(one - other).abs() for one, other in zip(expected, found, strict=True)]) if same_tokens else None
     )
-    tolerance: Any = _TOLERANCE[kind]
     return Parity(
         prompts=len(prompts),
         same_tokens=same_tokens,
         logp_difference=float("inf") if apart is None else float(apart.mean()),
-        tolerance=tolerance[base.dtype] if isinstance(tolerance, dict) else tolerance,
+        tolerance=allowed,
         same_answers=sum(one.text == other.text for one, other in zip(answers, said, strict=True)),
         answers=(answers[0].text, said[0].text),
     )
@@ -154,9 +193,10 @@ def _ids(tokenizer: Any, prompt: Conversation) -> list[int]:
 
 @torch.inference_mode()
 def _logps(model: Any, tokenizer: Any, prompt: Conversation, answer: str) -> torch.Tensor:
-    """Log-probs of every token after the first, of a prompt with an answer."""
-    ids = _ids(tokenizer, prompt) + tokenizer(answer, add_special_tokens=False)["input_ids"]
-    row = torch.tensor([ids], device=model.device)
-    logps = model(row).logits[0, :-1].float().log_softmax(-1)
-    picked: torch.Tensor = logps.gather(1, row[0, 1:, None])[:, 0].cpu()
+    """Log-probs of an answer's tokens, the end token last."""
+    asked = _ids(tokenizer, prompt)
+    answered = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    row = torch.tensor([asked + answered], device=model.device)
+    logps = model(row).logits[0, len(asked) - 1 : -1].float().log_softmax(-1)
+    picked: torch.Tensor = logps.gather(1, row[0, len(asked) :, None])[:, 0].cpu()
     return picked

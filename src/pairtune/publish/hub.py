@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from pairtune.errors import BadInput, RunFailed, one_line
 from pairtune.publish.export import Format, export_run
+from pairtune.publish.gguf import Quantisation
 from pairtune.report.card import model_card
 from pairtune.report.gather import Gathered
 from pairtune.runs import RunFolder
@@ -47,6 +48,7 @@ def push_run(
     run: RunFolder,
     repo: str,
     what: Format = "adapter",
+    quantisation: Quantisation = "q8_0",
     *,
     private: bool = False,
     revision: str | None = None,
@@ -63,7 +65,7 @@ def push_run(
     """
     _check(run, anyway=anyway)
     with tempfile.TemporaryDirectory(prefix="pairtune-") as scratch:
-        files = collect(run, repo, what, Path(scratch))
+        files = collect(run, repo, what, Path(scratch), quantisation)
         sizes = {
             name: len(content) if isinstance(content, bytes) else content.stat().st_size
             for name, content in files.items()
@@ -82,13 +84,15 @@ def push_run(
     return Pushed(sizes, str(url))
 
 
-def collect(run: RunFolder, repo: str, what: Format, scratch: Path) -> dict[str, bytes | Path]:
+def collect(
+    run: RunFolder, repo: str, what: Format, scratch: Path, quantisation: Quantisation = "q8_0"
+) -> dict[str, bytes | Path]:
     """What is published of a run, by its name in the repository.
 
     Raises:
         BadInput: the adapter's base is known on this machine only, or a file is no safe format.
     """
-    export_run(run, what, scratch / what)
+    export_run(run, what, scratch / what, quantisation)
     if what == "adapter":
         settings = json.loads((scratch / what / "adapter_config.json").read_text(encoding="utf-8"))
         if Path(settings["base_model_name_or_path"]).is_absolute():
@@ -97,7 +101,7 @@ def collect(run: RunFolder, repo: str, what: Format, scratch: Path) -> dict[str,
                 "use --what merged"
             )
     report = run.report_text.read_text(encoding="utf-8")
-    card = model_card(Gathered(run), report, repository=repo, adapter=what == "adapter")
+    card = model_card(Gathered(run), report, repository=repo, what=what)
     files: dict[str, bytes | Path] = {"README.md": card.encode()}
     files |= {file.name: file for file in (run.report, run.report_text)}
     files |= {f"figures/{file.name}": file for file in sorted(run.figures.glob("*.svg"))}

@@ -15,54 +15,63 @@ _TASK = ("text-generation", "Text Generation")
 _METRICS = {"eval_rewards/accuracies": ("accuracy", "Preference accuracy"), "eval_loss": ("loss", "Loss")}
 
 
-def model_card(run: Gathered, report: str, *, repository: str = "THIS_REPOSITORY", adapter: bool | None = None) -> str:
+def model_card(run: Gathered, report: str, *, repository: str = "THIS_REPOSITORY", what: str | None = None) -> str:
     """The card as text, front matter included.
 
     Args:
         run: that the model comes from.
         report: the run's report in Markdown, which the card ends with, losers and findings included.
         repository: where the model will lie on the Hub.
-        adapter: whether it is an adapter; as the run trained it where nothing is said.
+        what: lies there: `adapter`, `merged` or `gguf`; as the run trained it where nothing is said.
     """
     base = run.environment["base"]
-    if adapter is None:
-        adapter = run.config["method"] == "lora"
+    what = what or ("adapter" if run.config["method"] == "lora" else "merged")
     data = ModelCardData(
         model_name=run.name,
         base_model=base["hub_id"],
         datasets=_hub_datasets(run) or None,
-        library_name="peft" if adapter else "transformers",
+        library_name={"adapter": "peft", "merged": "transformers", "gguf": "gguf"}[what],
         license=base["license"],
         pipeline_tag="text-generation",
-        tags=["dpo", "preference-tuning", "pairtune", *(["lora"] if adapter else [])],
+        tags=["dpo", "preference-tuning", "pairtune", *{"adapter": ["lora"], "gguf": ["gguf"]}.get(what, [])],
         eval_results=list(_results(run)),
     )
-    return str(
-        ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(run, repository, adapter=adapter)}\n{_without_title(report)}")
-    )
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(run, repository, what)}\n{_without_title(report)}"))
 
 
-def _body(run: Gathered, repository: str, *, adapter: bool) -> str:
+def _body(run: Gathered, repository: str, what: str) -> str:
     base, sources = run.environment["base"], ", ".join(_names(run.data["sources"]))
-    loader = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
-    package = "peft" if adapter else "transformers"
-    what = "A LoRA adapter" if adapter else "A model"
+    title = {"adapter": "A LoRA adapter", "merged": "A model", "gguf": "A model as GGUF file"}[what]
     return f"""# {run.name}
 
-{what} tuned from {run.base_name} to people's preferences with pairtune ({run.config["loss"]} loss).
+{title} tuned from {run.base_name} to people's preferences with pairtune ({run.config["loss"]} loss).
 
-```python
-from {package} import {loader}
-from transformers import AutoTokenizer
-
-model = {loader}.from_pretrained("{repository}")
-tokenizer = AutoTokenizer.from_pretrained("{repository}")
-```
+{_loading(repository, what)}
 
 - Base: {run.base_name}, licence {base["license"] or "not known: look it up before you publish"}
 - Pairs: {sources}; their licence is {_data_licence(run)}
 - It learned which of two answers people prefer; no facts, and safety only as far as the pairs have it.
 """
+
+
+def _loading(repository: str, what: str) -> str:
+    """How others start."""
+    if what == "gguf":
+        return f"""```sh
+llama-cli -hf {repository}     # llama.cpp
+ollama run hf.co/{repository}  # Ollama; the Modelfile is for `ollama create`
+```"""
+    loader, package = {
+        "adapter": ("AutoPeftModelForCausalLM", "peft"),
+        "merged": ("AutoModelForCausalLM", "transformers"),
+    }[what]
+    return f"""```python
+from {package} import {loader}
+from transformers import AutoTokenizer
+
+model = {loader}.from_pretrained("{repository}")
+tokenizer = AutoTokenizer.from_pretrained("{repository}")
+```"""
 
 
 def _data_licence(run: Gathered) -> str:

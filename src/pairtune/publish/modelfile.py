@@ -1,0 +1,100 @@
+"""Ollama's `Modelfile`: the chat template of a model in the pieces that Ollama's own template language takes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+
+# What no template writes of itself.
+_SYSTEM, _USER, _ANSWER, _NEXT = "<<system>>", "<<user>>", "<<answer>>", "<<next>>"
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What stands around the parts of a conversation.
+
+    Attributes:
+        system: before and after a system message.
+        user: before a person's message, and between it and the answer.
+        answer: after an answer.
+        default: the system message that the template writes where none is given; empty if it writes none.
+    """
+
+    system: tuple[str, str]
+    user: tuple[str, str]
+    answer: str
+    default: str
+
+
+def modelfile(weights: str, tokenizer: Any) -> str:
+    """The file's text: weights, stop text, and the template where it can be said in Ollama's language."""
+    lines = [f"FROM ./{weights}", f"PARAMETER stop {json.dumps(tokenizer.eos_token)}"]
+    if (pieces := template_pieces(tokenizer)) is None:
+        lines.append("# The chat template cannot be said in this language. Ollama goes by the weights' own.")
+        return "\n".join(lines) + "\n"
+    before, after = pieces.system
+    asked, answering = pieces.user
+    template = (
+        f"{{{{ if .System }}}}{before}{{{{ .System }}}}{after}{{{{ end }}}}"
+        f"{{{{ if .Prompt }}}}{asked}{{{{ .Prompt }}}}{answering}{{{{ end }}}}{{{{ .Response }}}}{pieces.answer}"
+    )
+    lines.append(f'TEMPLATE """{template}"""')
+    if pieces.default:
+        lines.append(f'SYSTEM """{pieces.default}"""')
+    return "\n".join(lines) + "\n"
+
+
+def template_pieces(tokenizer: Any) -> Pieces | None:
+    """Take a chat template apart by rendering conversations of known words; None where the pieces do not make it up.
+
+    The end token separates what closes an answer from what opens the next message. What was found is put together
+    again and compared with the template's own rendering.
+    """
+    dialogue = [("user", _USER), ("assistant", _ANSWER), ("user", _NEXT)]
+    try:
+        plain = _render(tokenizer, dialogue)
+        full = _render(tokenizer, [("system", _SYSTEM), *dialogue])
+        before, rest = full.split(_SYSTEM)
+        opened, rest = rest.split(_USER)
+        answering, rest = rest.split(_ANSWER)
+        between, _ = rest.split(_NEXT)
+        alone, _ = plain.split(_USER)
+    except (TemplateError, ValueError):
+        return None  # it has no system messages, or writes a message twice
+    end = tokenizer.eos_token
+    if not between.startswith(end):
+        return None
+    asked = between.removeprefix(end).lstrip()
+    answer = between.removesuffix(asked)
+    if not opened.endswith(asked) or not alone.endswith(asked):
+        return None
+    after, default = opened.removesuffix(asked), ""
+    if alone != asked:
+        default = alone.removesuffix(asked).removeprefix(before).removesuffix(after)
+    found = Pieces((before, after), (asked, answering), answer, default)
+    rounds = [(_USER, _ANSWER), (_NEXT, "")]
+    made = (_assemble(found, system, rounds) for system in (_SYSTEM, default))
+    return found if [*made] == [full, plain] and '"""' not in str(found) else None
+
+
+def _render(tokenizer: Any, turns: list[tuple[str, str]]) -> str:
+    messages = [{"role": role, "content": content} for role, content in turns]
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return text.removeprefix(tokenizer.bos_token) if adds_bos(tokenizer) else text  # llama.cpp puts it there
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer begins every text with its first token, of itself."""
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+
+
+def _assemble(pieces: Pieces, system: str, rounds: list[tuple[str, str]]) -> str:
+    """What Ollama makes of a conversation whose last answer is still to come."""
+    text = system.join(pieces.system) if system else ""
+    for said, answer in rounds:
+        text += said.join(pieces.user) + (answer + pieces.answer if answer else "")
+    return text
