@@ -322,6 +322,33 @@ def chat(
     chat(target, Console())
 
 
+Served = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[RUN|MODEL]...", help="Finished runs, adapters, models; else every run in --runs."),
+]
+RunsRoot = Annotated[Path, typer.Option("--runs", help="Folder of the runs that the site shows.")]
+Concurrency = Annotated[int, typer.Option(min=1, help="Answers written at once, by one model.")]
+Waiting = Annotated[int, typer.Option(min=1, help="Who may wait beyond that.")]
+Context = Annotated[int, typer.Option(min=64, help="Tokens of a conversation with its answer.")]
+
+
+@app.command()
+def worker(
+    targets: Served = None,
+    runs: RunsRoot = Path("runs"),
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Of the API.")] = 8001,
+    concurrency: Concurrency = 8,
+    waiting: Waiting = 64,
+    context: Context = 4096,
+) -> None:
+    """Only the models, behind OpenAI's API (/v1/chat/completions); `serve` starts one of its own."""
+    from pairtune.serve.lane import Limits
+    from pairtune.serve.worker import run_worker
+
+    run_worker(targets or [], None if targets else runs, host, port, Limits(concurrency, waiting, context))
+
+
 @data_app.command("inspect")
 def inspect(
     source: SourceArgument,

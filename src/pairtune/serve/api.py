@@ -1,0 +1,311 @@
+"""The worker's HTTP interface: OpenAI's `/v1/models` and `/v1/chat/completions`.
+
+Every reply carries `system_fingerprint`: the base's and the adapter's. Beyond the protocol, a streaming request with
+`"pairtune": {"queue": true}` is told its place while it waits, in chunks without choices.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Annotated, Any, Literal
+
+from jinja2 import TemplateError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from pairtune.errors import BadInput
+from pairtune.serve import lane as lanes
+from pairtune.serve.catalogue import Catalogue, Served
+from pairtune.serve.text import Drawing
+
+# Bytes of a request; a context of a hundred thousand tokens fits.
+_LARGEST = 2_000_000
+# Characters a token has at most in ordinary text, generously; longer prompts are refused before they are tokenized.
+_CHARACTERS_A_TOKEN = 16
+
+
+class _Part(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class _Message(BaseModel):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[_Part]
+
+    def turn(self) -> dict[str, str]:
+        """For the chat template."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+class _StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class _Extension(BaseModel):
+    queue: bool = False
+
+
+class ChatRequest(BaseModel):
+    """A request for an answer, as far as the protocol is spoken here; other fields are refused where they change it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str
+    messages: Annotated[list[_Message], Field(min_length=1)]
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.7
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=1, le=1000)] = 50
+    max_tokens: Annotated[int | None, Field(ge=1)] = None
+    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    seed: int | None = None
+    stream: bool = False
+    stream_options: _StreamOptions = _StreamOptions()
+    n: Literal[1] = 1
+    logprobs: Literal[False] | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    pairtune: _Extension = _Extension()
+
+
+class _Refused(Exception):
+    def __init__(self, status: int, message: str, code: str, param: str | None = None, **headers: str) -> None:
+        self.status, self.headers = status, headers
+        self.body = {"error": {"message": message, "type": "invalid_request_error", "param": param, "code": code}}
+
+    def response(self) -> Response:
+        return JSONResponse(self.body, self.status, headers=self.headers)
+
+
+def make_app(catalogue: Catalogue, hosts: list[str]) -> Starlette:
+    """The ASGI application.
+
+    Args:
+        catalogue: of the models.
+        hosts: names under which the worker may be reached; others are refused, so that no page of another site can
+            reach it through a name of its own.
+    """
+    worker = _Worker(catalogue)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(catalogue.close)
+
+    return Starlette(
+        routes=[
+            Route("/health", worker.health),
+            Route("/v1/models", worker.models),
+            Route("/v1/chat/completions", worker.complete, methods=["POST"]),
+        ],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
+        lifespan=lifespan,
+    )
+
+
+class _Worker:
+    def __init__(self, catalogue: Catalogue) -> None:
+        self.catalogue = catalogue
+
+    async def health(self, _: Request) -> Response:
+        return JSONResponse({"status": "ok", "load": self.catalogue.loads()})
+
+    async def models(self, _: Request) -> Response:
+        return JSONResponse({"object": "list", "data": await asyncio.to_thread(self._listed)})
+
+    def _listed(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "id": each.id,
+                "object": "model",
+                "created": each.created,
+                "owned_by": "pairtune",
+                "pairtune": {
+                    "base": each.base,
+                    "run": each.run.resolve().name if each.run else None,
+                    "fingerprint": self.catalogue.fingerprint(each),
+                },
+            }
+            for each in self.catalogue.models().values()
+        ]
+
+    async def complete(self, request: Request) -> Response:
+        try:
+            asked = await _read(request)
+            model = (await asyncio.to_thread(self.catalogue.models)).get(asked.model)
+            if model is None:
+                raise _Refused(404, f"there is no model {asked.model!r} here (any more)", "model_not_found", "model")
+            answer = await asyncio.to_thread(self._start, asked, model, asyncio.get_running_loop())
+        except _Refused as refusal:
+            return refusal.response()
+        except BadInput as error:
+            return _Refused(400, str(error), "bad_model", "model").response()
+        except ClientDisconnect:
+            return Response(status_code=499)
+        if asked.stream:
+            return StreamingResponse(
+                answer.stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+            )
+        return await answer.whole(request)
+
+    def _start(self, asked: ChatRequest, model: Served, loop: asyncio.AbstractEventLoop) -> _Answer:
+        lane = self.catalogue.lane(model)
+        ids = _prompt(lane, asked)
+        room = lane.limits.context - len(ids)
+        wanted = asked.max_completion_tokens or asked.max_tokens or 512
+        drawing = Drawing(
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            top_k=asked.top_k,
+            max_tokens=min(wanted, room),
+            stop=tuple([asked.stop] if isinstance(asked.stop, str) else asked.stop or ()),
+            seed=asked.seed,
+        )
+        answer = _Answer(asked, self.catalogue.fingerprint(model), lane, len(ids))
+        events = answer.events
+
+        def emit(event: lanes.Event) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        answer.request = lanes.Request(ids, drawing, self.catalogue.adapter(model), emit)
+        try:
+            lane.submit(answer.request)
+        except lanes.Busy:
+            raise _Refused(
+                429, "too many are waiting already; try again", "rate_limit_exceeded", **{"Retry-After": "5"}
+            ) from None
+        return answer
+
+
+async def _read(request: Request) -> ChatRequest:
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > _LARGEST:
+            raise _Refused(413, f"the request has more than {_LARGEST:,} bytes", "request_too_large")
+    try:
+        return ChatRequest.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise _Refused(400, f"{where or 'request'}: {first['msg']}", "invalid_value", where or None) from error
+
+
+def _prompt(lane: lanes.Lane, asked: ChatRequest) -> list[int]:
+    """Token ids of the conversation under the model's chat template."""
+    turns = [message.turn() for message in asked.messages]
+    context = lane.limits.context
+    if sum(len(turn["content"]) for turn in turns) > _CHARACTERS_A_TOKEN * context:
+        raise _Refused(400, f"far longer than this model's {context:,} tokens", "context_length_exceeded", "messages")
+    try:
+        text = lane.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise _Refused(400, f"the model's chat template refuses this: {error}", "bad_messages", "messages") from error
+    ids: list[int] = lane.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) >= context:
+        raise _Refused(
+            400,
+            f"{len(ids):,} tokens are too long for this model, whose prompt and answer together have {context:,}",
+            "context_length_exceeded",
+            "messages",
+        )
+    return ids
+
+
+class _Answer:
+    """One answer on its way out."""
+
+    request: lanes.Request
+
+    def __init__(self, asked: ChatRequest, fingerprint: str, lane: lanes.Lane, prompt_tokens: int) -> None:
+        self.asked, self.lane, self.prompt_tokens = asked, lane, prompt_tokens
+        self.events: asyncio.Queue[lanes.Event] = asyncio.Queue()
+        self.head = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": asked.model,
+            "system_fingerprint": fingerprint,
+        }
+
+    async def stream(self) -> AsyncIterator[str]:
+        try:
+            yield self._chunk({"role": "assistant", "content": ""})
+            while True:
+                match await self.events.get():
+                    case lanes.Said(text):
+                        yield self._chunk({"content": text})
+                    case lanes.Queued(place) if self.asked.pairtune.queue:
+                        yield _event({**self.head, "object": _CHUNK, "choices": [], "pairtune": {"queue": place}})
+                    case lanes.Ended(reason, tokens):
+                        yield self._chunk({}, reason)
+                        if self.asked.stream_options.include_usage:
+                            yield _event({**self.head, "object": _CHUNK, "choices": [], "usage": self._usage(tokens)})
+                        break
+                    case lanes.Failed(message):
+                        yield _event({"error": {"message": message, "type": "server_error", "code": "failed"}})
+                        break
+            yield "data: [DONE]\n\n"
+        finally:
+            self.lane.cancel(self.request)  # whoever has gone away frees the place at once
+
+    async def whole(self, request: Request) -> Response:
+        gone = asyncio.create_task(_gone(request))
+        text = ""
+        ended: lanes.Ended | None = None
+        try:
+            while ended is None:
+                event = asyncio.create_task(self.events.get())
+                await asyncio.wait({event, gone}, return_when=asyncio.FIRST_COMPLETED)
+                if not event.done():
+                    event.cancel()
+                    return Response(status_code=499)
+                match event.result():
+                    case lanes.Said(piece):
+                        text += piece
+                    case lanes.Ended() as last:
+                        ended = last
+                    case lanes.Failed(reason):
+                        error = {"message": reason, "type": "server_error", "param": None, "code": "failed"}
+                        return JSONResponse({"error": error}, 500)
+        finally:
+            gone.cancel()
+            self.lane.cancel(self.request)
+        message = {"role": "assistant", "content": text}
+        choice = {"index": 0, "message": message, "finish_reason": ended.reason, "logprobs": None}
+        body = {**self.head, "object": "chat.completion", "choices": [choice], "usage": self._usage(ended.tokens)}
+        return JSONResponse(body)
+
+    def _chunk(self, delta: dict[str, str], reason: str | None = None) -> str:
+        choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
+        return _event({**self.head, "object": _CHUNK, "choices": [choice]})
+
+    def _usage(self, tokens: int) -> dict[str, int]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": tokens,
+            "total_tokens": self.prompt_tokens + tokens,
+        }
+
+
+_CHUNK = "chat.completion.chunk"
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value)}\n\n"
+
+
+async def _gone(request: Request) -> None:
+    while not await request.is_disconnected():
+        await asyncio.sleep(0.1)

@@ -1,0 +1,116 @@
+"""The worker as a process that is started again when it dies. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from contextlib import suppress
+
+from pairtune.errors import BadInput, RunFailed
+
+log = logging.getLogger(__name__)
+
+_STARTING_SECONDS = 300  # a model of some GB from a slow disk
+_ENDING_SECONDS = 10
+
+
+class WorkerProcess:
+    """A worker on a free port of the loopback; a context manager that ends it.
+
+    Args:
+        arguments: of `pairtune worker`, without host and port.
+    """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self.port = _free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._command = [sys.executable, "-m", "pairtune", "worker", *arguments, "--port", str(self.port)]
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ending = threading.Event()
+        self._lock = threading.Lock()  # between ending and starting again
+        self._watch = threading.Thread(target=self._restart, name="pairtune-watch", daemon=True)
+
+    def __enter__(self) -> WorkerProcess:
+        self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL)  # noqa: S603 - our own command
+        try:
+            self._wait()
+        except BaseException:
+            self._end()
+            raise
+        self._watch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ending.set()
+        with self._lock:
+            self._end()
+        self._watch.join()
+
+    @property
+    def pid(self) -> int:
+        """Of the process that runs now."""
+        assert self._process is not None  # noqa: S101 - asked for inside the context only
+        return self._process.pid
+
+    def _wait(self) -> None:
+        """Until it answers.
+
+        Raises:
+            BadInput: it refused to start; it has said why.
+            RunFailed: it did not start in time.
+        """
+        assert self._process is not None  # noqa: S101
+        until = time.monotonic() + _STARTING_SECONDS
+        while time.monotonic() < until:
+            if (code := self._process.poll()) is not None:
+                raise (
+                    BadInput("the worker did not start; see the line above")
+                    if code == 2
+                    else RunFailed(f"the worker ended with code {code} while it started")
+                )
+            with (
+                suppress(urllib.error.URLError, OSError),
+                urllib.request.urlopen(f"{self.url}/health", timeout=5),  # noqa: S310 - our own worker
+            ):
+                return
+            time.sleep(0.1)
+        raise RunFailed(f"the worker did not start within {_STARTING_SECONDS} s")
+
+    def _restart(self) -> None:
+        pause = 1.0
+        while not self._ending.is_set():
+            assert self._process is not None  # noqa: S101
+            started = time.monotonic()
+            code = self._process.wait()
+            if self._ending.is_set():
+                return
+            log.warning("the worker ended with code %s and is started again", code)
+            pause = 1.0 if time.monotonic() - started > 60 else min(2 * pause, 60)
+            self._ending.wait(pause)
+            with self._lock:
+                if not self._ending.is_set():
+                    self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL)  # noqa: S603
+
+    def _end(self) -> None:
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(_ENDING_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

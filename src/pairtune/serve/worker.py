@@ -1,0 +1,34 @@
+"""The worker: the process that owns the models. It speaks HTTP on one address and knows nothing of pages."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import uvicorn
+
+from pairtune.errors import BadInput
+from pairtune.serve.api import make_app
+from pairtune.serve.catalogue import Catalogue
+from pairtune.serve.lane import Limits
+
+
+def run_worker(targets: Sequence[str], root: Path | None, host: str, port: int, limits: Limits) -> None:
+    """Serve until the process is told to end.
+
+    Raises:
+        BadInput: a target cannot be served, or the address is taken.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    catalogue = Catalogue(targets, root, limits)
+    models = list(catalogue.models().values())
+    if models:
+        catalogue.lane(models[0])  # the first answer need not wait for it
+    names = ["127.0.0.1", "localhost", "[::1]", *([] if host in ("127.0.0.1", "localhost") else [host])]
+    app = make_app(catalogue, ["*"] if host in ("0.0.0.0", "::") else names)  # noqa: S104 - a person asked for it
+    server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False))
+    try:
+        server.run()
+    except SystemExit as error:
+        raise BadInput(f"--port {port}: {host}:{port} cannot be listened on; choose another port") from error

@@ -1,0 +1,379 @@
+"""The worker: batches that change nothing, OpenAI's protocol with OpenAI's client, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+import torch
+from conftest import byte_tokenizer, pairtune, small_run
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from pairtune.errors import BadInput
+from pairtune.models.generate import Sampling, generate_answers
+from pairtune.models.load import load_model, load_tuned, open_base
+from pairtune.runs import saved_fingerprint
+from pairtune.serve.adapters import read_adapter
+from pairtune.serve.lane import Busy, Ended, Failed, Lane, Limits, Queued, Request, Said
+from pairtune.serve.process import WorkerProcess
+from pairtune.serve.text import Drawing, TextStream
+
+QUESTIONS = ["What is a lighthouse for?", "Are there 4 apples?", "Hi", "Tell me about " + "boats and gulls " * 20]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served")
+    return small_run(tiny_model, folder, learning_rate=[3e-2, 1e-2], samples=0, out=folder / "small")
+
+
+def greedy(prompt_model, tokenizer, questions, tokens=24):
+    prompts = [[{"role": "user", "content": each}] for each in questions]
+    return [
+        generate_answers(prompt_model, tokenizer, [prompt], Sampling(max_new_tokens=tokens))[0] for prompt in prompts
+    ]
+
+
+class Asker:
+    """Requests to a lane, and what came of them."""
+
+    def __init__(self, lane: Lane) -> None:
+        self.lane = lane
+
+    def ask(self, question: str, adapter=None, **drawing):
+        turns = question if isinstance(question, list) else [{"role": "user", "content": question}]
+        text = self.lane.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        ids = self.lane.tokenizer(text, add_special_tokens=False)["input_ids"]
+        events: queue.SimpleQueue = queue.SimpleQueue()
+        settings = {"temperature": 0.0, "max_tokens": 24, **drawing}
+        request = Request(ids, Drawing(**settings), adapter, events.put)
+        self.lane.submit(request)
+        return request, events
+
+    @staticmethod
+    def end(asked, seconds=60.0):
+        text = ""
+        while True:
+            event = asked[1].get(timeout=seconds)
+            if isinstance(event, Said):
+                text += event.text
+            elif isinstance(event, Ended | Failed):
+                return text, event
+
+
+@pytest.fixture
+def lane(tiny_model):
+    base = open_base(str(tiny_model), "float32")
+    made = []
+
+    def make(**limits):
+        made.append(Lane(load_model(base.source, torch.float32), base.tokenizer, Limits(**limits)))
+        return Asker(made[-1])
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def test_a_batch_of_base_and_adapters_says_what_each_says_alone(run, tiny_model, lane):
+    base = open_base(str(tiny_model), "float32")
+    folders = [None, *(run.trial(f"lr-{rate}-beta-0.1").best for rate in ("0.03", "0.01"))]
+    adapters = [None if each is None else (saved_fingerprint(each), each) for each in folders]
+    models = [load_model(base.source, torch.float32) if each is None else load_tuned(each, base) for each in folders]
+    asker = lane(concurrency=5)
+    asked = [(number, question, asker.ask(question, adapters[number])) for question in QUESTIONS for number in range(3)]
+    answers = {(number, question): asker.end(each) for number, question, each in asked}
+    for number, model in enumerate(models):
+        for question, expected in zip(QUESTIONS, greedy(model, base.tokenizer, QUESTIONS), strict=True):
+            text, ended = answers[number, question]
+            assert text.strip() == expected.text
+            assert ended == Ended("stop" if expected.ended else "length", expected.tokens)
+    assert len({answers[number, QUESTIONS[0]][0] for number in range(3)}) == 3  # they are three models
+    assert asker.lane.load["answering"] == 0
+
+
+def test_what_is_remembered_of_a_conversation_changes_nothing(run, tiny_model, lane, monkeypatch):
+    base = open_base(str(tiny_model), "float32")
+    adapter = (saved_fingerprint(run.best), run.best)
+    asker, passes = lane(concurrency=2), []
+    forward = Lane._forward
+    monkeypatch.setattr(
+        Lane, "_forward", lambda self, a, p: passes.append(sum(each.length for _, each in p)) or forward(self, a, p)
+    )
+    first = asker.end(asker.ask(QUESTIONS[3], adapter))[0]
+    turns = [{"role": "user", "content": QUESTIONS[3]}, {"role": "assistant", "content": first}]
+    turns.append({"role": "user", "content": "And now?"})
+    passes.clear()
+    again = asker.end(asker.ask(turns, adapter))[0]
+    assert 0 < max(passes) < 150  # of about 500: the new turn, and an answer of bytes that are no text
+    model = load_tuned(run.best, base)
+    expected = generate_answers(model, base.tokenizer, [turns], Sampling(max_new_tokens=24))[0]
+    assert again.strip() == expected.text
+    passes.clear()
+    asker.end(asker.ask(turns, None))
+    assert max(passes) > 400  # the base has read nothing of it
+
+
+def test_a_long_prompt_is_read_in_pieces_while_others_are_answered(lane, monkeypatch):
+    from pairtune.serve import lane as module
+
+    monkeypatch.setattr(module, "PROMPT_TOKENS", 32)
+    passes = []
+    forward = Lane._forward
+    monkeypatch.setattr(
+        Lane,
+        "_forward",
+        lambda self, a, p: passes.append((len(a), sum(each.length for _, each in p))) or forward(self, a, p),
+    )
+    asker = lane()
+    asker.lane._ends = set()
+    short = asker.ask("Hi", max_tokens=40)
+    while not isinstance(short[1].get(timeout=60), Said):
+        pass
+    long = asker.ask(QUESTIONS[3], max_tokens=4)
+    assert isinstance(asker.end(long)[1], Ended)
+    asker.end(short)
+    assert max(pieces for _, pieces in passes) <= 32
+    assert any(answering and pieces for answering, pieces in passes)
+
+
+def test_who_waits_knows_the_place_and_who_leaves_frees_it(lane):
+    asker = lane(concurrency=1, waiting=2)
+    asker.lane._ends = set()
+    first = asker.ask("Hi", max_tokens=400)
+    while not isinstance(first[1].get(timeout=60), Said):
+        pass
+    second, third = asker.ask("Hi"), asker.ask("Hi")
+    assert second[1].get(timeout=5) == Queued(0)
+    assert third[1].get(timeout=5) == Queued(1)
+    with pytest.raises(Busy):
+        asker.ask("Hi")
+    asker.lane.cancel(second[0])
+    assert third[1].get(timeout=5) == Queued(0)
+    asker.lane.cancel(first[0])
+    assert isinstance(asker.end(third, 10)[1], Ended)
+
+
+def test_seeds_repeat_and_differ(lane):
+    asker = lane()
+    texts = [asker.end(asker.ask("Hi", temperature=1.5, seed=seed))[0] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_pass_that_fails_is_said_and_the_next_one_works(lane, monkeypatch):
+    asker = lane()
+    good = asker.end(asker.ask("Hi"))[0]
+    forward = Lane._forward
+    monkeypatch.setattr(Lane, "_forward", lambda *_: 1 / 0)
+    assert "division" in asker.end(asker.ask("Hi"))[1].message
+    monkeypatch.setattr(Lane, "_forward", forward)
+    assert asker.end(asker.ask("Hi"))[0] == good
+
+
+def test_an_adapter_that_is_gone_fails_alone(lane, tmp_path):
+    asker = lane()
+    assert "cannot be loaded" in asker.end(asker.ask("Hi", ("gone", tmp_path)))[1].message
+    assert isinstance(asker.end(asker.ask("Hi"))[1], Ended)
+
+
+def test_soft_caps_and_windows_are_kept_in_mind(lane):
+    torch.manual_seed(5)
+    tokenizer = byte_tokenizer()
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=16,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+        eos_token_id=2,
+    )
+    model = Gemma2ForCausalLM(config).eval()
+    for weight in model.parameters():
+        weight.data.normal_(std=0.5)
+    model.set_attn_implementation("eager")
+    expected = greedy(model, tokenizer, QUESTIONS)
+    asker = Asker(Lane(model, tokenizer, Limits()))
+    asked = [asker.ask(question) for question in QUESTIONS]
+    assert [asker.end(each)[0].strip() for each in asked] == [each.text for each in expected]
+    asker.lane.close()
+
+
+def test_what_cannot_be_served_is_refused(run, tmp_path):
+    with pytest.raises(BadInput, match="family gpt2"):
+        Lane(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2)), byte_tokenizer(), Limits())
+    settings = json.loads((run.best / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "use_dora": True}))
+    (tmp_path / "adapter_model.safetensors").write_bytes((run.best / "adapter_model.safetensors").read_bytes())
+    with pytest.raises(BadInput, match="more than plain LoRA"):
+        read_adapter(tmp_path, torch.float32, torch.device("cpu"))
+
+
+@given(st.text(max_size=40), st.lists(st.text(min_size=1, max_size=4), max_size=2))
+def test_streamed_text_is_the_text_up_to_its_stop(text, stops):
+    tokenizer = byte_tokenizer()
+    stream, shown = TextStream(tokenizer, stops), ""
+    for token in tokenizer(text)["input_ids"]:
+        shown += stream.push(token)
+        if stream.stopped:
+            break
+    shown += stream.flush()
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    assert stream.stopped == bool(places)
+    if not places:
+        assert shown == text
+    else:
+        # The stop text that is complete first ends the answer.
+        first = min(text.find(stop) + len(stop) for stop in stops if stop in text)
+        assert text.startswith(shown)
+        assert len(shown) < first
+
+
+# The process, through HTTP.
+
+
+@pytest.fixture(scope="module")
+def worker(run):
+    with WorkerProcess([str(run.root), "--context", "400"]) as process:
+        yield process
+
+
+@pytest.fixture
+def client(worker):
+    return openai.OpenAI(base_url=f"{worker.url}/v1", api_key="none", max_retries=0)
+
+
+def ask(model="small", **more):
+    return {"model": model, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 16, "temperature": 0, **more}
+
+
+def test_openais_client_lists_completes_and_streams(client, run, tiny_model):
+    models = {each.id: each.pairtune for each in client.models.list()}
+    assert list(models) == [str(tiny_model), "small", "small/lr-0.01-beta-0.1", "small/lr-0.03-beta-0.1"]
+    base, adapter = saved_fingerprint(tiny_model), saved_fingerprint(run.best)
+    whole = client.chat.completions.create(**ask())
+    assert whole.system_fingerprint == f"{base}+{adapter}" == models["small"]["fingerprint"]
+    assert whole.usage.completion_tokens <= 16
+    stream = client.chat.completions.create(**ask(), stream=True, stream_options={"include_usage": True})
+    chunks = list(stream)
+    assert "".join(each.choices[0].delta.content or "" for each in chunks if each.choices) == (
+        whole.choices[0].message.content
+    )
+    assert chunks[-1].usage == whole.usage
+    assert {each.system_fingerprint for each in chunks} == {whole.system_fingerprint}
+    assert client.chat.completions.create(**ask(str(tiny_model))).system_fingerprint == base
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "message"),
+    [
+        ({"model": "none"}, 404, "no model 'none'"),
+        ({"messages": []}, 400, "messages"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages.0.role"),
+        ({"temperature": -1}, 400, "temperature"),
+        ({"n": 2}, 400, "n:"),
+        ({"messages": [{"role": "user", "content": "x" * 1_000_000}]}, 400, "longer than this model's 400 tokens"),
+        ({"messages": [{"role": "user", "content": "x" * 500}]}, 400, "too long for this model"),
+        ({"messages": [{"role": "user", "content": "x" * 3_000_000}]}, 413, "more than 2,000,000 bytes"),
+    ],
+)
+def test_what_cannot_be_answered_is_said(client, more, status, message):
+    with pytest.raises(openai.APIStatusError) as refused:
+        client.chat.completions.create(**{**ask(), **more})
+    assert refused.value.status_code == status
+    assert message in str(refused.value)
+
+
+def test_odd_text_is_answered(client):
+    for content in ("", "\x00\x1b[31m\u202e", "<script>alert(1)</script>", "😀" * 20):
+        answer = client.chat.completions.create(**ask(messages=[{"role": "user", "content": content}]))
+        assert answer.choices[0].finish_reason in ("stop", "length")
+
+
+def test_other_hosts_and_no_json_are_refused(worker):
+    assert httpx.get(f"{worker.url}/v1/models", headers={"Host": "evil.example"}).status_code == 400
+    assert httpx.post(f"{worker.url}/v1/chat/completions", content=b"{").status_code == 400
+
+
+def test_who_hangs_up_frees_the_place(worker, client):
+    with client.chat.completions.create(**ask(max_tokens=300), stream=True) as stream:
+        next(iter(stream))
+    until = time.monotonic() + 10
+    while any(load["answering"] for load in _health(worker)["load"].values()):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_a_worker_that_is_killed_comes_back(run):
+    with WorkerProcess([str(run.root)]) as worker:
+        before = worker.pid
+        client = openai.OpenAI(base_url=f"{worker.url}/v1", api_key="none", max_retries=0)
+        os.kill(before, signal.SIGKILL)
+        until = time.monotonic() + 60
+        while True:
+            try:
+                answer = client.chat.completions.create(**ask())
+                break
+            except openai.APIConnectionError:
+                assert time.monotonic() < until
+                time.sleep(0.2)
+        assert answer.choices[0].message is not None
+        assert worker.pid != before
+        after = worker.pid
+    assert not psutil.pid_exists(after)
+
+
+def test_runs_come_and_go_while_it_serves(run, tmp_path):
+    with WorkerProcess(["--runs", str(tmp_path)]) as worker:
+        client = openai.OpenAI(base_url=f"{worker.url}/v1", api_key="none", max_retries=0)
+        assert not list(client.models.list())
+        shutil.copytree(run.root, tmp_path / "later")
+        (tmp_path / "unfinished").mkdir()
+        assert "later" in {each.id for each in client.models.list()}
+        assert client.chat.completions.create(**ask("later")).choices
+        shutil.rmtree(tmp_path / "later")
+        with pytest.raises(openai.NotFoundError):
+            client.chat.completions.create(**ask("later"))
+
+
+def test_a_whole_model_is_served_as_it_is(tiny_model, tmp_path):
+    full = small_run(tiny_model, tmp_path, method="full", learning_rate=[1e-3], samples=0, out=tmp_path / "whole")
+    with WorkerProcess([str(full.root)]) as worker:
+        client = openai.OpenAI(base_url=f"{worker.url}/v1", api_key="none", max_retries=0)
+        answer = client.chat.completions.create(**ask("whole"))
+        assert answer.system_fingerprint.endswith(saved_fingerprint(full.best))
+        base = open_base(str(tiny_model), "float32")
+        expected = greedy(load_tuned(full.best, base), base.tokenizer, ["Hi"], 16)[0]
+        assert answer.choices[0].message.content.strip() == expected.text
+
+
+def test_a_worker_without_such_a_run_says_so(tmp_path):
+    (tmp_path / "config.yaml").write_text("{}")
+    done = pairtune("worker", tmp_path)
+    assert (done.returncode, "unfinished" in done.stderr) == (2, True), done.stderr
+
+
+def _health(worker) -> dict:
+    return httpx.get(f"{worker.url}/health").json()
+
+
+def test_the_terminal_needs_no_worker():
+    code = "import sys, pairtune.serve.process; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parent).returncode == 0
