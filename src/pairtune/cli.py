@@ -341,12 +341,38 @@ def worker(
     concurrency: Concurrency = 8,
     waiting: Waiting = 64,
     context: Context = 4096,
+    attached: Annotated[bool, typer.Option("--attached", hidden=True, help="End with standard input.")] = False,
 ) -> None:
     """Only the models, behind OpenAI's API (/v1/chat/completions); `serve` starts one of its own."""
     from pairtune.serve.lane import Limits
     from pairtune.serve.worker import run_worker
 
-    run_worker(targets or [], None if targets else runs, host, port, Limits(concurrency, waiting, context))
+    run_worker(
+        targets or [], None if targets else runs, host, port, Limits(concurrency, waiting, context), attached=attached
+    )
+
+
+@app.command()
+def serve(
+    targets: Served = None,
+    runs: RunsRoot = Path("runs"),
+    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine see what you serve.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="Of the site.")] = 8000,
+    backend: Annotated[
+        str | None, typer.Option(help="An OpenAI-style server instead: vLLM, llama.cpp, Ollama.")
+    ] = None,
+    concurrency: Concurrency = 8,
+    waiting: Waiting = 64,
+    context: Context = 4096,
+) -> None:
+    """The site: chat with what was tuned, watch runs, look at pairs. At http://localhost:8000/."""
+    from pairtune.web.server import serve
+
+    limits = {"--concurrency": concurrency, "--waiting": waiting, "--context": context}
+    options = [part for flag, value in limits.items() for part in (flag, str(value))]
+    serve(targets or [], runs, host, port, backend, options)
 
 
 @data_app.command("inspect")

@@ -31,14 +31,14 @@ class WorkerProcess:
     def __init__(self, arguments: Sequence[str]) -> None:
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._command = [sys.executable, "-m", "pairtune", "worker", *arguments, "--port", str(self.port)]
+        self._command = [sys.executable, "-m", "pairtune", "worker", *arguments, "--port", str(self.port), "--attached"]
         self._process: subprocess.Popen[bytes] | None = None
         self._ending = threading.Event()
         self._lock = threading.Lock()  # between ending and starting again
         self._watch = threading.Thread(target=self._restart, name="pairtune-watch", daemon=True)
 
     def __enter__(self) -> WorkerProcess:
-        self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL)  # noqa: S603 - our own command
+        self._process = self._start()
         try:
             self._wait()
         except BaseException:
@@ -58,6 +58,10 @@ class WorkerProcess:
         """Of the process that runs now."""
         assert self._process is not None  # noqa: S101 - asked for inside the context only
         return self._process.pid
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        # The worker ends when this pipe does, so it never outlives this process, however that ends.
+        return subprocess.Popen(self._command, stdin=subprocess.PIPE)  # noqa: S603 - our own command
 
     def _wait(self) -> None:
         """Until it answers.
@@ -96,11 +100,13 @@ class WorkerProcess:
             self._ending.wait(pause)
             with self._lock:
                 if not self._ending.is_set():
-                    self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL)  # noqa: S603
+                    self._process = self._start()
 
     def _end(self) -> None:
         if self._process is None:
             return
+        if self._process.stdin:
+            self._process.stdin.close()
         self._process.terminate()
         try:
             self._process.wait(_ENDING_SECONDS)

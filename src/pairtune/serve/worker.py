@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,8 +18,10 @@ from pairtune.serve.catalogue import Catalogue
 from pairtune.serve.lane import Limits
 
 
-def run_worker(targets: Sequence[str], root: Path | None, host: str, port: int, limits: Limits) -> None:
-    """Serve until the process is told to end.
+def run_worker(
+    targets: Sequence[str], root: Path | None, host: str, port: int, limits: Limits, *, attached: bool = False
+) -> None:
+    """Serve until the process is told to end; `attached`: or until standard input ends.
 
     Raises:
         BadInput: a target cannot be served, or the address is taken.
@@ -23,12 +29,24 @@ def run_worker(targets: Sequence[str], root: Path | None, host: str, port: int, 
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     catalogue = Catalogue(targets, root, limits)
     models = list(catalogue.models().values())
+    for model in models:
+        catalogue.fingerprint(model)  # reads every weight once
     if models:
         catalogue.lane(models[0])  # the first answer need not wait for it
     names = ["127.0.0.1", "localhost", "[::1]", *([] if host in ("127.0.0.1", "localhost") else [host])]
     app = make_app(catalogue, ["*"] if host in ("0.0.0.0", "::") else names)  # noqa: S104 - a person asked for it
     server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False))
+    if attached:
+        threading.Thread(target=_end_with_input, args=[server], daemon=True).start()
     try:
         server.run()
     except SystemExit as error:
         raise BadInput(f"--port {port}: {host}:{port} cannot be listened on; choose another port") from error
+
+
+def _end_with_input(server: uvicorn.Server) -> None:
+    """Whoever has started this process is gone."""
+    sys.stdin.buffer.read()
+    server.should_exit = True
+    time.sleep(5)
+    os._exit(0)

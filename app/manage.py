@@ -1,0 +1,16 @@
+#!/usr/bin/env python
+"""Django's command line for the site: `python manage.py runserver` starts it on localhost:8000."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from django.core.management import execute_from_command_line
+
+if __name__ == "__main__":
+    os.environ.setdefault("DJANGO_SETTINGS_MODULE", "pairtune.web.settings")
+    # Runs lie beside this folder, wherever the command is typed.
+    os.environ.setdefault("PAIRTUNE_RUNS", str(Path(__file__).resolve().parents[1] / "runs"))
+    execute_from_command_line(sys.argv)

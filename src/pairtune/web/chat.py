@@ -1,0 +1,206 @@
+"""The pages of the chat."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from asgiref.sync import sync_to_async
+from django import forms
+from django.db.models import Q
+from django.http import HttpRequest, HttpResponse, HttpResponseBadRequest, StreamingHttpResponse
+from django.shortcuts import aget_object_or_404, redirect, render
+from django.template.loader import render_to_string
+from django.views.decorators.http import require_GET, require_POST
+
+from pairtune.web import answering, backend
+from pairtune.web.models import Answer, Conversation, Turn
+
+_SHOWN = 50  # conversations in the list; search finds the others
+_LONGEST = 1_200_000  # characters of a prompt: beyond any model's context, below what a request may have
+
+
+class Asked(forms.Form):
+    """What stands in the form under a conversation."""
+
+    prompt = forms.CharField(max_length=_LONGEST, strip=False)
+    model = forms.CharField(max_length=300)
+    compare = forms.CharField(max_length=300, required=False)
+    temperature = forms.FloatField(min_value=0, max_value=2, initial=0.7)
+    top_p = forms.FloatField(min_value=0.01, max_value=1, initial=1.0)
+    max_tokens = forms.IntegerField(min_value=1, max_value=8192, initial=512)
+    seed = forms.IntegerField(min_value=0, max_value=2**31 - 1, required=False)
+
+    def clean_prompt(self) -> str:
+        """Not empty: white space alone is nothing to answer."""
+        prompt: str = self.cleaned_data["prompt"].replace("\r\n", "\n")
+        if not prompt.strip():
+            raise forms.ValidationError("Write something first.")
+        return prompt
+
+    @property
+    def models(self) -> list[str]:
+        """Who answers."""
+        return [each for each in (self.cleaned_data["model"], self.cleaned_data["compare"]) if each]
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How tokens are drawn."""
+        return {name: self.cleaned_data[name] for name in ("temperature", "top_p", "max_tokens", "seed")}
+
+
+@require_GET
+async def chat(request: HttpRequest, pk: int | None = None) -> HttpResponse:
+    """A conversation, or the beginning of one."""
+    conversation = await aget_object_or_404(Conversation, pk=pk) if pk else None
+    models = await backend.models()
+    return await sync_to_async(_page)(request, conversation, models)
+
+
+def _page(request: HttpRequest, conversation: Conversation | None, models: list[dict[str, Any]]) -> HttpResponse:
+    chosen = list(conversation.model_names) if conversation else []
+    wanted = request.GET.get("model")
+    if not chosen:
+        runs = [each["id"] for each in models if each.get("run")]
+        chosen = [wanted] if wanted else runs[:1] or [each["id"] for each in models[:1]]
+    known = {each["id"] for each in models}
+    context = {
+        "conversation": conversation,
+        "turns": conversation.path() if conversation else [],
+        "conversations": _found(""),
+        "models": models,
+        "gone": [each for each in chosen if models and each not in known],
+        "chosen": chosen[0] if chosen else "",
+        "second": chosen[1] if len(chosen) > 1 else "",
+        "sampling": {"temperature": 0.7, "top_p": 1.0, "max_tokens": 512, "seed": None}
+        | (conversation.sampling if conversation else {}),
+        "prompt": request.GET.get("prompt", ""),
+        "page": "chat",
+    }
+    return render(request, "site/chat.html", context)
+
+
+def _found(words: str) -> list[Conversation]:
+    """The last conversations in which all words are, in what was asked or answered."""
+    found = Conversation.objects.all()
+    for word in words.split():
+        said = Q(title__icontains=word) | Q(turns__prompt__icontains=word) | Q(turns__answers__text__icontains=word)
+        found = found.filter(pk__in=Conversation.objects.filter(said).values("pk"))
+    return list(found[:_SHOWN])
+
+
+@require_GET
+def search(request: HttpRequest) -> HttpResponse:
+    """The list beside the conversation."""
+    words = request.GET.get("q", "")
+    return render(request, "site/_conversations.html", {"conversations": _found(words), "words": words})
+
+
+@require_POST
+async def say(request: HttpRequest, pk: int | None = None) -> HttpResponse:
+    """Something is said: at the end, or in place of an earlier turn (`turn`), which stays as a branch."""
+    asked = Asked(request.POST)
+    if not await sync_to_async(asked.is_valid)():
+        return _refuse(asked)
+    edited = request.POST.get("turn", "")
+    conversation, turn, answers = await sync_to_async(_say)(asked, pk, int(edited) if edited.isdigit() else None)
+    await _have_written(conversation, turn, answers)
+    return redirect("conversation", conversation.pk)
+
+
+def _refuse(asked: Asked) -> HttpResponse:
+    lines = [f"{field}: {' '.join(errors)}" for field, errors in asked.errors.items()]
+    return HttpResponseBadRequest("\n".join(lines), content_type="text/plain; charset=utf-8")
+
+
+def _say(asked: Asked, pk: int | None, edited: int | None) -> tuple[Conversation, Turn, list[Answer]]:
+    prompt = asked.cleaned_data["prompt"]
+    if pk is None:
+        conversation = Conversation.objects.create(title=" ".join(prompt.split())[:80])
+    else:
+        conversation = Conversation.objects.get(pk=pk)
+    parent = conversation.leaf_id
+    if edited is not None:
+        parent = conversation.turns.get(pk=edited).parent_id
+    turn = Turn.objects.create(conversation=conversation, parent_id=parent, prompt=prompt)
+    conversation.leaf, conversation.model_names, conversation.sampling = turn, asked.models, asked.sampling
+    conversation.save()
+    return conversation, turn, answering.make_answers(conversation, turn)
+
+
+async def _have_written(conversation: Conversation, turn: Turn, answers: list[Answer]) -> None:
+    path = await sync_to_async(conversation.path)()
+    for answer in answers:
+        turns = await sync_to_async(answering.history)(turn, answer.slot, path)
+        await answering.start(answer, turns)
+
+
+@require_POST
+async def again(request: HttpRequest, pk: int) -> HttpResponse:
+    """Another answer of the same model to the same turn."""
+    old = await aget_object_or_404(Answer.objects.select_related("turn__conversation"), pk=pk)
+    await Answer.objects.filter(turn=old.turn, slot=old.slot).aupdate(current=False)
+    new = await Answer.objects.acreate(turn=old.turn, slot=old.slot, model=old.model, sampling=old.sampling)
+    await _have_written(old.turn.conversation, old.turn, [new])
+    return redirect("conversation", old.turn.conversation_id)
+
+
+@require_POST
+async def stop(_: HttpRequest, pk: int) -> HttpResponse:
+    """Enough of this answer."""
+    await answering.stop(pk)
+    return HttpResponse(status=204)
+
+
+@require_POST
+def choose(request: HttpRequest, pk: int) -> HttpResponse:
+    """Show another one of the answers in a slot (`step` 1 or -1)."""
+    answer = Answer.objects.select_related("turn").get(pk=pk)
+    others = list(Answer.objects.filter(turn=answer.turn, slot=answer.slot).order_by("pk"))
+    place = others.index(answer) + (1 if request.POST.get("step") == "1" else -1)
+    for each in others:
+        each.current = each == others[place % len(others)]
+    Answer.objects.bulk_update(others, ["current"])
+    return redirect("conversation", answer.turn.conversation_id)
+
+
+@require_POST
+def branch(request: HttpRequest, pk: int) -> HttpResponse:
+    """Show another version of a turn, with what was last said after it."""
+    turn = Turn.objects.select_related("conversation").get(pk=pk)
+    others = list(Turn.objects.filter(conversation=turn.conversation, parent=turn.parent).order_by("pk"))
+    place = others.index(turn) + (1 if request.POST.get("step") == "1" else -1)
+    leaf = others[place % len(others)]
+    while later := leaf.children.order_by("-pk").first():
+        leaf = later
+    Conversation.objects.filter(pk=turn.conversation_id).update(leaf=leaf)
+    return redirect("conversation", turn.conversation_id)
+
+
+@require_POST
+def delete(_: HttpRequest, pk: int) -> HttpResponse:
+    """A conversation is gone."""
+    Conversation.objects.filter(pk=pk).delete()
+    return redirect("chat")
+
+
+@require_GET
+async def events(_: HttpRequest, pk: int) -> StreamingHttpResponse:
+    """An answer as server-sent events: `text` with the HTML so far, at the end `done` with all of it."""
+
+    async def stream() -> AsyncIterator[str]:
+        async for writing in answering.follow(pk):
+            context = {"text": writing.text, "queue": writing.queue}
+            yield _event("text", render_to_string("site/_text.html", context))
+        answer = await Answer.objects.select_related("turn").aget(pk=pk)
+        shown = {each.pk: each for each in await sync_to_async(answer.turn.shown)()}
+        html = render_to_string("site/_answer.html", {"answer": shown.get(pk, answer)})
+        yield _event("done", html)
+
+    await aget_object_or_404(Answer, pk=pk)
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingHttpResponse(stream(), content_type="text/event-stream", headers=headers)
+
+
+def _event(name: str, html: str) -> str:
+    return f"event: {name}\n" + "".join(f"data: {line}\n" for line in html.splitlines()) + "\n"

@@ -1,0 +1,34 @@
+"""`python manage.py runserver [[HOST:]PORT]`: the same as `pairtune serve`, since answers need an ASGI server."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from typing import Any
+
+from django.conf import settings
+from django.core.management.base import BaseCommand, CommandError
+
+from pairtune.errors import BadInput, RunFailed
+from pairtune.web.server import serve
+
+
+class Command(BaseCommand):
+    """In place of Django's, which serves no asynchronous pages."""
+
+    help = "Starts the site with a server of models, as `pairtune serve` does."
+    requires_system_checks: list[str] = []
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        """As Django's own takes them."""
+        parser.add_argument("address", nargs="?", default="8000", help="PORT or HOST:PORT")
+        parser.add_argument("--backend", help="A server of models that is running already.")
+
+    def handle(self, *_: Any, **options: Any) -> None:
+        """Serve until Ctrl-C."""
+        host, _, port = options["address"].rpartition(":")
+        try:
+            serve([], settings.PAIRTUNE_RUNS, host or "127.0.0.1", int(port), options["backend"])
+        except ValueError as error:
+            raise CommandError(f"{options['address']}: should be PORT or HOST:PORT") from error
+        except (BadInput, RunFailed) as error:
+            raise CommandError(str(error)) from error
