@@ -111,7 +111,9 @@ def test_what_is_remembered_of_a_conversation_changes_nothing(run, tiny_model, l
     asker, passes = lane(concurrency=2), []
     forward = Lane._forward
     monkeypatch.setattr(
-        Lane, "_forward", lambda self, a, p: passes.append(sum(each.length for _, each in p)) or forward(self, a, p)
+        Lane,
+        "_forward",
+        lambda self, a, p, c: passes.append(sum(each.length for _, each in p)) or forward(self, a, p, c),
     )
     first = asker.end(asker.ask(QUESTIONS[3], adapter))[0]
     turns = [{"role": "user", "content": QUESTIONS[3]}, {"role": "assistant", "content": first}]
@@ -127,6 +129,29 @@ def test_what_is_remembered_of_a_conversation_changes_nothing(run, tiny_model, l
     assert max(passes) > 400  # the base has read nothing of it
 
 
+def test_what_begins_alike_is_read_once_in_a_pass(run, tiny_model, lane, monkeypatch):
+    base = open_base(str(tiny_model), "float32")
+    adapter = (saved_fingerprint(run.best), run.best)
+    asker, passes = lane(concurrency=6), []
+    forward = Lane._forward
+    monkeypatch.setattr(
+        Lane,
+        "_forward",
+        lambda self, a, p, c: passes.append(sum(each.length for _, each in p)) or forward(self, a, p, c),
+    )
+    questions = [f"{QUESTIONS[3]} {number}" for number in range(3)]
+    asked = [(key, asker.ask(question, key)) for key in (adapter, None) for question in questions]
+    answers = [asker.end(each)[0].strip() for _, each in asked]
+    length = len(QUESTIONS[3])
+    assert sum(passes) < 2 * length + 6 * 60  # each model has read the beginning once
+    for answer, (key, model) in zip(
+        (answers[:3], answers[3:]),
+        ((adapter, load_tuned(run.best, base)), (None, load_model(base.source, torch.float32))),
+        strict=True,
+    ):
+        assert answer == [each.text for each in greedy(model, base.tokenizer, questions)], key
+
+
 def test_a_long_prompt_is_read_in_pieces_while_others_are_answered(lane, monkeypatch):
     from pairtune.serve import lane as module
 
@@ -136,7 +161,7 @@ def test_a_long_prompt_is_read_in_pieces_while_others_are_answered(lane, monkeyp
     monkeypatch.setattr(
         Lane,
         "_forward",
-        lambda self, a, p: passes.append((len(a), sum(each.length for _, each in p))) or forward(self, a, p),
+        lambda self, a, p, c: passes.append((len(a), sum(each.length for _, each in p))) or forward(self, a, p, c),
     )
     asker = lane()
     asker.lane._ends = set()

@@ -33,6 +33,15 @@ class Piece:
     length: int
 
 
+@dataclass(frozen=True)
+class Copy:
+    """The first tokens of one conversation are those of another: from slot to slot."""
+
+    source: int
+    target: int
+    tokens: int
+
+
 class Kept:
     """Keys and values of the conversations, [slots, key heads, tokens, size] a layer; room grows as it is needed.
 
@@ -72,10 +81,11 @@ class Kept:
                     kept.append(new)
         self.room = room
 
-    def copy(self, source: int, target: int, tokens: int) -> None:
-        """Let a conversation know what another has read."""
-        for tensor in [*self._keys, *self._values]:
-            tensor[target, :, :tokens] = tensor[source, :, :tokens]
+    def copy(self, copy: Copy, layer: int | None = None) -> None:
+        """Let a conversation know what another has read; in one layer, or in all."""
+        for kept in (self._keys, self._values):
+            for tensor in kept if layer is None else kept[layer : layer + 1]:
+                tensor[copy.target, :, : copy.tokens] = tensor[copy.source, :, : copy.tokens]
 
     def swap(self, one: int, other: int, tokens: int) -> None:
         """Let two conversations, of so many tokens at most, change places."""
@@ -83,12 +93,15 @@ class Kept:
             pair = tensor[[other, one], :, :tokens]
             tensor[one, :, :tokens], tensor[other, :, :tokens] = pair[0], pair[1]
 
-    def add(self, layer: int, piece: Piece, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep a piece's keys and values, [key heads, length, size]; all of the conversation's so far come back."""
+    def add(self, layer: int, piece: Piece, key: Tensor, value: Tensor) -> None:
+        """Keep a piece's keys and values, [key heads, length, size]."""
+        place = slice(piece.start, piece.start + piece.length)
+        self._keys[layer][piece.slot, :, place], self._values[layer][piece.slot, :, place] = key, value
+
+    def of(self, layer: int, piece: Piece) -> tuple[Tensor, Tensor]:
+        """Keys and values of a conversation up to the end of a piece, [key heads, tokens, size]."""
         end = piece.start + piece.length
-        keys, values = self._keys[layer][piece.slot], self._values[layer][piece.slot]
-        keys[:, piece.start : end], values[:, piece.start : end] = key, value
-        return keys[:, :end], values[:, :end]
+        return self._keys[layer][piece.slot, :, :end], self._values[layer][piece.slot, :, :end]
 
     def add_tokens(self, layer: int, starts: Tensor, longest: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The same for one token each of the first conversations, [conversations, key heads, size]."""
@@ -106,12 +119,14 @@ class Pass:
         kept: where keys and values are.
         starts: how many tokens of each conversation that is being answered are kept, [answering].
         pieces: of prompts, behind them in the row.
+        copies: what a piece takes over from one before it, which is read in this same pass.
     """
 
     kept: Kept
     starts: Tensor
     longest: int
     pieces: tuple[Piece, ...]
+    copies: tuple[Copy, ...] = ()
 
     def visible(self, window: int | None) -> Tensor:
         """Which kept tokens the answering conversations see, [answering, 1, 1, longest]."""
@@ -151,15 +166,21 @@ def served_attention(
         keys, values = batch.kept.add_tokens(layer, batch.starts, batch.longest, k, v)
         seen = batch.visible(sliding_window)
         results.append(_attend(q.unsqueeze(2), keys, values, seen, scale, softcap)[:, :, 0].transpose(0, 1))
+    parts = []
     place = answering
     for piece in batch.pieces:
         q, k, v = (tensor[0, :, place : place + piece.length] for tensor in (query, key, value))
-        keys, values = batch.kept.add(layer, piece, k, v)
+        batch.kept.add(layer, piece, k, v)
+        parts.append(q)
+        place += piece.length
+    for copy in batch.copies:
+        batch.kept.copy(copy, layer)
+    for piece, q in zip(batch.pieces, parts, strict=True):
+        keys, values = batch.kept.of(layer, piece)
         here = torch.arange(piece.start, piece.start + piece.length, device=q.device)[:, None]
         places = torch.arange(keys.shape[1], device=q.device)
         seen = places <= here if sliding_window is None else (places <= here) & (places > here - sliding_window)
         results.append(_attend(q[None], keys[None], values[None], seen, scale, softcap)[0])
-        place += piece.length
     return torch.cat(results, dim=1).transpose(0, 1)[None], None
 
 

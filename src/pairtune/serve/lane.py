@@ -24,13 +24,16 @@ from pairtune.engine.policy import PACKED_FAMILIES
 from pairtune.errors import BadInput, one_line
 from pairtune.models.generate import end_tokens
 from pairtune.serve.adapters import Stack, read_adapter
-from pairtune.serve.attention import ATTENTION, Kept, Pass, Piece
+from pairtune.serve.attention import ATTENTION, Copy, Kept, Pass, Piece
 from pairtune.serve.text import Drawing, TextStream
 
 log = logging.getLogger(__name__)
 
 # Tokens of prompts in a pass: enough to multiply well, few enough that those who are being answered hardly notice.
 PROMPT_TOKENS = 512
+
+# Seconds to wait for others who come at the same moment, where nobody is being answered.
+GATHERING = 0.005
 
 # Adapters in memory; beyond that, the one that was idle for longest goes.
 ADAPTERS = 16
@@ -221,8 +224,10 @@ class Lane:
         with torch.inference_mode():
             while True:
                 with self._changed:
-                    while not (self._closed or self._waiting or self._state.answering or self._state.reading):
-                        self._changed.wait()
+                    if not (self._state.answering or self._state.reading):
+                        self._changed.wait_for(lambda: self._closed or self._waiting)
+                        # Those who come together are read together, which is faster for all but the first.
+                        self._changed.wait_for(lambda: self._closed or self._free() <= len(self._waiting), GATHERING)
                     if self._closed:
                         break
                     admitted = [self._waiting.popleft() for _ in range(self._free()) if self._waiting]
@@ -278,7 +283,7 @@ class Lane:
             self._kept.swap(first, free, max(len(self._memory[first].ids), len(self._memory[free].ids)))
             self._memory[first], self._memory[free] = self._memory[free], self._memory[first]
         if best < first and shared[best]:
-            self._kept.copy(best, first, shared[best])
+            self._kept.copy(Copy(best, first, shared[best]))
         return shared[best]
 
     def _use(self, key: str, folder: Path) -> None:
@@ -300,15 +305,19 @@ class Lane:
             if each.request.cancelled:
                 self._leave(each)
         state = self._state
-        pieces, budget = [], PROMPT_TOKENS
-        for place, each in enumerate(state.reading):
+        pieces: list[tuple[_Conversation, Piece]] = []
+        copies, budget = [], PROMPT_TOKENS
+        for slot, each in enumerate(state.reading, len(state.answering)):
+            if copy := _taken_over(each, slot, pieces):
+                each.kept = copy.tokens
+                copies.append(copy)
             length = min(budget, len(each.ids) - each.kept)
             if length:
-                pieces.append((each, Piece(len(state.answering) + place, each.kept, length)))
+                pieces.append((each, Piece(slot, each.kept, length)))
             budget -= length
         if not state.answering and not pieces:
             return
-        logits = self._forward(state.answering, pieces)
+        logits = self._forward(state.answering, pieces, tuple(copies))
         finished = [each for each, piece in pieces if piece.start + piece.length == len(each.ids)]
         drawing = [*state.answering, *finished]
         for each, piece in pieces:
@@ -320,7 +329,9 @@ class Lane:
         for each, row in zip(drawing, logits, strict=True):
             self._draw(each, row)
 
-    def _forward(self, answering: list[_Conversation], pieces: list[tuple[_Conversation, Piece]]) -> torch.Tensor:
+    def _forward(
+        self, answering: list[_Conversation], pieces: list[tuple[_Conversation, Piece]], copies: tuple[Copy, ...] = ()
+    ) -> torch.Tensor:
         """Logits of the next token, of those who are answered and of those whose prompt is through with this pass."""
         device = self.model.device
         ids = [each.ids[-1] for each in answering]
@@ -341,6 +352,7 @@ class Lane:
             torch.tensor(positions[: len(answering)], dtype=torch.long, device=device),
             max(positions[: len(answering)], default=0) + 1,
             tuple(piece for _, piece in pieces),
+            copies,
         )
         hidden = self.model.base_model(
             input_ids=torch.tensor([ids], device=device),
@@ -398,6 +410,17 @@ class Lane:
             tokens = max(among[one].kept, among[other].kept)
             self._kept.swap(first_slot + one, first_slot + other, tokens)
             among[one], among[other] = among[other], among[one]
+
+
+def _taken_over(each: _Conversation, slot: int, pieces: Sequence[tuple[_Conversation, Piece]]) -> Copy | None:
+    """What a prompt need not read because another one that is read in the same pass begins alike."""
+    known = [
+        (min(_shared(other.ids, each.ids[:-1]), piece.start + piece.length), piece.slot)
+        for other, piece in pieces
+        if other.key == each.key
+    ]
+    tokens, source = max(known, default=(0, 0))
+    return Copy(source, slot, tokens) if tokens > each.kept else None
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:

@@ -1,0 +1,111 @@
+"""Serving: eight chats at once through the worker, over one after another through transformers' `generate`.
+
+Both sides answer the same prompts with the same number of tokens, greedily and without an end token, on the same
+weights (base and adapter in turn), one after the other in one run, repeated. Then the time to the first token with eight
+at once over one alone. `--run` is a finished run; by default `runs/demo`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import queue
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from pairtune.models.load import load_model, load_tuned, open_base
+from pairtune.runs import RunFolder, saved_fingerprint
+from pairtune.serve.lane import Ended, Lane, Limits, Request, Said
+from pairtune.serve.text import Drawing
+
+PROMPTS = [
+    f"Tell me a long story about {what}, with many details."
+    for what in (
+        *("a lighthouse", "two gulls", "the last ferry", "a baker at sea"),
+        *("an old map", "a storm in May", "the harbour cat", "a letter in a bottle"),
+    )
+]
+
+
+def main() -> None:
+    """Measure, and print a line a round."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    asked = parser.parse_args()
+    run = RunFolder.finished(asked.run)
+    from pairtune.config import resolve
+
+    config = resolve(run.config, {}).config
+    base = open_base(config.model, config.dtype)
+    tuned = load_tuned(run.best, base)
+    lane = Lane(load_model(base.source, base.dtype, base.device), base.tokenizer, Limits(concurrency=8))
+    lane._ends = set()  # every answer has all its tokens
+    adapter = (saved_fingerprint(run.best), run.best)
+    turns = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    ids = [
+        base.tokenizer.apply_chat_template(each, add_generation_prompt=True, return_dict=True)["input_ids"]
+        for each in turns
+    ]
+    print(f"{base.source.name}, {base.dtype}, {asked.tokens} tokens each, {torch.get_num_threads()} threads")
+    ratios, waits = [], []
+    for number in range(asked.rounds + 1):
+        one_by_one = sequential(tuned, ids, asked.tokens)
+        together, first = at_once(lane, ids, adapter, asked.tokens)
+        alone = statistics.median(at_once(lane, [each], adapter, 4)[1][0] for each in ids)
+        if number == 0:
+            continue  # warming up
+        ratios.append(one_by_one / together)
+        waits.append(statistics.median(first) / alone)
+        total = asked.tokens * len(ids)
+        print(
+            f"round {number}: generate one by one {total / one_by_one:.1f} tokens/s, worker with 8 at once "
+            f"{total / together:.1f} tokens/s ({ratios[-1]:.2f} times); first token {alone:.2f} s alone, median "
+            f"{statistics.median(first):.2f} s, last {max(first):.2f} s of 8 ({waits[-1]:.2f} times)"
+        )
+    print(f"median: {statistics.median(ratios):.2f} times the tokens/s, {statistics.median(waits):.2f} times the wait")
+    lane.close()
+
+
+def sequential(tuned, ids: list[list[int]], tokens: int) -> float:
+    """Seconds for all answers one after another: the adapter's and the base's in turn."""
+    started = time.perf_counter()
+    with torch.inference_mode():
+        for number, each in enumerate(ids):
+            row = torch.tensor([each])
+            how = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+            how["attention_mask"] = torch.ones_like(row)
+            if number % 2:
+                with tuned.disable_adapter():
+                    tuned.generate(input_ids=row, **how)
+            else:
+                tuned.generate(input_ids=row, **how)
+    return time.perf_counter() - started
+
+
+def at_once(lane: Lane, ids: list[list[int]], adapter, tokens: int) -> tuple[float, list[float]]:
+    """Seconds until all answers have ended, and until the first token of each; other rounds are not remembered."""
+    lane._memory = [type(lane._memory[0])()] * lane.limits.concurrency
+    events: list[queue.SimpleQueue] = []
+    started = time.perf_counter()
+    for number, each in enumerate(ids):
+        events.append(queue.SimpleQueue())
+        emit = lambda event, to=events[-1]: to.put((time.perf_counter() - started, event))  # noqa: E731
+        lane.submit(Request(each, Drawing(0.0, max_tokens=tokens), None if number % 2 else adapter, emit))
+    first = []
+    for each in events:
+        seen = None
+        while True:
+            at, event = each.get()
+            seen = at if seen is None and isinstance(event, Said) else seen
+            if isinstance(event, Ended):
+                break
+        first.append(at if seen is None else seen)
+    return time.perf_counter() - started, first
+
+
+if __name__ == "__main__":
+    main()
