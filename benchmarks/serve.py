@@ -1,8 +1,8 @@
 """Serving: eight chats at once through the worker, over one after another through transformers' `generate`.
 
 Both sides answer the same prompts with the same number of tokens, greedily and without an end token, on the same
-weights (base and adapter in turn), one after the other in one run, repeated. Then the time to the first token with eight
-at once over one alone. `--run` is a finished run; by default `runs/demo`.
+weights (base and adapter in turn), one after the other in one run, repeated. Then the time to the first token with
+eight at once over one alone. `--run` is a finished run; by default `runs/demo`.
 """
 
 from __future__ import annotations

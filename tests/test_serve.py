@@ -20,6 +20,7 @@ import torch
 from conftest import byte_tokenizer, pairtune, small_run
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from pairtune.errors import BadInput
@@ -208,10 +209,47 @@ def test_a_pass_that_fails_is_said_and_the_next_one_works(lane, monkeypatch):
     assert asker.end(asker.ask("Hi"))[0] == good
 
 
-def test_an_adapter_that_is_gone_fails_alone(lane, tmp_path):
+@pytest.mark.parametrize("fault", ["gone", "cut off", "half", "other shape", "seed"])
+def test_what_is_wrong_with_one_request_is_not_the_others_matter(run, lane, tmp_path, fault):
     asker = lane()
-    assert "cannot be loaded" in asker.end(asker.ask("Hi", ("gone", tmp_path)))[1].message
-    assert isinstance(asker.end(asker.ask("Hi"))[1], Ended)
+    adapter = (saved_fingerprint(run.best), run.best)
+    expected = asker.end(asker.ask(QUESTIONS[0], adapter))
+    spoilt = tmp_path / "adapter"
+    shutil.copytree(run.best, spoilt)
+    file = spoilt / "adapter_model.safetensors"
+    tensors = load_file(file)
+    first = min(tensors)
+    if fault == "gone":
+        shutil.rmtree(spoilt)
+    elif fault == "cut off":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif fault == "half":
+        save_file({name: tensor for name, tensor in tensors.items() if name != first}, file)
+    elif fault == "other shape":
+        save_file({name: torch.zeros(5, 5) for name in tensors}, file)
+    drawing = {"seed": 2**70} if fault == "seed" else {}
+    beside = asker.ask(QUESTIONS[0], adapter)
+    bad = asker.ask("Hi", None if fault == "seed" else ("bad", spoilt), **drawing)
+    behind = asker.ask(QUESTIONS[0], adapter)
+    assert isinstance(asker.end(bad)[1], Failed)
+    assert asker.end(beside) == asker.end(behind) == expected
+
+
+def test_the_smallest_temperatures_and_shares_take_the_likeliest(lane):
+    asker = lane()
+    expected = asker.end(asker.ask("Hi"))
+    for drawing in ({"temperature": 1e-40}, {"temperature": 1e-4, "top_p": 1e-60}, {"top_p": 1e-60, "temperature": 1}):
+        assert asker.end(asker.ask("Hi", **drawing)) == expected
+
+
+def test_an_answer_that_cannot_be_drawn_fails_alone(lane, monkeypatch):
+    asker = lane()
+    expected = asker.end(asker.ask("Hi"))
+    draw = Drawing.draw
+    monkeypatch.setattr(Drawing, "draw", lambda self, *more: 1 / 0 if self.seed == 13 else draw(self, *more))
+    beside, bad = asker.ask("Hi"), asker.ask("Hi", seed=13)
+    assert isinstance(asker.end(bad)[1], Failed)
+    assert asker.end(beside) == expected
 
 
 def test_soft_caps_and_windows_are_kept_in_mind(lane):
@@ -371,7 +409,15 @@ def test_runs_come_and_go_while_it_serves(run, tmp_path):
         assert not list(client.models.list())
         shutil.copytree(run.root, tmp_path / "later")
         (tmp_path / "unfinished").mkdir()
-        assert "later" in {each.id for each in client.models.list()}
+        shutil.copytree(run.root, tmp_path / "slim")
+        shutil.rmtree(tmp_path / "slim" / "trials")  # to save room
+        shutil.copytree(run.root, tmp_path / "lost")
+        config = (tmp_path / "lost" / "config.yaml").read_text()
+        model = json.loads((run.root / "environment.json").read_text())["base"]["name"]
+        (tmp_path / "lost" / "config.yaml").write_text(config.replace(model, f"{model}-gone"))
+        names = {each.id for each in client.models.list()}
+        assert {"later", "slim"} <= names
+        assert "lost" not in names
         assert client.chat.completions.create(**ask("later")).choices
         shutil.rmtree(tmp_path / "later")
         with pytest.raises(openai.NotFoundError):

@@ -197,8 +197,10 @@ def test_stop_keeps_what_has_come(page, slow_site):
     kept = page.locator(".answer .text").inner_text()
     page.reload()
     assert page.locator(".answer.stopped .text").inner_text() == kept
-    health = httpx.get(f"http://127.0.0.1:{_port(site.worker)}/health").json()
-    assert not any(load["answering"] for load in health["load"].values())
+    until = time.monotonic() + 20
+    while any(load["answering"] for load in _health(site)["load"].values()):
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 def test_asking_again_and_editing_lose_nothing(page, site):
@@ -259,6 +261,10 @@ def _answers(site: Site) -> bool:
         return httpx.get(f"http://127.0.0.1:{_port(site.worker)}/health").is_success
     except (httpx.HTTPError, StopIteration, psutil.Error):
         return False
+
+
+def _health(site: Site) -> dict:
+    return httpx.get(f"http://127.0.0.1:{_port(site.worker)}/health").json()
 
 
 def _port(worker: psutil.Process) -> str:
@@ -442,6 +448,42 @@ def test_pages_are_accessible(page, site, width, scheme):
         severe = [(each["id"], each["nodes"][0]["html"]) for each in found if each["impact"] in ("serious", "critical")]
         assert not severe, f"{path}: {severe}"
         assert page.evaluate("document.scrollingElement.scrollWidth <= innerWidth"), f"{path} is wider than the screen"
+
+
+def test_what_is_gone_is_not_a_fault(page, site):
+    say(page, site, "to be deleted", tokens=300)
+    path = page.url.removeprefix(site.url)
+    token = page.input_value("#composer [name=csrfmiddlewaretoken]")
+    answer = page.locator(".answer").get_attribute("id").removeprefix("answer-")
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Delete").click()
+    page.wait_for_url(f"{site.url}/")
+    cookies = {each["name"]: each["value"] for each in page.context.cookies()}
+    form = {"csrfmiddlewaretoken": token, "prompt": "x", "model": "small", "temperature": 1, "top_p": 1}
+    with httpx.Client(base_url=site.url, cookies=cookies, headers={"Referer": site.url}) as client:
+        for where in (f"{path}say", f"/answers/{answer}/again", f"/answers/{answer}/choose", "/turns/99999/branch"):
+            assert client.post(where, data={**form, "max_tokens": 5}).status_code == 404, where
+        assert client.post("/chat/say", data={**form, "max_tokens": 5, "turn": "12"}).status_code == 404
+        assert client.get(f"/answers/{answer}/events").status_code == 404
+    page.goto(site.url)
+    assert "to be deleted" not in page.locator("#conversations").inner_text()
+
+
+def test_again_in_a_branch_that_is_not_shown_answers_that_branch(page, browser, site):
+    say(page, site, "the first branch")
+    wait_done(page)
+    other = browser.new_page()
+    other.goto(page.url)
+    page.get_by_role("button", name="Edit").click()
+    page.fill("#prompt", "the second branch")
+    page.press("#prompt", "Enter")
+    expect(page.locator(".said .words")).to_have_text("the second branch", timeout=PATIENCE)
+    wait_done(page)
+    other.get_by_role("button", name="Try again").click()  # of the branch that this tab still shows
+    page.wait_for_timeout(500)
+    page.get_by_role("button", name="Earlier version").click()
+    expect(page.locator(".answer.done .group")).to_contain_text("2/2", timeout=PATIENCE)
+    other.close()
 
 
 def test_every_answer_has_the_strict_policy(site):

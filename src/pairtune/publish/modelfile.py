@@ -31,7 +31,7 @@ class Pieces:
 
 def modelfile(weights: str, tokenizer: Any) -> str:
     """The file's text: weights, stop text, and the template where it can be said in Ollama's language."""
-    lines = [f"FROM ./{weights}", f"PARAMETER stop {json.dumps(tokenizer.eos_token)}"]
+    lines = [f"FROM ./{weights}", f"PARAMETER stop {json.dumps(tokenizer.eos_token, ensure_ascii=False)}"]
     if (pieces := template_pieces(tokenizer)) is None:
         lines.append("# The chat template cannot be said in this language. Ollama goes by the weights' own.")
         return "\n".join(lines) + "\n"

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from pairtune.errors import BadInput
+from pairtune.errors import BadInput, one_line
 from pairtune.models.resolve import ADAPTER_SETTINGS
 
 
@@ -44,12 +46,15 @@ def read_adapter(folder: Path, dtype: torch.dtype, device: torch.device) -> Adap
     try:
         settings = json.loads((folder / ADAPTER_SETTINGS).read_text(encoding="utf-8"))
         tensors = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{folder}: the adapter cannot be loaded ({error})") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise BadInput(f"{folder}: the adapter cannot be loaded ({one_line(error)})") from error
     plain = all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in tensors)
     if not plain or settings.get("use_dora") or settings.get("peft_type", "LORA") != "LORA":
         raise BadInput(f"{folder}: is more than plain LoRA (DoRA, biases or whole layers); merge it, and serve that")
     factors = {}
+    partners = {name.replace(".lora_A.", ".lora_B.") for name in tensors if ".lora_A." in name}
+    if partners != {name for name in tensors if ".lora_B." in name} or "lora_alpha" not in settings:
+        raise BadInput(f"{folder}: the adapter is not whole")
     for name in tensors:
         layer = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         if name.endswith(".lora_A.weight"):
@@ -62,7 +67,9 @@ def read_adapter(folder: Path, dtype: torch.dtype, device: torch.device) -> Adap
 
 
 def _setting(settings: Mapping[str, Any], name: str, pattern: str, layer: str) -> float:
-    own = {key: value for key, value in (settings.get(pattern) or {}).items() if layer.endswith(key)}
+    # The pattern's keys are regular expressions, as PEFT reads them.
+    patterns = settings.get(pattern) or {}
+    own = {key: value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)}
     value: float = next(iter(own.values()), settings[name])
     return value
 
@@ -117,11 +124,14 @@ class Stack:
         """Replace all adapters.
 
         Raises:
-            BadInput: one of them has a layer that the model has not.
+            BadInput: one of them does not belong to this model; nothing is changed.
         """
         for adapter in adapters.values():
             if unknown := adapter.factors.keys() - self._layers.keys():
                 raise BadInput(f"the adapter has a layer that the base has not: {min(unknown)}")
+            for name, (a, b) in adapter.factors.items():
+                if (b.shape[0], a.shape[1]) != self._layers[name].weight.shape or a.shape[0] != b.shape[1]:
+                    raise BadInput(f"the adapter was made for another base: {name} has another shape")
         self._adapters = dict(adapters)
         for name, layer in self._layers.items():
             owned = [

@@ -70,7 +70,7 @@ class ChatRequest(BaseModel):
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     stop: str | Annotated[list[str], Field(max_length=4)] | None = None
-    seed: int | None = None
+    seed: Annotated[int | None, Field(ge=0, lt=2**63)] = None
     stream: bool = False
     stream_options: _StreamOptions = _StreamOptions()
     n: Literal[1] = 1
@@ -137,7 +137,7 @@ class _Worker:
                     "fingerprint": self.catalogue.fingerprint(each),
                 },
             }
-            for each in self.catalogue.models().values()
+            for each in self.catalogue.usable()
         ]
 
     async def complete(self, request: Request) -> Response:
@@ -169,7 +169,7 @@ class _Worker:
             top_p=asked.top_p,
             top_k=asked.top_k,
             max_tokens=min(wanted, room),
-            stop=tuple([asked.stop] if isinstance(asked.stop, str) else asked.stop or ()),
+            stop=tuple(filter(None, [asked.stop] if isinstance(asked.stop, str) else asked.stop or ())),
             seed=asked.seed,
         )
         answer = _Answer(asked, self.catalogue.fingerprint(model), lane, len(ids))
@@ -214,6 +214,8 @@ def _prompt(lane: lanes.Lane, asked: ChatRequest) -> list[int]:
     except TemplateError as error:
         raise _Refused(400, f"the model's chat template refuses this: {error}", "bad_messages", "messages") from error
     ids: list[int] = lane.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise _Refused(400, "the model's chat template makes nothing of this", "bad_messages", "messages")
     if len(ids) >= context:
         raise _Refused(
             400,

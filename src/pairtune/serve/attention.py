@@ -71,15 +71,12 @@ class Kept:
             return
         room = max(tokens, 2 * self.room, 256)
         shape = (self._slots, self._heads, room, self._size)
+        grown = []
         for kept in (self._keys, self._values):
-            for layer in range(self._layers):
-                new = torch.zeros(shape, dtype=self._dtype, device=self._device)
-                if self.room:
-                    new[:, :, : self.room] = kept[layer]
-                    kept[layer] = new
-                else:
-                    kept.append(new)
-        self.room = room
+            grown.append([torch.zeros(shape, dtype=self._dtype, device=self._device) for _ in range(self._layers)])
+            for new, old in zip(grown[-1], kept, strict=False):  # at first there is nothing old
+                new[:, :, : self.room] = old
+        (self._keys, self._values), self.room = grown, room
 
     def copy(self, copy: Copy, layer: int | None = None) -> None:
         """Let a conversation know what another has read; in one layer, or in all."""

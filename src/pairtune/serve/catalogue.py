@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pairtune.config import resolve
-from pairtune.errors import BadInput
-from pairtune.models.load import LoadedBase, load_model, load_tokenizer, open_base
+from pairtune.errors import BadInput, one_line
+from pairtune.models.load import load_model, load_tokenizer, open_base
 from pairtune.models.resolve import ADAPTER_SETTINGS, base_of_adapter, find_adapter, resolve_model
 from pairtune.runs import RunFolder, saved_fingerprint
 from pairtune.serve.lane import Lane, Limits
+
+log = logging.getLogger(__name__)
+
+# Whole models in memory; adapters take little beside them.
+MODELS = 3
 
 
 @dataclass(frozen=True)
@@ -55,27 +61,43 @@ class Catalogue:
 
     def __init__(self, targets: Sequence[str], root: Path | None, limits: Limits) -> None:
         self._targets, self._root, self._limits = list(targets), root, limits
-        self._lanes: dict[tuple[str, str], Lane] = {}
-        self._bases: dict[tuple[str, str], LoadedBase] = {}
+        self._lanes: dict[tuple[str, str, str], Lane] = {}
+        self._bases: dict[str, Path] = {}  # folders, by what is typed: finding one may mean hashing a file
         self._fingerprints: dict[tuple[Path, int], str] = {}
         self._lock = threading.Lock()
-        named = [list(_models_of(target)) for target in self._targets]
-        self._named = {each.id: each for models in named for each in models}
+        self._named: dict[str, Served] = {}
+        for each in (model for target in self._targets for model in _models_of(target)):
+            if self._named.setdefault(each.id, each).folder != each.folder:
+                raise BadInput(f"{each.folder}: another model is called {each.id} as well; rename one of the folders")
 
     def models(self) -> dict[str, Served]:
         """By name; runs that are gone are not there, new ones are."""
         found = {each.id: each for each in self._named.values() if each.folder is None or each.folder.is_dir()}
         for folder in sorted(self._root.iterdir()) if self._root and self._root.is_dir() else []:
-            if (folder / "COMPLETE").is_file():
-                try:
+            try:
+                if (folder / "COMPLETE").is_file():
                     found |= {each.id: each for each in _models_of(str(folder)) if each.id not in found}
-                except BadInput:
-                    continue  # a damaged run; the site says what is wrong with it
+            except (BadInput, OSError):
+                continue  # a damaged run; the site says what is wrong with it
+        return found
+
+    def usable(self) -> list[Served]:
+        """Those whose base is to be had as well."""
+        found = []
+        for each in self.models().values():
+            try:
+                self.fingerprint(each)
+            except (BadInput, OSError) as error:
+                log.warning("%s is not served: %s", each.id, one_line(error, 200))
+                continue
+            found.append(each)
         return found
 
     def fingerprint(self, model: Served) -> str:
         """Of the base's weight files, and of the adapter's: what an answer was really computed with."""
-        base = self._hash(resolve_model(model.base).folder)
+        if model.base not in self._bases:
+            self._bases[model.base] = resolve_model(model.base).folder
+        base = self._hash(self._bases[model.base])
         return base if model.folder is None else f"{base}+{self._hash(model.folder)}"
 
     def lane(self, model: Served) -> Lane:
@@ -84,15 +106,24 @@ class Catalogue:
         Raises:
             BadInput: it cannot be loaded.
         """
-        weights = model.base if model.adapted or model.folder is None else str(model.folder)
+        own = None if model.adapted else model.folder
+        # By what the weights are, too: a run that was made again under its name is another model.
+        key = (str(own or model.base), model.dtype, self.fingerprint(model).partition("+")[2] if own else "")
+        if known := self._lanes.get(key):
+            return known
         with self._lock:
-            key = (weights, model.dtype)
             if key not in self._lanes:
+                self._forget_idle()
                 base = open_base(model.base, model.dtype)
-                own = None if weights == model.base else model.folder
                 loaded = load_model(own or base.source, base.dtype, base.device)
                 self._lanes[key] = Lane(loaded, load_tokenizer(own or base.source), self._limits)
             return self._lanes[key]
+
+    def _forget_idle(self) -> None:
+        """Make room for a model, where several are in memory and nobody talks to one of them."""
+        for key, lane in list(self._lanes.items()):
+            if len(self._lanes) >= MODELS and not (lane.load["answering"] or lane.load["waiting"]):
+                self._lanes.pop(key).close()
 
     def adapter(self, model: Served) -> tuple[str, Path] | None:
         """Fingerprint and folder of its adapter."""
@@ -100,7 +131,7 @@ class Catalogue:
 
     def loads(self) -> dict[str, dict[str, int]]:
         """How much is going on, by the models in memory."""
-        return {weights: lane.load for (weights, _), lane in list(self._lanes.items())}
+        return {key[0]: lane.load for key, lane in list(self._lanes.items())}
 
     def close(self) -> None:
         """End all lanes."""
@@ -123,7 +154,7 @@ def _models_of(target: str) -> Iterator[Served]:
         created, name = int(run.complete.stat().st_mtime), folder.resolve().name
         yield Served(config.model, config.model, config.dtype)
         yield Served(name, config.model, config.dtype, run.best, folder, created)
-        for trial in sorted(run.trials.iterdir()):
+        for trial in sorted(run.trials.iterdir()) if run.trials.is_dir() else []:
             if (trial / "best").is_dir():
                 yield Served(f"{name}/{trial.name}", config.model, config.dtype, trial / "best", folder, created)
     elif adapter := find_adapter(target):

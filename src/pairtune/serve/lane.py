@@ -258,14 +258,17 @@ class Lane:
         try:
             if request.adapter:
                 self._use(*request.adapter)
+            drawing = request.drawing
+            text = TextStream(self.tokenizer, drawing.stop)
+            new = _Conversation(request, text, drawing.generator(), list(request.ids))
+            new.kept = self._remember(new)
         except BadInput as error:
             request.emit(Failed(str(error)))
-            return
-        drawing = request.drawing
-        text = TextStream(self.tokenizer, drawing.stop)
-        new = _Conversation(request, text, drawing.generator(), list(request.ids))
-        new.kept = self._remember(new)
-        self._state.reading.append(new)
+        except Exception as error:  # whatever is wrong with one request is not the others' matter
+            log.exception("a request failed")
+            request.emit(Failed(one_line(error, 200)))
+        else:
+            self._state.reading.append(new)
 
     def _remember(self, new: _Conversation) -> int:
         """Bring what is known of a prompt into the first free slot; how many tokens that are."""
@@ -327,7 +330,12 @@ class Lane:
         for each in finished:
             self._start_answering(each)
         for each, row in zip(drawing, logits, strict=True):
-            self._draw(each, row)
+            try:
+                self._draw(each, row)
+            except Exception as error:
+                log.exception("an answer failed")
+                each.request.emit(Failed(one_line(error, 200)))
+                self._leave(each)
 
     def _forward(
         self, answering: list[_Conversation], pieces: list[tuple[_Conversation, Piece]], copies: tuple[Copy, ...] = ()

@@ -61,7 +61,11 @@ class WorkerProcess:
 
     def _start(self) -> subprocess.Popen[bytes]:
         # The worker ends when this pipe does, so it never outlives this process, however that ends.
-        return subprocess.Popen(self._command, stdin=subprocess.PIPE)  # noqa: S603 - our own command
+        return subprocess.Popen(  # noqa: S603 - our own command
+            self._command,
+            stdin=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C in a terminal is for the site, which then ends the worker
+        )
 
     def _wait(self) -> None:
         """Until it answers.

@@ -41,12 +41,14 @@ class Drawing:
 
     def draw(self, logits: Tensor, generator: torch.Generator) -> int:
         """A token, from logits over the vocabulary, [V]."""
-        if self.temperature == 0:
+        if self.temperature < 1e-5:  # below that, quotients overflow
             return int(logits.argmax())
         likely, tokens = logits.float().cpu().topk(min(self.top_k, len(logits)))  # sorted, the likeliest first
         shares = (likely / self.temperature).softmax(0)
         if self.top_p < 1:
-            shares = shares * (shares.cumsum(0) - shares < self.top_p)  # the first is always left
+            left = shares.cumsum(0) - shares < self.top_p
+            left[0] = True
+            shares = shares * left
         return int(tokens[torch.multinomial(shares, 1, generator=generator)])
 
 

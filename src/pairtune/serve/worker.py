@@ -28,9 +28,9 @@ def run_worker(
     """
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     catalogue = Catalogue(targets, root, limits)
-    models = list(catalogue.models().values())
-    for model in models:
-        catalogue.fingerprint(model)  # reads every weight once
+    models = catalogue.usable()  # reads every weight once
+    if targets and not models:
+        raise BadInput(f"{', '.join(targets)}: cannot be served; the base is not to be had")
     if models:
         catalogue.lane(models[0])  # the first answer need not wait for it
     names = ["127.0.0.1", "localhost", "[::1]", *([] if host in ("127.0.0.1", "localhost") else [host])]

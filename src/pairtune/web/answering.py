@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from typing import Any
 
 from pairtune.web import backend
 from pairtune.web.models import Answer, Conversation, Turn
+
+log = logging.getLogger(__name__)
 
 _SAVE_SECONDS = 1.0
 _SHOW_SECONDS = 0.1
@@ -76,12 +79,24 @@ async def _write(answer: Answer, turns: list[dict[str, str]], writing: Writing) 
         state = "stopped"
     except backend.Unanswered as failure:
         state, reason = "failed", str(failure)
-    answer.text, answer.state, answer.reason = writing.text, state, reason
-    answer.seconds = time.monotonic() - started
-    await answer.asave()
-    writing.over = True
-    writing.changed.set()
-    _writing.pop(answer.pk, None)
+    except Exception:
+        log.exception("an answer could not be written")
+        state, reason = "failed", "The site failed; its terminal says why."
+    # An update, not a save: a conversation that was deleted meanwhile stays so, and what pages changed is left alone.
+    saved_row = Answer.objects.filter(pk=answer.pk).aupdate(
+        text=writing.text,
+        state=state,
+        reason=reason,
+        fingerprint=answer.fingerprint,
+        tokens=answer.tokens,
+        seconds=time.monotonic() - started,
+    )
+    try:
+        await asyncio.shield(asyncio.ensure_future(saved_row))
+    finally:
+        writing.over = True
+        writing.changed.set()
+        _writing.pop(answer.pk, None)
 
 
 def history(turn: Turn, slot: int, path: list[Turn]) -> list[dict[str, str]]:
@@ -92,7 +107,9 @@ def history(turn: Turn, slot: int, path: list[Turn]) -> list[dict[str, str]]:
         if each.pk == turn.pk:
             break
         shown = each.shown()
-        turns.append({"role": "assistant", "content": shown[min(slot, len(shown) - 1)].text if shown else ""})
+        last = shown[min(slot, len(shown) - 1)]
+        written = _writing.get(last.pk)  # what has come of an answer that is still being written
+        turns.append({"role": "assistant", "content": written.text if written else last.text})
     return turns
 
 

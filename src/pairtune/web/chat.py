@@ -7,9 +7,10 @@ from typing import Any
 
 from asgiref.sync import sync_to_async
 from django import forms
+from django.db import transaction
 from django.db.models import Q
 from django.http import HttpRequest, HttpResponse, HttpResponseBadRequest, StreamingHttpResponse
-from django.shortcuts import aget_object_or_404, redirect, render
+from django.shortcuts import aget_object_or_404, get_object_or_404, redirect, render
 from django.template.loader import render_to_string
 from django.views.decorators.http import require_GET, require_POST
 
@@ -103,7 +104,7 @@ async def say(request: HttpRequest, pk: int | None = None) -> HttpResponse:
     if not await sync_to_async(asked.is_valid)():
         return _refuse(asked)
     edited = request.POST.get("turn", "")
-    conversation, turn, answers = await sync_to_async(_say)(asked, pk, int(edited) if edited.isdigit() else None)
+    conversation, turn, answers = await sync_to_async(_say)(asked, pk, int(edited) if edited.isdecimal() else None)
     await _have_written(conversation, turn, answers)
     return redirect("conversation", conversation.pk)
 
@@ -113,15 +114,16 @@ def _refuse(asked: Asked) -> HttpResponse:
     return HttpResponseBadRequest("\n".join(lines), content_type="text/plain; charset=utf-8")
 
 
+@transaction.atomic
 def _say(asked: Asked, pk: int | None, edited: int | None) -> tuple[Conversation, Turn, list[Answer]]:
     prompt = asked.cleaned_data["prompt"]
     if pk is None:
         conversation = Conversation.objects.create(title=" ".join(prompt.split())[:80])
     else:
-        conversation = Conversation.objects.get(pk=pk)
+        conversation = get_object_or_404(Conversation, pk=pk)
     parent = conversation.leaf_id
     if edited is not None:
-        parent = conversation.turns.get(pk=edited).parent_id
+        parent = get_object_or_404(conversation.turns, pk=edited).parent_id
     turn = Turn.objects.create(conversation=conversation, parent_id=parent, prompt=prompt)
     conversation.leaf, conversation.model_names, conversation.sampling = turn, asked.models, asked.sampling
     conversation.save()
@@ -129,7 +131,7 @@ def _say(asked: Asked, pk: int | None, edited: int | None) -> tuple[Conversation
 
 
 async def _have_written(conversation: Conversation, turn: Turn, answers: list[Answer]) -> None:
-    path = await sync_to_async(conversation.path)()
+    path = await sync_to_async(conversation.path)(turn.pk)
     for answer in answers:
         turns = await sync_to_async(answering.history)(turn, answer.slot, path)
         await answering.start(answer, turns)
@@ -155,7 +157,7 @@ async def stop(_: HttpRequest, pk: int) -> HttpResponse:
 @require_POST
 def choose(request: HttpRequest, pk: int) -> HttpResponse:
     """Show another one of the answers in a slot (`step` 1 or -1)."""
-    answer = Answer.objects.select_related("turn").get(pk=pk)
+    answer = get_object_or_404(Answer.objects.select_related("turn"), pk=pk)
     others = list(Answer.objects.filter(turn=answer.turn, slot=answer.slot).order_by("pk"))
     place = others.index(answer) + (1 if request.POST.get("step") == "1" else -1)
     for each in others:
@@ -167,7 +169,7 @@ def choose(request: HttpRequest, pk: int) -> HttpResponse:
 @require_POST
 def branch(request: HttpRequest, pk: int) -> HttpResponse:
     """Show another version of a turn, with what was last said after it."""
-    turn = Turn.objects.select_related("conversation").get(pk=pk)
+    turn = get_object_or_404(Turn.objects.select_related("conversation"), pk=pk)
     others = list(Turn.objects.filter(conversation=turn.conversation, parent=turn.parent).order_by("pk"))
     place = others.index(turn) + (1 if request.POST.get("step") == "1" else -1)
     leaf = others[place % len(others)]
@@ -178,9 +180,11 @@ def branch(request: HttpRequest, pk: int) -> HttpResponse:
 
 
 @require_POST
-def delete(_: HttpRequest, pk: int) -> HttpResponse:
+async def delete(_: HttpRequest, pk: int) -> HttpResponse:
     """A conversation is gone."""
-    Conversation.objects.filter(pk=pk).delete()
+    async for answer in Answer.objects.filter(turn__conversation=pk, state="writing"):
+        await answering.stop(answer.pk)
+    await Conversation.objects.filter(pk=pk).adelete()
     return redirect("chat")
 
 

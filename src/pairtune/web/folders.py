@@ -22,7 +22,7 @@ from pairtune.report.words import duration
 from pairtune.runs import RunFolder
 from pairtune.web.models import Job
 
-_QUIET_SECONDS = 180  # a run that has written nothing for so long, and is no job of ours, is taken to be interrupted
+_QUIET_SECONDS = 600  # a run that has written nothing for so long, and is no job of ours, is taken to be interrupted
 
 
 @dataclass
@@ -116,14 +116,15 @@ class ShownRun:
         job = Job.objects.filter(name=self.name).first()
         if job and is_alive(job):
             return "running"
-        if job and is_over(job):
+        # A job that has ended, unless somebody has gone on with its run since.
+        if job and Path(job.log).is_file() and self.changed < Path(job.log).stat().st_mtime + 5:
             return "interrupted"
         return "running" if time.time() - self.changed < _QUIET_SECONDS else "interrupted"
 
     @cached_property
     def changed(self) -> float:
         """When something was last written, seconds since 1970."""
-        files = [self.folder.config, self.folder.complete, *self.folder.trials.glob("*/metrics.jsonl")]
+        files = [*self.folder.root.glob("*"), *self.folder.trials.glob("*/*")]
         return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
 
     @property
@@ -223,11 +224,6 @@ def is_alive(job: Job) -> bool:
         return abs(process.create_time() - job.born) < 2 and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
-
-
-def is_over(job: Job) -> bool:
-    """Whether it has ended, in whatever way."""
-    return not is_alive(job)
 
 
 def all_runs() -> list[ShownRun]:

@@ -24,10 +24,10 @@ class Conversation(models.Model):
     class Meta:
         ordering = ("-changed",)
 
-    def path(self) -> list[Turn]:
-        """The turns that are shown, the first one first."""
+    def path(self, leaf: int | None = None) -> list[Turn]:
+        """The turns up to one, the first one first; up to the last that is shown where none is named."""
         turns = {turn.pk: turn for turn in self.turns.prefetch_related("answers")}
-        found, turn = [], turns.get(self.leaf_id)
+        found, turn = [], turns.get(leaf or self.leaf_id)
         while turn:
             found.append(turn)
             turn = turns.get(turn.parent_id)

@@ -7,18 +7,19 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from django import forms
 from django.core.paginator import Paginator
 from django.http import HttpRequest, HttpResponse
-from django.shortcuts import render
 from django.views.decorators.http import require_GET
 
 from pairtune.config import SourceConfig
 from pairtune.data.pairs import PreferencePair
 from pairtune.data.reading import Reading
-from pairtune.errors import BadInput
+from pairtune.errors import BadInput, one_line
 from pairtune.web.folders import ShownRun, find_run
+from pairtune.web.runs import part_or_page
 from pairtune.web.text import marked_differences
 
 _PAGE = 20
@@ -91,7 +92,7 @@ def pairs(request: HttpRequest, name: str) -> HttpResponse:
     query = request.GET.copy()
     query.pop("page", None)
     context = {"run": run, "form": form, "pairs": page, "fault": fault, "query": query.urlencode(), "page": "runs"}
-    return render(request, "site/_pairs.html" if request.htmx else "site/pairs.html", context)
+    return part_or_page(request, "site/_pairs.html", "site/pairs.html", context)
 
 
 def _filtered(shown: list[ShownPair], asked: dict[str, Any]) -> list[ShownPair]:
@@ -112,11 +113,15 @@ def _pairs_of(run: ShownRun) -> tuple[list[ShownPair], str]:
     file = run.folder.pairs
     if not file.is_file():
         return [], "This run has not written down its pairs (yet)."
-    return _read(run.folder.root, file.stat().st_mtime_ns, run.changed)
+    scored = [each.stat().st_mtime_ns for each in _scores(run) if each.is_file()]
+    try:
+        return _read(run.folder.root, file.stat().st_mtime_ns, *scored)
+    except (OSError, pa.ArrowException, KeyError) as error:
+        return [], f"The run's files of pairs are damaged ({one_line(error)})."
 
 
 @lru_cache(maxsize=2)  # a run's pairs with their texts may take some hundred MB
-def _read(root: Path, *_: float) -> tuple[list[ShownPair], str]:
+def _read(root: Path, *_: int) -> tuple[list[ShownPair], str]:
     run = ShownRun(root)
     texts, fault = _texts(run)
     margins = _margins(run)
@@ -135,15 +140,20 @@ def _read(root: Path, *_: float) -> tuple[list[ShownPair], str]:
 
 def _margins(run: ShownRun) -> dict[str, float]:
     """Of the winner, on the pairs that chose it and on those of the test."""
-    files = [run.folder.test_records]
-    if run.selection:
-        files.append(run.folder.trial(run.selection["winner"]).evaluation(run.selection["best_epoch"]))
     found: dict[str, float] = {}
-    for file in files:
+    for file in _scores(run):
         if file.is_file():
             table = pq.read_table(file, columns=["origin", "rewards/margins"]).to_pydict()
             found |= dict(zip(table["origin"], table["rewards/margins"], strict=True))
     return found
+
+
+def _scores(run: ShownRun) -> list[Path]:
+    """Files of what the winner made of single pairs."""
+    files = [run.folder.test_records]
+    if run.selection:
+        files.append(run.folder.trial(run.selection["winner"]).evaluation(run.selection["best_epoch"]))
+    return files
 
 
 def _texts(run: ShownRun) -> tuple[dict[str, PreferencePair], str]:

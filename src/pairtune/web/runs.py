@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import html
-import io
 import re
 import subprocess
 import sys
+import tempfile
 import zipfile
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import yaml
 from csp.decorators import csp_replace
 from django import forms
 from django.conf import settings
-from django.http import FileResponse, Http404, HttpRequest, HttpResponse
+from django.http import Http404, HttpRequest, HttpResponse, StreamingHttpResponse
 from django.shortcuts import redirect, render
+from django.utils.cache import patch_vary_headers
+from django.utils.http import content_disposition_header
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
 from pairtune.config import resolve
@@ -56,7 +60,15 @@ def run(request: HttpRequest, name: str) -> HttpResponse:
         "log": _tail(Path(job.log)) if job and shown.state != "finished" else "",
         "page": "runs",
     }
-    return render(request, "site/_run.html" if request.htmx else "site/run.html", context)
+    return part_or_page(request, "site/_run.html", "site/run.html", context)
+
+
+def part_or_page(request: HttpRequest, part: str, page: str, context: dict[str, Any]) -> HttpResponse:
+    """What htmx asks for in a page that is there, or the whole page; caches are told that they differ."""
+    alone = request.htmx and not request.htmx.history_restore_request
+    answer = render(request, part if alone else page, context)
+    patch_vary_headers(answer, ["HX-Request"])
+    return answer
 
 
 @require_GET
@@ -80,15 +92,24 @@ def download(_: HttpRequest, name: str, what: str) -> HttpResponse:
     """The report, or the adapter (or whole model) as an archive."""
     shown = find_run(name)
     if what == "report" and shown.folder.report.is_file():
-        return FileResponse(shown.folder.report.open("rb"), as_attachment=True, filename=f"{name}-report.html")
+        headers = {"Content-Disposition": content_disposition_header(True, f"{name}-report.html") or "attachment"}
+        return HttpResponse(shown.folder.report.read_bytes(), headers=headers)
     if what == "adapter" and shown.state == "finished":
-        packed = io.BytesIO()
-        with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:  # weights do not get smaller
+        # Weights do not get smaller by packing; on disk, since a whole model may be larger than memory.
+        packed = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the answer
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED, strict_timestamps=False) as archive:
             for file in sorted(shown.folder.best.iterdir()):
                 archive.write(file, f"{name}/{file.name}")
         packed.seek(0)
-        return FileResponse(packed, as_attachment=True, filename=f"{name}-adapter.zip")
+        headers = {"Content-Disposition": content_disposition_header(True, f"{name}-adapter.zip") or "attachment"}
+        return StreamingHttpResponse(_pieces(packed), content_type="application/zip", headers=headers)
     raise Http404("There is no such file in this run.")
+
+
+async def _pieces(file: IO[bytes]) -> AsyncIterator[bytes]:
+    with file:
+        while piece := await asyncio.to_thread(file.read, 1 << 20):
+            yield piece
 
 
 class NewRun(forms.Form):

@@ -73,7 +73,7 @@ WHITENOISE_USE_FINDERS = True  # nothing is collected: the files lie in the pack
 WHITENOISE_AUTOREFRESH = False
 LANGUAGE_CODE = "en-gb"
 USE_TZ, TIME_ZONE = False, None  # times are those of the machine, as the person sees them on its clock
-DATA_UPLOAD_MAX_MEMORY_SIZE = 2_500_000  # a prompt of 1 MB is refused by its length in words, not by a broken page
+DATA_UPLOAD_MAX_MEMORY_SIZE = 12_000_000  # a prompt of 1 MB is refused by its length, not as a broken form
 LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,

@@ -42,7 +42,8 @@ async function send(form) {
       if (new URL(answer.url).pathname === window.location.pathname) window.location.reload();
       return;
     }
-    fault.textContent = answer.status === 400 ? await answer.text() : `That could not be sent (${answer.status}).`;
+    const plain = (answer.headers.get("content-type") || "").startsWith("text/plain");
+    fault.textContent = plain ? await answer.text() : `That could not be sent (${answer.status}). Is it too long?`;
   } catch {
     fault.textContent = "The site cannot be reached. What you wrote is still here; try again.";
   }
