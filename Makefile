@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo test test-gguf chaos alarms lint format bench bench-grid pins clean
+.PHONY: install demo browser test test-gguf bench-serve chaos alarms lint format bench bench-grid pins clean
 
 install: $(INSTALLED)
 
@@ -29,7 +29,14 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-test: lint
+# A browser for the tests of the site, where it can be installed; elsewhere they are skipped, and this says how to mend it.
+browser:
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && apt-get install -y -qq chromium >/dev/null && exit 0; fi; \
+	echo "No Chromium here: the tests of the site are skipped. Install it with this machine's package manager." >&2
+
+test: lint browser
 	HF_HUB_OFFLINE=1 $(BIN)/pytest --numprocesses 2
 
 # llama.cpp reads what we write; its first build takes about ten minutes and a C++ compiler.
@@ -49,6 +56,10 @@ alarms: lint
 DATA ?= bundled:concise
 bench: install
 	HF_HUB_OFFLINE=1 TQDM_DISABLE=1 $(BIN)/python benchmarks/engine.py $(DATA)
+
+# Eight chats at once over eight one after another, on the demo's run; about five minutes.
+bench-serve: install
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/serve.py
 
 # The assignment's grid against TRL; about half an hour.
 bench-grid: install

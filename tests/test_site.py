@@ -495,6 +495,18 @@ def test_every_answer_has_the_strict_policy(site):
     assert httpx.post(f"{site.url}/chat/say", data={"prompt": "x"}).status_code == 403
 
 
+def test_a_site_without_models_says_so(page, tmp_path):
+    (tmp_path / "runs").mkdir()
+    with serving(tmp_path / "runs", tmp_path / "data") as site:
+        page.goto(site.url)
+        expect(page.locator(".notice")).to_contain_text("There is no model to talk to yet")
+        page.goto(f"{site.url}/runs/")
+        expect(page.locator(".empty")).to_contain_text("There is no run in")
+    with serving(tmp_path / "runs", tmp_path / "data", "--backend", "http://127.0.0.1:9") as site:
+        page.goto(site.url)
+        expect(page.locator(".notice")).to_contain_text("cannot be reached")
+
+
 def test_any_server_of_openais_protocol_does(page, runs, tmp_path, site):
     """Here our own worker, named as another server would be."""
     with serving(runs, tmp_path / "data", "--backend", f"http://127.0.0.1:{_port(site.worker)}") as other:

@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -47,8 +46,6 @@ def open_judge(name: str, judge_model: str | None) -> Judge:
     if name == "rule":
         return RuleJudge()
     if name.startswith(("http://", "https://")):
-        if find_spec("openai") is None:
-            raise BadInput("--judge: an endpoint needs the package openai; pip install 'pairtune[judge]'")
         if not judge_model:
             raise BadInput("--judge-model: is needed with an endpoint: the name under which it knows the judge")
         return EndpointJudge(name.rstrip("/"), judge_model)

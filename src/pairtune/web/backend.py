@@ -37,8 +37,8 @@ def _client() -> openai.AsyncOpenAI:
 _listed: tuple[float, list[dict[str, Any]]] = (0.0, [])
 
 
-async def models() -> list[dict[str, Any]]:
-    """The models, by `id`, with what our worker says of them; empty where the server cannot be reached.
+async def models() -> list[dict[str, Any]] | None:
+    """The models, by `id`, with what our worker says of them; None where the server cannot be reached.
 
     Asked at most once in two seconds: every page of the chat shows them.
     """
@@ -49,7 +49,7 @@ async def models() -> list[dict[str, Any]]:
     try:
         found = [{"id": each.id, **(getattr(each, "pairtune", None) or {})} async for each in _client().models.list()]
     except openai.OpenAIError:
-        return []
+        return None
     _listed = (time.monotonic(), found)
     return found
 

@@ -58,7 +58,8 @@ async def chat(request: HttpRequest, pk: int | None = None) -> HttpResponse:
     return await sync_to_async(_page)(request, conversation, models)
 
 
-def _page(request: HttpRequest, conversation: Conversation | None, models: list[dict[str, Any]]) -> HttpResponse:
+def _page(request: HttpRequest, conversation: Conversation | None, found: list[dict[str, Any]] | None) -> HttpResponse:
+    models = found or []
     chosen = list(conversation.model_names) if conversation else []
     wanted = request.GET.get("model")
     if not chosen:
@@ -70,6 +71,7 @@ def _page(request: HttpRequest, conversation: Conversation | None, models: list[
         "turns": conversation.path() if conversation else [],
         "conversations": _found(""),
         "models": models,
+        "reachable": found is not None,
         "gone": [each for each in chosen if models and each not in known],
         "chosen": chosen[0] if chosen else "",
         "second": chosen[1] if len(chosen) > 1 else "",

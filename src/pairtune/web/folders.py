@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ class ShownRun:
     def config(self) -> RunConfig | None:
         """As the run resolved it; None where it cannot be read."""
         try:
-            return resolve(self.folder.config, {}).config
+            return _config(self.folder.config, *_stamp(self.folder.config))
         except BadInput as error:
             self.fault = str(error)
             return None
@@ -172,7 +172,7 @@ class ShownRun:
                 self.fault = f"{self.folder.best}: is gone; the run has no model any more"
         for file in needed:
             try:
-                self.folder.read_json(file)
+                _json(file, *_stamp(file))
             except BadInput as error:
                 self.fault = str(error)
 
@@ -180,14 +180,14 @@ class ShownRun:
         if not file.is_file():
             return None
         try:
-            return self.folder.read_json(file)
+            return _json(file, *_stamp(file))
         except BadInput as error:
             self.fault = self.fault or str(error)
             return None
 
     def _trial(self, name: str, winner: str | None) -> ShownTrial:
         folder = self.folder.trial(name)
-        lines = list(_lines(folder.metrics))
+        lines = _lines(folder.metrics, *_stamp(folder.metrics))
         steps = [line for line in lines if "eval_loss" not in line and "loss" in line and "epoch" in line]
         losses = {round(line["epoch"]): line["loss"] for line in steps}
         evaluations = [
@@ -198,15 +198,36 @@ class ShownRun:
         return ShownTrial(name, steps, evaluations, self._read(folder.record), name == winner)
 
 
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
+# Files are read again only when they have changed: a page of fifty runs looks at hundreds.
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    """What changes with the content; zeros where there is no file."""
+    try:
+        found = file.stat()
+    except OSError:
+        return 0, 0
+    return found.st_mtime_ns, found.st_size
+
+
+@lru_cache(maxsize=256)
+def _config(file: Path, *_: int) -> RunConfig:
+    return resolve(file, {}).config
+
+
+@lru_cache(maxsize=1024)
+def _json(file: Path, *_: int) -> Any:
+    return RunFolder(file.parent).read_json(file)
+
+
+@lru_cache(maxsize=256)
+def _lines(file: Path, *_: int) -> list[dict[str, Any]]:
     """The lines of a file that may be written to meanwhile: a last one that is not whole is left out."""
-    if not file.is_file():
-        return
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            continue
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def _started(environment: dict[str, Any] | None) -> float | None:
