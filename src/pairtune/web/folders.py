@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class ShownRun:
         try:
             return _config(self.folder.config, *_stamp(self.folder.config))
         except BadInput as error:
-            self.fault = str(error)
+            self.fault = self._said(error)
             return None
 
     @cached_property
@@ -161,6 +162,10 @@ class ShownRun:
             return str(self.selection["why"])
         return f"{len(self.trials)} trials, {self.share:.0%} of the training"
 
+    def _said(self, error: BadInput) -> str:
+        """With names as they are inside the run."""
+        return str(error).replace(f"{self.folder.root}{os.sep}", "")
+
     def _check(self) -> None:
         """Find what is damaged."""
         if self.config is None:
@@ -169,12 +174,12 @@ class ShownRun:
         if self.folder.complete.is_file():
             needed += [self.folder.selection, self.folder.sweep]
             if not self.folder.best.is_dir():
-                self.fault = f"{self.folder.best}: is gone; the run has no model any more"
+                self.fault = "best: is gone; the run has no model any more"
         for file in needed:
             try:
                 _json(file, *_stamp(file))
             except BadInput as error:
-                self.fault = str(error)
+                self.fault = self._said(error)
 
     def _read(self, file: Path) -> Any:
         if not file.is_file():
@@ -182,7 +187,7 @@ class ShownRun:
         try:
             return _json(file, *_stamp(file))
         except BadInput as error:
-            self.fault = self.fault or str(error)
+            self.fault = self.fault or self._said(error)
             return None
 
     def _trial(self, name: str, winner: str | None) -> ShownTrial:

@@ -72,7 +72,8 @@ def prepare() -> None:
 def _bound(host: str, port: int) -> Iterator[socket.socket]:
     """The site's own address, taken before anything takes time."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listening:
+    # Named as TCP, or asyncio does not switch Nagle's delay off, and every page takes 40 ms longer.
+    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((host, port))
