@@ -10,7 +10,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from pairtune.errors import BadInput, RunFailed
@@ -26,9 +26,11 @@ class WorkerProcess:
 
     Args:
         arguments: of `pairtune worker`, without host and port.
+        meanwhile: done while the worker loads its model.
     """
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    def __init__(self, arguments: Sequence[str], meanwhile: Callable[[], None] = lambda: None) -> None:
+        self._meanwhile = meanwhile
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._command = [sys.executable, "-m", "pairtune", "worker", *arguments, "--port", str(self.port), "--attached"]
@@ -40,6 +42,7 @@ class WorkerProcess:
     def __enter__(self) -> WorkerProcess:
         self._process = self._start()
         try:
+            self._meanwhile()
             self._wait()
         except BaseException:
             self._end()

@@ -37,15 +37,17 @@ def serve(
     """
     with _bound(host, port) as listening:
         arguments = [*targets, *([] if targets else ["--runs", str(runs)]), *worker_options]
-        with nullcontext() if backend else WorkerProcess(arguments) as worker:
-            os.environ |= {
-                "DJANGO_SETTINGS_MODULE": "pairtune.web.settings",
-                "PAIRTUNE_RUNS": str(runs.absolute()),
-                "PAIRTUNE_BACKEND": backend or (worker.url if worker else ""),
-            }
-            if host not in ("127.0.0.1", "localhost"):
-                os.environ["PAIRTUNE_HOSTS"] = "*" if host in ("0.0.0.0", "::") else host  # noqa: S104 - asked for
+        worker = None if backend else WorkerProcess(arguments, meanwhile=prepare)
+        os.environ |= {
+            "DJANGO_SETTINGS_MODULE": "pairtune.web.settings",
+            "PAIRTUNE_RUNS": str(runs.absolute()),
+            "PAIRTUNE_BACKEND": worker.url if worker else backend or "",
+        }
+        if host not in ("127.0.0.1", "localhost"):
+            os.environ["PAIRTUNE_HOSTS"] = "*" if host in ("0.0.0.0", "::") else host  # noqa: S104 - asked for
+        if worker is None:
             prepare()
+        with worker or nullcontext():
             name = "localhost" if host == "127.0.0.1" else host
             print(f"http://{name}:{listening.getsockname()[1]}/  (Ctrl-C ends it)", flush=True)
             config = uvicorn.Config("pairtune.web.asgi:application", log_level="warning", timeout_graceful_shutdown=3)
