@@ -60,7 +60,7 @@ async def answer(model: str, turns: Sequence[Mapping[str, str]], sampling: Mappi
     Raises:
         Unanswered: the server cannot be reached, refuses, or fails in between.
     """
-    asked = {name: value for name, value in sampling.items() if value is not None}
+    ended = False
     try:
         stream = await _client().chat.completions.create(
             model=model,
@@ -68,9 +68,8 @@ async def answer(model: str, turns: Sequence[Mapping[str, str]], sampling: Mappi
             stream=True,
             stream_options={"include_usage": True},
             extra_body={"pairtune": {"queue": True}},
-            **asked,
+            **sampling,
         )
-        ended = False
         async for chunk in stream:
             if (place := (getattr(chunk, "pairtune", None) or {}).get("queue")) is not None:
                 yield Part(queue=place)
@@ -81,8 +80,6 @@ async def answer(model: str, turns: Sequence[Mapping[str, str]], sampling: Mappi
                     choice.delta.content or "", chunk.system_fingerprint or "", reason=choice.finish_reason or ""
                 )
                 ended = ended or bool(choice.finish_reason)
-        if not ended:
-            raise Unanswered("The server of models broke off.")
     except openai.APIConnectionError as error:
         raise Unanswered("The server of models cannot be reached.") from error
     except openai.NotFoundError as error:
@@ -93,3 +90,5 @@ async def answer(model: str, turns: Sequence[Mapping[str, str]], sampling: Mappi
         raise Unanswered(f"The server of models says: {error.message}") from error
     except Exception as error:
         raise Unanswered("The connection to the server of models broke off.") from error
+    if not ended:
+        raise Unanswered("The server of models ended before its answer did.")
