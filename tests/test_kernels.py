@@ -10,7 +10,7 @@ from conftest import make_pair
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -255,9 +255,10 @@ def test_dropout_is_only_for_training():
     torch.nn.init.normal_(layer.lora_a)
     torch.nn.init.normal_(layer.lora_b)
     x = torch.randn(1, 5, 64)
+    layer.noise = [(3, 2), (4, 3)]
     trained = layer.train()(x)
     assert torch.equal(layer(x), trained), "a layer that is computed twice drops the same"
-    layer.noise = 1
+    layer.noise = [(3, 2), (5, 3)]
     assert not torch.allclose(layer(x), trained)
     assert not torch.allclose(layer.eval()(x), trained)
 
@@ -268,7 +269,8 @@ def test_dropout_leaves_the_mean_alone():
     torch.nn.init.normal_(layer.lora_b)
     x = torch.randn(1, 3, 64)
     total = 0
-    for layer.noise in range(4000):
+    for seed in range(4000):
+        layer.noise = [(seed, 3)]
         total = total + layer(x).detach()
     expected = layer.eval()(x)
     spread = (layer.train()(x) - expected).abs().mean()
@@ -324,35 +326,65 @@ def test_adapters_start_as_pefts_do(tiny_base):
         assert not torch.equal(layer.lora_a[0], layer.lora_a[1])
 
 
-def test_references_are_computed_once_and_refused_for_other_pairs(tiny_base, tmp_path):
+def test_references_are_computed_once_and_refused_for_other_pairs(tiny_base, tmp_path, monkeypatch):
     table = PairTable.of([make_pair(number) for number in range(5)], tiny_base.tokenizer)
     other = PairTable.of([make_pair(number + 1) for number in range(5)], tiny_base.tokenizer)
-    policy = Policy(load_model(tiny_base.source, torch.float32))
-    name = reference_fingerprint("base", CPU, torch.float32, table)
-    assert name != reference_fingerprint("base", CPU, torch.float32, other)
-    assert name != reference_fingerprint("base", CPU, torch.bfloat16, table)
-    assert name != reference_fingerprint("tuned", CPU, torch.float32, table)
-    opened, alone = [], Processes(CPU)
+    model = load_model(tiny_base.source, torch.float32)
+    policy, half = Policy(model), Policy(load_model(tiny_base.source, torch.bfloat16))
+    name = reference_fingerprint("base", policy, table)
+    assert name != reference_fingerprint("base", policy, other)
+    assert name != reference_fingerprint("base", half, table)
+    assert name != reference_fingerprint("tuned", policy, table)
+    computed, alone = [], Processes(CPU)
+    monkeypatch.setattr(Policy, "answer_logps", counting(Policy.answer_logps, computed))
+    run, another = (tmp_path / each / "train.safetensors" for each in ("run", "another"))
 
-    def open_policy():
-        opened.append(1)
-        return policy
-
-    first = reference_logps(open_policy, name, table, tmp_path / "run" / "train.safetensors", alone)
+    first = reference_logps(policy, name, table, run, alone)
     assert first.shape == (5, 2)
     torch.testing.assert_close(
         first.flatten(), slow_logps(load_model(tiny_base.source, torch.float32), table.tokens(range(5)))
     )
-    assert torch.equal(reference_logps(open_policy, name, table, tmp_path / "run" / "train.safetensors", alone), first)
-    assert torch.equal(
-        reference_logps(open_policy, name, table, tmp_path / "another" / "train.safetensors", alone), first
-    )
-    assert len(opened) == 1
-    with pytest.raises(RunFailed, match="are of another model, other pairs or another machine"):
-        load_reference(tmp_path / "run" / "train.safetensors", "another", 5)
-    (tmp_path / "run" / "train.safetensors").write_bytes(b"short")
+    passes = len(computed)
+    assert torch.equal(reference_logps(policy, name, table, run, alone), first)
+    assert torch.equal(reference_logps(policy, name, table, another, alone), first)
+    assert len(computed) == passes
+    with pytest.raises(RunFailed, match="are of another model or other pairs"):
+        load_reference(run, "another", 5)
+    with pytest.raises(RunFailed, match="are of another model or other pairs"):
+        reference_logps(policy, reference_fingerprint("base", policy, other), table, run, alone)
+    run.write_bytes(b"short")
     with pytest.raises(RunFailed, match="are damaged"):
-        reference_logps(open_policy, name, table, tmp_path / "run" / "train.safetensors", alone)
+        reference_logps(policy, name, table, run, alone)
+
+
+def test_references_of_another_machine_are_computed_anew(tiny_base, tmp_path):
+    table = PairTable.of([make_pair(number) for number in range(3)], tiny_base.tokenizer)
+    policy, alone, run = Policy(load_model(tiny_base.source, torch.float32)), Processes(CPU), tmp_path / "a.safetensors"
+    weights, _, kernels = reference_fingerprint("base", policy, table).partition("-")
+    here, there = f"{weights}-{kernels}", f"{weights}-{kernels[::-1]}"
+    run.write_bytes(save({"logps": torch.zeros(3, 2)}, metadata={"fingerprint": there}))
+    found = reference_logps(policy, here, table, run, alone)
+    torch.testing.assert_close(
+        found.flatten(), slow_logps(load_model(tiny_base.source, torch.float32), table.tokens(range(3)))
+    )
+    assert torch.equal(load_reference(run, here, 3), found)
+
+
+def test_references_know_the_models_settings(tiny_base):
+    """The same weights with other rotary frequencies are another model."""
+    table = PairTable.of([make_pair(0)], tiny_base.tokenizer)
+    policy = Policy(load_model(tiny_base.source, torch.float32))
+    name = reference_fingerprint("base", policy, table)
+    policy.model.config.rope_parameters = {"rope_type": "default", "rope_theta": 500_000.0}
+    assert reference_fingerprint("base", policy, table) != name
+
+
+def counting(function, calls):
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return function(*args, **kwargs)
+
+    return counted
 
 
 def test_references_of_no_pairs_are_none(tiny_base):

@@ -149,6 +149,9 @@ class _Training(_Strict):
     max_length: Annotated[int, Field(ge=16)] = Field(1024, description="TRL's default; longer prompts lose turns")
     checkpointing: Checkpointing = Field("auto", description="on an accelerator, where memory is short; not on a CPU")
     dtype: DType = Field("auto", description="bfloat16 where this machine multiplies it faster than float32")
+    eval_dtype: Literal["float32"] | None = Field(
+        None, description="that of the base; float32 takes rounding out of evaluations"
+    )
     seed: NonNegativeInt = Field(0, description="adapter initialisation, order of pairs, splits, samples")
 
     @field_validator("label_smoothing")
@@ -180,7 +183,7 @@ class TrialConfig(_Training):
 
 # Settings of a trial that are settings of the whole run, and so have one value: they decide how pairs are tokenized,
 # what the base model is and which of its layers have adapters.
-_OF_THE_RUN = {"method", "lora_targets", "max_length", "dtype", "checkpointing"}
+_OF_THE_RUN = {"method", "lora_targets", "max_length", "dtype", "eval_dtype", "checkpointing"}
 
 
 class RunConfig(_Training):
@@ -227,6 +230,8 @@ class RunConfig(_Training):
         beyond = loss in ("simpo", "orpo") or info.data.get("sft_weight") or (smoothing and loss == "sigmoid")
         if value == "trl" and beyond:
             raise ValueError("has no simpo, no orpo, no SFT weight and no label smoothing of sigmoid; use pairtune")
+        if value == "trl" and info.data.get("eval_dtype"):
+            raise ValueError("evaluates in the type that it trains in; leave --eval-dtype away, or use pairtune")
         return value
 
     def row_limit(self, split: str) -> int | None:

@@ -13,10 +13,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from pairtune.config import Resolved, RunConfig, resolve
 from pairtune.data.prepare import PreparedData, prepare_data
+from pairtune.engine.kernels import Kernels
 from pairtune.engine.processes import Processes
 from pairtune.environment import describe_environment
 from pairtune.errors import BadInput, RunFailed
@@ -25,7 +27,7 @@ from pairtune.evaluate.audit.findings import Finding
 from pairtune.evaluate.audit.live import LiveAudit
 from pairtune.evaluate.audit.runs import evidence_of_run
 from pairtune.evaluate.generations import MOST, Prompt, Speakers, affordable, compare_answers, held_out_prompts
-from pairtune.models.load import LoadedBase, device_name, open_base, pick_device
+from pairtune.models.load import LoadedBase, blank_model, device_name, open_base, open_base_of, pick_device
 from pairtune.publish.export import Format
 from pairtune.publish.hub import push_run
 from pairtune.report.write import write_report
@@ -33,7 +35,7 @@ from pairtune.runs import RunFolder, write_atomic, write_json
 from pairtune.sweep.final import evaluate_test
 from pairtune.sweep.run import run_sweep
 from pairtune.sweep.search import Search
-from pairtune.sweep.select import best_examples, best_records, install_best, select_best
+from pairtune.sweep.select import best_examples, best_records, install_best, rounding_warnings, select_best
 from pairtune.track.live import LiveView
 from pairtune.track.sinks import JsonlSink, Sink, Sinks
 from pairtune.track.trackers import TrackerSink, check_trackers
@@ -87,7 +89,7 @@ def resume(root: Path, console: Console) -> RunFolder | None:
     if run.complete.is_file():
         return run
     config = resolve(run.config, {"out": root}).config
-    base, data, processes, console = _open(config, console)
+    base, data, processes, console = _open(config, console, run)
     if data.record["splits"] != run.read_json(run.data)["splits"]:
         raise BadInput(f"{run.data}: the pairs have changed since; start a new run")
     if processes.first:
@@ -96,8 +98,16 @@ def resume(root: Path, console: Console) -> RunFolder | None:
     return _carry_out(config, base, data, run, processes, console)
 
 
-def _open(config: RunConfig, console: Console) -> tuple[LoadedBase, PreparedData, Processes, Console]:
-    """The base, the pairs, and the processes that share the work, of which the first one speaks."""
+def _open(
+    config: RunConfig, console: Console, run: RunFolder | None = None
+) -> tuple[LoadedBase, PreparedData, Processes, Console]:
+    """The base, the pairs, and the processes that share the work, of which the first one speaks.
+
+    A run that goes on has the base in the type and with the threads that were chosen for it.
+    """
+    threads = run.choices().get("threads") if run else None
+    if threads and threads <= torch.get_num_threads():
+        torch.set_num_threads(threads)
     base_device = pick_device()
     processes = Processes(base_device)
     if config.engine == "trl" and processes.count > 1:
@@ -105,7 +115,7 @@ def _open(config: RunConfig, console: Console) -> tuple[LoadedBase, PreparedData
     console = console if processes.first else Console(quiet=True)
     console.print(f"opening {config.model}", highlight=False)
     with processes.first_before_others():
-        base = open_base(config.model, config.dtype)
+        base = open_base_of(run) if run else open_base(config.model, config.dtype)
         data = _prepare(config, base, console)
     return base, data, processes, console
 
@@ -119,6 +129,7 @@ def _carry_out(
     console: Console,
 ) -> RunFolder | None:
     """Everything after the data, or what is left of it."""
+    kernels = _choose(config, base, run, processes, console)
     search = Search(config)
     steps = {each.name: math.ceil(len(data.train) / each.batch_size) * each.epochs for each in search.trials}
     shared = f" in {processes.count} processes" if processes.count > 1 else ""
@@ -132,7 +143,7 @@ def _carry_out(
         trackers = _trackers(config, search, run, processes, console)
         sinks: list[Sink] = [JsonlSink(run), live, watching, *trackers] if processes.first else []
         try:
-            results = run_sweep(config, search, data, base, run, Sinks(sinks), stopping)
+            results = run_sweep(config, search, data, base, run, Sinks(sinks), kernels, stopping)
         finally:
             for tracker in trackers:
                 tracker.interrupt()  # nothing, where all trials have ended
@@ -141,6 +152,7 @@ def _carry_out(
         wins = _wins_on_validation(config, data, base, run, console) if config.select == "win_rate" else None
         selection = select_best(results, best_records(run, results), config.select, wins)
         selection["examples"] = best_examples(run, results)
+        selection["warnings"] += rounding_warnings(run.read_json(run.sweep), selection)
         if not run.test.is_file():  # else a killed run had come further than this: the choice stands
             install_best(run, results, selection)
     selection = processes.from_first(selection)
@@ -153,6 +165,7 @@ def _carry_out(
                 data.test,
                 base,
                 run,
+                kernels,
                 lambda done: status.update(f"looking at the test pairs, once: {done}/{total}"),
             )
     if processes.first:
@@ -167,6 +180,23 @@ def _carry_out(
             _push(config, config.push, run, console)
     processes.wait()
     return run if processes.first else None
+
+
+def _choose(config: RunConfig, base: LoadedBase, run: RunFolder, processes: Processes, console: Console) -> Kernels:
+    """What suits this machine, on record in the run: later parts of it do the same."""
+    stored = run.choices().get("kernels")
+    kernels = Kernels(blank_model(base.source), base.device, stored)
+    with console.status("trying this machine's matrix products"):
+        for dtype in {base.dtype, getattr(torch, config.eval_dtype or str(base.dtype).removeprefix("torch."))}:
+            kernels.probe(dtype)
+    if processes.first:
+        run.remember(
+            dtype=str(base.dtype).removeprefix("torch."),
+            threads=torch.get_num_threads(),
+            kernels=kernels.record(),
+        )
+    processes.wait()
+    return kernels
 
 
 @contextmanager

@@ -200,6 +200,16 @@ class RunFolder:
             raise BadInput(f"{root}: the run is unfinished (no COMPLETE); `pairtune resume {root}` goes on with it")
         return run
 
+    def choices(self) -> dict[str, Any]:
+        """What was chosen for the run on its machine, from `environment.json`; empty for runs that did not keep it."""
+        record: dict[str, Any] = self.read_json(self.environment) if self.environment.is_file() else {}
+        return dict(record.get("choices", {}))
+
+    def remember(self, **choices: Any) -> None:
+        """Add to what was chosen for the run."""
+        record = self.read_json(self.environment) if self.environment.is_file() else {}
+        write_json(self.environment, record | {"choices": record.get("choices", {}) | choices})
+
     def trial(self, name: str) -> TrialFolder:
         """The folder of the trial called `name`."""
         return TrialFolder(self.trials / name)

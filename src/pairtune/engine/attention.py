@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     *,
     segments: Sequence[Segment] | None = None,
+    by_trial: bool = False,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -53,6 +54,7 @@ def packed_attention(
         value: as key.
         attention_mask: not used; the segments say everything.
         segments: of the row.
+        by_trial: one trial at a time, where batched products depend on the size of the batch; see `engine.products`.
         scaling: of the scores; 1 / sqrt(size) by default.
         dropout: must be 0: models are tuned without.
         sliding_window: a token sees this many tokens, itself included; None: all.
@@ -63,6 +65,12 @@ def packed_attention(
     """
     if segments is None or dropout:
         raise ValueError("packed attention needs segments, and no dropout")
+    if by_trial and len(query) > 1:
+        one = partial(
+            packed_attention, segments=segments, scaling=scaling, sliding_window=sliding_window, softcap=softcap
+        )
+        each = zip(query.split(1), key.split(1), value.split(1), strict=True)
+        return torch.cat([one(module, q, k, v, None)[0] for q, k, v in each]), None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     dense = [query.device.type == "cpu" and softcap is None and each.length <= DENSE_TOKENS for each in segments]
     if all(dense):

@@ -58,6 +58,7 @@ class BaseStates:
                 (states[known].flatten(0, 1), policy.head.weight, policy.head.bias),
                 (base.flatten(0, 1), self.head, self.bias),
                 softcap=policy.softcap,
+                products=policy.products,
             )
             result[known] = kl.view(len(known), -1).mean(1)
         return result
@@ -65,7 +66,7 @@ class BaseStates:
 
 @torch.no_grad()
 def base_states(
-    policy: Callable[[], Policy],
+    policy: Policy,
     name: str,
     pairs: PairTable,
     processes: Processes,
@@ -74,7 +75,7 @@ def base_states(
     """The states that `BaseStates` holds, from the user cache or computed.
 
     Args:
-        policy: opens the base, without adapters; only called when there is something to compute.
+        policy: the base, without adapters.
         name: the fingerprint of weights, pairs and kernels, see `reference.reference_fingerprint`.
         pairs: of which the first ones are taken.
         processes: that share the work.
@@ -88,9 +89,8 @@ def base_states(
     if states is None:
         found: list[Tensor] = []
         rows = processes.share(range(min(PAIRS, len(pairs))))
-        base = policy()
-        for pack in base.rows(pairs.tokens(rows), EVALUATION_TOKENS):
-            found += base.answer_logps(pack, keep_states=True).states[0].cpu()
+        for pack in policy.rows(pairs.tokens(rows), EVALUATION_TOKENS):
+            found += policy.answer_logps(pack, keep_states=True).states[0].cpu()
             progress(len(found) * processes.count)
         states = torch.stack(processes.gather(found))
         if processes.first:

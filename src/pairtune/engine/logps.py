@@ -13,14 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.nn.functional import linear
+
+from pairtune.engine.products import PLAIN, Products
 
 # Numbers of logits at a time: a chunk in float32 is 32 MB, which stays near the processor.
 _CHUNK_LOGITS = 8 << 20
 
 
 def token_logps(
-    hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, *, softcap: float | None = None
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    softcap: float | None = None,
+    products: Products = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of target tokens, and the mean of the logits that they were picked from.
 
@@ -30,24 +37,31 @@ def token_logps(
         bias: [vocabulary], or None.
         targets: [N].
         softcap: logits are bent below this value (Gemma 2); None: not.
+        products: how products are computed.
 
     Returns:
         Two of [N], float32; log-probs in nats. The means carry no gradient.
     """
-    logps, means = _TokenLogps.apply(hidden, head, bias, targets, softcap)
+    logps, means = _TokenLogps.apply(hidden, head, bias, targets, softcap, products)
     return logps, means
 
 
 class _TokenLogps(Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        softcap: float | None,
+        products: Products,
     ) -> tuple[Tensor, Tensor]:
         logps, means = torch.empty(2, len(targets), dtype=torch.float32, device=hidden.device)
         by_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         wide = None
-        for part in _chunks(len(targets), len(head)):
-            logits = linear(hidden[part], head, bias)
+        for part in _chunks(len(targets), len(head), products):
+            logits = products.matmul(hidden[part], head.T, bias)
             if wide is None:  # one for all chunks: memory that is new is slower than memory that is used again
                 wide = torch.empty_like(logits, dtype=torch.float32)
             weights = wide[: len(logits)].copy_(logits)
@@ -63,8 +77,8 @@ class _TokenLogps(Function):
                     target = target * bend.gather(1, targets[part, None])
                     weights.mul_(bend)
                 # Divided by their sum after the product, which is the same in fewer passes over the vocabulary.
-                by_hidden[part] = target - (logits.copy_(weights) @ head) / total
-        ctx.softcap = softcap
+                by_hidden[part] = target - products.matmul(logits.copy_(weights), head) / total
+        ctx.softcap, ctx.products = softcap, products
         ctx.save_for_backward(by_hidden, hidden, head, bias, targets)
         ctx.mark_non_differentiable(means)
         return logps, means
@@ -76,8 +90,8 @@ class _TokenLogps(Function):
         by_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         by_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         if by_head is not None or by_bias is not None:
-            for part in _chunks(len(targets), len(head)):
-                logits = linear(hidden[part], head, bias).float()
+            for part in _chunks(len(targets), len(head), ctx.products):
+                logits = ctx.products.matmul(hidden[part], head.T, bias).float()
                 bend = _bend(logits, ctx.softcap)
                 by_logits = logits.softmax(1).neg_()
                 by_logits[torch.arange(len(by_logits), device=targets.device), targets[part]] += 1
@@ -92,6 +106,7 @@ class _TokenLogps(Function):
             None if by_bias is None else by_bias.to(head.dtype),
             None,
             None,
+            None,
         )
 
 
@@ -99,33 +114,37 @@ Head = tuple[Tensor, Tensor, Tensor | None]
 
 
 @torch.no_grad()
-def token_kl(ours: Head, base: Head, *, softcap: float | None = None) -> Tensor:
+def token_kl(ours: Head, base: Head, *, softcap: float | None = None, products: Products = PLAIN) -> Tensor:
     """KL(ours || base) of two models' distributions over the next token.
 
     Args:
         ours: hidden states [N, size], the output embedding [vocabulary, size] and its bias or None.
         base: the same of the model that ours is compared with, at the same places.
         softcap: see `token_logps`.
+        products: see `token_logps`.
 
     Returns:
         [N], nats, float32.
     """
     kl = torch.empty(len(ours[0]), dtype=torch.float32, device=ours[0].device)
-    for part in _chunks(len(kl), len(ours[1])):
-        logps, base_logps = (_log_softmax(hidden[part], head, bias, softcap) for hidden, head, bias in (ours, base))
+    for part in _chunks(len(kl), len(ours[1]), products):
+        logps, base_logps = (
+            _log_softmax(products.matmul(hidden[part], head.T, bias), softcap) for hidden, head, bias in (ours, base)
+        )
         kl[part] = (logps.exp() * (logps - base_logps)).sum(1)
     return kl
 
 
-def _log_softmax(hidden: Tensor, head: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
-    logits = linear(hidden, head, bias).float()
+def _log_softmax(logits: Tensor, softcap: float | None) -> Tensor:
+    logits = logits.float()
     _bend(logits, softcap)
     return logits.log_softmax(1)
 
 
-def _chunks(tokens: int, words: int) -> list[slice]:
-    # At least 16 tokens: products of fewer rows take another kernel with other last bits.
-    size = max(16, _CHUNK_LOGITS // words)
+def _chunks(tokens: int, words: int, products: Products) -> list[slice]:
+    """Whole tiles, so that only the last one is padded."""
+    least = products.tile or products.least
+    size = max(1, _CHUNK_LOGITS // words // least) * least
     return [slice(start, start + size) for start in range(0, tokens, size)]
 
 

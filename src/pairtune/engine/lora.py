@@ -7,7 +7,7 @@ this is plain LoRA; the numbers of each adapter do not depend on the others.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,10 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
 
 from pairtune.config import TrialConfig
+from pairtune.engine.products import Products, linear_layers, matrix_of
 from pairtune.errors import BadInput
 
 
@@ -54,20 +55,24 @@ class LoraLinear(nn.Module):
     """A frozen linear layer with K adapters.
 
     Args:
-        base: the frozen layer, weight [out, in].
+        base: the frozen layer, weight [out, in]; of a Conv1D (GPT-2) [in, out].
         settings: of the adapters.
         trials: K.
     """
 
-    def __init__(self, base: nn.Linear, settings: LoraSettings, trials: int) -> None:
+    def __init__(self, base: nn.Linear | Conv1D, settings: LoraSettings, trials: int) -> None:
         super().__init__()
         self.weight, self.bias = base.weight, base.bias
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.stored_as_matrix = isinstance(base, Conv1D)
+        self.in_features, self.out_features = matrix_of(base).shape
         self.scale, self.dropout = settings.scale, settings.dropout
         device = base.weight.device
-        self.lora_a = nn.Parameter(torch.zeros(trials, settings.rank, base.in_features, device=device))
-        self.lora_b = nn.Parameter(torch.zeros(trials, base.out_features, settings.rank, device=device))
-        self.noise = 0  # what dropout is drawn from: the same in a layer that is computed twice, and in every trial
+        self.lora_a = nn.Parameter(torch.zeros(trials, settings.rank, self.in_features, device=device))
+        self.lora_b = nn.Parameter(torch.zeros(trials, self.out_features, settings.rank, device=device))
+        self.products = Products()
+        # What dropout is drawn from, pair by pair: a seed and the pair's tokens. The same in a layer that is computed
+        # twice, in every trial, and whatever other pairs are in the row.
+        self.noise: Sequence[tuple[int, int]] = ()
 
     def keep(self, trials: list[int]) -> None:
         """Drop all adapters but these."""
@@ -77,38 +82,61 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[K, tokens, in] to [K, tokens, out]; with one adapter the first dimension may be any."""
         shape, x = x.shape, x.reshape(len(self.lora_a), -1, self.in_features)
-        if self.dropout and self.training:
-            generator = torch.Generator(x.device).manual_seed(self.noise)
-            kept = torch.rand(x.shape[1:], generator=generator, device=x.device) >= self.dropout
-            seen = x * kept / (1 - self.dropout)
-            update = seen @ self.lora_a.to(x.dtype).mT @ self.lora_b.to(x.dtype).mT
-            result = linear(x, self.weight, self.bias) + self.scale * update
-        else:
-            result = _LoraLinear.apply(x, self.weight, self.bias, self.lora_a, self.lora_b, self.scale)
+        matrix = self.weight if self.stored_as_matrix else self.weight.T
+        mask = self._mask(x) if self.dropout and self.training else None
+        result: Tensor = _LoraLinear.apply(
+            x, matrix, self.bias, self.lora_a, self.lora_b, self.scale, mask, self.products
+        )
         return result.view(*shape[:-1], self.out_features)
+
+    def _mask(self, x: Tensor) -> Tensor:
+        """What the adapters see of their input, [tokens, in]: 0, or 1 over the share that is kept."""
+        drawn = [
+            torch.rand(tokens, self.in_features, generator=torch.Generator(x.device).manual_seed(seed), device=x.device)
+            for seed, tokens in self.noise
+        ]
+        return (torch.cat(drawn) >= self.dropout).to(x.dtype) / (1 - self.dropout)
 
 
 class _LoraLinear(Function):
-    """y = x W' + b + scale (x A') B', with a backward pass of its own: fewer copies than autograd's, nothing for W."""
+    """y = x M + b + scale (x A') B', with a backward pass of its own: fewer copies than autograd's, nothing for M."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        matrix: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        mask: Tensor | None,
+        products: Products,
+    ) -> Tensor:
         a, b = a.to(x.dtype), b.to(x.dtype)
-        y = linear(x, weight, bias)
-        inner = torch.bmm(x, a.mT)
-        ctx.scale = scale
-        ctx.save_for_backward(x, weight, a, b, inner)
-        return y.baddbmm_(inner, b.mT, alpha=scale)
+        y = products.matmul(x.flatten(0, 1), matrix, bias).view(*x.shape[:2], -1)
+        seen = x if mask is None else x * mask
+        inner = products.batched(seen, a.mT)
+        ctx.scale, ctx.products = scale, products
+        ctx.save_for_backward(seen, matrix, a, b, inner, mask)
+        return products.add_batched(y, inner, b.mT, scale)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        x, weight, a, b, inner = ctx.saved_tensors
-        grad_inner = torch.bmm(grad, b).mul_(ctx.scale)
-        grad_a = torch.bmm(grad_inner.mT, x).float()
-        grad_b = torch.bmm(inner.mT, grad).float().mul_(ctx.scale).mT  # this way round is twice as fast
-        grad_x = (grad @ weight).baddbmm_(grad_inner, a) if ctx.needs_input_grad[0] else None
-        return grad_x, None, None, grad_a, grad_b, None
+        seen, matrix, a, b, inner, mask = ctx.saved_tensors
+        products, trials = ctx.products, len(a)
+        grad_inner = products.bmm(grad, b, trials).mul_(ctx.scale)
+        grad_a = products.bmm(grad_inner.mT, seen, trials).float()
+        grad_b = products.bmm(inner.mT, grad, trials).float().mul_(ctx.scale).mT  # this way round is twice as fast
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = products.matmul(grad.flatten(0, 1), matrix.T).view_as(seen)
+            if mask is None:
+                grad_x = products.add_batched(grad_x, grad_inner, a, 1.0)
+            else:
+                grad_x += products.batched(grad_inner, a) * mask
+        return grad_x, None, None, grad_a, grad_b, None, None, None
 
 
 def add_adapters(model: nn.Module, settings: LoraSettings, seeds: list[int]) -> dict[str, LoraLinear]:
@@ -129,16 +157,15 @@ def add_adapters(model: nn.Module, settings: LoraSettings, seeds: list[int]) -> 
         BadInput: a target is no linear layer of this model.
     """
     model.requires_grad_(False)
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-    kinds = {name.rpartition(".")[2] for name, layer in layers if layer is not head}
+    layers = list(linear_layers(model))
+    kinds = {name.rpartition(".")[2] for name, _ in layers}
     if unknown := set(settings.targets or ()) - kinds:
         raise BadInput(
             f"--lora-target {min(unknown)}: no linear layer of this model; it has {', '.join(sorted(kinds))}"
         )
     adapted = {}
     for name, layer in layers:
-        if layer is head or name.rpartition(".")[2] not in (settings.targets or kinds):
+        if name.rpartition(".")[2] not in (settings.targets or kinds):
             continue
         adapted[name] = LoraLinear(layer, settings, len(seeds))
         parent, _, child = name.rpartition(".")
@@ -174,6 +201,7 @@ def peft_config(adapted: Mapping[str, LoraLinear], settings: LoraSettings) -> Lo
         lora_dropout=settings.dropout,
         use_rslora=settings.rslora,
         target_modules=sorted({name.rpartition(".")[2] for name in adapted}),
+        fan_in_fan_out=any(layer.stored_as_matrix for layer in adapted.values()),
         task_type="CAUSAL_LM",
         inference_mode=True,
     )

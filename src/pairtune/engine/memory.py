@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import psutil
-import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pairtune.config import TrialConfig
 from pairtune.engine.policy import TRAIN_TOKENS
+from pairtune.engine.products import linear_layers, matrix_of
 from pairtune.engine.trial import TrialInputs, wants_checkpointing
+from pairtune.models.load import blank_model, free_bytes
 
 # Beyond this, more trials at once take memory and bring little: a CPU is busy with few, an accelerator with more.
 _MOST = {"cpu": 4}
@@ -23,19 +22,11 @@ _BYTES_OF_A_WEIGHT = 16
 def lockstep_width(trial: TrialConfig, inputs: TrialInputs) -> int:
     """How many LoRA trials like this one memory allows at once; at least 1."""
     device = inputs.base.device
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(inputs.base.source.folder))
+    model = blank_model(inputs.base.source)
     most = _MOST.get(device.type, _MOST_ELSEWHERE)
     usable = _USABLE * free_bytes(device)
     needs = [lockstep_bytes(model, trial, inputs, width) for width in range(1, most + 1)]
     return max(1, sum(need <= usable for need in needs))
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that this device has left."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
 
 
 def lockstep_bytes(model: PreTrainedModel, trial: TrialConfig, inputs: TrialInputs, width: int) -> float:
@@ -48,13 +39,13 @@ def lockstep_bytes(model: PreTrainedModel, trial: TrialConfig, inputs: TrialInpu
         width: how many trials.
     """
     config, size = model.config, inputs.base.dtype.itemsize
-    head = model.get_output_embeddings()
-    linear = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head]
-    adapter = sum(trial.lora_rank * (layer.in_features + layer.out_features) for layer in linear)
+    linear = [matrix_of(layer).shape for _, layer in linear_layers(model)]
+    adapter = sum(trial.lora_rank * (before + after) for before, after in linear)
     # A layer keeps its input, q, k, v, the attention's result and both norms (8 times the hidden size, about) and the
     # MLP's three products and their input (4 times the larger size); half as much again passes in the backward pass.
-    wide = max(layer.out_features for layer in linear)
+    wide = max(after for _, after in linear)
     kept = config.hidden_size if wants_checkpointing(trial, inputs.base.device) else 12 * config.hidden_size + 6 * wide
-    tokens = max(TRAIN_TOKENS, width * inputs.train.longest())
+    longest = inputs.train.longest()
+    tokens = width * max(longest, min(TRAIN_TOKENS, trial.batch_size * longest))
     weights = sum(parameter.numel() for parameter in model.parameters()) * size
     return float(weights + width * adapter * _BYTES_OF_A_WEIGHT + tokens * config.num_hidden_layers * kept * size)

@@ -26,18 +26,21 @@ from pairtune.engine.divergence import PAIRS, BaseStates, base_states
 from pairtune.engine.lora import add_adapters, peft_config, peft_tensors, settings_of
 from pairtune.engine.memory import lockstep_width
 from pairtune.engine.optimize import AdapterWeights, FullWeights, TrialOptimizer
-from pairtune.engine.policy import EVALUATION_TOKENS, TRAIN_TOKENS, Policy
+from pairtune.engine.policy import EVALUATION_TOKENS, TRAIN_TOKENS, Policy, cast_parameters
 from pairtune.engine.records import ExampleRecord, TrialFailed, TrialResult
-from pairtune.engine.reference import reference_fingerprint, reference_logps
+from pairtune.engine.reference import check_reference, reference_fingerprint, reference_logps
+from pairtune.engine.rounding import measure_rounding
 from pairtune.engine.scoring import Scored, score_pairs
 from pairtune.engine.trial import (
     TrialInputs,
+    check_adapters_are_zero,
     check_first_step,
     epoch_order,
     patience_is_over,
     peak_memory_mb,
     prune_hopeless,
     record_evaluation,
+    reset_peak_memory,
     start_trials,
     wants_checkpointing,
 )
@@ -104,18 +107,20 @@ class _Lockstep:
         self.inputs, self.run, self.sink = inputs, run, sink
         self.shared = trials[0]  # for all settings in which the trials are equal
         self.device = inputs.base.device
+        reset_peak_memory(self.device)
         self.model, self.results = start_trials(trials, inputs)
         self._pairs_fingerprint = fingerprint(pairs.ids_fingerprint() for pairs in inputs.splits.values())
         self.epoch, self.step, self.seen = 1, 0, 0  # seen: pairs of the epoch
         masters = FullWeights(self.model, inputs.base.dtype) if self.shared.method == "full" else None
-        self.model.to(inputs.base.dtype)
+        cast_parameters(self.model, inputs.base.dtype)
         self.members: list[_Member] = []
-        self.references = {name: self._reference(name, pairs) for name, pairs in inputs.splits.items()}
-        self.base = self._base_states()
+        self.references, self.base = self._of_the_base()
         adapted = {}
         if masters is None:
             adapted = add_adapters(self.model, settings_of(self.shared), [trial.seed for trial in trials])
-        self.policy = Policy(self.model, adapted, len(trials))
+            names = [trial.name for trial in trials]
+            check_adapters_are_zero(names, (layer.lora_b for layer in adapted.values()))
+        self.policy = Policy(self.model, adapted, len(trials), inputs.kernels)
         if wants_checkpointing(self.shared, self.device):
             self.policy.checkpoint_activations()
         batches = math.ceil(len(inputs.train) / self.shared.batch_size)
@@ -215,15 +220,38 @@ class _Lockstep:
         trials = [member.trial.model_dump_json() for member in self.members]
         return fingerprint([self.inputs.base_fingerprint, self._pairs_fingerprint, *trials])
 
-    def _reference(self, split: str, pairs: PairTable) -> Tensor:
-        """The base's log-probs of a split; all trials of a run share them."""
+    def _of_the_base(self) -> tuple[dict[str, Tensor], BaseStates]:
+        """What the base says of the pairs before anything is trained, checked; all trials of a run share it.
+
+        Returns:
+            Its log-probs of every split, and its states at some places of the validation answers.
+        """
+        base, measured = Policy(self.model, kernels=self.inputs.kernels), self.inputs.measured
+        references = {"train": self._reference("train", base)}
+        check_reference(base, self.inputs.train, references["train"])
+        if measured.rounding is None:
+            name = self._reference_name(base, self.inputs.train)
+            measured.rounding = measure_rounding(base, len(self.results), self.inputs.train, name)
+        with base.computing_in(self._evaluation_dtype):
+            references["validation"] = self._reference("validation", base)
+            check_reference(base, self.inputs.validation, references["validation"])
+            return references, self._base_states(base)
+
+    @property
+    def _evaluation_dtype(self) -> torch.dtype:
+        return getattr(torch, self.shared.eval_dtype) if self.shared.eval_dtype else self.inputs.base.dtype
+
+    def _reference_name(self, base: Policy, pairs: PairTable) -> str:
+        return reference_fingerprint(self.inputs.base_fingerprint, base, pairs)
+
+    def _reference(self, split: str, base: Policy) -> Tensor:
+        """The base's log-probs of a split."""
+        pairs = self.inputs.splits[split]
         if split not in self.inputs.reference:
-            base = self.inputs.base
-            name = reference_fingerprint(self.inputs.base_fingerprint, base.device, base.dtype, pairs)
             what = f"reference log-probs of the {split} pairs"
             self.inputs.reference[split] = reference_logps(
-                lambda: Policy(self.model),
-                name,
+                base,
+                self._reference_name(base, pairs),
                 pairs,
                 self.run.reference / f"{split}.safetensors",
                 self.inputs.processes,
@@ -232,14 +260,13 @@ class _Lockstep:
         logps: Tensor = self.inputs.reference[split].to(self.device)
         return logps
 
-    def _base_states(self) -> BaseStates:
+    def _base_states(self, base: Policy) -> BaseStates:
         """The base at some places of the validation answers, from which the trials' divergence is measured."""
-        base, pairs = self.inputs.base, self.inputs.validation
+        pairs = self.inputs.validation
         if "states" not in self.inputs.reference:
-            name = reference_fingerprint(self.inputs.base_fingerprint, base.device, base.dtype, pairs)
             self.inputs.reference["states"] = base_states(
-                lambda: Policy(self.model),
-                name,
+                base,
+                self._reference_name(base, pairs),
                 pairs,
                 self.inputs.processes,
                 lambda done: self._busy("the base on validation pairs", done, min(PAIRS, len(pairs))),
@@ -258,21 +285,22 @@ class _Lockstep:
         """One update of every trial from the pairs of some rows; a batch's loss is its mean over pairs."""
         self.step += 1
         self.policy.train(True)
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        weights = self.members[0].weights  # of adapters all trials' lie in the same stacks
         records: list[list[ExampleRecord]] = [[] for _ in self.members]
         for scored in self._scored("train", self.inputs.processes.share(rows), TRAIN_TOKENS):
             losses = torch.stack([each.losses.sum() for each in scored])
             (losses.sum() / len(rows)).backward()  # adapters do not meet in it
+            weights.collect_gradients()
             for mine, each in zip(records, scored, strict=True):
                 mine.extend(each.records())
-        self.inputs.processes.add_gradients(trained)
+        self.inputs.processes.add_gradients(weights.summed)
         for member, mine in zip(self.members, records, strict=True):
             try:
                 self._update(member, self.inputs.processes.gather(mine), rows)
             except TrialFailed as failure:
                 member.result.status, member.result.reason = "failed", str(failure)
-        for parameter in trained:
-            parameter.grad = None
+        for tensor in weights.summed:
+            tensor.grad = None
         self.seen += len(rows)
 
     def _scored(self, split: str, rows: Sequence[int], max_tokens: int) -> Iterator[list[Scored]]:
@@ -283,7 +311,7 @@ class _Lockstep:
             self.inputs.splits[split],
             rows,
             self.references[split],
-            max_tokens // len(self.members),
+            max_tokens,
             (self.shared.seed, self.step),
             self.base if split == "validation" else None,
         )
@@ -293,7 +321,7 @@ class _Lockstep:
         member.result.train_pairs += len(rows)
         means = {name: math.fsum(record[name] for record in records) / len(rows) for name in records[0]}
         if self.step == 1:
-            check_first_step(member.trial, means, self.policy.slack)
+            check_first_step(member.trial, means, self.inputs.measured.rounding)
         member.weights.take_gradients()
         rate, norm = member.optimizer.learning_rate, member.optimizer.clip()
         self._guard(member, means["loss"], norm, rows)
@@ -323,8 +351,9 @@ class _Lockstep:
         self.policy.train(False)
         records: list[list[ExampleRecord]] = [[] for _ in self.members]
         total = len(self.inputs.validation)
-        with torch.no_grad():
-            for scored in self._scored("validation", self.inputs.processes.share(range(total)), EVALUATION_TOKENS):
+        rows, max_tokens = self.inputs.processes.share(range(total)), EVALUATION_TOKENS // len(self.members)
+        with torch.no_grad(), self.policy.computing_in(self._evaluation_dtype):
+            for scored in self._scored("validation", rows, max_tokens):
                 for mine, each in zip(records, scored, strict=True):
                     mine.extend(each.records())
                 self._busy("evaluating", len(records[0]) * self.inputs.processes.count, total)

@@ -80,6 +80,14 @@ class AdapterWeights:
         for tensor, stack in zip(self.tensors, self._stacks(), strict=True):
             tensor.data = stack.detach()[trial]
 
+    def collect_gradients(self) -> None:
+        """Nothing: the stacks add up in float32 what each row gives."""
+
+    @property
+    def summed(self) -> Sequence[Tensor]:
+        """What has the gradients of a step: the stacks, which all trials share."""
+        return self._stacks()
+
     def take_gradients(self) -> None:
         """Give the optimizer's tensors this trial's gradients."""
         for tensor, stack in zip(self.tensors, self._stacks(), strict=True):
@@ -105,11 +113,20 @@ class FullWeights:
         masters = (parameter.detach() for parameter in self.parameters)
         self.tensors = [master if dtype == torch.float32 else master.clone() for master in masters]
 
-    def take_gradients(self) -> None:
-        """Move the parameters' gradients to the masters."""
+    def collect_gradients(self) -> None:
+        """Add a row's gradients to the masters', in float32: in bfloat16 what small rows give would be rounded away."""
         for tensor, parameter in zip(self.tensors, self.parameters, strict=True):
-            tensor.grad = None if parameter.grad is None else parameter.grad.float()
-            parameter.grad = None
+            if parameter.grad is not None:
+                tensor.grad = parameter.grad.float() if tensor.grad is None else tensor.grad.add_(parameter.grad)
+                parameter.grad = None
+
+    @property
+    def summed(self) -> Sequence[Tensor]:
+        """What has the gradients of a step: the masters."""
+        return self.tensors
+
+    def take_gradients(self) -> None:
+        """Nothing: the masters have them."""
 
     def place(self, trial: int) -> None:
         """Nothing: a model that is trained whole has one trial."""

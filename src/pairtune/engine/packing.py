@@ -15,6 +15,9 @@ from torch import Tensor
 
 from pairtune.data.table import TokenIds
 
+# Padded rows are multiples of this many tokens.
+_PADDING = 32
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -54,6 +57,15 @@ class Pack:
     answers: Tensor
     answer_tokens: Tensor
     mask: Tensor | None = None
+
+    @property
+    def places_of_pairs(self) -> list[int]:
+        """How many of the row's places each pair takes, in the order of the pairs."""
+        if self.mask is not None:
+            return [2 * self.mask.shape[1]] * self.pairs
+        lengths = [segment.length for segment in self.segments]
+        each = len(lengths) // self.pairs  # segments of a pair: two, where each answer has a prompt of its own
+        return [sum(lengths[start : start + each]) for start in range(0, len(lengths), each)]
 
     @property
     def pairs(self) -> int:
@@ -124,10 +136,15 @@ def pack_batches(
 
 
 def pad_pairs(pairs: Sequence[TokenIds], max_tokens: int, device: torch.device) -> Iterator[Pack]:
-    """Pairs as padded rows, one answer a row: for models whose attention cannot be told about segments."""
+    """Pairs as padded rows, one answer a row: for models whose attention cannot be told about segments.
+
+    How far a pair is padded depends on its own length alone, since attention over other lengths has other last bits:
+    to the next multiple of 32. Neighbours that are padded alike go together.
+    """
     batch: list[TokenIds] = []
     for pair in pairs:
-        if batch and 2 * (len(batch) + 1) * max(map(_longest, [*batch, pair])) > max_tokens:
+        alike = not batch or _padded_length(pair) == _padded_length(batch[0])
+        if batch and not (alike and 2 * (len(batch) + 1) * _padded_length(pair) <= max_tokens):
             yield _pad(batch, device)
             batch = []
         batch.append(pair)
@@ -138,18 +155,20 @@ def pad_pairs(pairs: Sequence[TokenIds], max_tokens: int, device: torch.device) 
 def _pad(pairs: Sequence[TokenIds], device: torch.device) -> Pack:
     flat = pack_pairs(pairs, device, share_prompts=False)
     lengths = torch.tensor([segment.length for segment in flat.segments], device=device)
-    longest = int(lengths.max())
+    longest = _padded_length(pairs[0])
     row = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
     place = row * longest + flat.positions[0]
     padded = torch.zeros(2, len(lengths) * longest, dtype=torch.long, device=device)
     padded[0, place], padded[1, place] = flat.input_ids[0], 1
     ids, mask = padded.view(2, len(lengths), longest)
-    positions = torch.arange(longest, device=device).expand(len(lengths), -1)
+    # Padding has the last token's position: a model may have no more positions than the pair has tokens.
+    positions = torch.arange(longest, device=device).minimum(lengths[:, None] - 1)
     return replace(flat, input_ids=ids, positions=positions, segments=(), predicting=place[flat.predicting], mask=mask)
 
 
-def _longest(pair: TokenIds) -> int:
-    return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
+def _padded_length(pair: TokenIds) -> int:
+    longest = len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) - 1
+    return -(-longest // _PADDING) * _PADDING
 
 
 def _row_tokens(pair: TokenIds) -> int:

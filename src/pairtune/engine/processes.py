@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, reduce
-from torch import Tensor, nn
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -55,7 +55,7 @@ class Processes:
         broadcast_object_list(values)
         return values[0]
 
-    def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+    def add_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Replace each gradient by the sum over all processes; one that has none adds 0."""
         if self.count == 1:
             return

@@ -6,10 +6,12 @@ epochs, resumed and later runs share them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -20,20 +22,31 @@ from pairtune.engine.processes import Processes
 from pairtune.errors import RunFailed
 from pairtune.runs import fingerprint, user_cache, write_atomic
 
-# Other kernels, other last bits: changed whenever the engine's arithmetic changes.
-_KERNELS = "2"
+# Other arithmetic, other last bits: changed whenever the engine's changes.
+_ARITHMETIC = "3"
 _TABLE_ROWS = 256
+# The first pairs, up to so many tokens, have a row of their own, which can be computed again to the same bits.
+_WITNESS_TOKENS = 512
+# What a model's configuration says of itself and not of its numbers.
+_NO_PART = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
 
-def reference_fingerprint(base_fingerprint: str, device: torch.device, dtype: torch.dtype, pairs: PairTable) -> str:
-    """Of everything that reference log-probs depend on, down to the last bit."""
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    how = (_KERNELS, torch.__version__, device.type, machine, str(dtype))
-    return fingerprint([base_fingerprint, *how, pairs.ids_fingerprint()])
+def reference_fingerprint(base_fingerprint: str, policy: Policy, pairs: PairTable) -> str:
+    """Of everything that reference log-probs depend on, down to the last bit.
+
+    Two parts: first the weights, their configuration and the pairs, then how they are computed.
+    """
+    model, dtype = policy.model, policy.model.dtype
+    config = {name: value for name, value in model.config.to_dict().items() if name not in _NO_PART}
+    settings = json.dumps(config, sort_keys=True, default=str)
+    bits = policy.kernels.probe(dtype).bits if policy.kernels else ""
+    versions = (torch.__version__, transformers.__version__)
+    how = (_ARITHMETIC, *versions, str(dtype), "packed" if policy.packed else "padded", bits)
+    return f"{fingerprint([base_fingerprint, settings, pairs.ids_fingerprint()])}-{fingerprint(how)}"
 
 
 def reference_logps(
-    policy: Callable[[], Policy],
+    policy: Policy,
     name: str,
     pairs: PairTable,
     run_file: Path,
@@ -42,8 +55,10 @@ def reference_logps(
 ) -> Tensor:
     """The reference log-probs of pairs, from the run folder, from the user cache, or computed.
 
+    A run that goes on where kernels compute other bits has them computed anew: policy and reference must share them.
+
     Args:
-        policy: opens the base model; only called when there is something to compute.
+        policy: the base model.
         name: the fingerprint, see `reference_fingerprint`.
         pairs: N of them.
         run_file: the run's own copy.
@@ -54,21 +69,22 @@ def reference_logps(
         [N, 2], float32: chosen and rejected.
 
     Raises:
-        RunFailed: the run's copy belongs to other weights, pairs or kernels.
+        RunFailed: the run's copy belongs to other weights or pairs.
     """
     cached = user_cache() / "reference" / f"{name}.safetensors"
     result = processes.from_first(_find(run_file, cached, name, len(pairs)) if processes.first else None)
     if result is None:
-        result = compute_logps(policy(), pairs, processes, progress)
+        result = compute_logps(policy, pairs, processes, progress)
         if processes.first:
             _write(cached, name, result)
-    if processes.first and not run_file.is_file():
+    if processes.first and _name_of(run_file) != name:
         _write(run_file, name, result)
     return result
 
 
 def _find(run_file: Path, cached: Path, name: str, pairs: int) -> Tensor | None:
-    if run_file.is_file():
+    known = _name_of(run_file)
+    if known is not None and (known == name or known.partition("-")[0] != name.partition("-")[0]):
         return load_reference(run_file, name, pairs)
     try:
         return load_reference(cached, name, pairs)
@@ -76,18 +92,67 @@ def _find(run_file: Path, cached: Path, name: str, pairs: int) -> Tensor | None:
         return None
 
 
+def _name_of(run_file: Path) -> str | None:
+    """The fingerprint of a run's own copy; None: there is none, or one of an engine before this one."""
+    if not run_file.is_file():
+        return None
+    try:
+        with safe_open(run_file, framework="pt") as file:
+            found = (file.metadata() or {}).get("fingerprint", "")
+    except SafetensorError:
+        return "damaged"
+    return found if "-" in found else None
+
+
 @torch.no_grad()
 def compute_logps(
     policy: Policy, pairs: PairTable, processes: Processes, progress: Callable[[int], None] = lambda done: None
 ) -> Tensor:
     """Log-probs of all pairs under a policy's first trial, [N, 2]."""
+    first = witness(policy, pairs)
     results: list[list[float]] = []
-    share = processes.share(range(len(pairs)))
+    share = processes.share(range(len(first), len(pairs)))
     for start in range(0, len(share), _TABLE_ROWS):
         for pack in policy.rows(pairs.tokens(share[start : start + _TABLE_ROWS]), EVALUATION_TOKENS):
             results += policy.answer_logps(pack).logps[0].view(-1, 2).tolist()
-            progress(len(results) * processes.count)
-    return torch.tensor(processes.gather(results), dtype=torch.float32).view(-1, 2)
+            progress(len(first) + len(results) * processes.count)
+    rest = torch.tensor(processes.gather(results), dtype=torch.float32).view(-1, 2)
+    return torch.cat([first, rest])
+
+
+@torch.no_grad()
+def witness(policy: Policy, pairs: PairTable) -> Tensor:
+    """Log-probs of the first few pairs in a row of their own, [some, 2]: the same bits whenever they are computed."""
+    pack = next(policy.rows(pairs.tokens(range(min(len(pairs), _TABLE_ROWS))), _WITNESS_TOKENS), None)
+    if pack is None:
+        return torch.zeros(0, 2)
+    return policy.answer_logps(pack).logps[0].view(-1, 2).float().cpu()
+
+
+def check_reference(policy: Policy, pairs: PairTable, reference: Tensor) -> None:
+    """Whether these are the policy's own log-probs, before it has learned anything.
+
+    The first pairs are computed again in the row in which they were computed for the reference, where nothing but
+    what the machine does to one and the same computation may change; that is measured by computing them twice.
+
+    Args:
+        policy: the base model.
+        pairs: N of them.
+        reference: [N, 2].
+
+    Raises:
+        RunFailed: they are another model's, or of other pairs.
+    """
+    if not len(pairs):
+        return
+    once, again = witness(policy, pairs), witness(policy, pairs)
+    apart, allowed = (once - reference[: len(once)].cpu()).abs().max().item(), 4 * (once - again).abs().max().item()
+    if not apart <= allowed:
+        raise RunFailed(
+            f"the reference log-probs are not this base model's: computed again in the same row, those of the first "
+            f"{len(once)} pairs differ by up to {apart:.6f} nats, where computing them twice moves them by "
+            f"{allowed / 4:.6f}; remove the run's reference folder, or start a new run"
+        )
 
 
 def load_reference(path: Path, name: str, pairs: int) -> Tensor:
@@ -106,8 +171,8 @@ def load_reference(path: Path, name: str, pairs: int) -> Tensor:
         raise RunFailed(f"{path}: the reference log-probs are damaged; remove the file to compute them anew") from error
     if found != name or result.shape != (pairs, 2):
         raise RunFailed(
-            f"{path}: these reference log-probs ({found}) are of another model, other pairs or another machine than "
-            f"this run's ({name}); start a new run, or remove the file to compute them anew"
+            f"{path}: these reference log-probs ({found}) are of another model or other pairs than this run's "
+            f"({name}); start a new run, or remove the file to compute them anew"
         )
     logps: Tensor = result
     return logps

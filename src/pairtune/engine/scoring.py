@@ -78,9 +78,9 @@ def score_pairs(
     for start in range(0, len(rows), _TABLE_ROWS):
         some, done = rows[start : start + _TABLE_ROWS], 0
         for pack in policy.rows(pairs.tokens(some), max_tokens):
-            policy.draw_dropout(*draw, some[done])
-            answers = policy.answer_logps(pack, keep_states=base is not None)
             numbers = list(some[done : done + pack.pairs])
+            policy.draw_dropout(pack, numbers, *draw)
+            answers = policy.answer_logps(pack, keep_states=base is not None)
             kls = [base.kl(policy, states, numbers) if base else None for states in answers.states]
             yield [
                 _score(trial, pack, answers, place, reference[numbers], kls[place])

@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from pairtune.config import Select, TrialConfig
 from pairtune.data.table import PairTable
+from pairtune.engine.kernels import Kernels
 from pairtune.engine.processes import Processes
 from pairtune.engine.records import (
     ExampleRecord,
@@ -24,8 +28,9 @@ from pairtune.engine.records import (
     score,
     write_records,
 )
+from pairtune.engine.rounding import Rounding
 from pairtune.errors import RunFailed
-from pairtune.models.load import LoadedBase, load_model, weights_fingerprint
+from pairtune.models.load import LoadedBase, blank_model, load_model, weights_fingerprint
 from pairtune.runs import TrialFolder
 
 LN_2 = math.log(2)
@@ -34,6 +39,13 @@ LN_2 = math.log(2)
 def never(*_: object) -> bool:
     """Nobody asks the run to stop, and no trial is hopeless."""
     return False
+
+
+@dataclass
+class Measured:
+    """What the first trials of a run find out for all."""
+
+    rounding: Rounding | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,8 @@ class TrialInputs:
             with `--method full` that of the matrix products.
         base_fingerprint: of the base weights; a trial that starts from others is stopped.
         select: the rule by which a trial's best epoch is kept.
+        probed: how products are computed on this machine, where that was found out before.
+        measured: what was found out about this machine's rounding, filled by the first trial.
         reference: log-probs of the base model by split, filled by the first trial and read by all others: they depend
             on model and pairs alone, which are the same for the whole grid.
         checkpoint_steps: a checkpoint is written every so many steps, and at every epoch.
@@ -57,6 +71,8 @@ class TrialInputs:
     train: PairTable
     validation: PairTable
     select: Select
+    probed: Kernels | None = None
+    measured: Measured = field(default_factory=Measured)
     reference: dict[str, Any] = field(default_factory=dict)
     checkpoint_steps: int = 50
     stopping: Callable[[], bool] = never
@@ -66,6 +82,11 @@ class TrialInputs:
     def splits(self) -> dict[str, PairTable]:
         """Training and validation pairs by name."""
         return {"train": self.train, "validation": self.validation}
+
+    @cached_property
+    def kernels(self) -> Kernels:
+        """How products are computed on this machine."""
+        return self.probed or Kernels(blank_model(self.base.source), self.base.device)
 
     @cached_property
     def processes(self) -> Processes:
@@ -160,27 +181,60 @@ def wants_checkpointing(trial: TrialConfig, device: torch.device) -> bool:
     return device.type != "cpu" if trial.checkpointing == "auto" else trial.checkpointing == "on"
 
 
-def check_first_step(trial: TrialConfig, logs: dict[str, float], slack: float = 0.0) -> None:
+def check_adapters_are_zero(names: Sequence[str], factors: Iterable[Tensor]) -> None:
+    """An adapter's factor B is 0 before the first step, so that a trial starts exactly at the base.
+
+    Raises:
+        RunFailed: it is not.
+    """
+    if any(bool(factor.any()) for factor in factors):
+        raise RunFailed(f"trial {', '.join(names)}: its adapter is not zero before the first step")
+
+
+def check_first_step(trial: TrialConfig, logs: dict[str, float], rounding: Rounding | None = None) -> None:
     """Before the first update policy and reference are one model: margins are 0, and the sigmoid loss is ln 2.
 
     Args:
         trial: what is trained.
         logs: the first step's means over pairs.
-        slack: nats by which two log-probs of one model may differ where their last bits depend on the batch.
+        rounding: what this machine does to a pair's margin; None: nothing.
+
+    Raises:
+        RunFailed: they are not, by more than rounding can be.
     """
     margin, loss = logs["rewards/margins"], logs["loss"]
-    room = trial.beta * slack
+    room = trial.beta * rounding.room if rounding else 0.0
     plain = trial.loss == "sigmoid" and not trial.sft_weight
-    if abs(margin) > room or (plain and abs(loss - LN_2) > 1e-6 + room):
+    if not abs(margin) <= room or (plain and not abs(loss - LN_2) <= 1e-6 + room):
+        measured = (
+            f"; on this machine a pair's margin differs by {trial.beta * rounding.between_rows:.6f} between rows "
+            f"(root mean square, {rounding.pairs} pairs), so {room:.6f} is allowed"
+            if rounding
+            else ""
+        )
         raise RunFailed(
             f"trial {trial.name}: the first step has loss {loss:.6f} and reward margin {margin:.6f} instead of "
-            f"{LN_2:.6f} and 0: policy and reference are not the same model at the start"
+            f"{LN_2:.6f} and 0: policy and reference are not the same model at the start{measured}"
         )
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin to measure anew: a later trial's peak is not an earlier one's. Linux only, on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): the peak resident size
+
+
 def peak_memory_mb(device: torch.device) -> int:
-    """On an accelerator of this process's tensors; on a CPU the process's highest resident size so far."""
+    """Since `reset_peak_memory`: on an accelerator of this process's tensors, on a CPU the resident size.
+
+    Where the system cannot measure anew it is the highest resident size of the whole process.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) // 2**20
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) // 2**10
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident // 2**20 if sys.platform == "darwin" else resident // 2**10

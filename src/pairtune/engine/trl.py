@@ -31,16 +31,18 @@ from pairtune.engine.lora import draw_starts
 from pairtune.engine.records import EXAMPLE_METRICS, ExampleRecord, TrialFailed, TrialResult
 from pairtune.engine.trial import (
     TrialInputs,
+    check_adapters_are_zero,
     check_first_step,
     epoch_order,
     patience_is_over,
     peak_memory_mb,
     prune_hopeless,
     record_evaluation,
+    reset_peak_memory,
     start_trials,
     wants_checkpointing,
 )
-from pairtune.errors import Interrupted, RunFailed
+from pairtune.errors import Interrupted
 from pairtune.models.save import save_best
 from pairtune.runs import RunFolder
 from pairtune.track.sinks import Sink
@@ -61,6 +63,7 @@ def run_trials(trials: Sequence[TrialConfig], inputs: TrialInputs, run: RunFolde
         RunFailed: the trial did not start at the base model; the run's results would not be comparable.
     """
     (trial,) = trials
+    reset_peak_memory(inputs.base.device)
     model, (result,) = start_trials(trials, inputs)
     with tempfile.TemporaryDirectory(prefix="pairtune-") as scratch, _quiet():
         trainer = _Trainer(
@@ -214,10 +217,9 @@ class _Keeper(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = self.trainer.model
-        if isinstance(model, PeftModel) and any(
-            bool(weights.any()) for name, weights in model.named_parameters() if ".lora_B." in name
-        ):
-            raise RunFailed(f"trial {self.trial.name}: its adapter is not zero before the first step")
+        if isinstance(model, PeftModel):
+            factors = (weights for name, weights in model.named_parameters() if ".lora_B." in name)
+            check_adapters_are_zero([self.trial.name], factors)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._step_started = time.perf_counter()

@@ -11,18 +11,19 @@ from typing import Any
 from peft import PeftConfig
 from safetensors import SafetensorError
 
-from pairtune.config import OnBadRow, TrialConfig, resolve
+from pairtune.config import OnBadRow, TrialConfig
 from pairtune.data.convert import tokenize_source
 from pairtune.data.reading import Reading
 from pairtune.data.table import PairTable
 from pairtune.engine.evaluation import evaluate_weights
+from pairtune.engine.kernels import Kernels
 from pairtune.engine.records import describe_examples, mean_metrics, metric_intervals, read_records, write_records
 from pairtune.errors import BadInput, one_line
 from pairtune.evaluate.answers import summarise
 from pairtune.evaluate.generations import Speakers, held_out_prompts
 from pairtune.evaluate.judges import EndpointJudge
 from pairtune.evaluate.winrate import Judge, win_rate
-from pairtune.models.load import LoadedBase, open_base
+from pairtune.models.load import LoadedBase, blank_model, open_base, open_base_of
 from pairtune.models.resolve import base_of_adapter, find_adapter, resolve_model
 from pairtune.runs import RunFolder
 
@@ -31,7 +32,6 @@ _PLAIN_LORA: dict[str, Any] = {
     "layers_to_transform": None,
     "lora_bias": False,
     "trainable_token_indices": None,
-    "fan_in_fan_out": False,
     "use_dora": False,
     "modules_to_save": None,
     "rank_pattern": {},
@@ -51,12 +51,14 @@ class Candidate:
         trial: the beta and the adapter's shape; what else it says has no part in an evaluation.
         weights: the folder of the weights.
         base: the base.
+        kernels: how the run that made it computed products; None: not known.
     """
 
     name: str
     trial: TrialConfig
     weights: Path
     base: LoadedBase
+    kernels: dict[str, Any] | None = None
 
 
 def open_candidate(target: str, base: str | None, beta: float, dtype: str) -> Candidate:
@@ -67,7 +69,7 @@ def open_candidate(target: str, base: str | None, beta: float, dtype: str) -> Ca
     """
     folder = Path(target)
     if (folder / "config.yaml").is_file():
-        return _of_run(RunFolder.finished(folder))
+        return _of_run(RunFolder.finished(folder), dtype)
     if adapter := find_adapter(target):
         return _of_adapter(adapter, base, beta, dtype)
     if base is None:
@@ -79,10 +81,14 @@ def open_candidate(target: str, base: str | None, beta: float, dtype: str) -> Ca
     return Candidate(target, trial, source.folder, open_base(base, dtype))
 
 
-def _of_run(run: RunFolder) -> Candidate:
-    config = resolve(run.config, {}).config
-    record = run.read_json(run.trial(run.read_json(run.selection)["winner"]).record)
-    return Candidate(str(run.root), TrialConfig(**record["config"]), run.best, open_base(config.model, config.dtype))
+def _of_run(run: RunFolder, dtype: str) -> Candidate:
+    """In the types that the run was made in; float32, where it is asked for, is for the evaluation alone."""
+    config = run.read_json(run.trial(run.read_json(run.selection)["winner"]).record)["config"]
+    if dtype == "bfloat16" and run.choices().get("dtype") == "float32":
+        raise BadInput(f"--dtype bfloat16: {run.root} was trained in float32; leave the flag away")
+    if dtype == "float32":
+        config = config | {"eval_dtype": dtype}
+    return Candidate(str(run.root), TrialConfig(**config), run.best, open_base_of(run), run.choices().get("kernels"))
 
 
 def _of_adapter(folder: Path, base: str | None, beta: float, dtype: str) -> Candidate:
@@ -137,7 +143,10 @@ def evaluate_pairs(
     with tempfile.TemporaryDirectory(prefix="pairtune-") as scratch:
         reference = Path(scratch) / "reference.safetensors"
         try:
-            records = evaluate_weights(candidate.trial, candidate.weights, candidate.base, pairs, reference, progress)
+            kernels = Kernels(blank_model(candidate.base.source), candidate.base.device, candidate.kernels)
+            records = evaluate_weights(
+                candidate.trial, candidate.weights, candidate.base, pairs, reference, kernels, progress
+            )
         except (ValueError, FileNotFoundError, SafetensorError) as error:
             raise BadInput(f"{candidate.weights}: the weights do not fit the base ({one_line(error)})") from error
         file = Path(scratch) / "records.parquet"

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import logging as transformers_logging
 
+from pairtune.config import resolve
 from pairtune.errors import BadInput, one_line
 from pairtune.models.resolve import ModelSource, resolve_model
-from pairtune.runs import fingerprint
+from pairtune.runs import RunFolder, fingerprint
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -61,6 +63,16 @@ def open_base(name: str, dtype: str = "auto") -> LoadedBase:
     )
 
 
+def open_base_of(run: RunFolder) -> LoadedBase:
+    """A run's base in the type in which the run had it: what was chosen for the run is not chosen again.
+
+    Raises:
+        BadInput: the model cannot be had or used.
+    """
+    config = resolve(run.config, {}).config
+    return open_base(config.model, run.choices().get("dtype", config.dtype))
+
+
 def pick_device() -> torch.device:
     """The accelerator when there is one, else the CPU."""
     if torch.accelerator.is_available():
@@ -71,6 +83,13 @@ def pick_device() -> torch.device:
 def device_name(device: torch.device) -> str:
     """What a person calls it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that this device has left."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
 
 
 def pick_dtype(device: torch.device) -> torch.dtype:
@@ -125,6 +144,12 @@ def load_model(source: ModelSource | Path, dtype: torch.dtype, device: torch.dev
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise BadInput(f"--model {_typed(source)}: the weights cannot be loaded ({one_line(error)})") from error
     return model.to(device or pick_device()).eval()
+
+
+def blank_model(source: ModelSource) -> PreTrainedModel:
+    """A model of this shape without weights: on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source.folder))
 
 
 def load_tuned(

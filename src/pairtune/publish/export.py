@@ -17,11 +17,10 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 
-from pairtune.config import resolve
 from pairtune.errors import BadInput, RunFailed
 from pairtune.models.generate import Conversation, Sampling, generate_answers
 from pairtune.models.gguf import read_gguf
-from pairtune.models.load import LoadedBase, load_model, load_tokenizer, load_tuned, open_base
+from pairtune.models.load import LoadedBase, load_model, load_tokenizer, load_tuned, open_base_of
 from pairtune.models.resolve import ADAPTER_SETTINGS
 from pairtune.models.save import save_best
 from pairtune.publish.gguf import MODEL_FILE, Quantisation, write_gguf
@@ -80,8 +79,7 @@ def export_run(run: RunFolder, kind: Format, target: Path, quantisation: Quantis
         raise BadInput(f"--to {target}: already exists; choose another name or remove it first")
     if not target.absolute().parent.is_dir():
         raise BadInput(f"--to {target}: there is no folder {target.absolute().parent}")
-    config = resolve(run.config, {}).config
-    base = open_base(config.model, config.dtype)
+    base = open_base_of(run)
     found: list[Parity] = []
 
     def fill(folder: Path) -> None:

@@ -152,11 +152,12 @@ def _models_of(target: str) -> Iterator[Served]:
         run = RunFolder.finished(folder)
         config = resolve(run.config, {}).config
         created, name = int(run.complete.stat().st_mtime), folder.resolve().name
-        yield Served(config.model, config.model, config.dtype)
-        yield Served(name, config.model, config.dtype, run.best, folder, created)
+        dtype = run.choices().get("dtype", config.dtype)
+        yield Served(config.model, config.model, dtype)
+        yield Served(name, config.model, dtype, run.best, folder, created)
         for trial in sorted(run.trials.iterdir()) if run.trials.is_dir() else []:
             if (trial / "best").is_dir():
-                yield Served(f"{name}/{trial.name}", config.model, config.dtype, trial / "best", folder, created)
+                yield Served(f"{name}/{trial.name}", config.model, dtype, trial / "best", folder, created)
     elif adapter := find_adapter(target):
         base = base_of_adapter(adapter)
         yield Served(base, base)

@@ -11,10 +11,9 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from pairtune.config import resolve
 from pairtune.errors import BadInput
 from pairtune.models.generate import Conversation, Sampling, stream_answer
-from pairtune.models.load import LoadedBase, load_model, load_tuned, open_base
+from pairtune.models.load import LoadedBase, load_model, load_tuned, open_base, open_base_of
 from pairtune.models.resolve import base_of_adapter, find_adapter
 from pairtune.runs import RunFolder
 
@@ -54,8 +53,7 @@ def open_talker(target: str) -> Talker:
     folder = Path(target)
     if (folder / "config.yaml").is_file() or (folder / "trials").is_dir():
         run = RunFolder.finished(folder)
-        config = resolve(run.config, {}).config
-        opened = open_base(config.model, config.dtype)
+        opened = open_base_of(run)
         tuned = load_tuned(run.best, opened)
         alone = None if isinstance(tuned, PeftModel) else load_model(opened.source, opened.dtype, opened.device)
         return Talker(opened, tuned, alone)

@@ -8,6 +8,7 @@ from typing import Any
 from pairtune.config import TrialConfig
 from pairtune.data.table import PairTable
 from pairtune.engine.evaluation import evaluate_weights
+from pairtune.engine.kernels import Kernels
 from pairtune.engine.processes import Processes
 from pairtune.engine.records import describe_examples, mean_metrics, metric_intervals, read_records, write_records
 from pairtune.errors import RunFailed
@@ -22,6 +23,7 @@ def evaluate_test(
     pairs: PairTable,
     base: LoadedBase,
     run: RunFolder,
+    kernels: Kernels | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Judge the chosen model on the test pairs, and write `test.json` and its per-example records.
@@ -32,7 +34,7 @@ def evaluate_test(
     first = Processes(base.device).first
     if first:
         _check(run, selection)
-    records = evaluate_weights(trial, run.best, base, pairs, run.reference / "test.safetensors", progress)
+    records = evaluate_weights(trial, run.best, base, pairs, run.reference / "test.safetensors", kernels, progress)
     if not first:
         return
     write_records(run.test_records, pairs, records)

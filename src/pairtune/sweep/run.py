@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from pairtune.config import RunConfig, TrialConfig
 from pairtune.data.prepare import PreparedData
+from pairtune.engine.kernels import Kernels
 from pairtune.engine.records import TrialResult
 from pairtune.engine.trial import TrialInputs, load_start, never
 from pairtune.errors import RunFailed
@@ -53,9 +54,20 @@ def run_sweep(
     base: LoadedBase,
     run: RunFolder,
     sink: Sink,
+    kernels: Kernels | None = None,
     stopping: Callable[[], bool] = never,
 ) -> list[TrialResult]:
     """Run every trial of the search that the run has no result of; `sweep.json` always tells how far the run is.
+
+    Args:
+        config: of the run.
+        search: proposes its trials.
+        data: its pairs.
+        base: its base model.
+        run: its folder.
+        sink: told of every step.
+        kernels: how products are computed on this machine; found out where they are not given.
+        stopping: asked between steps whether the run is to be interrupted.
 
     Raises:
         RunFailed: a trial did not start at the base model, or no trial ended with a usable model.
@@ -67,6 +79,7 @@ def run_sweep(
         data.train,
         data.validation,
         config.select,
+        probed=kernels,
         checkpoint_steps=config.checkpoint_steps,
         stopping=stopping,
         hopeless=search.hopeless,
@@ -79,7 +92,8 @@ def run_sweep(
             for result in engine.run_trials(group, inputs, run, sink):
                 done[result.trial.name] = result
             if inputs.processes.first:
-                write_json(run.sweep, {"trials": [done[t.name].summary() for t in search.trials if t.name in done]})
+                summaries = [done[trial.name].summary() for trial in search.trials if trial.name in done]
+                write_json(run.sweep, {"trials": summaries, **_rounding(inputs)})
         search.tell(done[trial.name] for trial in batch)
     results = [done[trial.name] for trial in search.trials]
     if not any(result.status == "finished" for result in results):
@@ -93,6 +107,11 @@ def together(trial: TrialConfig) -> Any:
     if trial.method == "full":
         return trial.name
     return tuple((name, value) for name, value in trial if name not in _OWN)
+
+
+def _rounding(inputs: TrialInputs) -> dict[str, Any]:
+    measured = inputs.measured.rounding  # nothing under --engine trl, whose products are TRL's own
+    return {"rounding": measured.record()} if measured else {}
 
 
 def _engine(config: RunConfig) -> Engine:
@@ -136,7 +155,9 @@ def _groups(
         if trial.name not in done and not any(trial in group for group in groups):
             by_kind.setdefault(together(trial), []).append(trial)
     for alike in by_kind.values():
-        width = engine.width(alike[0], inputs, asked)
+        width = engine.width(alike[0], inputs, asked or run.choices().get("side_by_side"))
+        if inputs.processes.first:
+            run.remember(side_by_side=width)
         rounds = -(-len(alike) // width)
         width = -(-len(alike) // rounds)  # five trials of which four fit: three and two, not four and one
         groups += [alike[start : start + width] for start in range(0, len(alike), width)]

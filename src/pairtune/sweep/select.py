@@ -154,6 +154,26 @@ def install_best(run: RunFolder, results: Sequence[TrialResult], selection: dict
     write_json(run.selection, selection | {"best_fingerprint": winner.best_fingerprint})
 
 
+def rounding_warnings(sweep: Mapping[str, Any], selection: Mapping[str, Any]) -> list[str]:
+    """What is to be said where rounding moves a pair's margin as much as tuning did.
+
+    Args:
+        sweep: content of `sweep.json`.
+        selection: content of `selection.json`.
+    """
+    nats = sweep.get("rounding", {}).get("from_float32")
+    winner = next(entry for entry in selection["ranking"] if entry["name"] == selection["winner"])
+    beta = next(entry["beta"] for entry in sweep["trials"] if entry["name"] == selection["winner"])
+    moved = abs(winner["metrics"]["eval_rewards/margins"]) / beta
+    if not nats or nats < moved:
+        return []
+    return [
+        f"rounding in {sweep['rounding']['dtype']} moves a pair's margin by {nats:.2g} nats on this machine, and "
+        f"tuning moved it by {moved:.2g} on average: evaluate in float32 (--eval-dtype float32), train in it (--dtype "
+        "float32), or train longer on more pairs"
+    ]
+
+
 def _one_scale(results: Sequence[TrialResult], rule: Select) -> bool:
     """Whether the rule's metric means the same in all trials: beta and the loss's form are in losses and margins."""
     return rule in ("accuracy", "win_rate") or len({(result.trial.beta, result.trial.loss) for result in results}) == 1

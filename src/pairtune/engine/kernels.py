@@ -1,0 +1,233 @@
+"""What this machine's matrix products do with other numbers of rows, found by trying, and what follows from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pairtune.engine.products import Products, linear_layers, matrix_of
+from pairtune.environment import processor
+from pairtune.runs import fingerprint, user_cache, write_json
+
+# Numbers of rows that are compared with many: small ones, odd ones, and both sides of what kernels like as limits.
+_COUNTS = (1, 2, 3, 4, 5, 7, 8, 9, 11, 13, 15, 16, 17, 24, 31, 33, 63, 65, 96, 127, 129, 200, 257, 385, 513, 641, 1025)
+_MANY = 1536
+# Rows whose bits tell machines apart.
+_TELLING = 200
+# Of the output embedding, which sees answer tokens alone, a chunk at a time.
+_HEAD_MANY, _HEAD_WORDS = 192, 65_536
+_RANKS = (8, 16, 64)
+_LEAST = (16, 32, 64)
+# Tried in this order; the choice depends on bits alone, never on a clock, so that two runs make the same one.
+_TILES = (128, 96, 256, 192, 64, 32)
+# An attention's shape: rows, size, keys; of a pair of usual length with three query heads on each key head.
+_ATTENTION = (3, 600, 64, 200)
+_TRIALS = 4
+
+Layout = Literal["transposed", "plain"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was found out about products of one type, and what was chosen.
+
+    Attributes:
+        products: the choice.
+        differing: numbers of rows whose products have other bits than those of many rows.
+        bits: a fingerprint of what the chosen products give: machines, libraries and thread counts that agree in it
+            compute the same log-probs.
+        seconds: that it took.
+    """
+
+    products: Products
+    differing: tuple[int, ...]
+    bits: str
+    seconds: float
+
+    def record(self) -> dict[str, Any]:
+        """For `environment.json`."""
+        return {**asdict(self.products), "differing": list(self.differing), "bits": self.bits, "seconds": self.seconds}
+
+
+class Kernels:
+    """The products of one model on one machine, type by type; each type is probed when it is first asked for.
+
+    Args:
+        model: whose layers' shapes count; its weights may be on the meta device.
+        device: that it computes on.
+        stored: what an earlier part of the run chose, by type.
+
+    What is stored, or was found on this machine before (in the user cache), is used again, not chosen again, as long as
+    it computes the same bits.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, stored: Mapping[str, Any] | None = None) -> None:
+        self.device, self._stored = device, dict(stored or {})
+        self._shapes = _shapes(model)
+        self._probes: dict[torch.dtype, Probe] = {}
+
+    def products(self, dtype: torch.dtype) -> Products:
+        """How products of this type are computed."""
+        return self.probe(dtype).products
+
+    def probe(self, dtype: torch.dtype) -> Probe:
+        """The same with what was found out. On an accelerator nothing is tried: tiles would cost too much there."""
+        if dtype not in self._probes:
+            self._probes[dtype] = self._known(dtype, self._stored.get(_name(dtype))) or self._tried(dtype)
+        return self._probes[dtype]
+
+    def record(self) -> dict[str, Any]:
+        """What was chosen, by type, for `environment.json`."""
+        return self._stored | {_name(dtype): probe.record() for dtype, probe in self._probes.items()}
+
+    def _known(self, dtype: torch.dtype, entry: Mapping[str, Any] | None) -> Probe | None:
+        """What was chosen before, where this machine still computes the same bits with it."""
+        try:
+            products = Products(**{name: entry[name] for name in asdict(Products())}) if entry else None
+            bits = self._bits(dtype, products) if products else ""
+            if products is None or entry is None or bits != entry["bits"]:
+                return None
+            return Probe(products, tuple(entry["differing"]), bits, entry["seconds"])
+        except (KeyError, TypeError):  # of another version
+            return None
+
+    def _tried(self, dtype: torch.dtype) -> Probe:
+        if self.device.type != "cpu":
+            return Probe(Products(), (), self._bits(dtype, Products()), 0.0)
+        cached = user_cache() / "kernels" / f"{self._place(dtype)}.json"
+        if known := self._known(dtype, _read(cached)):
+            return known
+        started = time.perf_counter()
+        differing = sorted({count for shape in self._shapes for count in _differing(shape, dtype)})
+        products = self._choose(dtype, differing)
+        seconds = round(time.perf_counter() - started, 3)
+        probe = Probe(products, tuple(differing), self._bits(dtype, products), seconds)
+        write_json(cached, probe.record())
+        return probe
+
+    def _place(self, dtype: torch.dtype) -> str:
+        """A name for this machine, its libraries and settings, and what is multiplied on it."""
+        limits = [f"{name}={os.environ.get(name)}" for name in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")]
+        machine = (
+            processor(),
+            torch.backends.cpu.get_cpu_capability(),
+            str(torch.get_num_threads()),
+            torch.__version__,
+        )
+        return fingerprint([_name(dtype), torch.__version__, *machine, *limits, *map(str, self._shapes)])
+
+    def _choose(self, dtype: torch.dtype, differing: list[int]) -> Products:
+        batched = _batches_differ(self._shapes, dtype)
+        if not differing:
+            return Products(by_trial=batched, exact=True)
+        for least in _LEAST:
+            if max(differing) < least:
+                return Products(least=least, by_trial=batched, exact=True)
+        for tile in _TILES:
+            if all(_same_everywhere(shape, dtype, tile) for shape in self._shapes):
+                return Products(tile=tile, by_trial=batched, exact=True)
+        return Products()
+
+    def _bits(self, dtype: torch.dtype, products: Products) -> str:
+        if self.device.type != "cpu":
+            return fingerprint([torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "other"])
+        results = (products.matmul(*_operands(shape, dtype, _TELLING)) for shape in self._shapes)
+        return fingerprint(result.contiguous().view(torch.uint8).numpy().tobytes() for result in results)
+
+
+@dataclass(frozen=True, order=True)
+class _Shape:
+    """A product's: how many numbers a row has before and after, how the matrix lies, and how many rows there may be."""
+
+    inner: int
+    outer: int
+    layout: Layout
+    many: int
+
+
+def _shapes(model: nn.Module) -> list[_Shape]:
+    """Every product that a model makes, each once, and those of adapters of usual ranks."""
+    sizes = {tuple(matrix_of(layer).shape) for _, layer in linear_layers(model)}
+    sizes |= {two for inner, outer in set(sizes) for rank in _RANKS for two in ((inner, rank), (rank, outer))}
+    shapes = set(_both_ways(sizes, _MANY))
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if isinstance(head, nn.Linear):
+        shapes |= set(_both_ways([(head.in_features, min(head.out_features, _HEAD_WORDS))], _HEAD_MANY))
+    return sorted(shapes)
+
+
+def _both_ways(sizes: Iterable[tuple[int, ...]], many: int) -> Iterator[_Shape]:
+    """Forward through a weight's transpose, and backward through the weight."""
+    for inner, outer in sizes:
+        yield _Shape(inner, outer, "transposed", many)
+        yield _Shape(outer, inner, "plain", many)
+
+
+def _operands(shape: _Shape, dtype: torch.dtype, rows: int) -> tuple[Tensor, Tensor]:
+    """Rows and a matrix whose products are 0 but for rounding, so that every other order of summation shows.
+
+    The second half of a row is the first one's mirror image, that of the matrix with the sign changed, and the numbers
+    differ in size. Ordinary numbers would hide most differences behind the rounding of the result.
+    """
+    generator = torch.Generator().manual_seed(shape.inner)
+    half, rest = divmod(shape.inner, 2)
+    sizes = torch.exp2(torch.randint(-4, 5, (rows, half), generator=generator))
+    numbers = torch.randn(rows, half, generator=generator) * sizes
+    weights = torch.randn(half, shape.outer, generator=generator)
+    x = torch.cat([numbers, numbers.flip(1), torch.zeros(rows, rest)], dim=1)
+    matrix = torch.cat([weights, -weights.flip(0), torch.zeros(rest, shape.outer)])
+    matrix = matrix.T.contiguous().to(dtype).T if shape.layout == "transposed" else matrix.to(dtype)
+    return x.to(dtype), matrix
+
+
+def _differing(shape: _Shape, dtype: torch.dtype) -> list[int]:
+    x, matrix = _operands(shape, dtype, shape.many)
+    full = x @ matrix
+    return [count for count in _COUNTS if count < shape.many and not torch.equal(x[:count] @ matrix, full[:count])]
+
+
+def _same_everywhere(shape: _Shape, dtype: torch.dtype, tile: int) -> bool:
+    """Whether a row has the same bits wherever in a tile it stands."""
+    x, matrix = _operands(shape, dtype, tile)
+    full = x @ matrix
+    return all(torch.equal(x.roll(by, 0) @ matrix, full.roll(by, 0)) for by in (1, 2, tile // 2 + 1, tile - 5))
+
+
+def _batches_differ(shapes: Iterable[_Shape], dtype: torch.dtype) -> bool:
+    """Whether batched products depend on how many there are at once, or on the number of their rows."""
+    for shape in shapes:
+        if min(shape.inner, shape.outer) > _LEAST[-1]:
+            continue  # of adapters, whose rank is small
+        x, matrix = _operands(shape, dtype, _HEAD_MANY)
+        both = x.expand(_TRIALS, -1, -1).contiguous(), matrix.expand(_TRIALS, -1, -1)
+        full = torch.bmm(*both)
+        few = (torch.bmm(both[0][:, :rows], both[1]) for rows in (17, 65, 129))
+        if any(not torch.equal(each, full[:, : each.shape[1]]) for each in few):
+            return True
+        if not torch.equal(torch.bmm(both[0][:1], both[1][:1]), full[:1]):
+            return True
+    heads, rows, size, keys = _ATTENTION
+    x, matrix = _operands(_Shape(size, keys, "transposed", rows), dtype, rows)
+    one = torch.bmm(x.expand(heads, -1, -1), matrix.expand(heads, -1, -1))
+    many = torch.bmm(x.expand(heads * _TRIALS, -1, -1), matrix.expand(heads * _TRIALS, -1, -1))
+    return not torch.equal(many[-heads:], one)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

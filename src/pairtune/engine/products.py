@@ -1,0 +1,153 @@
+"""Matrix products whose rows do not depend on the other rows: batch-invariant on machines whose kernels are not.
+
+A library picks another kernel, with another order of summation, for another number of rows: oneDNN's bfloat16 products
+do on AMX, float32 products of few rows do almost everywhere. A pair's log-probs would then depend on what else is in
+its row. Where a probe finds that (`engine.kernels`), products are cut into tiles of one number of rows, the last one
+padded, so that the library only ever sees one shape (He et al. 2025, "Defeating Nondeterminism in LLM Inference",
+calls it batch invariance). Elsewhere a product is one call of the library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from types import MethodType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from transformers.pytorch_utils import Conv1D
+
+
+@dataclass(frozen=True)
+class Products:
+    """The way products are computed in one type on one machine.
+
+    Attributes:
+        tile: rows of every product; None: as many as there are.
+        least: a product of fewer rows is padded to this many; without tiles.
+        by_trial: batched products are computed one trial at a time, since their bits depend on the size of the batch.
+        exact: whether a row's bits are known not to depend on the other rows.
+    """
+
+    tile: int | None = None
+    least: int = 1
+    by_trial: bool = False
+    exact: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether the library's own calls will always do."""
+        return self.tile is None and self.least == 1
+
+    def matmul(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+        """X matrix + bias: [N, in] and [in, out] to [N, out]."""
+        if self._whole(len(x)):
+            return _product(x, matrix, bias)
+        result = x.new_empty(len(x), matrix.shape[1])
+        for rows in self._tiles(len(x)):
+            part = self._padded(x[rows])
+            if len(part) == len(result[rows]):
+                _product(part, matrix, bias, out=result[rows])
+            else:
+                result[rows] = _product(part, matrix, bias)[: len(result[rows])]
+        return result
+
+    def batched(self, x: Tensor, matrices: Tensor) -> Tensor:
+        """Each trial's rows by its own matrix: [K, N, in] and [K, in, out] to [K, N, out]."""
+        if self._whole(x.shape[1]) and not self.by_trial:
+            return torch.bmm(x, matrices)
+        return torch.stack([self.matmul(rows, matrix) for rows, matrix in zip(x, matrices, strict=True)])
+
+    def add_batched(self, y: Tensor, x: Tensor, matrices: Tensor, scale: float) -> Tensor:
+        """Add scale x matrices, as in `batched`, to y, [K, N, out], in place."""
+        if self._whole(x.shape[1]) and not self.by_trial:
+            return y.baddbmm_(x, matrices, alpha=scale)
+        for total, rows_of_trial, matrix in zip(y, x, matrices, strict=True):
+            for rows in self._tiles(len(total)):
+                part = self._padded(total[rows])
+                part.addmm_(self._padded(rows_of_trial[rows]), matrix, alpha=scale)
+                total[rows] = part[: len(total[rows])]
+        return y
+
+    def bmm(self, a: Tensor, b: Tensor, trials: int) -> Tensor:
+        """`torch.bmm` of products whose shapes depend on one pair alone: [trials * M, ., .] each."""
+        if not self.by_trial or trials == 1:
+            return torch.bmm(a, b)
+        return torch.cat([torch.bmm(*two) for two in zip(a.chunk(trials), b.chunk(trials), strict=True)])
+
+    def _whole(self, rows: int) -> bool:
+        """Whether one call of the library will do for so many rows."""
+        return self.tile is None and rows >= self.least
+
+    def _tiles(self, count: int) -> Iterator[slice]:
+        size = self.tile or max(count, 1)
+        return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+    def _padded(self, rows: Tensor) -> Tensor:
+        """These rows, or with rows of zeros behind them as many as a product must have."""
+        size = self.tile or self.least
+        if len(rows) >= size:
+            return rows
+        padded = rows.new_zeros(size, rows.shape[1])
+        padded[: len(rows)] = rows
+        return padded
+
+
+# The library's own.
+PLAIN = Products()
+
+
+def _product(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    return torch.mm(x, matrix, out=out) if bias is None else torch.addmm(bias, x, matrix, out=out)
+
+
+def matrix_of(layer: nn.Module) -> Tensor:
+    """What a linear layer multiplies rows with, [in, out]: a view of its weight; GPT-2's Conv1D keeps it that way."""
+    weight = cast(Tensor, layer.weight)
+    return weight if isinstance(layer, Conv1D) else weight.T
+
+
+def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
+    """A model's linear layers by name, the output embedding left out."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    for name, module in model.named_modules():
+        if type(module) in (nn.Linear, Conv1D) and module is not head:
+            yield name, module
+
+
+def replace_linears(model: nn.Module, products: Products) -> None:
+    """Let a model's linear layers compute their products this way; with plain products they stay as they are."""
+    for _, layer in linear_layers(model):
+        layer.__dict__.pop("forward", None)
+        if not products.plain:
+            layer.forward = MethodType(partial(_forward, products), layer)  # type: ignore[method-assign]
+
+
+def _forward(products: Products, layer: nn.Linear | Conv1D, x: Tensor) -> Tensor:
+    result: Tensor = _Linear.apply(x, layer.weight, layer.bias, isinstance(layer, Conv1D), products)
+    return result
+
+
+class _Linear(Function):
+    """y = x M + b in both directions, where M is the weight, [in, out], or its transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, as_it_is: bool, products: Products) -> Tensor:
+        ctx.products, ctx.as_it_is = products, as_it_is
+        ctx.save_for_backward(x, weight)
+        matrix = weight if as_it_is else weight.T
+        return products.matmul(x.reshape(-1, len(matrix)), matrix, bias).view(*x.shape[:-1], matrix.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, grads[0].shape[-1])
+        by_x = ctx.products.matmul(grad, weight.T if ctx.as_it_is else weight) if ctx.needs_input_grad[0] else None
+        by_weight = None
+        if ctx.needs_input_grad[1]:
+            by_weight = rows.T @ grad if ctx.as_it_is else grad.T @ rows
+        by_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
+        return None if by_x is None else by_x.view_as(x), by_weight, by_bias, None, None

@@ -1,0 +1,97 @@
+"""How much of a pair's margin is rounding on this machine: measured on a run's first pairs, and kept with the run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from pairtune.data.table import PairTable, TokenIds
+from pairtune.engine.packing import Pack
+from pairtune.engine.policy import EVALUATION_TOKENS, Policy
+from pairtune.models.load import free_bytes
+from pairtune.runs import user_cache, write_json
+
+# Pairs that are measured; where products are known not to depend on the row, two show whether attention does.
+_PAIRS, _PAIRS_WHERE_EXACT = 8, 2
+# The first step's mean margin is refused beyond so many times what one pair's margin differs between rows.
+_ROOM = 6.0
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What rounding does to the difference of a pair's two log-probs, in nats, root mean square over some pairs.
+
+    Attributes:
+        pairs: that were measured.
+        dtype: of the base model.
+        between_rows: by how much it differs between a row of its own and a row with others, and other trials.
+        from_float32: by how much it differs from float32; None: not measured.
+    """
+
+    pairs: int
+    dtype: str
+    between_rows: float
+    from_float32: float | None
+
+    @property
+    def room(self) -> float:
+        """Nats that the mean margin of a first step may be off 0."""
+        return _ROOM * self.between_rows
+
+    def record(self) -> dict[str, Any]:
+        """For `sweep.json`."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def measure_rounding(policy: Policy, trials: int, pairs: PairTable, name: str) -> Rounding:
+    """Score the first pairs of a table alone and together, and in float32.
+
+    Args:
+        policy: the base model.
+        trials: that will be trained side by side.
+        pairs: of which the first ones are taken.
+        name: the fingerprint of model, pairs and kernels, under which the comparison with float32 is kept.
+    """
+    exact = policy.products.exact and policy.packed
+    some = pairs.tokens(range(min(len(pairs), _PAIRS_WHERE_EXACT if exact else _PAIRS)))
+    alone = [margin for pair in some for margin in _margins(policy, _rows(policy, [pair]))]
+    together = _margins(Policy(policy.model, trials=trials, kernels=policy.kernels), _rows(policy, some))
+    dtype = str(policy.model.dtype).removeprefix("torch.")
+    return Rounding(len(some), dtype, _rms(alone, together), _from_float32(policy, pairs, name))
+
+
+def _from_float32(policy: Policy, pairs: PairTable, name: str) -> float | None:
+    if policy.model.dtype == torch.float32:
+        return 0.0
+    cached = user_cache() / "reference" / f"{name}-rounding.json"
+    if cached.is_file():
+        return float(json.loads(cached.read_text(encoding="utf-8"))["from_float32"])
+    if 4 * sum(each.numel() for each in policy.model.parameters()) > free_bytes(policy.model.device):
+        return None
+    some = pairs.tokens(range(min(len(pairs), _PAIRS)))
+    own = _margins(policy, _rows(policy, some))
+    with policy.computing_in(torch.float32):
+        exact = _margins(policy, _rows(policy, some))
+    found = _rms(own, exact)
+    write_json(cached, {"from_float32": found, "pairs": len(some)})
+    return found
+
+
+def _rows(policy: Policy, pairs: Sequence[TokenIds]) -> Iterator[Pack]:
+    return policy.rows(pairs, EVALUATION_TOKENS)
+
+
+def _margins(policy: Policy, rows: Iterable[Pack]) -> list[float]:
+    """Log-prob of the chosen answer minus that of the rejected one, pair by pair, under the first trial."""
+    logps = (policy.answer_logps(pack).logps[0].double().view(-1, 2) for pack in rows)
+    return [margin for each in logps for margin in (each[:, 0] - each[:, 1]).tolist()]
+
+
+def _rms(one: Sequence[float], other: Sequence[float]) -> float:
+    return math.sqrt(sum((a - b) ** 2 for a, b in zip(one, other, strict=True)) / len(one))
