@@ -125,15 +125,14 @@ class Kernels:
         return fingerprint([_name(dtype), torch.__version__, *machine, *limits, *map(str, self._shapes)])
 
     def _choose(self, dtype: torch.dtype, differing: list[int]) -> Products:
-        batched = _batches_differ(self._shapes, dtype)
         if not differing:
-            return Products(by_trial=batched, exact=True)
+            return Products(by_trial=_batches_differ(self._shapes, dtype), exact=True)
         for least in _LEAST:
             if max(differing) < least:
-                return Products(least=least, by_trial=batched, exact=True)
+                return Products(least=least, by_trial=_batches_differ(self._shapes, dtype, least), exact=True)
         for tile in _TILES:
             if all(_same_everywhere(shape, dtype, tile) for shape in self._shapes):
-                return Products(tile=tile, by_trial=batched, exact=True)
+                return Products(tile=tile, by_trial=_batches_differ(self._shapes, dtype), exact=True)
         return Products()
 
     def _bits(self, dtype: torch.dtype, products: Products) -> str:
@@ -172,18 +171,23 @@ def _both_ways(sizes: Iterable[tuple[int, ...]], many: int) -> Iterator[_Shape]:
 
 
 def _operands(shape: _Shape, dtype: torch.dtype, rows: int) -> tuple[Tensor, Tensor]:
-    """Rows and a matrix whose products are 0 but for rounding, so that every other order of summation shows.
+    """Rows and a matrix whose products are next to 0, so that every other order of summation shows.
 
-    The second half of a row is the first one's mirror image, that of the matrix with the sign changed, and the numbers
-    differ in size. Ordinary numbers would hide most differences behind the rounding of the result.
+    Most numbers of a row stand there twice, shuffled, with weights of opposite signs, and differ in size; the others are
+    small, so that a sum is much smaller than what it is made of. Ordinary numbers would hide most differences behind
+    the rounding of the result.
     """
     generator = torch.Generator().manual_seed(shape.inner)
-    half, rest = divmod(shape.inner, 2)
+    half = shape.inner * 7 // 16
+    rest = shape.inner - 2 * half
     sizes = torch.exp2(torch.randint(-4, 5, (rows, half), generator=generator))
     numbers = torch.randn(rows, half, generator=generator) * sizes
+    small = torch.randn(rows, rest, generator=generator) * 2**-10
     weights = torch.randn(half, shape.outer, generator=generator)
-    x = torch.cat([numbers, numbers.flip(1), torch.zeros(rows, rest)], dim=1)
-    matrix = torch.cat([weights, -weights.flip(0), torch.zeros(rest, shape.outer)])
+    others = torch.randn(rest, shape.outer, generator=generator)
+    order = torch.randperm(shape.inner, generator=generator)
+    x = torch.cat([numbers, numbers, small], dim=1)[:, order]
+    matrix = torch.cat([weights, -weights, others])[order]
     matrix = matrix.T.contiguous().to(dtype).T if shape.layout == "transposed" else matrix.to(dtype)
     return x.to(dtype), matrix
 
@@ -201,15 +205,15 @@ def _same_everywhere(shape: _Shape, dtype: torch.dtype, tile: int) -> bool:
     return all(torch.equal(x.roll(by, 0) @ matrix, full.roll(by, 0)) for by in (1, 2, tile // 2 + 1, tile - 5))
 
 
-def _batches_differ(shapes: Iterable[_Shape], dtype: torch.dtype) -> bool:
-    """Whether batched products depend on how many there are at once, or on the number of their rows."""
+def _batches_differ(shapes: Iterable[_Shape], dtype: torch.dtype, least: int = 1) -> bool:
+    """Whether batched products of `least` rows and more depend on how many there are at once, or on their rows."""
     for shape in shapes:
         if min(shape.inner, shape.outer) > _LEAST[-1]:
             continue  # of adapters, whose rank is small
         x, matrix = _operands(shape, dtype, _HEAD_MANY)
         both = x.expand(_TRIALS, -1, -1).contiguous(), matrix.expand(_TRIALS, -1, -1)
         full = torch.bmm(*both)
-        few = (torch.bmm(both[0][:, :rows], both[1]) for rows in (17, 65, 129))
+        few = (torch.bmm(both[0][:, :rows], both[1]) for rows in _COUNTS if least <= rows < _HEAD_MANY)
         if any(not torch.equal(each, full[:, : each.shape[1]]) for each in few):
             return True
         if not torch.equal(torch.bmm(both[0][:1], both[1][:1]), full[:1]):

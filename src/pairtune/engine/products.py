@@ -28,7 +28,8 @@ class Products:
     Attributes:
         tile: rows of every product; None: as many as there are.
         least: a product of fewer rows is padded to this many; without tiles.
-        by_trial: batched products are computed one trial at a time, since their bits depend on the size of the batch.
+        by_trial: batched products, too, depend on the number of rows or on the size of the batch, so that they are
+            computed one trial at a time and in tiles.
         exact: whether a row's bits are known not to depend on the other rows.
     """
 
@@ -57,13 +58,13 @@ class Products:
 
     def batched(self, x: Tensor, matrices: Tensor) -> Tensor:
         """Each trial's rows by its own matrix: [K, N, in] and [K, in, out] to [K, N, out]."""
-        if self._whole(x.shape[1]) and not self.by_trial:
+        if self._whole_batch(x.shape[1]):
             return torch.bmm(x, matrices)
         return torch.stack([self.matmul(rows, matrix) for rows, matrix in zip(x, matrices, strict=True)])
 
     def add_batched(self, y: Tensor, x: Tensor, matrices: Tensor, scale: float) -> Tensor:
         """Add scale x matrices, as in `batched`, to y, [K, N, out], in place."""
-        if self._whole(x.shape[1]) and not self.by_trial:
+        if self._whole_batch(x.shape[1]):
             return y.baddbmm_(x, matrices, alpha=scale)
         for total, rows_of_trial, matrix in zip(y, x, matrices, strict=True):
             for rows in self._tiles(len(total)):
@@ -81,6 +82,10 @@ class Products:
     def _whole(self, rows: int) -> bool:
         """Whether one call of the library will do for so many rows."""
         return self.tile is None and rows >= self.least
+
+    def _whole_batch(self, rows: int) -> bool:
+        """The same for a batched product."""
+        return not self.by_trial and (self.tile is not None or rows >= self.least)
 
     def _tiles(self, count: int) -> Iterator[slice]:
         size = self.tile or max(count, 1)
