@@ -173,7 +173,7 @@ def _both_ways(sizes: Iterable[tuple[int, ...]], many: int) -> Iterator[_Shape]:
 def _operands(shape: _Shape, dtype: torch.dtype, rows: int) -> tuple[Tensor, Tensor]:
     """Rows and a matrix whose products are next to 0, so that every other order of summation shows.
 
-    Most numbers of a row stand there twice, shuffled, with weights of opposite signs, and differ in size; the others are
+    Most numbers of a row stand there twice, shuffled, with weights of opposite signs, and differ in size; others are
     small, so that a sum is much smaller than what it is made of. Ordinary numbers would hide most differences behind
     the rounding of the result.
     """

@@ -68,6 +68,7 @@ class Gathered:
     selection = cached_property(lambda self: self.run.read_json(self.run.selection))
     environment = cached_property(lambda self: self.run.read_json(self.run.environment))
     audit = cached_property(lambda self: self._or_none(self.run.audit))
+    sweep = cached_property(lambda self: self.run.read_json(self.run.sweep))
     test = cached_property(lambda self: self._or_none(self.run.test))
     generations = cached_property(lambda self: self._or_none(self.run.generations))
 
@@ -78,7 +79,7 @@ class Gathered:
     def trials(self) -> list[Trial]:
         """In the order of the grid."""
         trials = []
-        for entry in self.run.read_json(self.run.sweep)["trials"]:
+        for entry in self.sweep["trials"]:
             folder = self.run.trial(entry["name"])
             lines = folder.metrics.read_text(encoding="utf-8").splitlines() if folder.metrics.is_file() else []
             rows = [json.loads(line) for line in lines]
@@ -166,6 +167,22 @@ class Gathered:
             {"prompt": prompt[-1]["content"], "turns": len(prompt), "base": base, "tuned": tuned}
             for prompt, base, tuned in rows
         ]
+
+    @property
+    def rounding(self) -> str:
+        """What the machine does to a pair's margin, in one sentence; empty where it was not measured."""
+        found = self.sweep.get("rounding")
+        if not found:
+            return ""
+        wide = found["from_float32"]
+        said = f"{wide:.2g} nats from float32" if wide is not None else "an amount from float32 that was not measured"
+        rows = (
+            f"{found['between_rows']:.2g} nats from row to row" if found["between_rows"] else "nothing from row to row"
+        )
+        return (
+            f"Rounding in {found['dtype']} on this machine moves a pair's margin, before beta, by {said} and by {rows} "
+            f"(root mean square over the first pairs)."
+        )
 
     @property
     def _path(self) -> Path:
