@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -55,24 +56,25 @@ def simulated(name):
     assert running.products
 
 
-@pytest.fixture(params=MENDED)
+@pytest.fixture
 def machine(request, own_machine):
-    yield from simulated(request.param)
-
-
-@pytest.fixture(params=MENDED if ALL else ["steps", "every", "edges", "few"])
-def some_machine(request, own_machine):
-    yield from simulated(request.param)
-
-
-@pytest.fixture(params=[*MENDED, "hopeless"])
-def any_machine(request, own_machine):
     yield from simulated(request.param)
 
 
 @pytest.fixture(params=sorted(DTYPES))
 def dtype(request):
     return DTYPES[request.param]
+
+
+def on(machines, few=None):
+    """Machines that a test is run on, in both types; of what takes long only these few, unless all are asked for."""
+    both = list(product(machines, sorted(DTYPES)))
+    return pytest.mark.parametrize(("machine", "dtype"), both if ALL or few is None else few, indirect=True)
+
+
+# What takes long: a stepped, an irregular, a place-dependent and a small-product kernel.
+FEW = [("steps", "bfloat16"), ("every", "float32"), ("edges", "bfloat16"), ("few", "float32")]
+HOPELESS = [("hopeless", "bfloat16"), ("hopeless", "float32")]
 
 
 def ids(*lengths, seed):
@@ -123,6 +125,7 @@ def logps(policy, pairs, max_tokens):
         return torch.cat([policy.answer_logps(pack).logps[-1].view(-1, 2) for pack in policy.rows(pairs, max_tokens)])
 
 
+@on(MENDED)
 @pytest.mark.parametrize("name", FAMILIES if ALL else ["llama", "gemma2", "gpt2"])
 def test_a_pairs_bits_are_its_own(machine, dtype, name):
     """Alone or in company, in short and long rows, in any order, beside other trials, packed or padded."""
@@ -145,6 +148,7 @@ def test_without_tiles_they_are_not(own_machine, dtype):
         assert not torch.equal(logps(policy, PAIRS, 4096), alone)
 
 
+@on(MENDED)
 def test_what_is_chosen_for_each_machine(machine, dtype):
     products = Kernels(family("llama", dtype), CPU).products(dtype)
     assert products.exact
@@ -188,11 +192,12 @@ def assert_same_bits(one, other, name):
     assert all(torch.equal(tensor, others[key]) for key, tensor in weights.items())
 
 
+@on(MENDED, FEW)
 @pytest.mark.parametrize(
     ("batch_size", "more"),
     [(1, {}), (3, {"lora_dropout": 0.3}), (2, {}), (4, {"lora_targets": ("q_proj",)})][: None if ALL else 2],
 )
-def test_a_trial_alone_and_among_four_ends_in_the_same_bits(some_machine, inputs, tmp_path, batch_size, more):
+def test_a_trial_alone_and_among_four_ends_in_the_same_bits(machine, inputs, tmp_path, batch_size, more):
     trials = [
         trial(learning_rate=rate, beta=beta, batch_size=batch_size, **more)
         for rate in (3e-3, 1e-3)
@@ -205,7 +210,8 @@ def test_a_trial_alone_and_among_four_ends_in_the_same_bits(some_machine, inputs
         assert_same_bits(together, alone, trials[number].name)
 
 
-def test_a_run_goes_on_to_the_same_bits(some_machine, inputs, tmp_path):
+@on(MENDED, FEW)
+def test_a_run_goes_on_to_the_same_bits(machine, inputs, tmp_path):
     trials = [trial(), trial(beta=0.3)]
     whole = train(inputs, tmp_path / "whole", *trials)
     asked = iter([False] * 5 + [True] * 99)
@@ -218,11 +224,12 @@ def test_a_run_goes_on_to_the_same_bits(some_machine, inputs, tmp_path):
         assert_same_bits(whole, (lines.of, RunFolder(run)), each.name)
 
 
-def test_sound_trials_train_on_every_machine(any_machine, inputs, tmp_path):
+@on([*MENDED, "hopeless"], FEW + HOPELESS)
+def test_sound_trials_train_on_every_machine(machine, inputs, tmp_path):
     lines, _ = train(inputs, tmp_path / "run", trial(), trial(beta=0.5))
     rounding = inputs.measured.rounding
     assert rounding is not None
-    assert (rounding.between_rows > 0) == (any_machine == "hopeless")
+    assert (rounding.between_rows > 0) == (machine == "hopeless")
     assert abs(lines[trial().name][0]["rewards/margins"]) <= 0.1 * rounding.room
 
 
@@ -263,8 +270,9 @@ def mixed_up_reference(monkeypatch, inputs):
     inputs.reference["validation"] = inputs.reference["validation"].roll(1, 0)
 
 
+@on([*MENDED, "hopeless"], FEW + HOPELESS)
 @pytest.mark.parametrize("plant", [faulty_adapter, faulty_base, swapped_reference, mixed_up_reference])
-def test_true_faults_are_found_on_every_machine(any_machine, inputs, tmp_path, monkeypatch, plant):
+def test_true_faults_are_found_on_every_machine(machine, inputs, tmp_path, monkeypatch, plant):
     train(inputs, tmp_path / "sound", trial(epochs=1))
     plant(monkeypatch, inputs)
     with pytest.raises(RunFailed, match="not zero|not this base model's|not the same model"):
