@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pairtune.config import RunConfig, flag_of, resolve
 from pairtune.errors import BadInput
+from pairtune.sweep.search import Search
 
 
 def test_the_defaults_are_the_assignments_grid_in_its_order():
@@ -96,3 +99,45 @@ def test_every_setting_is_in_the_written_file():
 
 def test_flag_names():
     assert [flag_of(name) for name in ("learning_rate", "batch_size", "data")] == ["--lr", "--batch-size", "--data"]
+
+
+def test_points_of_a_grid_are_checked_too(tmp_path):
+    """Each value is allowed, but not together: one line, and no traceback."""
+    file = tmp_path / "run.yaml"
+    file.write_text("data: bundled:concise\nloss: [sigmoid, exo_pair]\nlabel_smoothing: [0.0, 0.1]\n")
+    with pytest.raises(BadInput, match=r"label_smoothing: must be above 0 for the loss exo_pair"):
+        resolve(file, {})
+
+
+@pytest.mark.parametrize("search", [{}, {"search": "random", "trial_count": 3}, {"search": "tpe", "trial_count": 3}])
+def test_no_patience_and_some_are_a_grid(tmp_path, search):
+    file = tmp_path / "run.yaml"
+    file.write_text("data: bundled:concise\npatience: [null, 2]\nlearning_rate: 1.0e-4\nbeta: 0.1\n")
+    config = resolve(file, {"learning_rate": [1e-4], "beta": [0.1], **search}).config
+    assert {trial.patience for trial in config.trials()} == {None, 2}
+    assert {trial.patience for trial in Search(config).ask()} <= {None, 2}
+
+
+SETTINGS = st.dictionaries(
+    st.sampled_from(sorted(RunConfig.model_fields)),
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers(-3, 3)
+        | st.floats()
+        | st.sampled_from(["", "lora", "exo_pair", "tpe", "x"]),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+        max_leaves=4,
+    ),
+    max_size=6,
+)
+
+
+@given(SETTINGS)
+def test_settings_are_taken_or_refused_in_one_line(settings):
+    try:
+        config = resolve(None, {"data": "bundled:concise", **settings}).config
+    except BadInput as error:
+        assert "\n" not in str(error)
+    else:
+        assert config.trials()

@@ -12,7 +12,7 @@ from conftest import byte_tokenizer
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from pairtune.errors import BadInput, RunFailed
-from pairtune.evaluate.judges import EndpointJudge, RewardModelJudge, open_judge
+from pairtune.evaluate.judges import EndpointJudge, RewardModelJudge, open_judge, read_verdict
 from pairtune.evaluate.winrate import LOSS, TIE, WIN, RuleJudge
 from pairtune.models.generate import Answer
 from pairtune.runs import user_cache
@@ -162,3 +162,20 @@ def test_an_endpoint_that_refuses_is_said_without_the_key(endpoint):
     with pytest.raises(RunFailed, match="401") as failure:
         judge.judge(prompts("one?"), answers("yes"), answers("no"), lambda done: None)
     assert SECRET not in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        ("A", "A"), ("b", "B"), ("T", "T"), ("Tie", "T"), ("tie.", "T"), ("A tie", "T"), ("It's a tie.", "T"),
+        ("It is a tie", "T"), ("Answer: A", "A"), ("Answer: Tie", "T"), ("**B**", "B"), ("A.", "A"), ("(B)", "B"),
+        ("[[A]]", "A"), ("Answer A is better.", "A"), ("Answer B wins", "B"), ("The better answer is A", "A"),
+        ("My verdict: B", "B"), ("Final answer: **T**", "T"), ("Option A", "A"), (" \n B\n", "B"),
+        ("As an AI, I cannot choose", ""), ("Both are good", ""), ("A good question", ""), ("But A is better", ""),
+        ("A or B", ""), ("Answer A and answer B are equal", ""), ("", ""), ("I would say A", ""), ("A, B", ""),
+        ("C", ""), ("A, because it is shorter", "A"), ("B. Because A is wrong.", "B"),
+        ("A's answer is wrong", ""), ("Tied to the facts, B", ""), ("not A", ""),
+    ],
+)  # fmt: skip
+def test_replies_are_read_for_what_they_say(reply, said):
+    assert read_verdict(reply) == said

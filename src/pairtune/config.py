@@ -321,7 +321,9 @@ def resolve(file: Path | None, flags: Mapping[str, Any]) -> Resolved:
             f"flag {flag_of(name)}" if name in given else str(file) if name in written else f"default{reason}"
         )
     try:
-        return Resolved(RunConfig(**{**written, **given}), origins)
+        config = RunConfig(**{**written, **given})
+        config.trials()  # each point of the grid is allowed, not only each value
+        return Resolved(config, origins)
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else "?"

@@ -18,7 +18,19 @@ from pairtune.runs import fingerprint, user_cache, write_json
 
 # The second one goes to its owner alone.
 _KEY, _OPENAI_KEY, _OPENAI = "PAIRTUNE_JUDGE_KEY", "OPENAI_API_KEY", "api.openai.com"
-_VERDICT = re.compile(r"\W*(?:answer\s+)?([ABT])\b", re.IGNORECASE)
+# A reply that is a verdict: a letter or "tie", perhaps in brackets or bold, perhaps introduced, perhaps with its reason.
+# "A tie" is a tie; what begins like a sentence ("As an AI", "Both are good", "A good question") is no verdict.
+_VERDICT = re.compile(
+    r"""[\W_]*
+    (?:(?:my|the|final)\s+)*
+    (?:(?:verdict|choice|winner|better(?:\s+(?:answer|one))?|answer|it)\b(?:\s+is|'s)?[\W_]*)*
+    (?:(?:answer|option|response)[\W_]+)?
+    (?P<said>(?:an?\s+)?tie\b|[abt]\b(?!'))
+    (?:[\W_]+(?:is|wins|seems)(?:\s+(?:the\s+)?(?:better|best|winner|answer|one))*\b)?
+    [\W_]*(?:\b(?:because|since|for)\b.*)?\Z""",
+    re.IGNORECASE | re.VERBOSE | re.DOTALL,
+)
+_MOST_TOKENS = 16  # room for "Answer A is better."
 # A judge that says something else this often is none.
 _UNREADABLE_SHARE = 0.1
 _LETTERS_A_TOKEN = 4  # of English text, for the estimate of the cost
@@ -50,6 +62,14 @@ def open_judge(name: str, judge_model: str | None) -> Judge:
             raise BadInput("--judge-model: is needed with an endpoint: the name under which it knows the judge")
         return EndpointJudge(name.rstrip("/"), judge_model)
     return RewardModelJudge.load(name)
+
+
+def read_verdict(reply: str) -> str:
+    """A, B or T; nothing where a reply is none of them."""
+    found = _VERDICT.match(reply.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'"))
+    if found is None:
+        return ""
+    return "T" if "tie" in found["said"].lower() else found["said"].upper()
 
 
 @dataclass
@@ -180,17 +200,19 @@ class EndpointJudge:
 
         try:
             reply = self._client().chat.completions.create(
-                model=self.model, messages=[{"role": "user", "content": question}], temperature=0, max_tokens=4
+                model=self.model,
+                messages=[{"role": "user", "content": question}],
+                temperature=0,
+                max_tokens=_MOST_TOKENS,
             )
         except OpenAIError as error:
             raise RunFailed(
                 f"--judge {self.name}: {one_line(error, 160)}; what it has said so far is kept, so a second try goes on"
             ) from error
         text = reply.choices[0].message.content if reply.choices else None
-        found = _VERDICT.match(text or "")
-        if found is None:
+        said = read_verdict(text or "")
+        if not said:
             return ""
-        said = found.group(1).upper()
         write_json(cached, {"said": said})
         return said
 

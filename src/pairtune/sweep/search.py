@@ -115,7 +115,7 @@ class Search:
 
 def _distribution(values: Sequence[Any]) -> BaseDistribution:
     """The space between the values of a setting: on a logarithmic scale where all are positive numbers."""
-    if any(isinstance(value, bool | str) for value in values):
+    if any(value is None or isinstance(value, bool | str) for value in values):
         return CategoricalDistribution(list(values))
     low, high = min(values), max(values)
     if all(isinstance(value, int) for value in values):
