@@ -18,7 +18,7 @@ from pairtune.runs import fingerprint, user_cache, write_json
 
 # The second one goes to its owner alone.
 _KEY, _OPENAI_KEY, _OPENAI = "PAIRTUNE_JUDGE_KEY", "OPENAI_API_KEY", "api.openai.com"
-# A reply that is a verdict: a letter or "tie", perhaps in brackets or bold, perhaps introduced, perhaps with its reason.
+# A reply that is a verdict: a letter or "tie", perhaps in brackets or bold, perhaps introduced, perhaps with a reason.
 # "A tie" is a tie; what begins like a sentence ("As an AI", "Both are good", "A good question") is no verdict.
 _VERDICT = re.compile(
     r"""[\W_]*
