@@ -104,3 +104,12 @@ def test_share_interval_is_wilsons():
     assert share_interval(5, 5) == pytest.approx((0.5655, 1.0), abs=1e-4)
     assert share_interval(15, 20) == pytest.approx((0.5313, 0.8881), abs=1e-4)
     assert share_interval(0, 0) == (0.0, 1.0)
+
+
+def test_eight_wins_of_eight_are_not_beyond_doubt():
+    answers = [Answer("Yes, of course.", tokens, ended=True) for tokens in range(5, 13)]
+    found = win_rate([1.0] * 8, answers, list(reversed(answers)))
+    assert found["interval"] == pytest.approx([0.6756, 1.0], abs=1e-3)
+    low, high = found["length_controlled_interval"]
+    assert low <= 0.68
+    assert high <= 1

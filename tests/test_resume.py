@@ -13,12 +13,13 @@ import time
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import Lines, make_pair, write_pairs
 from rich.console import Console
 
-from pairtune.config import TrialConfig
+from pairtune.config import RunConfig, TrialConfig
 from pairtune.data.table import PairTable
 from pairtune.engine import native
 from pairtune.engine.trial import TrialInputs, load_start
@@ -26,6 +27,8 @@ from pairtune.errors import Interrupted, RunFailed
 from pairtune.models.load import weights_fingerprint
 from pairtune.pipeline import stop_on_signals
 from pairtune.runs import RunFolder
+from pairtune.sweep.run import run_sweep
+from pairtune.sweep.search import Search
 from pairtune.track.sinks import JsonlSink
 
 # How many moments `test_a_killed_run_...` tries; `make chaos` tries more.
@@ -92,7 +95,7 @@ def test_a_stopped_run_goes_on_from_its_checkpoint_and_not_from_the_start(inputs
     run, lines = RunFolder(tmp_path), Lines()
     with pytest.raises(Interrupted):
         native.run_trials([trial()], replace(inputs, stopping=lambda: len(lines.of[trial().name]) == 2), run, lines)
-    assert native.checkpointed(run) == [trial().name]
+    assert [result.trial.name for result in native.checkpointed(run)] == [trial().name]
     more = Lines()
     native.run_trials([trial()], inputs, run, more)
     assert [line["step"] for line in more.of[trial().name]] == [3, 3, 4, 5, 6, 6]
@@ -221,3 +224,28 @@ def test_a_killed_run_goes_on_to_the_same_bits(children, tiny_model, tmp_path):
         assert not list(out.rglob(".*.tmp"))
         assert content(out / "trials") | content(out / "best") == expected, f"moment {number}"
     assert killed > MOMENTS / 2
+
+
+def swept(inputs, folder, stopping):
+    """A grid of four in two groups, of which successive halving stops some."""
+    folder.mkdir(exist_ok=True)
+    settings = {"data": "x", "learning_rate": [1e-5, 3e-3, 1e-4, 3e-2], "beta": [0.1], "epochs": 3, "lora_rank": 2}
+    config = RunConfig(**settings, prune=True, side_by_side=2, dtype="float32")
+    data = SimpleNamespace(train=inputs.train, validation=inputs.validation)
+    run = RunFolder(folder)
+    results = run_sweep(config, Search(config), data, inputs.base, run, JsonlSink(run), None, stopping)
+    return [(each.trial.name, each.status, each.reason, each.best_epoch, each.epochs) for each in results]
+
+
+def test_a_pruned_grid_ends_as_if_it_had_not_been_interrupted(inputs, tmp_path):
+    """What a trial is compared with are those judged before it, also where that was before the interruption."""
+    expected = swept(inputs, tmp_path / "whole", lambda: False)
+    assert {status for _, status, *_ in expected} == {"finished", "pruned"}
+    for call in range(1, 200):
+        folder = tmp_path / str(call)
+        try:
+            swept(inputs, folder, stopping_at(call))
+            break
+        except Interrupted:
+            assert swept(inputs, folder, lambda: False) == expected, f"stopped at call {call}"
+    assert call > 20

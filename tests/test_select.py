@@ -166,3 +166,23 @@ def test_best_is_the_winners_and_a_changed_file_is_found(tmp_path):
     with pytest.raises(RunFailed, match="the weights are not those of lr-1e-05-beta-0.1, epoch 2"):
         install_best(run, RESULTS, selection)
     assert not run.selection.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "loss"),
+    [
+        ("sft_weight", (0.0, 0.5), "sigmoid"),
+        ("label_smoothing", (0.0, 0.2), "sigmoid"),
+        ("simpo_gamma", (0.5, 1.5), "simpo"),
+        ("discopop_tau", (0.05, 0.3), "discopop"),
+    ],
+)
+def test_losses_of_other_scales_are_not_compared(name, values, loss):
+    """One model under two settings of its loss has two losses, and is still one model."""
+    results = [planted(0.1, (value, 0.6, 0.2), loss=loss, varied=(name,), **{name: value}) for value in values]
+    records = {result.trial.name: noise(60, loss=noise(60)[:, 0] + number) for number, result in enumerate(results)}
+    selection = choose(results, records=records)
+    (comparison,) = selection["comparisons"]
+    assert (comparison["metric"], comparison["differs"]) == ("eval_rewards/accuracies", False)
+    assert "not on one scale" in selection["warnings"][0]
+    assert choose(results, "margin", records=records)["comparisons"][0]["metric"] == "eval_rewards/margins"

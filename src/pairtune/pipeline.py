@@ -35,7 +35,14 @@ from pairtune.runs import RunFolder, write_atomic, write_json
 from pairtune.sweep.final import evaluate_test
 from pairtune.sweep.run import run_sweep
 from pairtune.sweep.search import Search
-from pairtune.sweep.select import best_examples, best_records, install_best, rounding_warnings, select_best
+from pairtune.sweep.select import (
+    best_examples,
+    best_records,
+    install_best,
+    rounding_warnings,
+    select_best,
+    validation_groups,
+)
 from pairtune.track.live import LiveView
 from pairtune.track.sinks import JsonlSink, Sink, Sinks
 from pairtune.track.trackers import TrackerSink, check_trackers
@@ -150,7 +157,9 @@ def _carry_out(
     selection: dict[str, Any] = {}
     if processes.first:
         wins = _wins_on_validation(config, data, base, run, console) if config.select == "win_rate" else None
-        selection = select_best(results, best_records(run, results), config.select, wins)
+        selection = select_best(
+            results, best_records(run, results), config.select, wins, validation_groups(run, results)
+        )
         selection["examples"] = best_examples(run, results)
         selection["warnings"] += rounding_warnings(run.read_json(run.sweep), selection)
         if not run.test.is_file():  # else a killed run had come further than this: the choice stands

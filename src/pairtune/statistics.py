@@ -1,7 +1,9 @@
 """What held-out pairs can tell: intervals for means, and tests of whether two trials differ.
 
 All of it rests on per-example numbers of the same pairs in the same order, so that what makes a pair hard for every
-trial cancels out. The unit is the pair: epochs and seeds are not sampled.
+trial cancels out. The unit is the conversation: pairs whose prompts belong together (`data.splits.group_prompts`) are
+resampled together and change their signs together (Miller 2024, "Adding Error Bars to Evals"). Epochs and seeds are not
+sampled.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Numbers = NDArray[np.float64]
+Groups = NDArray[np.int64]
 
 # Half of this is the rate at which a test without any difference is wrong to either side.
 ALPHA = 0.05
@@ -24,43 +27,124 @@ _FLIPS = 20_000
 _BLOCK = 4_000_000
 
 
-def bootstrap_intervals(values: Numbers, seed: int = 0) -> Numbers:
-    """95 % percentile bootstrap intervals of column means (Efron 1979).
+def bootstrap_intervals(values: Numbers, groups: Groups | None = None, seed: int = 0) -> Numbers:
+    """95 % intervals of column means: a cluster bootstrap, and Student's t where that is wider.
+
+    Groups are resampled whole (Cameron, Gelbach and Miller 2008, "Bootstrap-Based Improvements for Inference with
+    Clustered Errors"), since pairs of one conversation say less than as many pairs of different ones. The percentile
+    bootstrap of few values is too narrow (of five normal values it covers 83 %, of ten 89 %), so its ends are moved out
+    to those of Student's t over groups, and of t corrected for skewness (Johnson 1978, "Modified t Tests and Confidence
+    Intervals for Asymmetrical Populations"): 95 to 97 % of normal values, 92 % and more of skewed ones
+    (`tests/test_statistics.py`).
 
     Args:
         values: [pairs, metrics].
+        groups: the group of each pair, [pairs]; each its own where none are given.
         seed: of the resampling.
 
     Returns:
-        [metrics, 2]: low and high.
+        [metrics, 2]: low and high. A single group shows no spread: both are its mean.
     """
-    generator, pairs = np.random.default_rng(seed), len(values)
-    chances = np.full(pairs, 1 / pairs)
-    means = [generator.multinomial(pairs, chances, size=rows) @ values / pairs for rows in _blocks(_RESAMPLES, pairs)]
+    sums, sizes = _by_group(values, groups)
+    generator, count = np.random.default_rng(seed), len(sizes)
+    chances = np.full(count, 1 / count)
+    means = []
+    for rows in _blocks(_RESAMPLES, count):
+        drawn = generator.multinomial(count, chances, size=rows)
+        means.append((drawn @ sums) / (drawn @ sizes)[:, None])
     ends = np.quantile(np.concatenate(means), [ALPHA / 2, 1 - ALPHA / 2], axis=0)
+    if count > 1:
+        low, high = _student_ends(sums, sizes)
+        ends = np.stack([np.minimum(ends[0], low), np.maximum(ends[1], high)])
     return np.ascontiguousarray(ends.T)
 
 
-def paired_p_values(differences: Numbers, seed: int = 0) -> Numbers:
+def _student_ends(sums: Numbers, sizes: Numbers) -> tuple[Numbers, Numbers]:
+    """The ends of Student's t over groups, each moved outwards by Johnson's correction for skewness."""
+    count = len(sizes)
+    mean = sums.sum(0) / sizes.sum()
+    apart = (sums - sizes[:, None] * mean) * count / sizes.sum()  # a group's share in the mean's error
+    spread = apart.std(0, ddof=1)
+    safe = np.where(spread > 0, spread, 1.0)
+    quantile = student_quantile(count - 1)
+    skewness = (apart**3).mean(0) / safe**3
+    shift = skewness / (6 * math.sqrt(count)) * (1 + 2 * quantile**2)
+    error = spread / math.sqrt(count)
+    return mean + error * (np.minimum(shift, 0) - quantile), mean + error * (np.maximum(shift, 0) + quantile)
+
+
+def student_quantile(freedom: int) -> float:
+    """The point above which Student's t lies with a chance of ALPHA / 2.
+
+    Exact for one and two degrees of freedom, else Fisher and Cornish's expansion (Abramowitz and Stegun 26.7.5), which
+    is 0.4 % low for three and better for more.
+    """
+    share = 1 - ALPHA / 2
+    if freedom == 1:
+        return math.tan(math.pi * (share - 0.5))
+    if freedom == 2:
+        return (2 * share - 1) / math.sqrt(2 * share * (1 - share))
+    z = NormalDist().inv_cdf(share)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92_160,
+    )
+    return float(z + sum(term / freedom**power for power, term in enumerate(terms, 1)))
+
+
+def _by_group(values: Numbers, groups: Groups | None) -> tuple[Numbers, Numbers]:
+    """Sums over each group, [groups, metrics], and the groups' sizes, [groups]."""
+    if groups is None:
+        return values, np.ones(len(values))
+    _, member = np.unique(groups, return_inverse=True)
+    sizes = np.bincount(member).astype(np.float64)
+    sums = np.zeros((len(sizes), values.shape[1]))
+    np.add.at(sums, member, values)
+    return sums, sizes
+
+
+def design_effect(values: Numbers, groups: Groups | None) -> float:
+    """How many pairs of groups like these say as much as one pair of its own (Kish 1965): between 1 and their size.
+
+    Args:
+        values: of the pairs, [pairs].
+        groups: of the pairs, [pairs].
+    """
+    sums, sizes = _by_group(values[:, None], groups)
+    pairs, count = sizes.sum(), len(sizes)
+    most = float((sizes**2).sum() / pairs)
+    spread = float(values.var())
+    if most == 1 or spread == 0 or count == 1:
+        return most  # where nothing varies nothing says that pairs of one group are worth more
+    clustered = float(np.square(sums[:, 0] - sizes * values.mean()).sum()) * count / (count - 1) / pairs
+    return float(min(max(clustered / spread, 1.0), most))
+
+
+def paired_p_values(differences: Numbers, groups: Groups | None = None, seed: int = 0) -> Numbers:
     """Two-sided p-values of sign-flip permutation tests (Fisher 1935): is the mean of a column 0?
 
-    Without a difference between two trials it is a coin toss for each pair which of them is ahead, so the mean is
-    compared with the means under random signs. Exact in size for symmetric differences, whatever their distribution.
+    Without a difference between two trials it is a coin toss for each conversation which of them is ahead, so the mean
+    is compared with the means under random signs. Exact in size for symmetric differences, whatever their distribution.
 
     Args:
         differences: [pairs, comparisons].
+        groups: the group of each pair, [pairs]: pairs of one group change their signs together; each its own where
+            none are given.
         seed: of the signs.
 
     Returns:
         [comparisons].
     """
-    generator, pairs = np.random.default_rng(seed), len(differences)
-    found = np.abs(differences.sum(0))
-    room = 1e-9 * np.abs(differences).sum(0)  # sums of the same numbers in another order
-    as_large = np.zeros(differences.shape[1])
-    for rows in _blocks(_FLIPS, pairs):
-        signs = generator.integers(0, 2, size=(rows, pairs), dtype=np.int8).astype(np.float64) * 2 - 1
-        as_large += (np.abs(signs @ differences) >= found - room).sum(0)
+    sums, _ = _by_group(differences, groups)
+    generator, count = np.random.default_rng(seed), len(sums)
+    found = np.abs(sums.sum(0))
+    room = 1e-9 * np.abs(sums).sum(0)  # sums of the same numbers in another order
+    as_large = np.zeros(sums.shape[1])
+    for rows in _blocks(_FLIPS, count):
+        signs = generator.integers(0, 2, size=(rows, count), dtype=np.int8).astype(np.float64) * 2 - 1
+        as_large += (np.abs(signs @ sums) >= found - room).sum(0)
     return (1 + as_large) / (1 + _FLIPS)
 
 
@@ -73,27 +157,40 @@ def holm(p_values: Numbers) -> Numbers:
     return corrected
 
 
-def compare_all(values: Numbers, seed: int = 0) -> dict[tuple[int, int], float]:
+def compare_all(values: Numbers, groups: Groups | None = None, seed: int = 0) -> dict[tuple[int, int], float]:
     """Corrected p-values of every two columns of [pairs, trials]: of all, since the best was picked for its numbers."""
     two = list(combinations(range(values.shape[1]), 2))
     if not two:
         return {}
     differences = np.stack([values[:, one] - values[:, other] for one, other in two], axis=1)
-    corrected = holm(paired_p_values(differences, seed))
+    corrected = holm(paired_p_values(differences, groups, seed))
     return dict(zip(two, map(float, corrected), strict=True))
 
 
-def pairs_needed(difference: Numbers, comparisons: int) -> int | None:
+def pairs_needed(
+    difference: Numbers, comparisons: int, groups: Groups | None = None, *, settled: bool = True
+) -> int | None:
     """How many pairs would show a difference like this one with a chance of 80 %; None: no number would.
 
-    The usual normal approximation for a paired comparison, at ALPHA divided by the number of comparisons.
+    The usual normal approximation for a paired comparison, at ALPHA divided by the number of comparisons, times the
+    design effect of the groups. Never fewer than a sign-flip test needs to come below that at all, and where these
+    pairs did not settle it, always more than there are.
+
+    Args:
+        difference: of two trials, pair by pair, [pairs].
+        comparisons: that are made at once.
+        groups: the group of each pair, [pairs].
+        settled: whether these pairs have shown the difference.
     """
     mean, spread = float(difference.mean()), float(difference.std(ddof=1)) if len(difference) > 1 else 0.0
-    if mean == 0 or spread == 0:
+    if mean == 0:
         return None
-    normal = NormalDist()
-    quantiles = normal.inv_cdf(1 - ALPHA / 2 / max(1, comparisons)) + normal.inv_cdf(0.8)
-    return math.ceil((quantiles * spread / mean) ** 2)
+    alpha, normal = ALPHA / max(1, comparisons), NormalDist()
+    quantiles = normal.inv_cdf(1 - alpha / 2) + normal.inv_cdf(0.8)
+    needed = math.ceil((quantiles * spread / mean) ** 2 * design_effect(difference, groups))
+    size = len(difference) / (len(difference) if groups is None else len(np.unique(groups)))
+    fewest = math.ceil((1 + math.log2(1 / alpha)) * size)  # of g groups the smallest p-value is 2 / 2^g
+    return max(needed, fewest, 0 if settled else len(difference) + 1)
 
 
 def _blocks(rows: int, columns: int) -> Iterator[int]:
@@ -104,8 +201,11 @@ def _blocks(rows: int, columns: int) -> Iterator[int]:
         rows -= at_once
 
 
-def share_interval(count: float, total: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927): honest for few cases and near 0 and 1. `count` may hold halves."""
+def share_interval(count: float, total: float) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927): honest for few cases and near 0 and 1. `count` may hold halves.
+
+    Of cases in groups both are to be divided by their `design_effect`.
+    """
     if not total:
         return 0.0, 1.0
     z = NormalDist().inv_cdf(1 - ALPHA / 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pairtune.data.pairs import PreferencePair
+from pairtune.data.splits import Prompt, group_prompts
 from pairtune.data.tokens import PairTokenizer, TokenizedPair
 from pairtune.runs import fingerprint
 
@@ -104,6 +106,12 @@ class PairTable(Sequence[PreferencePair]):
             for name in ID_COLUMNS
             for chunk in ids[name].chunks
         )
+
+    @cached_property
+    def groups(self) -> np.ndarray:
+        """A number for each pair: those whose prompts belong together (`splits.group_prompts`) share one, [pairs]."""
+        prompts = [Prompt.of(prompt) for prompt in self.columns("prompt")["prompt"].to_pylist()]
+        return np.array(group_prompts(prompts), np.int64)
 
     def longest(self) -> int:
         """Tokens of the longest pair: its prompt and both answers."""

@@ -71,10 +71,10 @@ def run_trials(trials: Sequence[TrialConfig], inputs: TrialInputs, run: RunFolde
     return lockstep.results
 
 
-def checkpointed(run: RunFolder) -> list[str]:
-    """The names of the trials that the run's checkpoint holds."""
+def checkpointed(run: RunFolder) -> list[TrialResult]:
+    """The trials that the run's checkpoint holds, as they were then."""
     state = read_state(run.checkpoint)
-    return [member["result"]["name"] for member in state["members"]] if state else []
+    return [TrialResult.of(member["result"]) for member in state["members"]] if state else []
 
 
 def width(trial: TrialConfig, inputs: TrialInputs, asked: int | None) -> int:
@@ -128,7 +128,7 @@ class _Lockstep:
             weights = masters or AdapterWeights(adapted, place)
             optimizer = TrialOptimizer(result.trial, weights.tensors, batches * result.trial.epochs)
             self.members.append(_Member(result, run.trial(result.trial.name), weights, optimizer))
-        if checkpointed(run) == [trial.name for trial in trials]:
+        if [result.trial.name for result in checkpointed(run)] == [trial.name for trial in trials]:
             self._restore()
         for member in self.members:
             sink.start(member.trial.name, member.optimizer.steps, self.step, member.lines)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pairtune.config import Select, TrialConfig
 from pairtune.data.table import PairTable
 from pairtune.runs import TrialFolder, write_atomic, write_json
-from pairtune.statistics import bootstrap_intervals, share_interval
+from pairtune.statistics import Groups, Numbers, bootstrap_intervals, design_effect, share_interval
 
 # Per pair: loss (nats), rewards = beta * (policy - reference) log-prob, log-probs summed over the answer's tokens
 # (nats), logits averaged over the answer's tokens and the vocabulary. The last one is not TRL's: the change of the
@@ -37,6 +37,8 @@ EXAMPLE_METRICS = (
     "logits/rejected",
     "logps/margins_per_token",
 )
+# The column of the groups.
+GROUP = "group"
 # What some evaluations have besides: the divergence from the base (nats per token), of the first pairs alone.
 KL = "kl"
 
@@ -63,6 +65,8 @@ class TrialResult:
     Attributes:
         epochs: one row per evaluation: `epoch`, `step`, `loss` (mean over the epoch's training pairs) and the
             `eval_` means over the validation pairs.
+        judged: for each evaluation when the search judged it, among all evaluations of the run: a search that goes on
+            judges as it would have. Empty where it was not judged.
         best_epoch: the epoch whose weights lie in the trial's `best/`.
         base_fingerprint: of the weights the trial started from.
         best_fingerprint: of the weight files in the trial's `best/`.
@@ -78,6 +82,7 @@ class TrialResult:
     status: Literal["finished", "failed", "pruned"] = "finished"
     reason: str = ""
     epochs: list[dict[str, float]] = field(default_factory=list)
+    judged: list[int] = field(default_factory=list)
     best_epoch: int | None = None
     base_fingerprint: str = ""
     best_fingerprint: str = ""
@@ -118,7 +123,8 @@ class TrialResult:
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> TrialResult:
         """The result that `record` gave."""
-        return cls(TrialConfig(**record["config"]), **{name: record[name] for name in (*_KEPT, *_SUMMARISED)})
+        kept = {name: record[name] for name in (*_KEPT, *_SUMMARISED) if name in record}  # `judged` came later
+        return cls(TrialConfig(**record["config"]), **kept)
 
     def write(self, folder: TrialFolder) -> None:
         """Write `trial.json`."""
@@ -128,6 +134,7 @@ class TrialResult:
 _SUMMARISED = ("status", "reason", "best_epoch", "peak_memory_mb", "train_seconds")
 _KEPT = (
     "epochs",
+    "judged",
     "base_fingerprint",
     "best_fingerprint",
     "steps_without_gradient",
@@ -154,10 +161,10 @@ def score(metrics: dict[str, float], rule: Select) -> float:
 def write_records(path: Path, pairs: PairTable, records: Sequence[ExampleRecord]) -> None:
     """Write one evaluation's per-example records as Parquet, one row per pair, in the order of the pairs.
 
-    Columns: `origin` (source and row), `tokens/prompt`, `tokens/chosen`, `tokens/rejected`, EXAMPLE_METRICS, and `kl`
-    where it is known.
+    Columns: `origin` (source and row), `group` (pairs whose prompts belong together share it), `tokens/prompt`,
+    `tokens/chosen`, `tokens/rejected`, EXAMPLE_METRICS, and `kl` where it is known.
     """
-    columns = {"origin": pairs.columns("origin")["origin"], **pairs.lengths()}
+    columns = {"origin": pairs.columns("origin")["origin"], GROUP: pa.array(pairs.groups), **pairs.lengths()}
     columns |= {name: pa.array([row[name] for row in records], pa.float64()) for name in EXAMPLE_METRICS}
     if any(KL in row for row in records):
         columns[KL] = pa.array([row[KL] for row in records], pa.float64())
@@ -172,11 +179,21 @@ def read_records(path: Path) -> NDArray[np.float64]:
     return np.stack([table[name].to_numpy() for name in EXAMPLE_METRICS], axis=1).astype(np.float64)
 
 
-def metric_intervals(records: NDArray[np.float64]) -> dict[str, list[float]]:
+def read_groups(path: Path) -> Groups | None:
+    """The groups of the pairs of one evaluation, [pairs]; None: it was written before they were kept."""
+    if GROUP not in pq.read_schema(path).names:
+        return None
+    groups: Groups = pq.read_table(path, columns=[GROUP])[GROUP].to_numpy()
+    return groups
+
+
+def metric_intervals(records: Numbers, groups: Groups | None = None) -> dict[str, list[float]]:
     """95 % intervals of the means over pairs, by the name of the metric."""
-    intervals = bootstrap_intervals(records)
+    intervals = bootstrap_intervals(records, groups)
     accuracy = EXAMPLE_METRICS.index("rewards/accuracies")
-    intervals[accuracy] = share_interval(records[:, accuracy].sum(), len(records))  # resampling sees no doubt in 5 of 5
+    right = records[:, accuracy]
+    effect = design_effect(right, groups)
+    intervals[accuracy] = share_interval(right.sum() / effect, len(right) / effect)  # 5 of 5 is not beyond doubt
     return {
         f"eval_{name}": [float(low), float(high)] for name, (low, high) in zip(EXAMPLE_METRICS, intervals, strict=True)
     }
@@ -190,22 +207,27 @@ def describe_examples(path: Path) -> dict[str, Any]:
         `accuracy_longer_chosen` and `accuracy_shorter_chosen`: the model's accuracy on the pairs whose chosen answer is
         the longer or the shorter one; each with `value`, `interval` and `pairs`. `kl` where it is known.
     """
-    table = pq.read_table(path)
+    table, groups = pq.read_table(path), read_groups(path)
     chosen, rejected = (table[f"tokens/{answer}"].to_numpy() for answer in ("chosen", "rejected"))
     right = table["rewards/accuracies"].to_numpy()
     described = {
-        "longer_wins": _share((chosen > rejected) + (chosen == rejected) / 2),
-        "accuracy_longer_chosen": _share(right[chosen > rejected]),
-        "accuracy_shorter_chosen": _share(right[chosen < rejected]),
+        "longer_wins": _share((chosen > rejected) + (chosen == rejected) / 2, groups),
+        "accuracy_longer_chosen": _share(right, groups, chosen > rejected),
+        "accuracy_shorter_chosen": _share(right, groups, chosen < rejected),
     }
     if KL in table.column_names:
         known = table[KL].drop_null().to_numpy()
-        (interval,) = bootstrap_intervals(known[:, None])
+        some = None if groups is None else groups[table[KL].is_valid().to_numpy()]
+        (interval,) = bootstrap_intervals(known[:, None], some)
         described[KL] = {"value": float(known.mean()), "interval": interval.tolist(), "pairs": len(known)}
     return described
 
 
-def _share(right: NDArray[np.float64]) -> dict[str, Any]:
-    count = float(right.sum())
-    value = count / len(right) if len(right) else None
-    return {"value": value, "interval": list(share_interval(count, len(right))), "pairs": len(right)}
+def _share(right: Numbers, groups: Groups | None, where: NDArray[np.bool_] | None = None) -> dict[str, Any]:
+    if where is not None:
+        right, groups = right[where], None if groups is None else groups[where]
+    if not len(right):
+        return {"value": None, "interval": list(share_interval(0, 0)), "pairs": 0}
+    effect, count = design_effect(right, groups), float(right.sum())
+    interval = share_interval(count / effect, len(right) / effect)
+    return {"value": count / len(right), "interval": list(interval), "pairs": len(right)}

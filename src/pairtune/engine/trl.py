@@ -89,7 +89,7 @@ def run_trials(trials: Sequence[TrialConfig], inputs: TrialInputs, run: RunFolde
     return [result]
 
 
-def checkpointed(run: RunFolder) -> list[str]:
+def checkpointed(run: RunFolder) -> list[TrialResult]:
     """No trial goes on from the middle."""
     return []
 

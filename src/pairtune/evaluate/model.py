@@ -17,7 +17,14 @@ from pairtune.data.reading import Reading
 from pairtune.data.table import PairTable
 from pairtune.engine.evaluation import evaluate_weights
 from pairtune.engine.kernels import Kernels
-from pairtune.engine.records import describe_examples, mean_metrics, metric_intervals, read_records, write_records
+from pairtune.engine.records import (
+    describe_examples,
+    mean_metrics,
+    metric_intervals,
+    read_groups,
+    read_records,
+    write_records,
+)
 from pairtune.errors import BadInput, one_line
 from pairtune.evaluate.answers import summarise
 from pairtune.evaluate.generations import Speakers, held_out_prompts
@@ -154,7 +161,7 @@ def evaluate_pairs(
         return {
             "pairs": len(pairs),
             "metrics": mean_metrics(records),
-            "intervals": metric_intervals(read_records(file)),
+            "intervals": metric_intervals(read_records(file), read_groups(file)),
             "examples": describe_examples(file),
         }
 

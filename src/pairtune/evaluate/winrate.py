@@ -9,7 +9,7 @@ import numpy as np
 
 from pairtune.evaluate.answers import other_language, repeated_share
 from pairtune.models.generate import Answer
-from pairtune.statistics import ALPHA, Numbers, bootstrap_intervals
+from pairtune.statistics import ALPHA, Numbers, share_interval
 
 Turns = Sequence[Mapping[str, Any]]
 Progress = Callable[[int], None]
@@ -67,7 +67,7 @@ def better(ours: float, theirs: float) -> float:
 
 
 def win_rate(scores: Sequence[float], ours: Sequence[Answer], base: Sequence[Answer]) -> dict[str, Any]:
-    """The share of wins, ties counted half, with 95 % bootstrap intervals.
+    """The share of wins, ties counted half, with 95 % intervals (Wilson's; of the second rate bootstrapped).
 
     Returns:
         `rate` and `interval`; `wins`, `ties`, `losses`; `length_controlled` and its `length_controlled_interval`: the
@@ -78,16 +78,21 @@ def win_rate(scores: Sequence[float], ours: Sequence[Answer], base: Sequence[Ans
     lengths = _length_differences(ours, base)
     generator = np.random.default_rng(0)
     drawn = (generator.integers(0, len(values), len(values)) for _ in range(_RESAMPLES))
+    decided = float(np.ptp(values)) == 0  # all scores are the same, so that resampling shows nothing
     controlled = [_same_length_rate(values[rows], lengths[rows]) for rows in drawn]
-    (interval,) = bootstrap_intervals(values[:, None])
+    low, high = np.quantile(controlled, [ALPHA / 2, 1 - ALPHA / 2])
+    interval = share_interval(float(values.sum()), len(values))  # resampling sees no doubt in eight wins of eight
     return {
         "rate": float(values.mean()),
-        "interval": interval.tolist(),
+        "interval": list(interval),
         "wins": int((values == WIN).sum()),
         "ties": int((values == TIE).sum()),
         "losses": int((values == LOSS).sum()),
         "length_controlled": _same_length_rate(values, lengths),
-        "length_controlled_interval": np.quantile(controlled, [ALPHA / 2, 1 - ALPHA / 2]).tolist(),
+        "length_controlled_interval": [
+            min(float(low), interval[0]) if decided else float(low),
+            max(float(high), interval[1]) if decided else float(high),
+        ],
     }
 
 

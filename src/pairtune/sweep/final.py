@@ -10,7 +10,14 @@ from pairtune.data.table import PairTable
 from pairtune.engine.evaluation import evaluate_weights
 from pairtune.engine.kernels import Kernels
 from pairtune.engine.processes import Processes
-from pairtune.engine.records import describe_examples, mean_metrics, metric_intervals, read_records, write_records
+from pairtune.engine.records import (
+    describe_examples,
+    mean_metrics,
+    metric_intervals,
+    read_groups,
+    read_records,
+    write_records,
+)
 from pairtune.errors import RunFailed
 from pairtune.models.load import LoadedBase
 from pairtune.runs import RunFolder, hash_file, saved_fingerprint, write_json
@@ -38,7 +45,7 @@ def evaluate_test(
     if not first:
         return
     write_records(run.test_records, pairs, records)
-    numbers = read_records(run.test_records)
+    numbers, groups = read_records(run.test_records), read_groups(run.test_records)
     write_json(
         run.test,
         {
@@ -47,8 +54,8 @@ def evaluate_test(
             "selection_sha256": hash_file(run.selection),
             "pairs": len(pairs),
             "metrics": mean_metrics(records),
-            "intervals": metric_intervals(numbers),
-            "against_base": against_base(numbers),
+            "intervals": metric_intervals(numbers, groups),
+            "against_base": against_base(numbers, groups),
             "examples": describe_examples(run.test_records),
         },
     )

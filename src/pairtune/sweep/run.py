@@ -40,8 +40,8 @@ class Engine(Protocol):
     ) -> list[TrialResult]:
         """Train trials side by side."""
 
-    def checkpointed(self, run: RunFolder) -> list[str]:
-        """The names of the trials that can go on from the run's checkpoint."""
+    def checkpointed(self, run: RunFolder) -> list[TrialResult]:
+        """The trials that can go on from the run's checkpoint, as they were then."""
 
     def width(self, trial: TrialConfig, inputs: TrialInputs, asked: int | None) -> int:
         """How many trials like this one run side by side."""
@@ -88,6 +88,8 @@ def run_sweep(
     done: dict[str, TrialResult] = {}
     while batch := search.ask():
         done |= _results_on_record(batch, run)
+        before = {result.trial.name: result for result in engine.checkpointed(run)} | done
+        search.replay(before[trial.name] for trial in batch if trial.name in before)
         for group in _groups(batch, done, engine, inputs, run, config.side_by_side):
             for result in engine.run_trials(group, inputs, run, sink):
                 done[result.trial.name] = result
@@ -146,7 +148,7 @@ def _groups(
     asked: int | None,
 ) -> list[list[TrialConfig]]:
     """What is still to be run, in groups that run in lockstep; first those that a checkpoint holds."""
-    held = engine.checkpointed(run)
+    held = [result.trial.name for result in engine.checkpointed(run)]
     groups = []
     if any(trial.name in held and trial.name not in done for trial in trials):
         groups.append([trial for trial in trials if trial.name in held])

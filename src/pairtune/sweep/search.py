@@ -43,6 +43,7 @@ class Search:
         self._study = optuna.create_study(direction="maximize", sampler=sampler(seed=config.seed), pruner=pruner)
         self._asked: dict[str, optuna.Trial] = {}
         self._reported: dict[str, int] = {}
+        self._next = 0  # of the evaluations that are judged
         self.trials: list[TrialConfig] = []
         self.count = config.trial_count or len(config.trials())
         self._waiting: list[TrialConfig] = []
@@ -74,8 +75,24 @@ class Search:
         """Whether a trial that has just been evaluated should stop: asynchronous successive halving (ASHA, Li et al.
         2020). A trial goes on past epochs 1, 2, 4, … only while it is among the better half of those that came so far.
         """
+        for number in range(self._reported.get(result.trial.name, 0), len(result.epochs)):
+            result.judged[number:] = [self._next]
+            self._next += 1
         self._report(result)
         return self._config.prune and self._asked[result.trial.name].should_prune()
+
+    def replay(self, results: Iterable[TrialResult]) -> None:
+        """Judge again what was judged before the run was interrupted, in the same order, and with no consequence.
+
+        What a trial is compared with are those that came before it, so the order decides.
+        """
+        rows = [
+            (when, result, row) for result in results for when, row in zip(result.judged, result.epochs, strict=False)
+        ]
+        for when, result, row in sorted(rows, key=lambda each: each[0]):
+            self._report(result, until=int(row["epoch"]))
+            self._asked[result.trial.name].should_prune()
+            self._next = max(self._next, when + 1)
 
     def _propose(self, count: int) -> list[TrialConfig]:
         known = {trial.name for trial in self.trials}
@@ -104,13 +121,13 @@ class Search:
         rounded = {name: float(f"{value:.3g}") if isinstance(value, float) else value for name, value in drawn.items()}
         return single | rounded
 
-    def _report(self, result: TrialResult) -> None:
-        name = result.trial.name
+    def _report(self, result: TrialResult, until: int | None = None) -> None:
+        name, end = result.trial.name, len(result.epochs) if until is None else until
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for row in result.epochs[self._reported.get(name, 0) :]:
+            for row in result.epochs[self._reported.get(name, 0) : end]:
                 self._asked[name].report(score(row, self._config.select), int(row["epoch"]))
-        self._reported[name] = len(result.epochs)
+        self._reported[name] = max(end, self._reported.get(name, 0))
 
 
 def _distribution(values: Sequence[Any]) -> BaseDistribution:

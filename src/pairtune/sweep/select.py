@@ -16,6 +16,7 @@ from pairtune.engine.records import (
     TrialResult,
     describe_examples,
     metric_intervals,
+    read_groups,
     read_records,
     score,
 )
@@ -23,6 +24,7 @@ from pairtune.errors import RunFailed
 from pairtune.runs import RunFolder, fill_folder, saved_fingerprint, write_json
 from pairtune.statistics import (
     ALPHA,
+    Groups,
     Numbers,
     bootstrap_intervals,
     compare_all,
@@ -31,6 +33,14 @@ from pairtune.statistics import (
 )
 
 _FEW_PAIRS = 30
+# Settings that are part of a loss, besides beta.
+_IN_THE_LOSS = {
+    "sigmoid": {"label_smoothing"},
+    "robust": {"label_smoothing"},
+    "exo_pair": {"label_smoothing"},
+    "simpo": {"simpo_gamma"},
+    "discopop": {"discopop_tau"},
+}
 _CHOSEN_BY = "the winner's win rate on these prompts is what it was chosen for, so it is rather too high"
 
 
@@ -39,6 +49,7 @@ def select_best(
     records: Mapping[str, Numbers],
     rule: Select,
     wins: Mapping[str, Sequence[float]] | None = None,
+    groups: Groups | None = None,
 ) -> dict[str, Any]:
     """Rank the trials by their best epochs, and say what can be said about the ranking.
 
@@ -50,6 +61,7 @@ def select_best(
         records: [validation pairs, EXAMPLE_METRICS] of each ranked trial's best epoch, by name (see `best_records`).
         rule: by which the first is chosen.
         wins: for the rule win_rate, each ranked trial's score against the base, prompt by prompt: 1, a half or 0.
+        groups: of the validation pairs, [pairs]: which of them belong to one conversation.
 
     Returns:
         The content of `selection.json`: `rule`, `metric`, `winner`, `best_epoch`, `value`, `validation_pairs`; `why`
@@ -83,8 +95,9 @@ def select_best(
     compared_by = metric if _one_scale(ranked, rule) else "eval_rewards/accuracies"
     columns = _columns(ranked, records, compared_by) if wins is None else [wins[each.trial.name] for each in ranked]
     examples = np.stack([np.asarray(column, np.float64) for column in columns], axis=1)
-    p_values = compare_all(examples)
-    comparisons = _comparisons(ranked, examples, p_values, compared_by)
+    grouped = groups if wins is None else None  # held-out prompts are different ones
+    p_values = compare_all(examples, grouped)
+    comparisons = _comparisons(ranked, examples, p_values, compared_by, grouped)
     no_two_differ = all(p_value >= ALPHA for p_value in p_values.values())
     return {
         "rule": rule,
@@ -97,7 +110,7 @@ def select_best(
         "verdict": _verdict(winner, comparisons, compared_by, unit, no_two_differ=no_two_differ),
         "settled": all(entry["differs"] for entry in comparisons),
         "warnings": [*_warnings(ranked, rule, pairs), *([] if wins is None else [_CHOSEN_BY])],
-        "ranking": [_entry(result, records[result.trial.name]) for result in ranked],
+        "ranking": [_entry(result, records[result.trial.name], groups) for result in ranked],
         "comparisons": comparisons,
     }
 
@@ -117,6 +130,12 @@ def best_records(run: RunFolder, results: Sequence[TrialResult]) -> dict[str, Nu
     }
 
 
+def validation_groups(run: RunFolder, results: Sequence[TrialResult]) -> Groups | None:
+    """Which validation pairs belong to one conversation, from the records of a finished trial."""
+    finished = next(result for result in results if result.status == "finished")
+    return read_groups(run.trial(finished.trial.name).evaluation(finished.best_epoch or 0))
+
+
 def best_examples(run: RunFolder, results: Sequence[TrialResult]) -> dict[str, Any]:
     """What else the records of every finished trial's best epoch say, see `describe_examples`."""
     return {
@@ -126,10 +145,10 @@ def best_examples(run: RunFolder, results: Sequence[TrialResult]) -> dict[str, A
     }
 
 
-def against_base(records: Numbers) -> dict[str, Any]:
+def against_base(records: Numbers, groups: Groups | None = None) -> dict[str, Any]:
     """Whether tuning moved the model the right way: the base's reward margin is 0 on every pair, by definition."""
     margins = records[:, [EXAMPLE_METRICS.index("rewards/margins")]]
-    p_value = float(paired_p_values(margins)[0])
+    p_value = float(paired_p_values(margins, groups)[0])
     return {"margin": float(margins.mean()), "p": p_value, "better": bool(p_value < ALPHA and margins.mean() > 0)}
 
 
@@ -175,22 +194,31 @@ def rounding_warnings(sweep: Mapping[str, Any], selection: Mapping[str, Any]) ->
 
 
 def _one_scale(results: Sequence[TrialResult], rule: Select) -> bool:
-    """Whether the rule's metric means the same in all trials: beta and the loss's form are in losses and margins."""
-    return rule in ("accuracy", "win_rate") or len({(result.trial.beta, result.trial.loss) for result in results}) == 1
+    """Whether the rule's metric means the same in all trials: beta is in margins, and more is in losses."""
+    if rule in ("accuracy", "win_rate"):
+        return True
+    settings = {"beta"} if rule == "margin" else {"beta", "loss"}
+    for result in results if rule == "eval_loss" else ():
+        settings |= _IN_THE_LOSS.get(result.trial.loss, set()) | {"sft_weight"}
+    return all(len({getattr(result.trial, name) for result in results}) == 1 for name in settings)
 
 
-def _entry(result: TrialResult, records: Numbers) -> dict[str, Any]:
+def _entry(result: TrialResult, records: Numbers, groups: Groups | None) -> dict[str, Any]:
     return {
         "name": result.trial.name,
         "best_epoch": result.best_epoch,
         "metrics": result.best_metrics,
-        "intervals": metric_intervals(records),
-        "against_base": against_base(records),
+        "intervals": metric_intervals(records, groups),
+        "against_base": against_base(records, groups),
     }
 
 
 def _comparisons(
-    ranked: Sequence[TrialResult], values: Numbers, corrected: Mapping[tuple[int, int], float], metric: str
+    ranked: Sequence[TrialResult],
+    values: Numbers,
+    corrected: Mapping[tuple[int, int], float],
+    metric: str,
+    groups: Groups | None,
 ) -> list[dict[str, Any]]:
     """The winner with each other trial, pair by pair, corrected for the number of comparisons of any two trials."""
     entries = []
@@ -202,10 +230,10 @@ def _comparisons(
                 "name": result.trial.name,
                 "metric": metric,
                 "difference": float(difference.mean()),
-                "interval": bootstrap_intervals(difference[:, None])[0].tolist(),
+                "interval": bootstrap_intervals(difference[:, None], groups)[0].tolist(),
                 "p_corrected": p_value,
                 "differs": p_value < ALPHA,
-                "pairs_needed": pairs_needed(difference, len(corrected)),
+                "pairs_needed": pairs_needed(difference, len(corrected), groups, settled=p_value < ALPHA),
             }
         )
     return entries
@@ -239,9 +267,10 @@ def _warnings(results: Sequence[TrialResult], rule: Select, validation_pairs: in
             f"{result.trial.name} {result.best_metrics['eval_rewards/accuracies']:.3f}" for result in by_accuracy
         )
         what = "losses" if rule == "eval_loss" else "margins"
+        parts = "beta is" if rule == "margin" else "beta, the kind of loss and its settings are"
         warnings.append(
-            f"beta and the kind of loss are part of {what}, so {what} of trials in which they differ are not on one "
-            f"scale; ranked by accuracy: {order}"
+            f"{parts} part of {what}, so {what} of trials in which they differ are not on one scale; ranked by "
+            f"accuracy: {order}"
         )
     if validation_pairs < _FEW_PAIRS:
         warnings.append(

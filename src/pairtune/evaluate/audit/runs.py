@@ -89,7 +89,9 @@ def _log(run: RunFolder, record: Mapping[str, Any], settings: Mapping[str, Mappi
     read_lines(log, folder.metrics)
     if log.best_epoch is not None and folder.evaluation(int(log.best_epoch)).is_file():
         table = pq.read_table(folder.evaluation(int(log.best_epoch)))
-        log.examples = {name: table[name].to_numpy().astype(float) for name in table.column_names if name != "origin"}
+        log.examples = {
+            name: table[name].to_numpy().astype(float) for name in table.column_names if name not in ("origin", "group")
+        }
     return log
 
 
