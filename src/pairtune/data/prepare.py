@@ -313,5 +313,6 @@ class _Preparation:
             },
             "max_length": self.config.max_length,
             "split_seed": self.config.seed,
+            "template_warnings": self.encoder.warnings,
             "example": self.example,
         }
