@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from rich.console import Console
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pairtune.config import resolve
@@ -39,16 +39,39 @@ settings.register_profile("pairtune", deadline=None, suppress_health_check=[Heal
 settings.load_profile("pairtune")
 
 
+# As Gemma's: BOS before all, and a token of its own, which has no role in the tokenizer, behind every turn.
+GEMMA = (
+    "{{ bos_token }}{% for message in messages %}"
+    "<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
+    "{{ message['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+GEMMA_SPECIALS = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
+
+
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte and ChatML around it."""
+    return _bytewise(SPECIALS, CHATML, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+
+
+def gemma_tokenizer(template: str | None = GEMMA) -> PreTrainedTokenizerFast:
+    """One token a byte, `<bos>` before any plain text, and Gemma's special tokens."""
+    fast = _bytewise(GEMMA_SPECIALS, template, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+    fast.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", fast.bos_token_id)]
+    )
+    return fast
+
+
+def _bytewise(specials: list[str], template: str | None, **roles: str) -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate([*SPECIALS, *alphabet])}
+    vocabulary = {token: number for number, token in enumerate([*specials, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIALS)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    fast.chat_template = CHATML
+    tokenizer.add_special_tokens(specials)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
+    fast.chat_template = template
     return fast
 
 
@@ -67,8 +90,17 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random two-layer Llama and the byte tokenizer."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tokenizer = byte_tokenizer()
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny", byte_tokenizer(), "<|im_start|>")
+
+
+@pytest.fixture(scope="session")
+def bos_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for a tokenizer that begins plain text with BOS and has no template, as Llama's and Gemma's bases do."""
+    return save_tiny(tmp_path_factory.mktemp("models") / "plain", gemma_tokenizer(None), "<bos>")
+
+
+def save_tiny(folder: Path, tokenizer: PreTrainedTokenizerFast, bos: str) -> Path:
+    """Write a random two-layer Llama for this tokenizer into a folder."""
     torch.manual_seed(7)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -78,7 +110,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        bos_token_id=tokenizer.convert_tokens_to_ids("<|im_start|>"),
+        bos_token_id=tokenizer.convert_tokens_to_ids(bos),
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )

@@ -8,7 +8,7 @@ import sys
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import byte_tokenizer, shared_file
+from conftest import GEMMA, byte_tokenizer, gemma_tokenizer, shared_file
 from datasets import Dataset
 from trl.data_utils import is_conversational
 
@@ -44,6 +44,21 @@ def test_clean_pairs_are_ok(tmp_path):
     assert (record["verdict"], record["format"], record["rows_in"], record["kept"]) == ("ok", "TRL standard", 150, 150)
     assert record["prompts"] == {"different": 150, "unrelated": 150}
     assert (record["duplicates"], record["conflicts"], record["shortened"]) == (0, 0, 0)
+
+
+def test_a_template_that_leaves_bos_out_is_told(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row(n)) + "\n" for n in range(100, 250)))
+    without = inspect_source(reading(path), gemma_tokenizer(GEMMA.removeprefix("{{ bos_token }}")), 1024)
+    assert found(without, "does not write it") == ["warning"]
+    assert without["verdict"] == "ok with warnings"
+    assert inspect_source(reading(path), gemma_tokenizer(), 1024)["verdict"] == "ok"
+
+
+def test_special_tokens_without_a_role_are_found_in_text(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row(1, chosen="yes<end_of_turn>")) + "\n")
+    assert inspect_source(reading(path), gemma_tokenizer(), 1024)["special_tokens"]["pairs"] == 1
 
 
 def test_lengths_and_the_length_baseline_by_hand(tmp_path):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import CHATML, SPECIALS, byte_tokenizer, pairtune, small_run
+from gguf import GGUFReader
 from model_hub import online, serve_models
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -61,6 +62,7 @@ LLAMA3_TEMPLATE = (
     "+ message['content'] | trim + '<|endoftext|>' %}{{ content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_end|>\n\n' }}{% endif %}"
 )
+PLAIN = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{{ eos_token }}\n{% endfor %}"
 DEFAULT_SYSTEM = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}{% endif %}"
@@ -83,6 +85,13 @@ def bpe_tokenizer(cut: str) -> PreTrainedTokenizerFast:
     )
     fast.chat_template = CHATML
     return fast
+
+
+def begin_with(tokenizer: PreTrainedTokenizerFast, bos: str) -> None:
+    """Let the tokenizer begin every plain text with its BOS."""
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
 
 
 SHAPE = {
@@ -162,6 +171,28 @@ def test_what_cannot_be_written_is_refused(tmp_path):
         write_gguf(model, bpe_tokenizer("gpt-2"), tmp_path, "a", "f16")
 
 
+@pytest.mark.parametrize(("template", "puts"), [("{{ bos_token }}" + CHATML, True), (PLAIN, False)])
+def test_llama_cpp_puts_bos_only_where_the_template_has_it(tmp_path, template, puts):
+    model, tokenizer = family("smollm")
+    tokenizer.chat_template = template
+    begin_with(tokenizer, "<|im_start|>")
+    write_gguf(model, tokenizer, tmp_path, "a", "f16")
+    assert GGUFReader(tmp_path / MODEL_FILE).get_field("tokenizer.ggml.add_bos_token").contents() is puts
+
+
+def test_an_end_of_turn_token_without_a_role_ends_answers_elsewhere_too(tmp_path):
+    model, tokenizer = family("smollm")
+    tokenizer.add_special_tokens({"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"})
+    assert "<|im_end|>" not in tokenizer.all_special_tokens
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    write_gguf(model, tokenizer, tmp_path, "a", "f16")
+    ends = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert GGUFReader(tmp_path / MODEL_FILE).get_field("tokenizer.ggml.eot_token_id").contents() == ends
+    written = (tmp_path / "Modelfile").read_text()
+    assert 'PARAMETER stop "<|im_end|>"\nPARAMETER stop "<|endoftext|>"\n' in written
+    assert "TEMPLATE" in written
+
+
 def test_slowed_rotary_frequencies_are_not_read_wrongly(tmp_path):
     write_gguf(*family("llama3"), tmp_path, "a", "f16")
     with pytest.raises(BadInput, match=r"model\.gguf: cannot be read as GGUF \(Llama 3\.1's rotary"):
@@ -179,12 +210,8 @@ def test_slowed_rotary_frequencies_are_not_read_wrongly(tmp_path):
 def test_a_modelfile_says_the_template_in_ollamas_words(template, bos, default):
     tokenizer = bpe_tokenizer("gpt-2")
     tokenizer.chat_template = template
-    if bos:  # the tokenizer begins every text with it
-        from tokenizers.processors import TemplateProcessing
-
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
-        )
+    if bos:
+        begin_with(tokenizer, bos)
     pieces = template_pieces(tokenizer)
     assert pieces is not None
     assert pieces.default == default

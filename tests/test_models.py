@@ -74,6 +74,19 @@ def test_a_tokenizer_without_a_chat_template_gets_the_default_and_keeps_it(tiny_
     assert load_tokenizer(tmp_path / "saved").chat_template == DEFAULT_TEMPLATE
 
 
+def test_the_default_template_has_bos_only_where_plain_text_begins_with_it(tiny_model, bos_model, tmp_path):
+    tokenizer = load_tokenizer(bos_model)
+    turns = [{"role": "user", "content": "Q"}]
+    rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert rendered == "<bos>User: Q\n\nAssistant:"
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").chat_template == tokenizer.chat_template
+    named = load_tokenizer(tiny_model)
+    named.bos_token, named.chat_template = "<|im_start|>", None  # as SmolLM2's: it has one, and begins no text with it
+    named.save_pretrained(tmp_path / "named")
+    assert load_tokenizer(tmp_path / "named").chat_template == DEFAULT_TEMPLATE
+
+
 def test_fingerprints_tell_weights_apart(tiny_base):
     first, second = load_model(tiny_base.source, torch.float32), load_model(tiny_base.source, torch.float32)
     assert weights_fingerprint(first) == weights_fingerprint(second)

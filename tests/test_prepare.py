@@ -172,6 +172,24 @@ def test_nothing_left_is_said_with_the_reasons(tmp_path):
         prepared(data=empty, eval_data=train)
 
 
+def test_prompts_under_one_long_system_message_are_split_by_their_questions(tmp_path):
+    rules = " ".join(f"Rule {number}: never speak of topic {number * 7} before noon." for number in range(60))
+    rows = [row(number, system=rules) for number in range(30)]
+    train, held = write(tmp_path / "t.jsonl", rows[:20]), write(tmp_path / "e.jsonl", rows[20:])
+    data = prepared(data=train, max_length=8192)
+    assert (len(data.train), len(data.validation), len(data.test)) == (16, 2, 2)
+    given = prepared(data=train, eval_data=held, max_length=8192)
+    assert (len(given.train), len(given.validation)) == (20, 10)
+
+
+def test_one_question_under_every_document_cannot_be_split_and_the_reason_is_said(tmp_path):
+    rows = [row(0, system=f"Document {number}: {'word ' * number}") for number in range(20)]
+    with pytest.raises(
+        BadInput, match=r"no pair is left for validation \(system messages aside, all prompts belong together\)"
+    ):
+        prepared(data=write(tmp_path / "t.jsonl", rows))
+
+
 def test_the_bundled_splits_share_no_conversation():
     data = prepared(data="bundled:concise")
     assert (len(data.train), len(data.validation), len(data.test)) == (253, 111, 74)

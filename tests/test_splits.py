@@ -58,6 +58,77 @@ def test_a_prompt_that_was_shortened_is_also_known_by_what_is_left():
     assert relation(cut, Prompt.of(talk("another tale", "No.", "Why?"), talk("Why?"))) == SAME
 
 
+RULES = " ".join(f"Rule {number}: never speak of topic {number * 7} before noon." for number in range(60))
+
+
+def under(system, *said):
+    return Prompt.of([{"role": "system", "content": system}, *talk(*said)])
+
+
+def test_a_long_system_message_that_all_share_does_not_make_questions_near():
+    questions = ["Why is the sky blue?", "Name three rivers in Asia.", "How do I boil an egg?", "Who wrote Faust?"]
+    asked = [under(RULES, each) for each in questions]
+    assert len(set(group_prompts(asked))) == len(asked)
+    assert find_leaks([asked[:2], asked[2:]]) == [{}, {}]
+    assert sorted(draw_splits(asked[:3], (0.1, 0.1), 0)) == [0, 1, 2]
+
+
+def test_one_question_under_two_system_messages_belongs_together():
+    assert relation(under(RULES, LONG), under("Be brief.", LONG + " please")) == NEAR
+    assert relation(under(RULES, "Why?"), prompt("Why?")) == NEAR
+    assert relation(under(RULES, "Why?"), under("Be brief.", "How?")) is None
+
+
+def test_a_prompt_of_a_system_message_alone_is_known_by_it():
+    """No sketch is of nothing, which all such prompts would have in common."""
+    assert relation(under("Be brief."), under("Answer in French.")) is None
+
+
+def test_a_long_text_that_all_questions_begin_with_makes_them_near():
+    """Not wanted, but documented: the sketch cannot tell what all prompts share from what makes one of them."""
+    assert relation(prompt(f"{RULES} Why is the sky blue?"), prompt(f"{RULES} Who wrote Faust?")) == NEAR
+
+
+CHINESE = (
+    "请用通俗易懂的语言向一个七岁的孩子解释为什么中午的天空是蓝色的而黎明和黄昏时分却会变成红色并且说明大气中的"
+    "微小颗粒怎样散射不同波长的光线最后再举一个可以在家里用一杯水和一点牛奶完成的小实验帮助他理解这个现象"
+)
+JAPANESE = "七歳の子どもに、昼の空が青く見えるのに朝と夕方には赤く染まる理由を、やさしい言葉で説明してください。"
+THAI = "ช่วยอธิบายให้เด็กอายุเจ็ดขวบเข้าใจหน่อยว่าทำไมท้องฟ้าตอนเที่ยงจึงเป็นสีฟ้าแต่กลับกลายเป็นสีแดงในตอนเช้าและตอนเย็น"
+
+
+def test_near_copies_in_a_script_without_spaces_are_one_group():
+    copies = [prompt(CHINESE[:at] + CHINESE[at + 1 :]) for at in range(len(CHINESE))]
+    assert len(set(group_prompts(copies))) == 1
+
+
+@pytest.mark.parametrize("text", [CHINESE, JAPANESE, THAI, f"{CHINESE} with Python 3.12 and a little English"])
+def test_a_character_is_a_word_where_there_are_no_spaces(text):
+    assert relation(prompt(text), prompt(text[:20] + text[21:])) == NEAR
+    assert relation(prompt(text), prompt(text[: len(text) // 2])) is None
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("好", "嗨"),
+        ("你好", "您好"),
+        ("今天北京的天气怎么样?", "明天上海的天气怎么样?"),
+        ("光合作用是什么?请简单说明。", "相对论是什么?请简单说明。"),
+        ("猫の名前を考えて", "犬の散歩のコツは?"),
+    ],
+)
+def test_other_questions_in_a_script_without_spaces_stay_apart(one, other):
+    assert relation(prompt(one), prompt(other)) is None
+    assert relation(prompt(one), prompt(f" {one}\n")) == SAME
+
+
+def test_words_with_spaces_are_whole_also_beside_other_scripts():
+    """One letter makes another word: 12 words of which the middle one differs share 7 of 13 shingles."""
+    korean = "일곱 살 아이에게 낮 하늘이 왜 파란지 아주 쉬운 말로 설명해 주세요"
+    assert relation(prompt(korean), prompt(korean.replace("파란지", "빨간지"))) is None
+
+
 def test_groups_reach_over_others():
     prompts = [prompt("Hi"), prompt("Bye"), prompt("Hi", "Yes.", "Why?"), prompt("Hi", "No.", "How?"), prompt("BYE ")]
     groups = group_prompts(prompts)

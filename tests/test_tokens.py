@@ -5,13 +5,14 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from conftest import CHATML, SPECIALS, byte_tokenizer, make_pair, shared_file
+from conftest import CHATML, GEMMA, SPECIALS, byte_tokenizer, gemma_tokenizer, make_pair, shared_file
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from pairtune.chat_templates import adds_bos
 from pairtune.config import SourceConfig
 from pairtune.data.formats import parse_row
 from pairtune.data.pairs import BadRow, LeftOut, PreferencePair
@@ -146,6 +147,49 @@ def test_an_answer_whose_end_the_template_does_not_mark_gets_the_end_token():
     assert pair.chosen_ids.count(byte_tokenizer().eos_token_id) == 1
 
 
+def test_an_end_of_turn_token_without_a_role_ends_an_answer_as_with_trl():
+    tokenizer = gemma_tokenizer()
+    assert "<end_of_turn>" not in tokenizer.all_special_tokens
+    assert_equal_to_trl(PAIRS, tokenizer)
+    (pair,) = PairTokenizer(tokenizer).encode([make_pair(1, chosen="Yes")])
+    assert tokenizer.decode(pair.chosen_ids) == "Yes<end_of_turn>\n"
+    assert tokenizer.decode(pair.prompt_ids) == (
+        "<bos><start_of_turn>user\nAre there 1 apples?<end_of_turn>\n<start_of_turn>model\n"
+    )
+    assert not PairTokenizer(tokenizer).warnings
+
+
+def test_a_template_that_says_answer_behind_the_answer_is_not_misread():
+    tokenizer = templated("{% for m in messages %}{{ m['content'] }}<|im_end|>(end of answer){% endfor %}")
+    assert_equal_to_trl(PAIRS[:1], tokenizer)
+
+
+def test_the_default_template_begins_with_bos_once_where_plain_text_does(bos_model):
+    tokenizer = load_tokenizer(bos_model)
+    bos = tokenizer.bos_token_id
+    assert tokenizer("a")["input_ids"][0] == bos
+    assert_equal_to_trl(PAIRS, tokenizer)
+    whole = PairTokenizer(tokenizer).encode([*PAIRS, long_pair(3)])
+    (cut,) = PairTokenizer(tokenizer, whole[-1].length - 1).encode([long_pair(3)])
+    assert cut.turns_cut
+    for pair in (*whole, cut):
+        assert pair.prompt_ids[0] == bos
+        assert [*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids].count(bos) == 1
+    assert not PairTokenizer(tokenizer).warnings
+
+
+def test_a_models_own_template_without_bos_is_kept_as_with_trl_and_told(bundled):
+    tokenizer = gemma_tokenizer(GEMMA.removeprefix("{{ bos_token }}"))
+    assert_equal_to_trl(PAIRS, tokenizer)
+    (pair,) = PairTokenizer(tokenizer).encode([make_pair(1)])
+    assert tokenizer.bos_token_id not in pair.prompt_ids
+    (warning,) = PairTokenizer(tokenizer).warnings
+    assert warning.startswith("the tokenizer begins plain text with <bos>")
+    for other in (byte_tokenizer(), bundled):
+        assert not adds_bos(other)
+        assert not PairTokenizer(other).warnings
+
+
 def test_a_template_that_refuses_a_pair_makes_it_a_bad_row():
     refusing = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     encoder = PairTokenizer(
@@ -220,6 +264,9 @@ def test_the_fingerprint_changes_with_template_length_and_tokenizer(bundled):
         PairTokenizer(bundled),
     ]
     assert len({encoder.fingerprint() for encoder in encoders}) == 4
+    named = gemma_tokenizer()
+    named.add_special_tokens({"bos_token": "<start_of_turn>"})  # the template writes it
+    assert PairTokenizer(named).fingerprint() != PairTokenizer(gemma_tokenizer()).fingerprint()
     assert PairTokenizer(byte_tokenizer()).fingerprint() == encoders[0].fingerprint()
 
 

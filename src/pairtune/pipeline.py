@@ -97,7 +97,9 @@ def resume(root: Path, console: Console) -> RunFolder | None:
         return run
     config = resolve(run.config, {"out": root}).config
     base, data, processes, console = _open(config, console, run)
-    if data.record["splits"] != run.read_json(run.data)["splits"]:
+    before = run.read_json(run.data)
+    # The example tells whether pairs are still rendered as they were.
+    if any(data.record[name] != before.get(name, data.record[name]) for name in ("splits", "example")):
         raise BadInput(f"{run.data}: the pairs have changed since; start a new run")
     if processes.first:
         run.forget_half_written()
@@ -242,6 +244,8 @@ def _prepare(config: RunConfig, base: LoadedBase, console: Console) -> PreparedD
             console.print(f"{source['source']}: {rows} of {source['rows_in']} rows dropped: {reason}", highlight=False)
         if source["shortened"]:
             console.print(f"{source['source']}: {source['shortened']} prompts lost their oldest turns", highlight=False)
+    for warning in data.record["template_warnings"]:
+        console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
     return data
 
 

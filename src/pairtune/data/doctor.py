@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from pairtune.chat_templates import special_tokens
 from pairtune.data.pairs import BadRow, LeftOut
 from pairtune.data.reading import Reading, describe_fault
 from pairtune.data.sources import SourceRow
@@ -57,8 +58,8 @@ def inspect_source(
         for (row, _), result, used in zip(batch, whole, encoder.fit(whole), strict=True):
             seen.take(row, result, used)
         progress(seen.rows)
-    record = {"source": reading.source.name, "format": reading.format, "max_length": max_length}
-    record |= seen.summary(tokenizer)
+    record: dict[str, Any] = {"source": reading.source.name, "format": reading.format, "max_length": max_length}
+    record |= {**seen.summary(tokenizer), "template_warnings": encoder.warnings}
     findings = list(_findings(record))
     levels = {finding["level"] for finding in findings}
     verdict = "not usable" if "error" in levels else "ok with warnings" if "warning" in levels else "ok"
@@ -66,7 +67,7 @@ def inspect_source(
 
 
 def _special_tokens(tokenizer: Any) -> re.Pattern[str]:
-    tokens = sorted({token for token in tokenizer.all_special_tokens if len(token) > 1}, key=len, reverse=True)
+    tokens = sorted((token for token in special_tokens(tokenizer) if len(token) > 1), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
 
@@ -191,6 +192,7 @@ def _findings(record: dict[str, Any]) -> Iterator[dict[str, str]]:
         yield finding("note", f"rows that hold no usable preference are left out: {what}")
     if not kept:
         return
+    yield from (finding("warning", message) for message in record["template_warnings"])
     if kept < FEW_PAIRS:
         yield finding("warning", f"{kept} pairs are few: what a tuned model gains on them will hardly show")
     if record["conflicts"]:

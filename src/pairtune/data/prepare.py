@@ -31,7 +31,7 @@ from pairtune.runs import fill_folder, fingerprint, forget_oldest, mark_used, re
 SPLITS = ("train", "validation", "test")
 TRAIN, VALIDATION, TEST = range(3)
 
-_CACHE_FORMAT = "2"
+_CACHE_FORMAT = "3"
 _CACHE_BYTES = 4 << 30
 _RECORD, _PAIRS, _ROWS = "data.json", "pairs.arrow", "splits.npz"
 _PROMPTS = "prompts of "
@@ -296,7 +296,10 @@ class _Preparation:
 
     def _raise_empty(self, split: str, counts: list[RowCount]) -> None:
         dropped: Counter[str] = sum((count.dropped for count in counts if count.split == split), Counter())
-        reasons = ", ".join(f"{rows} {reason}" for reason, rows in dropped.items()) or "it is empty"
+        drawn = sum(each.share.split is None for each in self.kept)
+        one_group = split != SPLITS[TRAIN] and drawn > 1
+        nothing = "system messages aside, all prompts belong together" if one_group else "it is empty"
+        reasons = ", ".join(f"{rows} {reason}" for reason, rows in dropped.items()) or nothing
         named = [count.source for count in counts if count.split == split] or [share.name for share in self.shares]
         raise BadInput(f"{', '.join(named)}: no pair is left for {split} ({reasons}); give more or other rows")
 
@@ -310,5 +313,6 @@ class _Preparation:
             },
             "max_length": self.config.max_length,
             "split_seed": self.config.seed,
+            "template_warnings": self.encoder.warnings,
             "example": self.example,
         }

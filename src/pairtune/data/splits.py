@@ -2,13 +2,18 @@
 
 Two prompts belong together when they are the same but for case and white space, when one conversation begins with the
 other, or when they are nearly the same: the estimated Jaccard similarity of their three-word shingles is 0.8 or more
-(MinHash; Broder 1997, "On the resemblance and containment of documents"). What belongs together never stands in two
-splits.
+(MinHash; Broder 1997, "On the resemblance and containment of documents"). In scripts that are written without spaces a
+character takes the place of a word. What belongs together never stands in two splits.
+
+System messages have no part in the similarity: a long one that all rows share would make all of them near. So the same
+question under two system messages is near, which is the safe side. A long text that all user turns share, such as an
+instruction with its examples, does make short questions near: a sketch is made before the other prompts are known.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -24,6 +29,15 @@ _PERMUTATIONS = 128
 _BANDS = 32
 _SHINGLE = 3
 
+# Written without spaces, so that only a dictionary could tell words: Thai, Lao, Tibetan, Myanmar, Khmer, the Tai
+# scripts, Balinese, Javanese; kana and bopomofo; Han. Korean has spaces.
+_UNSPACED = (
+    "\u0e00-\u109f\u1780-\u17ff\u1950-\u1aaf\u1b00-\u1b7f\ua980-\ua9ff\uaa60-\uaadf"
+    "\u3041-\u312f\u31a0-\u31bf\u31f0-\u31ff\uff66-\uff9f"
+    "\u2e80-\u2fdf\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+_HAS_UNSPACED, _UNITS = re.compile(f"[{_UNSPACED}]"), re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -32,7 +46,7 @@ class Prompt:
     Attributes:
         whole: hashes of the prompt, as it was read and, where it lost its oldest turns, as it is used.
         begun: hashes of the shorter conversations that it begins with.
-        sketch: MinHash of its words.
+        sketch: MinHash of what user and assistant say in it.
     """
 
     whole: tuple[int, ...]
@@ -50,14 +64,22 @@ class Prompt:
                 if turn["role"] == "user" and number < len(turns):
                     begun.append(int.from_bytes(digest.digest()))
             whole.append(int.from_bytes(digest.digest()))
-        words = " ".join(_words(turn) for turn in prompts[0]).split()
+        said = [turn for turn in prompts[0] if turn["role"] != "system"]
+        units = _units(said) or _units(prompts[0])
         sketch = RMinHash(num_perm=_PERMUTATIONS, seed=1)
-        sketch.update([" ".join(words[at : at + _SHINGLE]) for at in range(max(1, len(words) - _SHINGLE + 1))])
+        sketch.update([" ".join(units[at : at + _SHINGLE]) for at in range(max(1, len(units) - _SHINGLE + 1))])
         return cls(tuple(whole), tuple(begun), sketch)
 
 
 def _words(turn: Message) -> str:
     return " ".join(turn["content"].casefold().split())
+
+
+def _units(turns: Sequence[Message]) -> list[str]:
+    """What shingles are made of: words, and characters of scripts that are written without spaces."""
+    text = " ".join(_words(turn) for turn in turns)
+    unspaced = not text.isascii() and _HAS_UNSPACED.search(text)
+    return _UNITS.findall(text) if unspaced else text.split()
 
 
 def prompt_key(turns: Sequence[Message]) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from pairtune.chat_templates import answer_end, leaves_out_bos
 from pairtune.data.pairs import BadRow, LeftOut, Message, PreferencePair
 from pairtune.errors import BadInput, one_line
 from pairtune.runs import fingerprint
@@ -65,6 +66,17 @@ class PairTokenizer:
         # No text of this many characters fits. Four: what a normaliser may at most make of one character.
         self._hopeless = 4 * max_length * max(map(len, tokenizer.get_vocab())) if max_length else None
 
+    @property
+    def warnings(self) -> list[str]:
+        """What a person should know about the tokenizer and its template."""
+        if not self.template.bos_left_out:
+            return []
+        return [
+            f"the tokenizer begins plain text with {self.tokenizer.bos_token}, but the model's chat template does not "
+            "write it, so that conversations are without it, in training (as with TRL) and afterwards; if the model "
+            "was made with it, put {{ bos_token }} at the beginning of its template"
+        ]
+
     def encode(self, pairs: Sequence[PreferencePair]) -> list[TokenizedPair | BadRow]:
         """Tokenize pairs; a pair that the template refuses, or that cannot be made to fit, is a `BadRow` in its place.
 
@@ -108,8 +120,10 @@ class PairTokenizer:
         rules = (
             tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(sorted(tokenizer.get_vocab().items()))
         )
-        settings = (type(tokenizer).__name__, tokenizer.chat_template, tokenizer.eos_token, self.max_length)
-        return fingerprint([rules, *map(str, settings)])
+        roles = sorted(tokenizer.special_tokens_map.items())  # templates may write any of them
+        return fingerprint(
+            [rules, *map(str, (type(tokenizer).__name__, tokenizer.chat_template, roles, self.max_length))]
+        )
 
     def _fits(self, result: TokenizedPair | BadRow) -> bool:
         return isinstance(result, BadRow) or self.max_length is None or result.length <= self.max_length
@@ -156,17 +170,16 @@ class _Template:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         question: Message = {"role": "user", "content": "question"}
-        answer: Message = {"role": "assistant", "content": "answer"}
         try:
             alone, opened = (self._render([[question]], header=header)[0] for header in (False, True))
-            behind = self._render([[question, answer]])[0].rpartition("answer")[2]
+            # An answer whose end the template does not mark would teach the model never to end.
+            self.end = [] if answer_end(tokenizer) else [tokenizer.eos_token_id]
+            self.bos_left_out = leaves_out_bos(tokenizer)
         except TemplateError as error:
             raise BadInput(f"--model: its chat template cannot render a question ({one_line(error)})") from error
         self.header = opened.removeprefix(alone)  # what opens an answer, in ChatML "<|im_start|>assistant\n"
         self.quick = self._opens_with_special(self.header)
         self.header_ids = self._ids([self.header])[0] if self.quick else []
-        # An answer whose end the template does not mark would teach the model never to end.
-        self.end = [] if any(token in behind for token in tokenizer.all_special_tokens) else [tokenizer.eos_token_id]
         self.checked = 0
 
     def encode(self, pairs: Sequence[PreferencePair]) -> list[TokenizedPair]:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, TextIteratorStreamer
 
+from pairtune.chat_templates import end_token
+
 # Turns with `role` and `content`.
 Conversation = Sequence[Mapping[str, object]]
 
@@ -54,10 +56,14 @@ class Sampling:
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
-    """Ids that end an answer: the tokenizer's end token and those that the model's generation config names."""
+    """Ids that end an answer: the chat template's and the tokenizer's end token, and what the generation config names.
+
+    A model that was tuned by a template ends its answers as the template does, whatever its base's config says.
+    """
     configured = getattr(model.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
-    return {token for token in [*ids, tokenizer.eos_token_id] if token is not None}
+    own = tokenizer.convert_tokens_to_ids(end_token(tokenizer))
+    return {token for token in [*ids, own, tokenizer.eos_token_id] if token is not None}
 
 
 def generate_answers(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import logging as transformers_logging
 
+from pairtune.chat_templates import adds_bos
 from pairtune.config import resolve
 from pairtune.errors import BadInput, one_line
 from pairtune.models.resolve import ModelSource, resolve_model
@@ -26,7 +27,8 @@ transformers_logging.disable_progress_bar()  # our own live view says what is go
 
 
 # For models that were never tuned to chat. Plain words, since such a model has no tokens for turns; the end token
-# closes an answer, and tuning teaches that. It is saved with the tuned model's tokenizer.
+# closes an answer, and tuning teaches that. Where the tokenizer begins plain text with BOS, so that the model has never
+# seen text without, the template gets BOS at its beginning. It is saved with the tuned model's tokenizer.
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
@@ -66,11 +68,17 @@ def open_base(name: str, dtype: str = "auto") -> LoadedBase:
 def open_base_of(run: RunFolder) -> LoadedBase:
     """A run's base in the type in which the run had it: what was chosen for the run is not chosen again.
 
+    Nor is the default template, where the run has got so far that its tokenizer lies beside its weights: what was tuned
+    under an older one goes on under that.
+
     Raises:
         BadInput: the model cannot be had or used.
     """
     config = resolve(run.config, {}).config
-    return open_base(config.model, run.choices().get("dtype", config.dtype))
+    base = open_base(config.model, run.choices().get("dtype", config.dtype))
+    if not (run.best / "tokenizer_config.json").is_file():
+        return base
+    return replace(base, tokenizer=load_tokenizer(run.best))
 
 
 def pick_device() -> torch.device:
@@ -126,7 +134,7 @@ def load_tokenizer(source: ModelSource | Path) -> Any:
     if tokenizer.eos_token is None:
         raise BadInput(f"--model {_typed(source)}: the tokenizer has no end token, so that answers could not end")
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = DEFAULT_TEMPLATE
+        tokenizer.chat_template = ("{{ bos_token }}" if adds_bos(tokenizer) else "") + DEFAULT_TEMPLATE
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

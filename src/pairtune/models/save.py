@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pairtune.models.generate import end_tokens
 from pairtune.runs import fill_folder, saved_fingerprint
 
 
@@ -18,6 +19,7 @@ def save_best(model: PreTrainedModel | PeftModel, tokenizer: Any, folder: Path, 
     """Write a model (an adapter alone, where there is one) with its tokenizer, replacing what was in `folder`.
 
     `base_name` is written into the adapter's config, so that `AutoPeftModelForCausalLM.from_pretrained` finds the base.
+    A full model's generation config gets all tokens that end its answers: they end in other tools as they do here.
 
     Returns:
         The fingerprint of the weights written, see `saved_fingerprint`.
@@ -27,6 +29,9 @@ def save_best(model: PreTrainedModel | PeftModel, tokenizer: Any, folder: Path, 
         if isinstance(model, PeftModel):
             for adapter in model.peft_config.values():
                 adapter.base_model_name_or_path = base_name
+        else:
+            ends = sorted(end_tokens(model, tokenizer))
+            model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
         model.save_pretrained(target, safe_serialization=True)
         tokenizer.save_pretrained(target)
         (target / "README.md").unlink(missing_ok=True)  # PEFT's card is an unfilled form; ours is made from the run

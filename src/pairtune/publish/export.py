@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 
+from pairtune.chat_templates import end_token
 from pairtune.errors import BadInput, RunFailed
 from pairtune.models.generate import Conversation, Sampling, generate_answers
 from pairtune.models.gguf import read_gguf
@@ -191,9 +192,10 @@ def _ids(tokenizer: Any, prompt: Conversation) -> list[int]:
 
 @torch.inference_mode()
 def _logps(model: Any, tokenizer: Any, prompt: Conversation, answer: str) -> torch.Tensor:
-    """Log-probs of an answer's tokens, the end token last."""
+    """Log-probs of an answer's tokens, the one that ends it last."""
     asked = _ids(tokenizer, prompt)
-    answered = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    end: int = tokenizer.convert_tokens_to_ids(end_token(tokenizer))
+    answered = [*tokenizer(answer, add_special_tokens=False)["input_ids"], end]
     row = torch.tensor([asked + answered], device=model.device)
     logps = model(row).logits[0, len(asked) - 1 : -1].float().log_softmax(-1)
     picked: torch.Tensor = logps.gather(1, row[0, len(asked) :, None])[:, 0].cpu()

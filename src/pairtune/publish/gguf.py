@@ -19,9 +19,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from pairtune.chat_templates import adds_bos, end_token, leaves_out_bos
 from pairtune.errors import BadInput
 from pairtune.models.generate import end_tokens
-from pairtune.publish.modelfile import adds_bos, modelfile
+from pairtune.publish.modelfile import modelfile
 
 Quantisation = Literal["f16", "q8_0", "q4_1"]
 # q4_1 is the four-bit type nearest to llama.cpp's Q4_K_M (5.0 and 4.8 bits a weight) that the package can write.
@@ -163,9 +164,11 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, config: Any, ends: l
     for special in _SPECIAL:
         if (known := getattr(tokenizer, f"{special}_token_id", None)) is not None:
             getattr(writer, f"add_{special}_token_id")(known)
-    if others := [end for end in ends if end != tokenizer.eos_token_id]:
+    own = tokenizer.convert_tokens_to_ids(end_token(tokenizer))
+    if others := [end for end in (own, *ends) if end != tokenizer.eos_token_id]:
         writer.add_eot_token_id(others[0])
-    writer.add_add_bos_token(adds_bos(tokenizer))
+    # Where the template leaves BOS out, the model was tuned without, and llama.cpp is not to put it before prompts.
+    writer.add_add_bos_token(adds_bos(tokenizer) and not leaves_out_bos(tokenizer))
     writer.add_chat_template(tokenizer.chat_template)
 
 

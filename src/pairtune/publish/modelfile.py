@@ -8,6 +8,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from pairtune.chat_templates import adds_bos, end_token
+
 # What no template writes of itself.
 _SYSTEM, _USER, _ANSWER, _NEXT = "<<system>>", "<<user>>", "<<answer>>", "<<next>>"
 
@@ -30,8 +32,9 @@ class Pieces:
 
 
 def modelfile(weights: str, tokenizer: Any) -> str:
-    """The file's text: weights, stop text, and the template where it can be said in Ollama's language."""
-    lines = [f"FROM ./{weights}", f"PARAMETER stop {json.dumps(tokenizer.eos_token, ensure_ascii=False)}"]
+    """The file's text: weights, stop texts, and the template where it can be said in Ollama's language."""
+    ends = dict.fromkeys([end_token(tokenizer), tokenizer.eos_token])
+    lines = [f"FROM ./{weights}", *(f"PARAMETER stop {json.dumps(end, ensure_ascii=False)}" for end in ends)]
     if (pieces := template_pieces(tokenizer)) is None:
         lines.append("# The chat template cannot be said in this language. Ollama goes by the weights' own.")
         return "\n".join(lines) + "\n"
@@ -64,7 +67,7 @@ def template_pieces(tokenizer: Any) -> Pieces | None:
         alone, _ = plain.split(_USER)
     except (TemplateError, ValueError):
         return None  # it has no system messages, or writes a message twice
-    end = tokenizer.eos_token
+    end = end_token(tokenizer)
     if not between.startswith(end):
         return None
     asked = between.removeprefix(end).lstrip()
@@ -84,12 +87,6 @@ def _render(tokenizer: Any, turns: list[tuple[str, str]]) -> str:
     messages = [{"role": role, "content": content} for role, content in turns]
     text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return text.removeprefix(tokenizer.bos_token) if adds_bos(tokenizer) else text  # llama.cpp puts it there
-
-
-def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer begins every text with its first token, of itself."""
-    ids = tokenizer("a")["input_ids"]
-    return tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
 
 
 def _assemble(pieces: Pieces, system: str, rounds: list[tuple[str, str]]) -> str:
