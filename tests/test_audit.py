@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
@@ -10,17 +11,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import SHARED
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from pairtune.errors import BadInput
 from pairtune.evaluate.audit.check import RULES, audit
-from pairtune.evaluate.audit.evidence import TrialLog
+from pairtune.evaluate.audit.evidence import Evidence, TrialLog
 from pairtune.evaluate.audit.foreign import with_options
 from pairtune.evaluate.audit.read import read_evidence
-from pairtune.report.findings import audit_markdown
+from pairtune.report.findings import audit_markdown, render_audit
 
 BASE = {"chosen": -120.0, "rejected": -140.0}
 
@@ -347,3 +350,141 @@ def test_the_audit_needs_no_torch():
     code = f"import sys, {rooms}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def log(*steps, name="one", evaluations=(), **more):
+    return TrialLog(name, 1e-5, 0.1, steps=list(steps), evaluations=list(evaluations), **more)
+
+
+def verdicts(*trials, kind="trainer_state.json"):
+    record = audit(Evidence(Path("log"), kind, list(trials)))
+    return {finding["rule"] for finding in record["findings"]}, set(record["passed"]), record["not_checked"]
+
+
+def rewards(step, chosen, rejected, **more):
+    return {"step": step, "rewards/chosen": chosen, "rewards/rejected": rejected, **more}
+
+
+def test_losses_without_a_reference_are_not_accused_of_their_start():
+    """CPO, SimPO and ORPO log beta times the log-probs themselves: -8 and -9 before anything was learned."""
+    steps = [
+        {"step": n, "loss": 0.9, "logps/chosen": -80.0 - n, "logps/rejected": -90.0 - 2 * n}
+        | {"rewards/chosen": -8.0 - n / 10, "rewards/rejected": -9.0 - n / 5}
+        for n in range(1, 5)
+    ]
+    found, passed, missing = verdicts(log(*steps, evaluations=[{**step, "epoch": step["step"]} for step in steps]))
+    assert found.isdisjoint({"start-not-base", "trials-continue", "beta-mislabelled", "no-effect", "chosen-collapse"})
+    assert "start-not-base" not in passed
+    assert "this loss has none" in missing["start-not-base"]
+    with_reference = [{**step, "logps/chosen": -50.0} for step in steps]
+    assert "start-not-base" in verdicts(log(*with_reference))[0]
+
+
+def test_a_first_row_at_step_ten_far_from_the_base_is_found():
+    """Rewards of +3 and -4 in the mean of ten steps, and no further later, did not come from 0 in between."""
+    later = [rewards(20, 3.05, -4.1), rewards(30, 3.0, -4.0)]
+    found, passed, _ = verdicts(log(rewards(10, 3.0, -4.0), *later))
+    assert "start-not-base" in found
+    assert "start-not-base" in verdicts(log(rewards(10, 3.0, -4.0)))[0]
+    found, passed, missing = verdicts(log(rewards(10, 0.02, -0.03), rewards(20, 0.1, -0.2)))
+    assert "start-not-base" not in found | passed
+    assert "the first row is the mean of steps 1 to 10" in missing["start-not-base"]
+
+
+def test_a_first_mean_that_leaves_no_room_for_ln_2_is_found():
+    """Ten losses of which the first is ln 2 have a mean of at least 0.069."""
+    assert "start-not-base" in verdicts(log(rewards(10, 0.5, -0.5, loss=0.05), rewards(20, 0.9, -0.9, loss=0.04)))[0]
+    assert "start-not-base" not in verdicts(log(rewards(10, 0.5, -0.5, loss=0.07), rewards(20, 0.9, -0.9, loss=0.0)))[0]
+
+
+@pytest.mark.parametrize("every", [10, 20, 25])
+@pytest.mark.parametrize("pace", [0.002, 0.02, 0.2, 1.0, 3.0])
+def test_sound_logs_of_every_pace_are_not_accused(every, pace):
+    """Rewards that grow from 0 straight, saturating, or after a warm-up, with the noise of small batches."""
+    generator = np.random.default_rng(int(1000 * pace) + every)
+    steps = np.arange(200)
+    for shape in (steps, 40 * (1 - np.exp(-steps / 8)), 3 * (1 - np.exp(-steps / 3)), np.maximum(0, steps - 20)):
+        chosen, rejected = (
+            (sign * pace * shape + generator.normal(0, 0.1 * pace, 200) * (steps > 0)) for sign in (0.7, -1.0)
+        )
+        loss = np.logaddexp(0, -(chosen - rejected))
+        rows = [
+            rewards(at + every, *(float(each[at : at + every].mean()) for each in (chosen, rejected)))
+            | {"loss": float(loss[at : at + every].mean())}
+            for at in range(0, 200, every)
+        ]
+        assert "start-not-base" not in verdicts(log(*rows))[0]
+
+
+def test_no_rule_passes_what_it_has_not_seen():
+    """Evidence of nothing, of single numbers, and of this project's own kind without any file: nothing is passed."""
+    nothing = {"loss": math.nan}
+    for trials in ([], [log()], [log(nothing)], [log(evaluations=[nothing]), log(evaluations=[nothing], name="two")]):
+        _, passed, missing = verdicts(*trials)
+        assert not passed - {"nan-as-zero"}
+        assert all(missing.values())
+
+
+INPUTS = ("loss", "grad_norm", "rewards", "logps", "accuracies", "examples", "eval_rows", "beta")
+
+
+@pytest.mark.parametrize("removed", INPUTS)
+def test_what_a_rule_needs_is_what_it_says(removed):
+    """Two full logs: most rules pass or find; without one of the inputs those that need it say so."""
+    generator = np.random.default_rng(3)
+
+    def one(name, beta):
+        def row(n):
+            return {"step": n, "epoch": n / 10, "loss": 0.7 - n / 200, "grad_norm": 0.5, "logps/chosen": -80 + n / 2}
+
+        def full(n):
+            up, down = beta * n / 2, -beta * n / 2
+            more = {"rewards/chosen": up, "rewards/rejected": down, "rewards/margins": up - down}
+            return row(n) | more | {"logps/rejected": -90 - n / 2, "rewards/accuracies": 0.75}
+
+        tokens = {f"tokens/{answer}": generator.integers(5, 50, 40).astype(float) for answer in ("chosen", "rejected")}
+        examples = tokens | {"rewards/accuracies": np.tile([1.0, 1.0, 1.0, 0.0], 10)}
+        made = log(*map(full, range(1, 30)), name=name, evaluations=[full(0), *map(full, (10, 20))])
+        made.steps[0] |= {f"rewards/{answer}": 0.0 for answer in ("chosen", "rejected", "margins")}
+        made.beta, made.eval_rows, made.examples = beta, 40, examples
+        made.best_epoch = 2.0
+        return made
+
+    def without(trial):
+        for rows in (trial.steps, trial.evaluations):
+            rows[:] = [{key: value for key, value in row.items() if removed not in key} for row in rows]
+        if removed == "examples":
+            trial.examples = {}
+        if removed in ("eval_rows", "beta"):
+            setattr(trial, removed, None)
+        return trial
+
+    whole = verdicts(one("one", 0.1), one("two", 0.2))
+    needing = {
+        "loss": {"overfit", "train-loss-zero"},
+        "grad_norm": {"always-clipped"},
+        "rewards": {"start-not-base", "no-effect", "chosen-collapse", "only-rejected-falls", "below-chance"},
+        "logps": {"beta-mislabelled", "chosen-collapse", "trials-continue"},
+        "accuracies": {"accuracy-impossible", "below-chance", "few-rows", "winner-unsettled"},
+        "examples": {"length-bias"},
+        "eval_rows": {"accuracy-impossible", "below-chance"},
+        "beta": {"beta-mislabelled"},
+    }[removed]
+    assert needing.isdisjoint(whole[2]), "with everything they can look"
+    found, passed, missing = verdicts(without(one("one", 0.1)), without(one("two", 0.2)))
+    assert needing <= missing.keys() | found
+    assert needing.isdisjoint(passed)
+
+
+def test_what_a_rule_saw_of_some_trials_only_is_said():
+    seen = log(*(rewards(n, 0.0, 0.0, grad_norm=0.5) for n in range(1, 30)), name="seen")
+    record = audit(Evidence(Path("log"), "CSV", [seen, log(rewards(1, 0.0, 0.0), name="unseen")]))
+    assert "always-clipped" in record["passed"]
+    assert record["partly_checked"]["always-clipped"] == {"unseen": "gradient norms of 20 steps"}
+    assert "partly checked: always-clipped (unseen lacks gradient norms of 20 steps)" in shown(record)
+
+
+def shown(record):
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(render_audit(record))
+    return console.export_text()

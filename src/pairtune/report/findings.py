@@ -45,9 +45,16 @@ def _parts(audit: dict[str, Any]) -> Iterator[RenderableType]:
         yield Text()
     if audit["passed"]:
         yield Text(f"passed: {', '.join(audit['passed'])}", style="green")
+    for rule, trials in audit.get("partly_checked", {}).items():
+        yield Text(f"partly checked: {rule} ({_partly(trials)})", style="dim")
     for rule, missing in audit["not_checked"].items():
         yield Text(f"not checked: {rule} (the evidence lacks {missing})", style="dim")
     yield Text(f"verdict: {audit['verdict']}", style=_STYLES.get(audit["verdict"], "bold green"))
+
+
+def _partly(trials: dict[str, str]) -> str:
+    """Which trials a rule could not look at, and what they lack."""
+    return "; ".join(f"{name} lacks {missing}" for name, missing in trials.items())
 
 
 def _indented(text: str, style: str = "") -> RenderableType:
@@ -73,6 +80,8 @@ def audit_markdown(audit: dict[str, Any]) -> str:
         lines += [f"- {_line(finding, title=False)}" for finding in findings]
         lines += ["", first["explanation"], "", f"**What to do:** {first['advice']}", ""]
     lines += [f"Passed: {', '.join(audit['passed']) or 'nothing'}.", ""]
+    if partly := audit.get("partly_checked"):
+        lines += ["Partly checked:", "", *(f"- {rule}: {_partly(trials)}" for rule, trials in partly.items()), ""]
     if audit["not_checked"]:
         lines += ["Not checked:", ""]
         lines += [f"- {rule}: the evidence lacks {missing}" for rule, missing in audit["not_checked"].items()]

@@ -23,11 +23,13 @@ def audit(evidence: Evidence) -> dict[str, Any]:
 
     Returns:
         `source`, `kind`, `trials` (names), `findings` (see `Finding`), `passed` (ids of rules that looked and found
-        nothing), `not_checked` (what a rule lacked, by its id), and `verdict`: the worst level found, or "clean".
+        nothing), `not_checked` (what a rule lacked, by its id), `partly_checked` (of rules that passed, what they
+        lacked, by trial), and `verdict`: the worst level found, or "clean".
     """
     findings = find(evidence)
-    lacking = {rule.id: missing for rule in RULES if (missing := rule.needs(evidence))}
     hit = {finding.rule for finding in findings}
+    unseen = {rule.id: rule.unseen(evidence) for rule in RULES if rule.id not in hit}
+    lacking = {name: missing for name, (missing, _) in unseen.items() if missing}
     worst = [level for level in LEVELS if any(finding.level == level for finding in findings)]
     return {
         "source": str(evidence.source),
@@ -36,6 +38,7 @@ def audit(evidence: Evidence) -> dict[str, Any]:
         "findings": [finding.as_dict() for finding in findings],
         "passed": [rule.id for rule in RULES if rule.id not in hit and rule.id not in lacking],
         "not_checked": lacking,
+        "partly_checked": {name: trials for name, (missing, trials) in unseen.items() if trials and not missing},
         "verdict": worst[0] if worst else "clean",
     }
 

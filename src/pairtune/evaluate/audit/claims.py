@@ -67,18 +67,18 @@ def _accuracy(trial: TrialLog) -> float:
 def _ranked_across_betas(evidence: Evidence) -> Iterator[Hit]:
     if evidence.selection.get("rule") == "accuracy":
         return
-    judged = [
-        trial for trial in evidence.trials if trial.name in evidence.betas and trial.best and "loss" in trial.best
-    ]
+    judged = _ranked(evidence)
     betas = {round(evidence.betas[trial.name], 3) for trial in judged}
-    if len(betas) < 2:
+    scales = {(trial.loss, *sorted(trial.loss_settings.items())) for trial in judged}
+    if len(betas) < 2 and len(scales) < 2:
         return
+    others = "" if len(scales) < 2 else f"; {len(scales)} kinds of loss or settings of it"
     by_loss = sorted(judged, key=lambda trial: trial.best["loss"] if trial.best else math.inf)
     by_accuracy = sorted(judged, key=_accuracy, reverse=True)
     yield Hit(
         "note" if evidence.selection else "warning",
         tuple(trial.name for trial in judged),
-        f"betas {', '.join(f'{beta:g}' for beta in sorted(betas))}; by loss {_order(by_loss)}; by accuracy "
+        f"betas {', '.join(f'{beta:g}' for beta in sorted(betas))}{others}; by loss {_order(by_loss)}; by accuracy "
         f"{_order(by_accuracy)}",
     )
 
@@ -142,21 +142,33 @@ def _much_is_cut(evidence: Evidence) -> Iterator[Hit]:
             )
 
 
-def _no_accuracy(evidence: Evidence) -> str:
-    return "" if _by_rows(evidence) else "accuracies, or the number of validation rows"
+def _no_accuracy(trial: TrialLog, evidence: Evidence) -> str:
+    if not math.isfinite(_accuracy(trial)):
+        return "accuracies"
+    known = any(trial in trials for trials in _by_rows(evidence).values())
+    return "" if known else "the number of validation rows"
 
 
 def _no_betas(evidence: Evidence) -> str:
-    return "" if len(evidence.betas) > 1 else "two trials with a beta"
+    return "" if len(_ranked(evidence)) > 1 else "two trials with a beta and a loss"
+
+
+def _ranked(evidence: Evidence) -> list[TrialLog]:
+    """Trials whose loss and beta are known."""
+    known = (trial for trial in evidence.trials if trial.name in evidence.betas and trial.best)
+    return [trial for trial in known if math.isfinite((trial.best or {}).get("loss", math.nan))]
 
 
 def _no_comparison(evidence: Evidence) -> str:
-    known = evidence.selection or any(len(trials) > 1 for trials in _by_rows(evidence).values())
-    return "" if known else "two trials with accuracies, or the number of validation rows"
+    if evidence.selection:
+        return "" if evidence.selection.get("comparisons") else "two trials"
+    by_rows = _by_rows(evidence).values()
+    known = any(sum(math.isfinite(_accuracy(trial)) for trial in trials) > 1 for trials in by_rows)
+    return "" if known else "two trials with accuracies, and the number of validation rows"
 
 
-def _no_weights(evidence: Evidence) -> str:
-    known = any(trial.best_epoch is not None or trial.saved or trial.left for trial in evidence.trials)
+def _no_weights(trial: TrialLog, evidence: Evidence) -> str:
+    known = trial.best_epoch is not None or trial.saved or trial.left
     return "" if known else "which epoch was reported and which was saved"
 
 
@@ -165,7 +177,7 @@ def _no_prompts(evidence: Evidence) -> str:
 
 
 def _no_data(evidence: Evidence) -> str:
-    return "" if evidence.data else "an account of the rows"
+    return "" if any(source["rows_in"] for source in evidence.data.get("sources", [])) else "an account of the rows"
 
 
 RULES = (
@@ -175,12 +187,13 @@ RULES = (
         "An accuracy over a few rows is a matter of luck; the interval says how much.",
         f"Evaluate on {_FEW_ROWS} rows or more; thousands to tell trials apart that are alike.",
         _few_rows,
-        _no_accuracy,
+        lacks=_no_accuracy,
     ),
     Rule(
         "beta-ranking",
-        "Trials with different betas are ranked by their loss",
-        "Beta is a factor inside the loss, so the losses of two betas are on two scales: one model has two losses.",
+        "Trials whose losses are on different scales are ranked by them",
+        "Beta, the kind of loss and its settings are inside the loss, so two of them are two scales: one model has two "
+        "losses.",
         "Rank by accuracy (--select accuracy) or by what the models answer.",
         _ranked_across_betas,
         _no_betas,
@@ -199,7 +212,7 @@ RULES = (
         "The table names one epoch, the file holds another one.",
         "Save the weights while they are the ones just evaluated, and check their hash.",
         _other_weights,
-        _no_weights,
+        lacks=_no_weights,
     ),
     Rule(
         "split-overlap",

@@ -17,6 +17,9 @@ from pairtune.statistics import Numbers
 # A step or an evaluation: `epoch`, `step` where they are known, then metrics under TRL's names, without `eval_`.
 Row = Mapping[str, float]
 
+# The kind of evidence that this project's own runs are.
+RUN_FOLDER = "run folder"
+
 CHOSEN, REJECTED = "chosen", "rejected"
 ANSWERS = (CHOSEN, REJECTED)
 
@@ -35,6 +38,7 @@ class TrialLog:
         learning_rate: as labelled; None: not on record.
         beta: as labelled; None: not on record.
         loss: its kind, as labelled; TRL's default where nothing says otherwise.
+        loss_settings: what else is part of the loss's scale, by name, where it is on record.
         steps: training steps, in their order.
         evaluations: in their order, with `train_loss` where the same row had the training loss.
         eval_rows: pairs that an evaluation covers; None: not on record.
@@ -51,6 +55,7 @@ class TrialLog:
     learning_rate: float | None = None
     beta: float | None = None
     loss: str = "sigmoid"
+    loss_settings: dict[str, float] = field(default_factory=dict)
     steps: list[Row] = field(default_factory=list)
     evaluations: list[Row] = field(default_factory=list)
     eval_rows: int | None = None
@@ -77,6 +82,22 @@ class TrialLog:
     def series(self, metric: str) -> Numbers:
         """One metric of every evaluation; NaN where it is not on record."""
         return np.array([row.get(metric, math.nan) for row in self.evaluations], dtype=np.float64)
+
+    @property
+    def reference_free(self) -> bool:
+        """Whether rewards are beta times the log-probs themselves, as TRL's CPO, SimPO and ORPO log them."""
+        logged = (*self.evaluations, *self.steps[:_TELLING_STEPS])
+        rows = [row for row in logged if all(name in row for name in _REWARDS_AND_LOGPS)]
+        shares = [
+            row[f"rewards/{answer}"] / row[f"logps/{answer}"]
+            for row in rows
+            for answer in ANSWERS
+            if math.isfinite(row[f"rewards/{answer}"]) and row[f"logps/{answer}"]
+        ]
+        if len(shares) < len(ANSWERS):
+            return self.loss in _REFERENCE_FREE and not shares
+        middle = float(np.median(shares))
+        return middle > 0 and all(abs(share - middle) <= _SAME_SHARE * middle for share in shares)
 
     def implied_beta(self) -> tuple[float, float] | None:
         """Beta as rewards and log-probs have it: a reward is beta times the change of a log-prob.
@@ -108,7 +129,7 @@ class TrialLog:
     def base_logps(self, beta: float | None) -> dict[str, float]:
         """The base's mean log-probs as this trial implies them: log-prob minus reward over beta, of its evaluations."""
         implied: dict[str, float] = {}
-        if not beta:
+        if not beta or self.reference_free:
             return implied
         for answer in ANSWERS:
             values = self.series(f"logps/{answer}") - self.series(f"rewards/{answer}") / beta
@@ -116,6 +137,11 @@ class TrialLog:
                 implied[answer] = float(np.nanmedian(values))
         return implied
 
+
+_REWARDS_AND_LOGPS = tuple(f"{what}/{answer}" for what in ("rewards", "logps") for answer in ANSWERS)
+# Losses without a reference, as TRL's trainers and this project call them, and by how much one ratio may scatter.
+_TELLING_STEPS = 50
+_REFERENCE_FREE, _SAME_SHARE = frozenset({"simpo", "orpo", "cpo"}), 0.01
 
 # Rewards are printed with six decimals; a log-prob of a hundred nats is exact to this in float32.
 _REWARD_ROUNDING, _LOGP_ROUNDING = 5e-7, 1e-5

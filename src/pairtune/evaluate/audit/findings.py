@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from pairtune.evaluate.audit.evidence import Evidence
+from pairtune.evaluate.audit.evidence import Evidence, TrialLog
 
 Level = Literal["error", "warning", "note"]
 LEVELS: tuple[Level, ...] = ("error", "warning", "note")
@@ -36,8 +36,9 @@ class Rule:
         title: what it is, in a few words.
         explanation: why it matters, for someone who never met it.
         advice: what to do.
-        needs: says what is missing of the evidence, so that the rule could not look; empty: nothing.
         check: looks.
+        needs: says what is missing of the evidence, so that the rule could not look; empty: nothing.
+        lacks: says the same of a single trial.
         live: whether it is asked while trials run.
     """
 
@@ -46,8 +47,18 @@ class Rule:
     explanation: str
     advice: str
     check: Callable[[Evidence], Iterator[Hit]]
-    needs: Callable[[Evidence], str]
+    needs: Callable[[Evidence], str] = lambda evidence: ""
+    lacks: Callable[[TrialLog, Evidence], str] = lambda trial, evidence: ""
     live: bool = False
+
+    def unseen(self, evidence: Evidence) -> tuple[str, dict[str, str]]:
+        """What the rule could not look at: the reason where that is everything, and the reasons by trial."""
+        if missing := self.needs(evidence):
+            return missing, {}
+        by_trial = {trial.name: missing for trial in evidence.trials if (missing := self.lacks(trial, evidence))}
+        if len(by_trial) == len(evidence.trials):
+            return next(iter(by_trial.values()), "trials"), by_trial
+        return "", by_trial
 
 
 @dataclass(frozen=True)

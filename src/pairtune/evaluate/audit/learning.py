@@ -47,7 +47,7 @@ def _only_rejected_falls(evidence: Evidence) -> Iterator[Hit]:
 def _moved(trial: TrialLog, evidence: Evidence, answer: str) -> float | None:
     """Nats by which the mean log-prob of an answer has changed since the base, at the evaluation that counts."""
     beta, row = evidence.betas.get(trial.name), trial.best
-    if row is None or not beta or not math.isfinite(row.get(f"rewards/{answer}", math.nan)):
+    if row is None or not beta or trial.reference_free or not math.isfinite(row.get(f"rewards/{answer}", math.nan)):
         return None
     return row[f"rewards/{answer}"] / beta
 
@@ -153,25 +153,46 @@ def _below_chance(evidence: Evidence) -> Iterator[Hit]:
             )
 
 
-def _no_moves(evidence: Evidence) -> str:
-    known = any(_moved(trial, evidence, "chosen") is not None for trial in evidence.trials)
+def _no_moves(trial: TrialLog, evidence: Evidence) -> str:
+    if trial.reference_free:
+        return "rewards against a reference: this loss has none"
+    known = all(_moved(trial, evidence, answer) is not None for answer in ("chosen", "rejected"))
     return "" if known else "rewards and a beta"
 
 
-def _no_evaluations(evidence: Evidence) -> str:
-    return "" if any(len(trial.evaluations) > 1 for trial in evidence.trials) else "two evaluations of a trial"
+def _no_base(trial: TrialLog, evidence: Evidence) -> str:
+    known = "chosen" in trial.base_logps(evidence.betas.get(trial.name))
+    return _no_moves(trial, evidence) or ("" if known else "log-probs")
 
 
-def _no_lengths(evidence: Evidence) -> str:
-    return "" if any("tokens/chosen" in trial.examples for trial in evidence.trials) else "numbers of single pairs"
+def _no_evaluations(trial: TrialLog, evidence: Evidence) -> str:
+    losses = trial.series("loss")
+    return "" if len(losses) > 1 and all(map(math.isfinite, losses)) else "losses of two evaluations"
+
+
+def _no_lengths(trial: TrialLog, evidence: Evidence) -> str:
+    if not {"tokens/chosen", "tokens/rejected", "rewards/accuracies"} <= trial.examples.keys():
+        return "numbers of single pairs"
+    chosen, rejected = (trial.examples[f"tokens/{answer}"] for answer in ("chosen", "rejected"))
+    fewest = min(int((chosen > rejected).sum()), int((chosen < rejected).sum()))
+    if fewest >= _LENGTH_PAIRS:
+        return ""
+    return f"{_LENGTH_PAIRS} pairs with a longer and as many with a shorter chosen answer (here {fewest})"
 
 
 def _no_answers(evidence: Evidence) -> str:
     return "" if evidence.generations else "answers to held-out prompts"
 
 
-def _no_rows(evidence: Evidence) -> str:
-    return "" if any(trial.eval_rows for trial in evidence.trials) else "the number of validation rows"
+def _no_answers_of(trial: TrialLog, evidence: Evidence) -> str:
+    return "" if trial.name in evidence.generations.get("models", {}) else "its answers to held-out prompts"
+
+
+def _no_chance(trial: TrialLog, evidence: Evidence) -> str:
+    row = trial.best or {}
+    if not all(math.isfinite(row.get(f"rewards/{what}", math.nan)) for what in ("accuracies", "margins")):
+        return "accuracies and margins"
+    return "" if trial.eval_rows else "the number of validation rows"
 
 
 RULES = (
@@ -182,7 +203,7 @@ RULES = (
         "displacement, Razin et al. 2024). The probability that they lose goes to answers that nobody has seen.",
         "Add an SFT term (sft_weight 1), raise beta, lower the learning rate, or stop earlier.",
         _chosen_collapses,
-        _no_moves,
+        lacks=_no_base,
         live=True,
     ),
     Rule(
@@ -191,7 +212,7 @@ RULES = (
         "Chosen answers became less likely too. That is how DPO often works; it is not what its picture suggests.",
         "Look at the answers. Where they got worse, add an SFT term, or raise beta.",
         _only_rejected_falls,
-        _no_moves,
+        lacks=_no_moves,
     ),
     Rule(
         "overfit",
@@ -199,7 +220,7 @@ RULES = (
         "From some epoch on the model learns the training pairs by heart.",
         "Keep the better epoch; use fewer epochs, a lower learning rate, or more pairs.",
         _overfits,
-        _no_evaluations,
+        lacks=_no_evaluations,
         live=True,
     ),
     Rule(
@@ -209,7 +230,7 @@ RULES = (
         "may have learned the length alone.",
         'Compare with the baseline "the longer answer wins"; balance the pairs, or use sigmoid_norm or simpo.',
         _prefers_by_length,
-        _no_lengths,
+        lacks=_no_lengths,
     ),
     Rule(
         "length-drift",
@@ -217,7 +238,8 @@ RULES = (
         "Preferences are often preferences for a length. This may be what was wanted.",
         "Read a few answers side by side.",
         _answers_change_length,
-        _no_answers,
+        needs=_no_answers,
+        lacks=_no_answers_of,
     ),
     Rule(
         "answers-break",
@@ -225,7 +247,8 @@ RULES = (
         "A model can win on pairs that it is shown, and say nothing, repeat itself or never end when it is asked.",
         "Do not use this model; lower the learning rate, raise beta, or add an SFT term.",
         _answers_break,
-        _no_answers,
+        needs=_no_answers,
+        lacks=_no_answers_of,
     ),
     Rule(
         "below-chance",
@@ -233,6 +256,6 @@ RULES = (
         "An accuracy below one half that is no accident means that it learned the opposite.",
         "Look whether chosen and rejected are swapped, in training or in validation.",
         _below_chance,
-        _no_rows,
+        lacks=_no_chance,
     ),
 )

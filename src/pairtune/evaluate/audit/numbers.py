@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 
-from pairtune.evaluate.audit.evidence import Evidence, Row, TrialLog
+from pairtune.evaluate.audit.evidence import RUN_FOLDER, Evidence, Row, TrialLog
 from pairtune.evaluate.audit.findings import Hit, Rule
 
 LN_2 = math.log(2)
@@ -155,6 +155,8 @@ def _hides_nan(row: Row, trial: TrialLog) -> bool:
 
 def _no_effect(evidence: Evidence) -> Iterator[Hit]:
     for trial in evidence.trials:
+        if trial.reference_free:
+            continue
         row, beta = trial.evaluations[-1] if trial.evaluations else {}, evidence.betas.get(trial.name, 0.1)
         moved = [abs(row.get(f"rewards/{answer}", math.nan)) / beta for answer in ("chosen", "rejected")]
         if all(distance < _NO_EFFECT_NATS for distance in moved):
@@ -194,34 +196,39 @@ def _ended_badly(evidence: Evidence) -> Iterator[Hit]:
             yield Hit("warning", (trial.name,), trial.reason or "it failed")
 
 
-def _no_steps(evidence: Evidence) -> str:
-    return "" if any(trial.steps for trial in evidence.trials) else "training steps"
-
-
-def _no_accuracies(evidence: Evidence) -> str:
-    if not any(_accuracies(trial) for trial in evidence.trials):
+def _no_accuracies(trial: TrialLog, evidence: Evidence) -> str:
+    if not _accuracies(trial):
         return "accuracies"
-    known = all(trial.eval_rows for trial in evidence.trials) or any(_impossible_accuracy(evidence))
-    return "" if known else "the number of validation rows"
+    return "" if trial.eval_rows else "the number of validation rows"
 
 
-def _no_losses(evidence: Evidence) -> str:
-    known = any(
-        name in row
-        for trial in evidence.trials
-        for name, rows in (("loss", trial.steps[:1]), ("train_loss", trial.evaluations))
-        for row in rows
-    )
-    return "" if known else "training losses"
+def _no_losses(trial: TrialLog, evidence: Evidence) -> str:
+    if trial.loss not in SIGMOID_LIKE:
+        return f"a loss that is above 0 for every finite margin; {trial.loss} may be 0"
+    losses = [row.get("loss", math.nan) for row in trial.steps]
+    losses += [row.get("train_loss", math.nan) for row in trial.evaluations]
+    return "" if any(map(math.isfinite, losses)) else "training losses"
 
 
-def _no_rewards(evidence: Evidence) -> str:
-    known = any("rewards/chosen" in row for trial in evidence.trials for row in trial.evaluations)
+def _no_rows(trial: TrialLog, evidence: Evidence) -> str:
+    return "" if trial.steps or trial.evaluations else "logged rows"
+
+
+def _no_rewards(trial: TrialLog, evidence: Evidence) -> str:
+    if trial.reference_free:
+        return "rewards against a reference: this loss has none"
+    last = trial.evaluations[-1] if trial.evaluations else {}
+    known = all(math.isfinite(last.get(f"rewards/{answer}", math.nan)) for answer in ("chosen", "rejected"))
     return "" if known else "rewards of evaluations"
 
 
-def _nothing(evidence: Evidence) -> str:
-    return ""
+def _no_norms(trial: TrialLog, evidence: Evidence) -> str:
+    known = sum(math.isfinite(step.get("grad_norm", math.nan)) for step in trial.steps)
+    return "" if known >= _CLIPPED_STEPS else f"gradient norms of {_CLIPPED_STEPS} steps"
+
+
+def _no_ends(evidence: Evidence) -> str:
+    return "" if evidence.kind == RUN_FOLDER else "how the trials ended"
 
 
 RULES = (
@@ -232,7 +239,7 @@ RULES = (
         "smaller last batch count more than the others.",
         "Average over examples, not over batches, and say how many rows there are.",
         _impossible_accuracy,
-        _no_accuracies,
+        lacks=_no_accuracies,
     ),
     Rule(
         "train-loss-zero",
@@ -241,7 +248,7 @@ RULES = (
         "margins of 15 and more, or a NaN that the logger writes as 0.",
         "Look at gradient norms and margins of these steps; train on more rows, with a lower learning rate.",
         _zero_loss,
-        _no_losses,
+        lacks=_no_losses,
         live=True,
     ),
     Rule(
@@ -251,7 +258,7 @@ RULES = (
         "(logging_nan_inf_filter), which reads like success.",
         "Discard what came after the first NaN; lower the learning rate, or use float32 or bfloat16, not float16.",
         _not_a_number,
-        _nothing,
+        lacks=_no_rows,
         live=True,
     ),
     Rule(
@@ -260,7 +267,7 @@ RULES = (
         "Rewards near 0 and a loss of ln 2 are those of the base model: nothing was learned, or nothing was trained.",
         "Check that parameters require gradients and that the optimizer has them; else raise the learning rate.",
         _no_effect,
-        _no_rewards,
+        lacks=_no_rewards,
     ),
     Rule(
         "always-clipped",
@@ -269,7 +276,7 @@ RULES = (
         "large gradients count more than small ones.",
         "Nothing needs to be done; larger batches or a lower beta make gradients smaller.",
         _always_clipped,
-        _no_steps,
+        lacks=_no_norms,
     ),
     Rule(
         "trial-failed",
@@ -277,6 +284,6 @@ RULES = (
         "It has no part in the ranking, which is among the others.",
         "Read the reason; a lower learning rate is the usual remedy.",
         _ended_badly,
-        _nothing,
+        needs=_no_ends,
     ),
 )

@@ -10,10 +10,11 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pairtune.config import resolve
-from pairtune.evaluate.audit.evidence import Evidence, Row, TrialLog
+from pairtune.evaluate.audit.evidence import RUN_FOLDER, Evidence, Row, TrialLog
 from pairtune.runs import RunFolder, saved_fingerprint
 
 _EVALUATION = "eval_"
+_LOSS_SETTINGS = ("label_smoothing", "sft_weight", "simpo_gamma", "discopop_tau")
 
 
 def evidence_of_run(root: Path) -> Evidence:
@@ -33,7 +34,7 @@ def evidence_of_run(root: Path) -> Evidence:
     _compare_weights(run, logs, selection)
     return Evidence(
         source=root,
-        kind="run folder",
+        kind=RUN_FOLDER,
         trials=logs,
         selection=selection,
         data=data,
@@ -81,6 +82,7 @@ def _log(run: RunFolder, record: Mapping[str, Any], settings: Mapping[str, Mappi
         config.get("learning_rate"),
         config.get("beta"),
         config.get("loss", "sigmoid"),
+        {name: config[name] for name in _LOSS_SETTINGS if config.get(name) is not None},
         max_grad_norm=config.get("max_grad_norm", 1.0),
         status=record.get("status", "running"),
         reason=record.get("reason", ""),

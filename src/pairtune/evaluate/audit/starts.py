@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from pairtune.evaluate.audit.evidence import ANSWERS, BETA_SHARE, SAME_BASE_NATS, Evidence, TrialLog
+from pairtune.evaluate.audit.evidence import ANSWERS, BETA_SHARE, SAME_BASE_NATS, Evidence, Row, TrialLog
 from pairtune.evaluate.audit.findings import Hit, Rule
 
 # Nats that a mean log-prob may be off at the first step: rounding in bfloat16 is a few tenths for a single answer.
 _START_NATS = 1.0
+# Where the first row is a mean of several steps: how far its loss may be below the least that a start at the base
+# leaves, for rounding; rewards so many times further than rounding are far; and so much of what comes after them they
+# may be. Of ten steps that jump to their end at once, nine are there.
+_LEAST_SHARE = 0.95
+_LATE_ROOMS, _LATE_SHARE, _LATE_ROWS = 10.0, 0.95, 3
 # A first epoch that leads so much further from the base than another trial's at the same learning rate began elsewhere;
 # beta hardly changes how far AdamW goes.
 _FURTHER, _FAR_NATS = 2.5, 5.0
@@ -21,8 +26,10 @@ def _not_at_base(evidence: Evidence) -> Iterator[Hit]:
     continued = {after.name: before.name for before, after in _continued(evidence)}
     clean: list[TrialLog] = []
     for trial in evidence.trials:
-        if found := _first_step(trial, evidence):
+        if found := _first_step(trial, evidence) or _no_room_for_the_base(trial):
             yield Hit("error", (trial.name,), found)
+        elif found := _does_not_grow(trial, evidence):
+            yield Hit("warning", (trial.name,), found)
         elif trial.name in continued:
             yield Hit("error", (trial.name,), _elsewhere(trial, continued[trial.name], evidence))
         elif found := _too_far(trial, clean, evidence):
@@ -40,7 +47,7 @@ def _at_base(trial: TrialLog, evidence: Evidence) -> bool:
 
 def _first_rewards(trial: TrialLog) -> dict[str, float]:
     """The rewards of the first step, where that is on record."""
-    first = trial.steps[0] if trial.steps else {}
+    first = trial.steps[0] if trial.steps and not trial.reference_free else {}
     rewards = {answer: first.get(f"rewards/{answer}", math.nan) for answer in ANSWERS}
     return rewards if first.get("step") == 1 and all(map(math.isfinite, rewards.values())) else {}
 
@@ -56,6 +63,47 @@ def _first_step(trial: TrialLog, evidence: Evidence) -> str:
         return ""
     shown = " and ".join(f"{answer} {reward:+.4f}" for answer, reward in far.items())
     return f"the rewards of its first step, taken before any update, are {shown} instead of 0"
+
+
+def _late(trial: TrialLog) -> Row | None:
+    """The first row of a log that begins after the first step and averages all steps up to then."""
+    first = trial.steps[0] if trial.steps and not trial.reference_free else {}
+    return first if first.get("step", 0) > 1 else None
+
+
+def _no_room_for_the_base(trial: TrialLog) -> str:
+    """A start at the base puts ln 2 into the first mean, and losses are never negative."""
+    row = _late(trial)
+    if row is None or trial.loss != "sigmoid" or not math.isfinite(row.get("loss", math.nan)):
+        return ""
+    least = math.log(2) / row["step"]
+    if row["loss"] >= _LEAST_SHARE * least:
+        return ""
+    return (
+        f"its first row averages steps 1 to {row['step']:g}; with a first loss of ln 2 that is at least {least:.4f}, "
+        f"and it is {row['loss']:.4f}"
+    )
+
+
+def _does_not_grow(trial: TrialLog, evidence: Evidence) -> str:
+    """Rewards far from 0 in the first mean, and as far as in the means after it, did not grow from 0 in between."""
+    row = _late(trial)
+    if row is None:
+        return ""
+    room, after = _room(trial, evidence) * _LATE_ROOMS, trial.steps[1 : 1 + _LATE_ROWS]
+    shown = []
+    for answer in ANSWERS:
+        first = row.get(f"rewards/{answer}", math.nan)
+        later = [abs(step.get(f"rewards/{answer}", math.nan)) for step in after]
+        # At the fastest they jump to what they reach at once: then all but the first of the mean's steps are there.
+        share = max(_LATE_SHARE, 1 - 1 / row["step"])
+        if not abs(first) > max(room, share * max(later, default=0.0)):
+            return ""
+        shown.append(f"{answer} {first:+.4f}")
+    return (
+        f"the rewards of its first row, the mean of steps 1 to {row['step']:g}, are {' and '.join(shown)}, and those "
+        "of the rows after it are no further from 0: they did not grow from there"
+    )
 
 
 def _elsewhere(trial: TrialLog, before: str, evidence: Evidence) -> str:
@@ -170,20 +218,31 @@ def _differs(found: tuple[float, float], label: float) -> bool:
     return abs(value - label) > max(BETA_SHARE * label, error)
 
 
-def _no_rewards(evidence: Evidence) -> str:
-    known = any("rewards/chosen" in row for trial in evidence.trials for row in (*trial.evaluations, *trial.steps[:1]))
-    return "" if known else "rewards of chosen and rejected answers"
+def _start_unseen(trial: TrialLog, evidence: Evidence) -> str:
+    """What is missing to see where a trial began."""
+    if trial.reference_free:
+        return "rewards against a reference: this loss has none"
+    if _first_rewards(trial):
+        return ""
+    if trial.steps:
+        first = trial.steps[0].get("step")
+        if first is not None and first > 1:
+            return f"the first step: the first row is the mean of steps 1 to {first:g}"
+        return "rewards of the first step"
+    others = (other for other in evidence.trials if other is not trial and not other.steps)
+    known = _distance(trial, evidence) is not None and any(_same_base(other, trial, evidence) for other in others)
+    return "" if known else "the first step, or another trial on the same base and pairs to compare with"
+
+
+def _beta_unseen(trial: TrialLog, evidence: Evidence) -> str:
+    if not trial.beta:
+        return "a labelled beta"
+    return "" if trial.name in evidence.behaviour else "log-probs that move"
 
 
 def _no_two(evidence: Evidence) -> str:
     known = [trial for trial in evidence.trials if trial.base_logps(evidence.betas.get(trial.name))]
     return "" if len(known) > 1 else "two trials with log-probs, rewards and beta"
-
-
-def _no_labels(evidence: Evidence) -> str:
-    if not any(trial.beta for trial in evidence.trials):
-        return "a labelled beta"
-    return "" if evidence.behaviour else "log-probs that move"
 
 
 RULES = (
@@ -194,7 +253,7 @@ RULES = (
         "elsewhere goes on from what another one has learned: its numbers say nothing about its own settings.",
         "Load the base weights anew for every trial, and make the adapter after that.",
         _not_at_base,
-        _no_rewards,
+        lacks=_start_unseen,
         live=True,
     ),
     Rule(
@@ -213,6 +272,6 @@ RULES = (
         "the two columns give beta away.",
         "Look for the label being written in another order than the loop runs; then relabel, or run again.",
         _other_beta,
-        _no_labels,
+        lacks=_beta_unseen,
     ),
 )
