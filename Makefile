@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo browser test test-gguf bench-serve chaos alarms lint format bench bench-grid pins clean
+.PHONY: install demo browser test test-gguf bench-serve chaos machines alarms lint format bench bench-grid pins clean
 
 install: $(INSTALLED)
 
@@ -47,6 +47,18 @@ test-gguf: lint
 # Kills a run at 100 random moments and goes on each time; about four minutes.
 chaos: lint
 	HF_HUB_OFFLINE=1 PAIRTUNE_CHAOS_MOMENTS=100 $(BIN)/pytest tests/test_resume.py -k killed
+
+# The engine under every simulated machine, and under the instruction sets and thread counts that this one can take;
+# about half an hour. An instruction set that the processor lacks is the one below it.
+MACHINES := HF_HUB_OFFLINE=1 PAIRTUNE_MACHINES=all $(BIN)/pytest tests/test_machines.py tests/test_first_command.py
+machines: lint
+	$(MACHINES) --numprocesses 2
+	@for isa in AVX2 AVX512_CORE AVX512_CORE_BF16 AVX512_CORE_AMX; do \
+		echo "ONEDNN_MAX_CPU_ISA=$$isa"; ONEDNN_MAX_CPU_ISA=$$isa $(MACHINES) -k "here or first" || exit 1; done
+	@for level in default avx2 avx512; do \
+		echo "ATEN_CPU_CAPABILITY=$$level"; ATEN_CPU_CAPABILITY=$$level $(MACHINES) -k "here or first" || exit 1; done
+	@for threads in 1 2 4; do \
+		echo "OMP_NUM_THREADS=$$threads"; PAIRTUNE_THREADS=$$threads OMP_NUM_THREADS=$$threads $(MACHINES) -k "here or first" || exit 1; done
 
 # A hundred clean runs, of which the audit may call at most five wrong; about three minutes.
 alarms: lint

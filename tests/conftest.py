@@ -32,7 +32,7 @@ CHATML = (
 )
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
-torch.set_num_threads(1)  # test processes run side by side
+torch.set_num_threads(int(os.environ.get("PAIRTUNE_THREADS", "1")))  # test processes run side by side
 
 # Time is no property: the first draws of a fresh checkout build tables of all characters, on machines that are busy.
 settings.register_profile("pairtune", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -170,7 +170,7 @@ def pairtune(*arguments, **environment) -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
         stdin=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": os.environ.get("PAIRTUNE_THREADS", "1"), **environment},
     )
 
 

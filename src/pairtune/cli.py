@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -97,6 +99,7 @@ def tune(
     on_bad_row: Annotated[str | None, typer.Option(help="stop (default) or skip, and count.")] = None,
     max_length: Annotated[int | None, typer.Option(help="In tokens (1024); longer prompts lose oldest turns.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto (default), float32 or bfloat16.")] = None,
+    eval_dtype: Annotated[str | None, typer.Option(help="float32: evaluations without bfloat16's rounding.")] = None,
     search: Annotated[str | None, typer.Option(help="grid (default), random or tpe, within the values given.")] = None,
     trials: Annotated[int | None, typer.Option(help="How many trials random and tpe try.")] = None,
     prune: Annotated[bool | None, typer.Option("--prune", help="Stop hopeless trials after an epoch.")] = None,
@@ -126,6 +129,25 @@ def tune(
 
 
 @app.command()
+def doctor(
+    model: Annotated[str, typer.Option(help="Whose shapes are tried.")] = "smollm2-135m",
+    max_length: Annotated[int, typer.Option(min=16, help="Of conversations, for the estimate of memory.")] = 1024,
+    as_json: Json = False,
+) -> None:
+    """What this machine is, what is chosen for it and why, and what is missing: the first thing for a bug report."""
+    from rich.console import Console
+
+    from pairtune.doctor import diagnose
+    from pairtune.report.diagnosis import render_diagnosis
+
+    with Console(stderr=True).status("looking") as status:
+        record = diagnose(model, max_length, status.update).record()
+    typer.echo(json.dumps(record)) if as_json else _output().print(render_diagnosis(record), highlight=False)
+    if not record["usable"]:
+        raise typer.Exit(1)
+
+
+@app.command()
 def resume(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder without COMPLETE.")], as_json: Json = False
 ) -> None:
@@ -135,6 +157,8 @@ def resume(
     RunFolder.started(run)  # before torch is imported
 
     from rich.console import Console
+
+    _share_processors(give_way=True)
 
     from pairtune.pipeline import resume
 
@@ -344,6 +368,8 @@ def worker(
     attached: Annotated[bool, typer.Option("--attached", hidden=True, help="End with standard input.")] = False,
 ) -> None:
     """Only the models, behind OpenAI's API (/v1/chat/completions); `serve` starts one of its own."""
+    _share_processors(give_way=False)
+
     from pairtune.serve.lane import Limits
     from pairtune.serve.worker import run_worker
 
@@ -480,10 +506,28 @@ def _tune(file: Path | None, flags: dict[str, Any], as_json: bool) -> None:
     from pairtune.runs import RunFolder
 
     RunFolder.check_new(resolved.config.out)
+    _share_processors(give_way=True)
 
     from pairtune.pipeline import tune
 
     _show(tune(resolved, Console(stderr=True)), as_json)
+
+
+def _share_processors(*, give_way: bool) -> None:
+    """Settle before torch is imported, which reads it, how threads wait for each other, and who goes first.
+
+    Threads that spin are a third faster alone, and many times slower beside another program that computes (LOG.md).
+
+    Args:
+        give_way: to what people wait for: a chat beside a training is answered, and the training loses little.
+    """
+    from pairtune.environment import others_are_busy
+
+    if others_are_busy():
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if give_way:
+        with suppress(OSError, AttributeError):
+            os.nice(10)
 
 
 def _show(run: RunFolder | None, as_json: bool) -> None:

@@ -45,6 +45,7 @@ from pairtune.sweep.select import (
 )
 from pairtune.track.live import LiveView
 from pairtune.track.sinks import JsonlSink, Sink, Sinks
+from pairtune.track.starved import StarvedSink
 from pairtune.track.trackers import TrackerSink, check_trackers
 
 
@@ -148,9 +149,10 @@ def _carry_out(
         highlight=False,
     )
     with stop_on_signals(console) as stopping, LiveView(steps, search.count, console) as live:
+        say = partial(console.print, style="yellow", highlight=False, soft_wrap=True)
         watching = LiveAudit(run, search.trial, partial(_say_finding, console))
         trackers = _trackers(config, search, run, processes, console)
-        sinks: list[Sink] = [JsonlSink(run), live, watching, *trackers] if processes.first else []
+        sinks: list[Sink] = [JsonlSink(run), live, watching, StarvedSink(say), *trackers] if processes.first else []
         try:
             results = run_sweep(config, search, data, base, run, Sinks(sinks), kernels, stopping)
         finally:

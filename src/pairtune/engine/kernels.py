@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -110,7 +111,8 @@ class Kernels:
         products = self._choose(dtype, differing)
         seconds = round(time.perf_counter() - started, 3)
         probe = Probe(products, tuple(differing), self._bits(dtype, products), seconds)
-        write_json(cached, probe.record())
+        with suppress(OSError):  # a cache that cannot be written to: the next run tries again
+            write_json(cached, probe.record())
         return probe
 
     def _place(self, dtype: torch.dtype) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from transformers import PreTrainedModel
 
 from pairtune.config import TrialConfig
@@ -22,30 +25,42 @@ _BYTES_OF_A_WEIGHT = 16
 def lockstep_width(trial: TrialConfig, inputs: TrialInputs) -> int:
     """How many LoRA trials like this one memory allows at once; at least 1."""
     device = inputs.base.device
-    model = blank_model(inputs.base.source)
-    most = _MOST.get(device.type, _MOST_ELSEWHERE)
+    model, longest = blank_model(inputs.base.source), inputs.train.longest()
+    most = range(1, _MOST_ELSEWHERE + 1)
+    return widest([lockstep_bytes(model, trial, inputs.base.dtype, device, longest, width) for width in most], device)
+
+
+def widest(needs: Sequence[float], device: torch.device) -> int:
+    """How many trials fit side by side; at least 1.
+
+    Args:
+        needs: bytes that one, two, … of them take.
+        device: that they are on.
+    """
     usable = _USABLE * free_bytes(device)
-    needs = [lockstep_bytes(model, trial, inputs, width) for width in range(1, most + 1)]
-    return max(1, sum(need <= usable for need in needs))
+    return max(1, sum(need <= usable for need in needs[: _MOST.get(device.type, _MOST_ELSEWHERE)]))
 
 
-def lockstep_bytes(model: PreTrainedModel, trial: TrialConfig, inputs: TrialInputs, width: int) -> float:
+def lockstep_bytes(
+    model: PreTrainedModel, trial: TrialConfig, dtype: torch.dtype, device: torch.device, longest: int, width: int
+) -> float:
     """An estimate of what trials side by side take: weights, adapters, and what is kept for the backward pass.
 
     Args:
         model: like the base; its weights may be on the meta device.
         trial: whose adapters are meant.
-        inputs: of the run.
+        dtype: of the base.
+        device: that it is on.
+        longest: tokens of the longest pair.
         width: how many trials.
     """
-    config, size = model.config, inputs.base.dtype.itemsize
+    config, size = model.config, dtype.itemsize
     linear = [matrix_of(layer).shape for _, layer in linear_layers(model)]
     adapter = sum(trial.lora_rank * (before + after) for before, after in linear)
     # A layer keeps its input, q, k, v, the attention's result and both norms (8 times the hidden size, about) and the
     # MLP's three products and their input (4 times the larger size); half as much again passes in the backward pass.
     wide = max(after for _, after in linear)
-    kept = config.hidden_size if wants_checkpointing(trial, inputs.base.device) else 12 * config.hidden_size + 6 * wide
-    longest = inputs.train.longest()
+    kept = config.hidden_size if wants_checkpointing(trial, device) else 12 * config.hidden_size + 6 * wide
     tokens = width * max(longest, min(TRAIN_TOKENS, trial.batch_size * longest))
     weights = sum(parameter.numel() for parameter in model.parameters()) * size
     return float(weights + width * adapter * _BYTES_OF_A_WEIGHT + tokens * config.num_hidden_layers * kept * size)

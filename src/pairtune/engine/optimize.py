@@ -71,7 +71,7 @@ class AdapterWeights:
 
     def __init__(self, adapted: Mapping[str, LoraLinear], trial: int) -> None:
         self.adapted = adapted
-        self.tensors = [torch.empty(0) for _ in self._stacks()]
+        self.tensors = [torch.empty(0, device=stack.device) for stack in self._stacks()]
         self.place(trial)
 
     def place(self, trial: int) -> None:

@@ -116,7 +116,9 @@ def pack_pairs(pairs: Sequence[TokenIds], device: torch.device, *, share_prompts
         segments=tuple(segments),
         predicting=torch.tensor(predicting, device=device),
         targets=torch.tensor(targets, device=device),
-        answers=torch.repeat_interleave(torch.arange(len(lengths), device=device), answer_tokens),
+        answers=torch.repeat_interleave(
+            torch.arange(len(lengths), device=device), answer_tokens, output_size=len(targets)
+        ),
         answer_tokens=answer_tokens,
     )
 
@@ -156,7 +158,8 @@ def _pad(pairs: Sequence[TokenIds], device: torch.device) -> Pack:
     flat = pack_pairs(pairs, device, share_prompts=False)
     lengths = torch.tensor([segment.length for segment in flat.segments], device=device)
     longest = _padded_length(pairs[0])
-    row = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
+    total = flat.input_ids.shape[1]
+    row = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=total)
     place = row * longest + flat.positions[0]
     padded = torch.zeros(2, len(lengths) * longest, dtype=torch.long, device=device)
     padded[0, place], padded[1, place] = flat.input_ids[0], 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,23 +102,30 @@ def free_bytes(device: torch.device) -> int:
 
 
 def pick_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where this machine multiplies it clearly faster than float32, else float32.
-
-    On a CPU the answer is measured (about 50 ms), since the same instruction set is fast on one model and emulated
-    on another. Seven alternating rounds of one small product each; the fastest round of each type counts.
-    """
+    """bfloat16 where this machine multiplies it clearly faster than float32, else float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    if device.type != "cpu":
-        return torch.float32
-    best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
-    for _ in range(7):
-        for dtype, fastest in best.items():
+    measured = measure_dtypes(device)
+    faster = bool(measured) and measured["bfloat16"] * 1.2 < measured["float32"]
+    return torch.bfloat16 if faster else torch.float32
+
+
+@cache
+def measure_dtypes(device: torch.device) -> dict[str, float]:
+    """Seconds of one small product by type, on a CPU; measured once in a process, which takes about 50 ms.
+
+    It has to be measured, since the same instruction set is fast on one model and emulated on another. Seven
+    alternating rounds; the fastest one of each type counts.
+    """
+    best = {"float32": float("inf"), "bfloat16": float("inf")}
+    for _ in range(7 if device.type == "cpu" else 0):
+        for name, fastest in best.items():
+            dtype = getattr(torch, name)
             x, w = torch.ones(256, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
             started = time.perf_counter()
             torch.nn.functional.linear(x, w)
-            best[dtype] = min(fastest, time.perf_counter() - started)
-    return torch.bfloat16 if best[torch.bfloat16] * 1.2 < best[torch.float32] else torch.float32
+            best[name] = min(fastest, time.perf_counter() - started)
+    return best if device.type == "cpu" else {}
 
 
 def load_tokenizer(source: ModelSource | Path) -> Any:
