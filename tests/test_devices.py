@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -52,10 +53,13 @@ def elsewhere(monkeypatch):
     seeded = torch.Generator()
     # A GPU has a generator of its own, and only a GPU.
     monkeypatch.setattr(torch, "Generator", lambda *_, **__: seeded)
-    rand = torch.rand
-    monkeypatch.setattr(torch, "rand", lambda *shape, generator=None, **how: rand(*shape, **how))
+    monkeypatch.setattr(torch, "rand", partial(_drawn, torch.rand))
     with FakeTensorMode(allow_non_fake_inputs=False) if FAKE_CUDA else nullcontext():
         yield
+
+
+def _drawn(rand, *shape, generator, **how):
+    return rand(*shape, **how)
 
 
 def _nested(tensor):
