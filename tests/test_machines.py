@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
-from conftest import Lines, make_pair
+from conftest import Lines, make_pair, shared_file
 from machines import KERNELS, Machine
 from safetensors.torch import load_file
 from transformers import (
@@ -22,16 +23,18 @@ from transformers import (
     Qwen2Config,
 )
 
-from pairtune.config import TrialConfig
+from pairtune.config import SourceConfig, TrialConfig
+from pairtune.data.reading import Reading
 from pairtune.data.table import PairTable, TokenIds
+from pairtune.data.tokens import PairTokenizer, TokenizedPair
 from pairtune.engine import native
 from pairtune.engine.kernels import Kernels
 from pairtune.engine.lora import LoraSettings, add_adapters
 from pairtune.engine.policy import Policy
 from pairtune.engine.trial import TrialInputs, load_start
 from pairtune.errors import Interrupted, RunFailed
-from pairtune.models.load import weights_fingerprint
-from pairtune.runs import RunFolder
+from pairtune.models.load import open_base, weights_fingerprint
+from pairtune.runs import RunFolder, user_cache
 
 CPU = torch.device("cpu")
 # `make machines` takes all of them through everything; here, a few go through what takes long.
@@ -44,7 +47,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 @pytest.fixture
 def own_machine(tmp_path, monkeypatch):
     """A cache of its own: what is known of this machine is not known of another one."""
-    monkeypatch.setenv("PAIRTUNE_CACHE", str(tmp_path / "cache"))
+    models, cache = user_cache() / "models", tmp_path / "cache"
+    cache.mkdir()
+    (cache / "models").symlink_to(models)
+    monkeypatch.setenv("PAIRTUNE_CACHE", str(cache))
 
 
 def simulated(name):
@@ -305,3 +311,29 @@ def test_what_was_chosen_is_not_chosen_again(own_machine, dtype, monkeypatch, tm
     monkeypatch.setenv("PAIRTUNE_CACHE", str(tmp_path / "third"))
     elsewhere = Kernels(model, CPU, stored)  # the run was moved to this machine
     assert elsewhere.probe(dtype).bits != stored[name]["bits"]
+
+
+@pytest.fixture
+def bundled(dtype):
+    """The bundled model and 16 real pairs."""
+    base = replace(open_base("smollm2-135m", "float32"), dtype=dtype)
+    source = SourceConfig(source=str(shared_file("rm_static_train.jsonl.gz")))
+    encoder = PairTokenizer(base.tokenizer, 1024)
+    read = Reading.open(source, "--data", {}, 20).encoded(encoder.encode)
+    pairs = [each.pair for batch in read for _, each in batch if isinstance(each, TokenizedPair)]
+    tables = [PairTable.of(each, base.tokenizer) for each in (pairs[:16], pairs[16:17])]
+    return TrialInputs(base, weights_fingerprint(load_start(trial(), base)), *tables, "eval_loss")
+
+
+@pytest.mark.skipif(not ALL, reason="takes minutes: make machines")
+@on([HERE, "steps", "every", "edges", "few"])
+def test_the_assignments_grid_starts_at_ln_2(machine, bundled, tmp_path):
+    """Four trials side by side, the real model, real pairs: the first losses are ln 2 to 1e-6 in both types."""
+    trials = [trial(learning_rate=rate, beta=beta, lora_rank=16) for rate in (3e-5, 1e-5) for beta in (0.1, 0.2)]
+    lines = Lines()
+    first = replace(bundled, stopping=lambda: bool(lines.of.get(trials[-1].name)))
+    with pytest.raises(Interrupted):
+        native.run_trials(trials, first, RunFolder(tmp_path / "run"), lines)
+    for each in trials:
+        assert lines.of[each.name][0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert lines.of[each.name][0]["rewards/margins"] == 0
