@@ -42,7 +42,10 @@ class Site:
     @property
     def worker(self) -> psutil.Process:
         return next(
-            child for child in psutil.Process(self.process.pid).children() if "worker" in " ".join(child.cmdline())
+            child
+            for child in psutil.Process(self.process.pid).children()
+            # A run that the page has started and that has just ended has no command line any more.
+            if child.status() != psutil.STATUS_ZOMBIE and "worker" in " ".join(child.cmdline())
         )
 
 
