@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo browser test test-gguf bench-serve chaos machines alarms lint format bench bench-grid pins clean
+.PHONY: install docs demo browser test test-gguf bench-serve chaos machines alarms lint format bench bench-grid pins clean
 
 install: $(INSTALLED)
 
@@ -80,6 +80,10 @@ bench-grid: install
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# docs/settings.md, from the settings themselves.
+docs: install
+	$(BIN)/python scripts/settings_reference.py
 
 pins: install
 	@{ head -1 constraints.txt; $(BIN)/python -m pip freeze --all --exclude-editable --exclude pip --exclude pairtune | sed 's/+cpu$$//'; } > constraints.new

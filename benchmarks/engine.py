@@ -50,7 +50,7 @@ def train_ours(data: Path, model: str, pairs: int, method: str) -> dict[str, Any
     from pairtune.engine import native
     from pairtune.engine.trial import TrialInputs, load_start
     from pairtune.models.load import weights_fingerprint
-    from pairtune.runs import RunFolder
+    from pairtune.run.folder import Run
     from pairtune.track.sinks import JsonlSink
 
     base, train = prepare(data, model, pairs, "bfloat16")
@@ -58,9 +58,9 @@ def train_ours(data: Path, model: str, pairs: int, method: str) -> dict[str, Any
     inputs = TrialInputs(base, weights_fingerprint(load_start(trial, base)), train, train[:1], "eval_loss")
     native.epoch_order = lambda count, *_: list(range(count))
     with tempfile.TemporaryDirectory() as folder:
-        run = RunFolder(Path(folder))
+        run = Run(Path(folder))
         (result,) = native.run_trials([trial], inputs, run, JsonlSink(run))
-        lines = [json.loads(line) for line in run.trial(trial.name).metrics.read_text().splitlines()]
+        lines = [json.loads(line) for line in run.paths.trial(trial.name).metrics.read_text().splitlines()]
     ids = train.tokens(range(len(train)))
     return {
         "seconds": result.train_seconds,

@@ -38,8 +38,9 @@ def train_ours(asked: argparse.Namespace, betas: tuple[float, ...], rates: tuple
     from pairtune.config import TrialConfig
     from pairtune.engine import native
     from pairtune.engine.trial import TrialInputs, load_start
+    from pairtune.files import user_cache
     from pairtune.models.load import weights_fingerprint
-    from pairtune.runs import RunFolder, user_cache
+    from pairtune.run.folder import Run
     from pairtune.track.sinks import JsonlSink
 
     base, pairs = prepare(asked.data, asked.model, asked.pairs + asked.held_out, "bfloat16")
@@ -51,7 +52,7 @@ def train_ours(asked: argparse.Namespace, betas: tuple[float, ...], rates: tuple
         os.environ["PAIRTUNE_CACHE"] = folder  # reference log-probs are computed, not found
         started = time.perf_counter()
         inputs = TrialInputs(base, weights_fingerprint(load_start(trials[0], base)), train, held_out, "eval_loss")
-        run = RunFolder(Path(folder) / "run")
+        run = Run(Path(folder) / "run")
         results = native.run_trials(trials, inputs, run, JsonlSink(run))
         seconds = time.perf_counter() - started
     return {"seconds": seconds, "training": results[0].train_seconds}

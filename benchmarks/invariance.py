@@ -24,7 +24,7 @@ from pairtune.engine.kernels import Kernels, Probe
 from pairtune.engine.products import PLAIN, Products
 from pairtune.engine.trial import TrialInputs, load_start
 from pairtune.models.load import blank_model, weights_fingerprint
-from pairtune.runs import RunFolder
+from pairtune.run.folder import Run
 from pairtune.track.sinks import JsonlSink
 
 GRID = ((3e-5, 0.1), (1e-5, 0.1), (3e-5, 0.2), (1e-5, 0.2))
@@ -44,7 +44,7 @@ def train(inputs: TrialInputs, width: int) -> float:
     """Trial-pairs per second of training, one epoch."""
     trials = [TrialConfig(learning_rate=rate, beta=beta, epochs=1) for rate, beta in GRID[:width]]
     with tempfile.TemporaryDirectory() as folder:
-        run = RunFolder(Path(folder))
+        run = Run(Path(folder))
         results = native.run_trials(trials, inputs, run, JsonlSink(run))
     return width * results[0].train_pairs / results[0].train_seconds
 
@@ -72,9 +72,9 @@ def main() -> None:
         for width in (1, len(GRID)):
             for name, kernels in ways.items():
                 inputs = TrialInputs(base, start, pairs, pairs[:1], "eval_loss", probed=kernels)
-                inputs.measured.rounding = rounding  # once is enough
+                inputs.base_outputs.rounding = rounding  # once is enough
                 speed = train(inputs, width)
-                rounding = inputs.measured.rounding
+                rounding = inputs.base_outputs.rounding
                 speeds.setdefault((name, width), []).append(speed)
                 ratio = speed / speeds["library", width][-1]
                 print(f"round {number}: {name}, {width} trials: {speed:.3f} trial-pairs/s ({ratio:.3f})", flush=True)

@@ -45,9 +45,9 @@ def measure(what: str, data: Path, model: str, rows: int | None) -> dict[str, An
     """One measurement, in this process."""
     started = time.perf_counter()
     from pairtune.config import RunConfig, SourceConfig
-    from pairtune.data.pairs import PreferencePair
+    from pairtune.data.preference import PreferencePair
     from pairtune.data.prepare import prepare_data
-    from pairtune.data.reading import Reading
+    from pairtune.data.source_reader import SourceReader
     from pairtune.data.tokens import PairTokenizer
     from pairtune.models.load import load_tokenizer
     from pairtune.models.resolve import resolve_model
@@ -65,8 +65,8 @@ def measure(what: str, data: Path, model: str, rows: int | None) -> dict[str, An
             raise SystemExit(f"{what}: the cache was not as expected")
         count = sum(source["rows_in"] for source in prepared.record["sources"])
     else:
-        reading = Reading.open(SourceConfig(source=str(data)), "DATA", {}, rows)
-        pairs = [pair for _, pair in reading.parsed() if isinstance(pair, PreferencePair)]
+        reader = SourceReader.open(SourceConfig(source=str(data)), "DATA", {}, rows)
+        pairs = [pair for _, pair in reader.parsed() if isinstance(pair, PreferencePair)]
         count = len(pairs)
         if what == "encode":
             encoder = PairTokenizer(tokenizer, 1024)
@@ -112,7 +112,7 @@ def main() -> None:
     if asked.measure:
         print(json.dumps(measure(asked.measure, asked.data, asked.model, asked.rows)))
         return
-    from pairtune.runs import user_cache
+    from pairtune.files import user_cache
 
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "rows.jsonl"

@@ -15,10 +15,12 @@ from pathlib import Path
 
 import torch
 
+from pairtune.files import saved_fingerprint
 from pairtune.models.load import load_model, load_tuned, open_base
-from pairtune.runs import RunFolder, saved_fingerprint
-from pairtune.serve.lane import Ended, Lane, Limits, Request, Said
-from pairtune.serve.text import Drawing
+from pairtune.models.sampling import SamplingParams
+from pairtune.run.folder import Run
+from pairtune.serve.request import AdapterRef, Finished, GenerationRequest, Limits, TextDelta
+from pairtune.serve.scheduler import BatchScheduler
 
 PROMPTS = [
     f"Tell me a long story about {what}, with many details."
@@ -36,15 +38,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
-    run = RunFolder.finished(asked.run)
+    run = Run.finished(asked.run)
     from pairtune.config import resolve
 
-    config = resolve(run.config, {}).config
+    config = resolve(run.paths.config, {}).config
     base = open_base(config.model, config.dtype)
-    tuned = load_tuned(run.best, base)
-    lane = Lane(load_model(base.source, base.dtype, base.device), base.tokenizer, Limits(concurrency=8))
-    lane._ends = set()  # every answer has all its tokens
-    adapter = (saved_fingerprint(run.best), run.best)
+    tuned = load_tuned(run.paths.best, base)
+    scheduler = BatchScheduler(load_model(base.source, base.dtype, base.device), Limits(concurrency=8))
+    adapter = AdapterRef(saved_fingerprint(run.paths.best), run.paths.best)
     turns = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     ids = [
         base.tokenizer.apply_chat_template(each, add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -54,8 +55,8 @@ def main() -> None:
     ratios, waits = [], []
     for number in range(asked.rounds + 1):
         one_by_one = sequential(tuned, ids, asked.tokens)
-        together, first = at_once(lane, ids, adapter, asked.tokens)
-        alone = statistics.median(at_once(lane, [each], adapter, 4)[1][0] for each in ids)
+        together, first = at_once(scheduler, base.tokenizer, ids, adapter, asked.tokens)
+        alone = statistics.median(at_once(scheduler, base.tokenizer, [each], adapter, 4)[1][0] for each in ids)
         if number == 0:
             continue  # warming up
         ratios.append(one_by_one / together)
@@ -67,7 +68,7 @@ def main() -> None:
             f"{statistics.median(first):.2f} s, last {max(first):.2f} s of 8 ({waits[-1]:.2f} times)"
         )
     print(f"median: {statistics.median(ratios):.2f} times the tokens/s, {statistics.median(waits):.2f} times the wait")
-    lane.close()
+    scheduler.close()
 
 
 def sequential(tuned, ids: list[list[int]], tokens: int) -> float:
@@ -86,22 +87,26 @@ def sequential(tuned, ids: list[list[int]], tokens: int) -> float:
     return time.perf_counter() - started
 
 
-def at_once(lane: Lane, ids: list[list[int]], adapter, tokens: int) -> tuple[float, list[float]]:
-    """Seconds until all answers have ended, and until the first token of each; other rounds are not remembered."""
-    lane._memory = [type(lane._memory[0])()] * lane.limits.concurrency
+def at_once(scheduler: BatchScheduler, tokenizer, ids, adapter, tokens: int) -> tuple[float, list[float]]:
+    """Seconds until all answers have ended, and until the first token of each; no prefix of other rounds is reused.
+
+    No token ends an answer, so that each has all its tokens.
+    """
+    scheduler._slots.clear()
     events: list[queue.SimpleQueue] = []
     started = time.perf_counter()
     for number, each in enumerate(ids):
         events.append(queue.SimpleQueue())
         emit = lambda event, to=events[-1]: to.put((time.perf_counter() - started, event))  # noqa: E731
-        lane.submit(Request(each, Drawing(0.0, max_tokens=tokens), None if number % 2 else adapter, emit))
+        params, asked = SamplingParams(max_tokens=tokens), None if number % 2 else adapter
+        scheduler.submit(GenerationRequest(each, params, asked, tokenizer, frozenset(), emit))
     first = []
     for each in events:
         seen = None
         while True:
             at, event = each.get()
-            seen = at if seen is None and isinstance(event, Said) else seen
-            if isinstance(event, Ended):
+            seen = at if seen is None and isinstance(event, TextDelta) else seen
+            if isinstance(event, Finished):
                 break
         first.append(at if seen is None else seen)
     return time.perf_counter() - started, first

@@ -16,7 +16,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from pairtune.data.concise import Sample, make_pairs
-from pairtune.runs import write_atomic
+from pairtune.files import write_atomic
 
 FOLDER = Path(__file__).parents[1] / "src/pairtune/data/bundled/concise"
 # Of 20 parts of the prompts: train 12, validation 4, test 4.

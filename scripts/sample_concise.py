@@ -17,10 +17,11 @@ from pathlib import Path
 
 import torch
 
-from pairtune.models.generate import Sampling, generate_answers
+from pairtune.files import write_atomic
+from pairtune.models.generate import generate_answers
 from pairtune.models.load import load_model, load_tokenizer
 from pairtune.models.resolve import BUNDLED, resolve_model
-from pairtune.runs import write_atomic
+from pairtune.models.sampling import SamplingParams
 
 PROMPTS = Path(__file__).parents[1] / "src/pairtune/data/bundled/concise/prompts.txt"
 # (style, what is asked, answers per prompt, token limit)
@@ -47,10 +48,10 @@ def main() -> None:
             model,
             tokenizer,
             [[{"role": "user", "content": wording.format(prompt)}] for prompt in asked],
-            Sampling(max_new_tokens=limit, temperature=0.7),
+            SamplingParams(max_tokens=limit, temperature=0.7),
             seed=args.seed,
             batch_size=128,
-            progress=progress_line(style, len(asked)),
+            on_progress=progress_line(style, len(asked)),
         )
         rows += [
             {"prompt": prompt, "style": style, "answer": answer.text, "tokens": answer.tokens, "ended": answer.ended}

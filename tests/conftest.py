@@ -20,11 +20,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pairtune.config import resolve
-from pairtune.data.pairs import PreferencePair
+from pairtune.data.preference import PreferencePair
+from pairtune.files import user_cache
 from pairtune.models.load import LoadedBase, load_tokenizer
 from pairtune.models.resolve import resolve_model
 from pairtune.pipeline import tune
-from pairtune.runs import RunFolder, user_cache
+from pairtune.run.folder import Run
+from pairtune.run.metrics import Evaluation, TrainingStep
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -141,7 +143,7 @@ def write_pairs(path: Path, numbers) -> Path:
     return path
 
 
-def small_run(model: Path, folder: Path, **more) -> RunFolder:
+def small_run(model: Path, folder: Path, **more) -> Run:
     """A finished run of the tiny model over a handful of pairs; `more` are settings under their names in the config."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
@@ -174,6 +176,12 @@ def pairtune(*arguments, **environment) -> subprocess.CompletedProcess[str]:
     )
 
 
+def evaluation(**numbers) -> Evaluation:
+    """An evaluation with these numbers; those that a test does not look at are 0."""
+    required = [name for name, field in Evaluation.model_fields.items() if field.is_required()]
+    return Evaluation(**{**dict.fromkeys(required, 0), **numbers})
+
+
 class Lines:
     """A sink that keeps what trials log, by name."""
 
@@ -183,10 +191,10 @@ class Lines:
     def start(self, trial: str, total_steps: int, steps: int, lines: int) -> None:
         self.of[trial] = self.of.get(trial, [])[:lines]
 
-    def log(self, trial: str, record: dict) -> None:
-        self.of[trial].append(record)
+    def log(self, trial: str, line: TrainingStep | Evaluation) -> None:
+        self.of[trial].append(line.metrics())
 
-    def busy(self, trials: list[str], what: str, done: int, total: int) -> None:
+    def on_progress(self, trials: list[str], what: str, done: int, total: int) -> None:
         pass
 
     def finish(self, trial: str, status: str, best_epoch: int | None) -> None:
@@ -195,9 +203,9 @@ class Lines:
 
 def train_one(engine, config, inputs, folder: Path):
     """Run one trial; its result, its lines and its folder."""
-    lines, run = Lines(), RunFolder(folder)
+    lines, run = Lines(), Run(folder)
     (result,) = engine.run_trials([config], inputs, run, lines)
-    return result, lines.of[config.name], run.trial(config.name)
+    return result, lines.of[config.name], run.paths.trial(config.name)
 
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -7,7 +7,7 @@ import pytest
 
 from pairtune.evaluate.answers import distinct, other_language, refuses, repeated_share, summarise
 from pairtune.evaluate.winrate import LOSS, TIE, WIN, RuleJudge, faults, win_rate
-from pairtune.models.generate import Answer
+from pairtune.run.records import Answer
 from pairtune.statistics import share_interval
 
 GERMAN = "Ich habe leider keine Ahnung, wie man ein solches Brot im Ofen backen könnte."
@@ -15,7 +15,7 @@ ENGLISH = "How would you bake a loaf of bread in an ordinary oven at home, pleas
 
 
 def answer(text: str, tokens: int = 10, *, ended: bool = True) -> Answer:
-    return Answer(text, tokens, ended)
+    return Answer(text=text, tokens=tokens, ended=ended)
 
 
 def test_summary_by_hand():
@@ -26,7 +26,7 @@ def test_summary_by_hand():
         answer("I'm sorry, but I cannot do that.", 12),
         answer("one two", 160, ended=False),
     ]
-    assert summarise(prompts, answers) == {
+    assert summarise(prompts, answers).model_dump() == {
         "median_tokens": 10.0,
         "ended_share": 0.75,
         "empty_share": 0.25,
@@ -81,10 +81,10 @@ def test_the_rule_counts_faults():
 def test_win_rate_by_hand():
     alike = [answer("x", 5)] * 4
     rate = win_rate([WIN, WIN, TIE, LOSS], alike, alike)
-    assert (rate["rate"], rate["wins"], rate["ties"], rate["losses"]) == (0.625, 2, 1, 1)
-    low, high = rate["interval"]
+    assert (rate.rate, rate.wins, rate.ties, rate.losses) == (0.625, 2, 1, 1)
+    low, high = rate.interval
     assert 0 <= low < 0.625 < high <= 1
-    assert rate["length_controlled"] == pytest.approx(0.625, abs=0.01)
+    assert rate.length_controlled == pytest.approx(0.625, abs=0.01)
 
 
 def test_wins_that_length_explains_are_taken_out():
@@ -94,8 +94,8 @@ def test_wins_that_length_explains_are_taken_out():
     scores = [float(drawn.random() < 1 / (1 + np.exp(-0.06 * d))) for d in differences]
     ours, base = [answer("x", 100 + int(d)) for d in differences], [answer("x", 100)] * 400
     rate = win_rate(scores, ours, base)
-    assert rate["interval"][0] > 0.55
-    low, high = rate["length_controlled_interval"]
+    assert rate.interval[0] > 0.55
+    low, high = rate.length_controlled_interval
     assert low < 0.5 < high
 
 
@@ -107,9 +107,9 @@ def test_share_interval_is_wilsons():
 
 
 def test_eight_wins_of_eight_are_not_beyond_doubt():
-    answers = [Answer("Yes, of course.", tokens, ended=True) for tokens in range(5, 13)]
+    answers = [answer("Yes, of course.", tokens) for tokens in range(5, 13)]
     found = win_rate([1.0] * 8, answers, list(reversed(answers)))
-    assert found["interval"] == pytest.approx([0.6756, 1.0], abs=1e-3)
-    low, high = found["length_controlled_interval"]
+    assert found.interval == pytest.approx((0.6756, 1.0), abs=1e-3)
+    low, high = found.length_controlled_interval
     assert low <= 0.68
     assert high <= 1

@@ -23,7 +23,8 @@ from pairtune.evaluate.audit.check import RULES, audit
 from pairtune.evaluate.audit.evidence import Evidence, TrialLog
 from pairtune.evaluate.audit.foreign import with_options
 from pairtune.evaluate.audit.read import read_evidence
-from pairtune.report.findings import audit_markdown, render_audit
+from pairtune.report.render_audit import audit_markdown, render_audit
+from pairtune.run.records import AuditRecord, Finding
 
 BASE = {"chosen": -120.0, "rejected": -140.0}
 
@@ -54,15 +55,15 @@ def write_csv(path: Path, rows) -> Path:
     return path
 
 
-def findings(path: Path, **options) -> list[dict]:
+def findings(path: Path, **options) -> list[Finding]:
     options = {"eval_rows": None, "batch_size": None, "betas": None, **options}
-    return audit(with_options(read_evidence(path), **options))["findings"]
+    return audit(with_options(read_evidence(path), **options)).findings
 
 
-def rules(found: list[dict]) -> dict[str, set[str]]:
+def rules(found: list[Finding]) -> dict[str, set[str]]:
     by_rule: dict[str, set[str]] = {}
     for finding in found:
-        by_rule.setdefault(finding["rule"], set()).update(finding["trials"])
+        by_rule.setdefault(finding.rule, set()).update(finding.trials)
     return by_rule
 
 
@@ -78,9 +79,9 @@ def test_the_assignments_tables_give_themselves_away(assignment):
     found = findings(assignment)
     by_rule = rules(found)
     assert by_rule["start-not-base"] == {"run 2", "run 3", "run 4"}
-    continued = [set(each["trials"]) for each in found if each["rule"] == "trials-continue"]
+    continued = [set(each.trials) for each in found if each.rule == "trials-continue"]
     assert continued == [{"run 1", "run 2"}, {"run 3", "run 4"}]
-    evidence = " ".join(each["evidence"] for each in found)
+    evidence = " ".join(each.evidence for each in found)
     assert "-137.299118 and -137.299698" in evidence
     assert "-149.098358 and -149.098358" in evidence
     assert "labelled beta 0.1, it behaves as beta 0.202" in evidence
@@ -92,9 +93,9 @@ def test_the_assignments_tables_give_themselves_away(assignment):
 
 
 def test_with_the_number_of_rows_the_accuracies_are_wrong(assignment):
-    wrong = [each for each in findings(assignment, eval_rows=5) if each["rule"] == "accuracy-impossible"]
-    assert {each["level"] for each in wrong} == {"error"}
-    assert "0.833333 cannot come from 5 rows; averages over batches of 2 can be that" in wrong[-1]["evidence"]
+    wrong = [each for each in findings(assignment, eval_rows=5) if each.rule == "accuracy-impossible"]
+    assert {each.level for each in wrong} == {"error"}
+    assert "0.833333 cannot come from 5 rows; averages over batches of 2 can be that" in wrong[-1].evidence
 
 
 def test_the_command_prints_the_findings_and_fails(assignment, tmp_path):
@@ -105,8 +106,9 @@ def test_the_command_prints_the_findings_and_fails(assignment, tmp_path):
     written = (tmp_path / "audit.md").read_text()
     assert written.startswith("# Audit of ")
     assert "-149.098358" in written
-    record = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=False).stdout)
-    assert record["verdict"] == "error"
+    printed = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False).stdout
+    record = AuditRecord.model_validate_json(printed)
+    assert record.verdict == "error"
     assert audit_markdown(record) == written
 
 
@@ -127,7 +129,7 @@ def test_a_sound_table_is_left_alone(tmp_path):
 
 
 def errors(found: list[dict]) -> set[str]:
-    return {each["rule"] for each in found if each["level"] == "error"}
+    return {each.rule for each in found if each.level == "error"}
 
 
 def test_what_is_alike_has_not_gone_on_from_one_another(tmp_path):
@@ -176,7 +178,7 @@ def test_accuracies_are_as_exact_as_they_are_printed(tmp_path):
 def test_losses_that_were_rounded_to_0_are_no_nan(tmp_path):
     rows = [{"step": 1, "epoch": 0.1, "loss": 0.0, "grad_norm": 2e-3, "rewards/margins": 11.0}]
     found = findings(trainer_state(tmp_path, rows))
-    assert [(each["rule"], each["level"]) for each in found] == [("train-loss-zero", "warning")]
+    assert [(each.rule, each.level) for each in found] == [("train-loss-zero", "warning")]
 
 
 def test_a_table_of_a_log_with_its_steps_is_one_trial(tmp_path):
@@ -194,7 +196,7 @@ def test_a_table_of_a_log_with_its_steps_is_one_trial(tmp_path):
 def test_rules_that_could_not_look_do_not_pass(tmp_path):
     rows = [{"run": run, "beta": 0.1, "epoch": 1, "eval_loss": 0.5} for run in (1, 2)]
     record = audit(read_evidence(write_csv(tmp_path / "losses.csv", rows)))
-    assert {"winner-unsettled", "few-rows", "accuracy-impossible"} <= set(record["not_checked"])
+    assert {"winner-unsettled", "few-rows", "accuracy-impossible"} <= set(record.not_checked)
 
 
 def test_a_beta_shows_in_a_trial_that_does_not_move(tmp_path):
@@ -274,9 +276,9 @@ def eval_row(step: int, loss: float) -> dict[str, float]:
 def test_a_trainer_state_tells_which_weights_were_saved(tmp_path):
     rows = [eval_row(10, 0.6), eval_row(20, 0.5), eval_row(30, 0.65)]
     last = findings(trainer_state(tmp_path / "last", rows, global_step=30))
-    (left,) = (each for each in last if each["rule"] == "weights-not-reported")
-    assert left["level"] == "note"
-    assert "the weights are those of step 30" in left["evidence"]
+    (left,) = (each for each in last if each.rule == "weights-not-reported")
+    assert left.level == "note"
+    assert "the weights are those of step 30" in left.evidence
     (tmp_path / "last" / "checkpoint-20").mkdir()
     assert "weights-not-reported" not in rules(findings(tmp_path / "last" / "trainer_state.json"))
     kept = trainer_state(
@@ -300,7 +302,7 @@ def test_nan_in_a_trainer_state_is_found(tmp_path):
     path = trainer_state(
         tmp_path, [{"step": 1, "epoch": 0.1, "loss": 0.0, "grad_norm": math.nan, "rewards/margins": 0.2}]
     )
-    found = [each["evidence"] for each in findings(path) if each["rule"] == "nan-as-zero"]
+    found = [each.evidence for each in findings(path) if each.rule == "nan-as-zero"]
     assert any("NaN was logged as 0" in each for each in found)
     (tmp_path / "trainer_state.json").write_text("[]")
     with pytest.raises(BadInput, match="no log_history"):
@@ -328,7 +330,7 @@ def test_a_real_offline_run_of_wandb_is_read(tmp_path):
     assert (evidence.kind, trial.name, trial.beta, trial.learning_rate) == ("W&B offline run", "first", 0.1, 3e-5)
     assert trial.steps[0]["loss"] == 0.0
     assert trial.evaluations[0]["rewards/chosen"] == -2.0
-    assert "train-loss-zero" in {each["rule"] for each in audit(evidence)["findings"]}
+    assert "train-loss-zero" in {each.rule for each in audit(evidence).findings}
     (file,) = tmp_path.rglob("*.wandb")
     whole = file.read_bytes()
     file.write_bytes(whole[:-5])  # its writer was killed
@@ -358,7 +360,7 @@ def log(*steps, name="one", evaluations=(), **more):
 
 def verdicts(*trials, kind="trainer_state.json"):
     record = audit(Evidence(Path("log"), kind, list(trials)))
-    return {finding["rule"] for finding in record["findings"]}, set(record["passed"]), record["not_checked"]
+    return {finding.rule for finding in record.findings}, set(record.passed), record.not_checked
 
 
 def rewards(step, chosen, rejected, **more):
@@ -479,8 +481,8 @@ def test_what_a_rule_needs_is_what_it_says(removed):
 def test_what_a_rule_saw_of_some_trials_only_is_said():
     seen = log(*(rewards(n, 0.0, 0.0, grad_norm=0.5) for n in range(1, 30)), name="seen")
     record = audit(Evidence(Path("log"), "CSV", [seen, log(rewards(1, 0.0, 0.0), name="unseen")]))
-    assert "always-clipped" in record["passed"]
-    assert record["partly_checked"]["always-clipped"] == {"unseen": "gradient norms of 20 steps"}
+    assert "always-clipped" in record.passed
+    assert record.partly_checked["always-clipped"] == {"unseen": "gradient norms of 20 steps"}
     assert "partly checked: always-clipped (unseen lacks gradient norms of 20 steps)" in shown(record)
 
 

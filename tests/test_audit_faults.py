@@ -11,20 +11,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import small_run, write_pairs
+from conftest import evaluation, small_run, write_pairs
 
 from pairtune.config import TrialConfig
 from pairtune.evaluate.audit.check import RULES, audit
-from pairtune.evaluate.audit.live import LiveAudit
+from pairtune.evaluate.audit.monitor import LiveAudit
 from pairtune.evaluate.audit.read import read_evidence
-from pairtune.runs import RunFolder, write_atomic
+from pairtune.files import write_atomic
+from pairtune.run.folder import Run
+from pairtune.run.metrics import TrainingStep
 
 # Clean runs that the audit must not call wrong; `make alarms` has a hundred.
 CLEAN_RUNS = int(os.environ.get("PAIRTUNE_CLEAN_RUNS", "8"))
 FALSE_ALARMS = 0.05
 
 
-def clean_run(tiny_model, folder: Path, seed: int, **more) -> RunFolder:
+def clean_run(tiny_model, folder: Path, seed: int, **more) -> Run:
     """A run of two trials of the tiny model, on pairs that it can learn."""
     folder.mkdir(parents=True, exist_ok=True)
     pairs = {"data": (0, 10), "eval_data": (200, 224), "test_data": (300, 304)}
@@ -42,19 +44,19 @@ def clean(tiny_model, tmp_path_factory):
     return clean_run(tiny_model, tmp_path_factory.mktemp("clean"), 0, samples=2)
 
 
-def found(run: RunFolder) -> dict[str, str]:
+def found(run: Run) -> dict[str, str]:
     """The worst level of what each rule finds."""
     levels: dict[str, str] = {}
-    for finding in audit(read_evidence(run.root))["findings"]:
-        levels.setdefault(finding["rule"], finding["level"])
+    for finding in audit(read_evidence(run.root)).findings:
+        levels.setdefault(finding.rule, finding.level)
     return levels
 
 
-def first_trial(run: RunFolder):
-    return run.trial(json.loads(run.sweep.read_text())["trials"][0]["name"])
+def first_trial(run: Run):
+    return run.paths.trial(json.loads(run.paths.sweep.read_text())["trials"][0]["name"])
 
 
-def change_lines(run: RunFolder, change, trial=None) -> None:
+def change_lines(run: Run, change, trial=None) -> None:
     """Rewrite a trial's metrics line by line."""
     file = (trial or first_trial(run)).metrics
     rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -99,7 +101,7 @@ def starts_elsewhere(run):
 
 def goes_on(run):
     """The second trial begins where the first one ended, far from the base."""
-    one, other = (run.trial(entry["name"]) for entry in json.loads(run.sweep.read_text())["trials"])
+    one, other = (run.paths.trial(entry["name"]) for entry in json.loads(run.paths.sweep.read_text())["trials"])
     base = next(json.loads(line) for line in one.metrics.read_text().splitlines())  # its first step is at the base
 
     def far(beta, way):
@@ -194,20 +196,20 @@ def length_bias(run):
     )
 
 
-def best_records(run: RunFolder) -> Path:
+def best_records(run: Run) -> Path:
     trial = first_trial(run)
-    return trial.evaluation(json.loads(trial.record.read_text())["best_epoch"])
+    return trial.examples(json.loads(trial.record.read_text())["best_epoch"])
 
 
 def summary_of_winner(**values):
     def plant(run):
-        winner = json.loads(run.selection.read_text())["winner"]
+        winner = json.loads(run.paths.selection.read_text())["winner"]
 
         def change(generations):
             generations["models"]["base"]["summary"] |= {"median_tokens": 40.0, "ended_share": 0.9}
             generations["models"][winner]["summary"] |= {"median_tokens": 40.0, "ended_share": 0.9, **values}
 
-        change_json(run.generations, change)
+        change_json(run.paths.generations, change)
 
     return plant
 
@@ -217,13 +219,13 @@ def swapped_labels(run):
 
 
 def claims_without_rows(run):
-    change_json(run.data, lambda data: data["splits"]["validation"].update(pairs=6))
-    for trial in run.trials.iterdir():
-        change_lines(run, evaluations(rewards__accuracies=5 / 6), run.trial(trial.name))
+    change_json(run.paths.data, lambda data: data["splits"]["validation"].update(pairs=6))
+    for trial in run.paths.trials.iterdir():
+        change_lines(run, evaluations(rewards__accuracies=5 / 6), run.paths.trial(trial.name))
 
 
 def ranked_by_loss(run):
-    change_json(run.selection, lambda selection: selection.update(rule="eval_loss"))
+    change_json(run.paths.selection, lambda selection: selection.update(rule="eval_loss"))
 
 
 def unsettled(run):
@@ -231,30 +233,32 @@ def unsettled(run):
         selection["settled"] = False
         selection["comparisons"] = [{**entry, "differs": False} for entry in selection["comparisons"]]
 
-    change_json(run.selection, change)
+    change_json(run.paths.selection, change)
 
 
 def other_weights(run):
-    file = run.best / "adapter_model.safetensors"
+    file = run.paths.best / "adapter_model.safetensors"
     other = next(
-        run.trial(trial.name).best
-        for trial in run.trials.iterdir()
-        if trial.name != json.loads(run.selection.read_text())["winner"]
+        run.paths.trial(trial.name).best
+        for trial in run.paths.trials.iterdir()
+        if trial.name != json.loads(run.paths.selection.read_text())["winner"]
     )
     shutil.copy(other / "adapter_model.safetensors", file)
 
 
 def overlap(run):
-    table = pq.read_table(run.pairs).to_pylist()
+    table = pq.read_table(run.paths.pairs).to_pylist()
     train = next(row for row in table if row["split"] == "train")
     for row in table:
         if row["split"] == "validation":
             row["prompt"] = train["prompt"]
-    pq.write_table(pa.Table.from_pylist(table, schema=pq.read_schema(run.pairs)), run.pairs)
+    pq.write_table(pa.Table.from_pylist(table, schema=pq.read_schema(run.paths.pairs)), run.paths.pairs)
 
 
 def truncated(run):
-    change_json(run.data, lambda data: data["sources"][0].update(shortened=4, dropped={"longer than 64 tokens": 3}))
+    change_json(
+        run.paths.data, lambda data: data["sources"][0].update(shortened=4, dropped={"longer than 64 tokens": 3})
+    )
 
 
 FAULTS = {
@@ -288,10 +292,10 @@ FAULTS = {
 }
 
 
-def cured(run: RunFolder) -> RunFolder:
+def cured(run: Run) -> Run:
     """Take away what the small run itself has: few rows, betas ranked by loss, a winner that is not settled."""
-    change_json(run.data, lambda data: data["splits"]["validation"].update(pairs=2400))
-    change_json(run.selection, lambda selection: selection.update(rule="accuracy", settled=True))
+    change_json(run.paths.data, lambda data: data["splits"]["validation"].update(pairs=2400))
+    change_json(run.paths.selection, lambda selection: selection.update(rule="accuracy", settled=True))
     return run
 
 
@@ -299,7 +303,7 @@ def cured(run: RunFolder) -> RunFolder:
 def copied(clean, tmp_path):
     """The clean run, to be spoilt."""
     shutil.copytree(clean.root, tmp_path / "run")
-    return cured(RunFolder(tmp_path / "run"))
+    return cured(Run(tmp_path / "run"))
 
 
 def test_every_rule_has_a_planted_fault():
@@ -307,7 +311,7 @@ def test_every_rule_has_a_planted_fault():
 
 
 def test_the_clean_run_is_clean(clean):
-    record = json.loads(clean.audit.read_text())
+    record = json.loads(clean.paths.audit.read_text())
     assert {finding["rule"] for finding in record["findings"]} <= {"few-rows", "beta-ranking", "winner-unsettled"}
     assert record["not_checked"].keys() == {"always-clipped", "length-bias"}, "six steps and 24 pairs are too few"
     assert not record["partly_checked"]
@@ -328,7 +332,7 @@ def test_clean_runs_raise_no_false_alarm(tiny_model, tmp_path):
     for seed in range(1, CLEAN_RUNS + 1):
         rates = [[1e-3], [3e-3, 1e-3], [1e-4]][seed % 3]
         run = clean_run(tiny_model, tmp_path / str(seed), seed, learning_rate=rates, beta=[[0.1], [0.1, 0.5]][seed % 2])
-        errors = [each for each in audit(read_evidence(run.root))["findings"] if each["level"] == "error"]
+        errors = [each for each in audit(read_evidence(run.root)).findings if each.level == "error"]
         if errors:
             accused[seed] = errors
         shutil.rmtree(tmp_path / str(seed))
@@ -337,15 +341,15 @@ def test_clean_runs_raise_no_false_alarm(tiny_model, tmp_path):
 
 
 def test_a_running_trial_is_watched_and_each_thing_is_said_once(tmp_path):
-    run, said = RunFolder(tmp_path), []
+    run, said = Run(tmp_path), []
     trial = TrialConfig(learning_rate=1e-3, beta=0.1)
     watching = LiveAudit(run, lambda name: trial, said.append)
     first = {"step": 1, "epoch": 0.5, "loss": 0.69, "rewards/chosen": -0.9, "rewards/rejected": -1.2}
-    write_atomic(run.trial("a").metrics, json.dumps(first) + "\n")  # of an earlier call; the trial goes on
+    write_atomic(run.paths.trial("a").metrics, json.dumps(first) + "\n")  # of an earlier call; the trial goes on
     watching.start("a", 10, 1, 1)
     assert not said
     for epoch, loss in ((1, 0.5), (2, 0.7), (3, 0.8)):
-        watching.log("a", {"step": 5 * epoch, "epoch": epoch, "loss": 0.4, "rewards/margins": 0.5, "grad_norm": 1.0})
-        watching.log("a", {"step": 5 * epoch, "epoch": epoch, "loss": 0.4, "eval_loss": loss})
+        watching.log("a", TrainingStep(step=5 * epoch, epoch=epoch, loss=0.4, margin=0.5, grad_norm=1.0))
+        watching.log("a", evaluation(step=5 * epoch, epoch=epoch, loss=0.4, eval_loss=loss))
     watching.finish("a", "finished", 1)
     assert [(finding.rule, finding.trials) for finding in said] == [("start-not-base", ("a",)), ("overfit", ("a",))]

@@ -11,15 +11,18 @@ import torch
 from conftest import gemma_tokenizer, pairtune, save_tiny, small_run, write_pairs
 from test_serve import Asker
 
-from pairtune.data.pairs import PreferencePair
+from pairtune.data.preference import PreferencePair
 from pairtune.data.tokens import PairTokenizer
-from pairtune.models.generate import Sampling, end_tokens, generate_answers, stream_answer
+from pairtune.models.generate import end_tokens, generate_answers, stream_answer
 from pairtune.models.load import DEFAULT_TEMPLATE, load_model, load_tokenizer, open_base_of
+from pairtune.models.sampling import SamplingParams
 from pairtune.publish import export
 from pairtune.publish.export import export_run
-from pairtune.runs import RunFolder
+from pairtune.run.folder import Run
 from pairtune.serve import api
-from pairtune.serve.lane import Ended, Lane, Limits
+from pairtune.serve.catalogue import OpenedModel
+from pairtune.serve.request import Finished, Limits
+from pairtune.serve.scheduler import BatchScheduler
 
 ASKED = [
     {"role": "user", "content": "Hi"},
@@ -59,12 +62,12 @@ def test_bos_stands_once_before_a_prompt_wherever_it_is_rendered(bos_model, monk
     asked = []
     generate = model.generate
     monkeypatch.setattr(model, "generate", lambda **given: asked.append(given["input_ids"]) or generate(**given))
-    generate_answers(model, tokenizer, [ASKED], Sampling(max_new_tokens=1))
-    list(stream_answer(model, tokenizer, ASKED, Sampling(max_new_tokens=1)))
-    lane = SimpleNamespace(tokenizer=tokenizer, limits=Limits())
+    generate_answers(model, tokenizer, [ASKED], SamplingParams(max_tokens=1))
+    list(stream_answer(model, tokenizer, ASKED, SamplingParams(max_tokens=1)))
+    opened = OpenedModel(SimpleNamespace(limits=Limits()), None, tokenizer, frozenset(), "")
     request = api.ChatRequest.model_validate({"model": "m", "messages": ASKED})
     assert [ids[0].tolist() for ids in asked] == [trained, trained]
-    assert api._prompt(lane, request) == trained
+    assert api._encode(opened, request) == trained
     assert export._ids(tokenizer, ASKED) == trained
 
 
@@ -73,11 +76,11 @@ def test_answers_stop_at_an_end_of_turn_token_without_a_role(gemma):
     end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
     assert end_tokens(model, tokenizer) == {tokenizer.eos_token_id, end}
     says(model, end)
-    (answer,) = generate_answers(model, tokenizer, [ASKED], Sampling(max_new_tokens=5))
+    (answer,) = generate_answers(model, tokenizer, [ASKED], SamplingParams(max_tokens=5))
     assert (answer.tokens, answer.ended) == (0, True)
-    asker = Asker(Lane(model, tokenizer, Limits()))
-    assert asker.end(asker.ask("Hi")) == ("", Ended("stop", 0))
-    asker.lane.close()
+    asker = Asker(BatchScheduler(model, Limits()), tokenizer)
+    assert asker.end(asker.ask("Hi")) == ("", Finished("stop", 0))
+    asker.scheduler.close()
 
 
 def test_a_template_that_wants_a_system_message_leaves_the_tokenizers_end(gemma):
@@ -97,25 +100,25 @@ def test_a_base_with_bos_is_tuned_and_leaves_with_it(plain_run, tmp_path):
     for kind in ("adapter", "merged"):
         assert export_run(plain_run, kind, tmp_path / kind).holds
         assert load_tokenizer(tmp_path / kind).chat_template == "{{ bos_token }}" + DEFAULT_TEMPLATE
-    record = json.loads(plain_run.data.read_text())
+    record = json.loads(plain_run.paths.data.read_text())
     assert record["example"]["prompt"].startswith("<bos>User: ")
     assert record["template_warnings"] == []
 
 
 def test_what_was_tuned_under_an_older_default_template_goes_on_under_it(plain_run, tmp_path):
-    copy = RunFolder(shutil.copytree(plain_run.root, tmp_path / "run"))
-    (copy.best / "chat_template.jinja").write_text(DEFAULT_TEMPLATE)
+    copy = Run(shutil.copytree(plain_run.root, tmp_path / "run"))
+    (copy.paths.best / "chat_template.jinja").write_text(DEFAULT_TEMPLATE)
     assert open_base_of(copy).tokenizer.chat_template == DEFAULT_TEMPLATE
     assert export_run(copy, "adapter", tmp_path / "adapter").holds
 
 
 def test_a_run_whose_pairs_are_rendered_otherwise_now_does_not_go_on(plain_run, tmp_path):
-    copy = RunFolder(shutil.copytree(plain_run.root, tmp_path / "run"))
-    copy.complete.unlink()
-    shutil.rmtree(copy.best)  # stopped before the choice
-    record = json.loads(copy.data.read_text())
+    copy = Run(shutil.copytree(plain_run.root, tmp_path / "run"))
+    copy.paths.complete.unlink()
+    shutil.rmtree(copy.paths.best)  # stopped before the choice
+    record = json.loads(copy.paths.data.read_text())
     record["example"]["prompt"] = record["example"]["prompt"].removeprefix("<bos>")
-    copy.data.write_text(json.dumps(record))
+    copy.paths.data.write_text(json.dumps(record))
     done = pairtune("resume", copy.root)
     assert (done.returncode, "the pairs have changed since" in done.stderr) == (2, True)
 

@@ -79,11 +79,11 @@ def test_best_loads_with_peft_and_is_the_winners(run):
 def test_the_report_shows_every_trial_in_the_assignments_columns(run):
     from rich.console import Console
 
-    from pairtune.report.tables import render_run
-    from pairtune.runs import RunFolder
+    from pairtune.report.render_run import render_run
+    from pairtune.run.folder import Run
 
     console = Console(record=True, width=200, file=io.StringIO())
-    console.print(render_run(RunFolder(run)))
+    console.print(render_run(Run(run)))
     shown = console.export_text()
     sweep, selection = (json.loads((run / f"{name}.json").read_text()) for name in ("sweep", "selection"))
     for trial in sweep["trials"]:
@@ -106,22 +106,25 @@ def test_chat_answers_switches_and_ends(run):
     assert "never read" not in done.stdout
 
 
-def test_base_and_tuned_in_a_chat_are_the_base_and_the_tuned_model(run, monkeypatch):
+@pytest.mark.parametrize("kind", ["BatchedModels", "PlainModels"])
+def test_base_and_tuned_in_a_chat_are_the_base_and_the_tuned_model(run, kind):
     import torch
 
-    from pairtune.models.generate import Sampling, stream_answer
-    from pairtune.models.load import load_model, load_tuned
+    from pairtune.models.generate import stream_answer
+    from pairtune.models.load import load_model, load_tuned, open_base_of
+    from pairtune.models.sampling import SamplingParams
+    from pairtune.run.folder import Run
     from pairtune.serve import terminal
 
-    greedy = Sampling(max_new_tokens=24)
-    monkeypatch.setattr(terminal, "SAMPLING", greedy)
-    talker = terminal.open_talker(str(run))
-    tokenizer, asked = talker.opened.tokenizer, [{"role": "user", "content": "Are there 3 apples?"}]
-    answers = {name: "".join(talker.answer(name, asked)) for name in ("tuned", "base", "tuned")}
-    base = load_model(talker.opened.source, torch.float32)
-    assert answers["base"] == "".join(stream_answer(base, tokenizer, asked, greedy))
-    tuned = load_tuned(run / "best", talker.opened)
-    assert answers["tuned"] == "".join(stream_answer(tuned, tokenizer, asked, greedy))
+    greedy = SamplingParams(max_tokens=24)
+    models, opened = getattr(terminal, kind)(str(run)), open_base_of(Run(run))
+    asked = [{"role": "user", "content": "Are there 3 apples?"}]
+    answers = {name: "".join(models.stream(name, asked, greedy)) for name in ("tuned", "base", "tuned")}
+    models.close()
+    base = load_model(opened.source, torch.float32)
+    assert answers["base"] == "".join(stream_answer(base, opened.tokenizer, asked, greedy))
+    tuned = load_tuned(run / "best", opened)
+    assert answers["tuned"] == "".join(stream_answer(tuned, opened.tokenizer, asked, greedy))
     assert answers["tuned"] != answers["base"]
 
 

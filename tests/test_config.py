@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.main import get_command
 
+from pairtune.cli import app
 from pairtune.config import RunConfig, flag_of, resolve
 from pairtune.errors import BadInput
-from pairtune.sweep.search import Search
+from pairtune.options import OPTIONS
+from pairtune.sweep.search import open_search
+
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 def test_the_defaults_are_the_assignments_grid_in_its_order():
@@ -115,7 +123,7 @@ def test_no_patience_and_some_are_a_grid(tmp_path, search):
     file.write_text("data: bundled:concise\npatience: [null, 2]\nlearning_rate: 1.0e-4\nbeta: 0.1\n")
     config = resolve(file, {"learning_rate": [1e-4], "beta": [0.1], **search}).config
     assert {trial.patience for trial in config.trials()} == {None, 2}
-    assert {trial.patience for trial in Search(config).ask()} <= {None, 2}
+    assert {trial.patience for trial in open_search(config).ask()} <= {None, 2}
 
 
 SETTINGS = st.dictionaries(
@@ -141,3 +149,46 @@ def test_settings_are_taken_or_refused_in_one_line(settings):
         assert "\n" not in str(error)
     else:
         assert config.trials()
+
+
+def test_every_setting_has_a_flag_help_and_a_place_in_the_reference():
+    command = get_command(app).commands["tune"]
+    params = {param.name: param for param in command.get_params(command.make_context("tune", []))}
+    written = (DOCS / "settings.md").read_text()
+    assert list(OPTIONS) == list(RunConfig.model_fields)
+    for option in OPTIONS.values():
+        assert option.help.endswith("."), option.name
+        assert option.default or option.why or option.name == "data", option.name
+        assert params[option.name].opts == [option.flag]
+        assert params[option.name].help == option.full_help
+        assert params[option.name].rich_help_panel == option.group
+        assert f"| `{option.name}` | `{option.flag}` | {option.help} |" in written
+
+
+def test_options_tell_types_ranges_and_grids():
+    assert [OPTIONS[name].type for name in ("beta", "epochs", "loss", "prune", "out", "patience")] == [
+        float,
+        int,
+        str,
+        bool,
+        Path,
+        int,
+    ]
+    assert (OPTIONS["beta"].limits, OPTIONS["label_smoothing"].limits) == ("> 0", ">= 0 and < 0.5")
+    assert OPTIONS["method"].choices == ("lora", "full")
+    assert [name for name, option in OPTIONS.items() if option.repeats and not option.varies] == [
+        "lora_targets",
+        "data",
+        "eval_data",
+        "test_data",
+        "columns",
+        "track",
+    ]
+    assert not OPTIONS["max_length"].varies
+
+
+def test_the_reference_is_up_to_date():
+    spec = spec_from_file_location("settings_reference", DOCS.parent / "scripts" / "settings_reference.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (DOCS / "settings.md").read_text() == module.reference(), "`make docs` writes it"

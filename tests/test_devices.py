@@ -21,6 +21,7 @@ from pairtune.data.table import PairTable
 from pairtune.engine import policy as policies
 from pairtune.engine.divergence import BaseStates
 from pairtune.engine.lora import LoraSettings, add_adapters
+from pairtune.engine.losses import Objective
 from pairtune.engine.optimize import AdapterWeights, FullWeights, TrialOptimizer
 from pairtune.engine.policy import STATES, Policy, cast_parameters
 from pairtune.engine.scoring import score_pairs
@@ -99,7 +100,7 @@ def step(policy, config, pairs, weights, trials):
     """Forward, loss, backward, clipping, update: as `native` does a step."""
     policy.train(True)
     reference = torch.zeros(len(pairs), 2, device=DEVICE)
-    for scored in score_pairs(policy, [config] * trials, pairs, [0, 2, 3], reference, 512, (1,)):
+    for scored in score_pairs(policy, [Objective.of(config)] * trials, pairs, [0, 2, 3], reference, 512, (1,)):
         losses = torch.stack([each.losses.sum() for each in scored])
         (losses.sum() / 3).backward()
         weights[0].collect_gradients()
@@ -148,7 +149,9 @@ def test_an_evaluation_stays_on_the_device(monkeypatch, pairs, family):
             states = torch.zeros(len(pairs), 2 * STATES, head.in_features)
             base = BaseStates(states, head.weight, head.bias)
             reference = torch.zeros(len(pairs), 2, device=DEVICE)
-            for (scored,) in score_pairs(policy, [trial()], pairs, [0, 1, 2, 3], reference, 4096, base=base):
+            for (scored,) in score_pairs(
+                policy, [Objective.of(trial())], pairs, [0, 1, 2, 3], reference, 4096, base=base
+            ):
                 assert scored.kl is not None
                 assert scored.kl.device.type == DEVICE.type
                 assert scored.chosen_logits.dtype == torch.float32
@@ -168,4 +171,4 @@ def test_a_tensor_on_the_wrong_device_is_found(monkeypatch, pairs, part):
                 policy.answer_logps(replace(pack, **{part: left}))
         else:
             with pytest.raises(RuntimeError, match=r"device|meta tensor"):
-                list(score_pairs(policy, [trial()], pairs, [0, 1], torch.zeros(len(pairs), 2), 4096))
+                list(score_pairs(policy, [Objective.of(trial())], pairs, [0, 1], torch.zeros(len(pairs), 2), 4096))

@@ -50,10 +50,10 @@ def test_evaluations_have_the_kl_of_their_first_pairs(tiny_base, tmp_path, monke
     config = TrialConfig(learning_rate=3e-3, beta=0.1, epochs=2, method=method, dtype="float32")
     start = weights_fingerprint(load_start(config, tiny_base))
     result, _, folder = train_one(native, config, TrialInputs(tiny_base, start, train, held, "eval_loss"), tmp_path)
-    table = pq.read_table(folder.evaluation(result.best_epoch))
+    table = pq.read_table(folder.examples(result.best_epoch))
     kls = table["kl"].to_pylist()
     assert kls[2] is None
-    assert result.best_metrics["eval_kl"] == pytest.approx(sum(kls[:2]) / 2)
+    assert result.best.kl == pytest.approx(sum(kls[:2]) / 2)
     tuned, base = load_tuned(folder.best, tiny_base), load_model(tiny_base.source, torch.float32)
     for number in range(2):
         assert kls[number] == pytest.approx(plain_kl(tuned, base, held.tokens([number])[0]), rel=1e-3)
@@ -80,5 +80,5 @@ def test_a_model_has_no_divergence_from_itself(tiny_base, tmp_path):
     start = weights_fingerprint(load_start(config, tiny_base))
     inputs = TrialInputs(tiny_base, start, pairs[:2], pairs[2:], "eval_loss")
     result, lines, _ = train_one(native, config, inputs, tmp_path)
-    assert result.best_metrics["eval_kl"] == pytest.approx(0, abs=1e-6)
+    assert result.best.kl == pytest.approx(0, abs=1e-6)
     assert json.dumps(lines[-1]["eval_kl"])

@@ -14,11 +14,12 @@ from trl.data_utils import is_conversational
 
 from pairtune.config import SourceConfig
 from pairtune.data.convert import convert_source
-from pairtune.data.doctor import inspect_source
-from pairtune.data.reading import Reading
+from pairtune.data.inspect_source import inspect_source
+from pairtune.data.inspection import Inspection, LengthSummary, PromptCounts
+from pairtune.data.source_reader import SourceReader
 from pairtune.errors import BadInput
 from pairtune.report.figures import draw_lengths
-from pairtune.report.inspection import render_inspection
+from pairtune.report.render_inspection import render_inspection
 
 
 def row(number, **changes):
@@ -26,7 +27,7 @@ def row(number, **changes):
 
 
 def reading(path, limit=None):
-    return Reading.open(SourceConfig(source=str(path)), "SRC", {}, limit)
+    return SourceReader.open(SourceConfig(source=str(path)), "SRC", {}, limit)
 
 
 def inspect(tmp_path, rows, max_length=1024):
@@ -36,14 +37,14 @@ def inspect(tmp_path, rows, max_length=1024):
 
 
 def found(record, words):
-    return [finding["level"] for finding in record["findings"] if words in finding["message"]]
+    return [finding.level for finding in record.findings if words in finding.message]
 
 
 def test_clean_pairs_are_ok(tmp_path):
     record = inspect(tmp_path, [row(n) for n in range(100, 250)])
-    assert (record["verdict"], record["format"], record["rows_in"], record["kept"]) == ("ok", "TRL standard", 150, 150)
-    assert record["prompts"] == {"different": 150, "unrelated": 150}
-    assert (record["duplicates"], record["conflicts"], record["shortened"]) == (0, 0, 0)
+    assert (record.verdict, record.format, record.rows_in, record.kept) == ("ok", "TRL standard", 150, 150)
+    assert record.prompts == PromptCounts(different=150, unrelated=150)
+    assert (record.duplicates, record.conflicts, record.shortened) == (0, 0, 0)
 
 
 def test_a_template_that_leaves_bos_out_is_told(tmp_path):
@@ -51,39 +52,36 @@ def test_a_template_that_leaves_bos_out_is_told(tmp_path):
     path.write_text("".join(json.dumps(row(n)) + "\n" for n in range(100, 250)))
     without = inspect_source(reading(path), gemma_tokenizer(GEMMA.removeprefix("{{ bos_token }}")), 1024)
     assert found(without, "does not write it") == ["warning"]
-    assert without["verdict"] == "ok with warnings"
-    assert inspect_source(reading(path), gemma_tokenizer(), 1024)["verdict"] == "ok"
+    assert without.verdict == "ok with warnings"
+    assert inspect_source(reading(path), gemma_tokenizer(), 1024).verdict == "ok"
 
 
 def test_special_tokens_without_a_role_are_found_in_text(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(row(1, chosen="yes<end_of_turn>")) + "\n")
-    assert inspect_source(reading(path), gemma_tokenizer(), 1024)["special_tokens"]["pairs"] == 1
+    assert inspect_source(reading(path), gemma_tokenizer(), 1024).special_tokens.pairs == 1
 
 
 def test_lengths_and_the_length_baseline_by_hand(tmp_path):
     rows = [row(100), row(101, chosen="a" * 30), row(102, rejected="a" * 9), row(103, chosen="not 103!")]
     record = inspect(tmp_path, rows)
     # ChatML around the answer costs an end token and a line break; a byte is a token.
-    assert record["lengths"]["chosen"] == {
-        "mean": 15.0,
-        "median": 9.5,
-        "p95": 28.7,
-        "max": 32,
-        "histogram": [0, 3, 1, 0, 0, 0, 0, 0, 0, 0],
-    }
+    assert record.lengths["chosen"] == LengthSummary(
+        mean=15.0, median=9.5, p95=28.7, max=32, histogram=[0, 3, 1, 0, 0, 0, 0, 0, 0, 0]
+    )
     # Longer wins: no (7 to 7 is a tie: half), yes, no, yes.
-    assert record["longer_wins"]["accuracy"] == 0.625
-    assert record["longer_wins"]["same_length"] == 1
-    low, high = record["longer_wins"]["interval"]
-    assert (low, high) == (pytest.approx(0.625 - 1.96 * (0.625 * 0.375 / 4) ** 0.5, abs=1e-4), 1.0)
+    assert record.longer_wins.accuracy == 0.625
+    assert record.longer_wins.same_length == 1
+    # Wilson's interval: (0.625 + 1.96^2/8 -+ 1.96 sqrt(0.625 * 0.375/4 + 1.96^2/64)) / (1 + 1.96^2/4)
+    #                   = (1.1052 -+ 0.6751) / 1.9604.
+    assert record.longer_wins.interval == (pytest.approx(0.2194, abs=1e-4), pytest.approx(0.9081, abs=1e-4))
 
 
 def test_duplicates_and_conflicts_are_found(tmp_path):
     swapped = row(1, chosen="not 1", rejected="yes 1")
     record = inspect(tmp_path, [row(1), row(1), swapped, row(2), row(1, prompt="question  1?")])
-    assert record["duplicates"] == 2
-    assert record["conflicts"] == 4
+    assert record.duplicates == 2
+    assert record.conflicts == 4
     assert found(record, "contradict") == ["warning"]
     assert found(record, "repeat") == ["warning"]
 
@@ -91,22 +89,24 @@ def test_duplicates_and_conflicts_are_found(tmp_path):
 def test_faults_are_named_by_place_and_counted(tmp_path):
     bad = [row(n, chosen="") for n in range(7)]
     record = inspect(tmp_path, [row(99), *bad, "{broken\n", row(98, prompt=5)])
-    assert record["rows_in"] == 10 == record["kept"] + sum(entry["rows"] for entry in record["dropped"].values())
-    assert record["dropped"]["empty chosen"]["rows"] == 7
-    assert len(record["dropped"]["empty chosen"]["places"]) == 5
-    assert record["dropped"]["empty chosen"]["places"][0].endswith(
-        "a.jsonl: row 2: field chosen is empty; give it a text or remove the row"
+    assert record.rows_in == 10 == record.kept + sum(entry.rows for entry in record.dropped.values())
+    assert record.dropped["empty chosen"].rows == 7
+    assert len(record.dropped["empty chosen"].places) == 5
+    assert (
+        record.dropped["empty chosen"]
+        .places[0]
+        .endswith("a.jsonl: row 2: field chosen is empty; give it a text or remove the row")
     )
-    assert record["dropped"]["not valid JSON"]["stops"]
-    assert record["verdict"] == "not usable"
+    assert record.dropped["not valid JSON"].stops
+    assert record.verdict == "not usable"
 
 
 def test_what_max_length_does_is_counted_and_lengths_are_those_before(tmp_path):
     old = "\n\nHuman: " + "old " * 30 + "\n\nAssistant: yes\n\nHuman: new?\n\nAssistant:"
     record = inspect(tmp_path, [row(1), row(2, prompt=old), row(3, chosen="y" * 300)], max_length=128)
-    assert (record["kept"], record["shortened"]) == (2, 1)
-    assert record["dropped"]["longer than 128 tokens"]["rows"] == 1
-    assert record["lengths"]["prompt and longer answer"]["max"] > 300
+    assert (record.kept, record.shortened) == (2, 1)
+    assert record.dropped["longer than 128 tokens"].rows == 1
+    assert record.lengths["prompt and longer answer"].max > 300
     assert found(record, "at --max-length 128") == ["warning"]
 
 
@@ -115,13 +115,13 @@ def test_length_bias_few_pairs_and_special_tokens_warn(tmp_path):
     assert found(record, "the longer answer wins 98% of the time") == ["warning"]
     assert found(record, "31 pairs are few") == ["warning"]
     assert found(record, "special tokens as text") == ["warning"]
-    assert record["verdict"] == "ok with warnings"
+    assert record.verdict == "ok with warnings"
 
 
 @pytest.mark.parametrize(("rows", "reason"), [([], "it is empty"), (["7\n"], "no row is a usable pair")])
 def test_nothing_usable_is_said(tmp_path, rows, reason):
     record = inspect(tmp_path, rows)
-    assert record["verdict"] == "not usable"
+    assert record.verdict == "not usable"
     assert found(record, reason) == ["error"]
     assert render_inspection(record)
 
@@ -141,15 +141,15 @@ def test_nothing_usable_is_said(tmp_path, rows, reason):
 )
 def test_real_files_are_told_and_counted(name, format_name, rows, dropped):
     record = inspect_source(reading(shared_file(name)), byte_tokenizer(), 10**6)
-    assert (record["format"], record["rows_in"]) == (format_name, rows)
-    assert {reason: entry["rows"] for reason, entry in record["dropped"].items()} == dropped
-    assert record["kept"] == rows - sum(dropped.values())
-    assert record["verdict"] == "ok with warnings"
+    assert (record.format, record.rows_in) == (format_name, rows)
+    assert {reason: entry.rows for reason, entry in record.dropped.items()} == dropped
+    assert record.kept == rows - sum(dropped.values())
+    assert record.verdict == "ok with warnings"
 
 
 def test_the_four_mismatched_rows_are_named():
     record = inspect_source(reading(shared_file("hh_harmless_2000.jsonl.gz")), byte_tokenizer(), 10**6)
-    places = record["dropped"]["prompts differ"]["places"]
+    places = record.dropped["prompts differ"].places
     assert [int(place.split(": row ")[1].split(":")[0]) for place in places] == [1089, 1471, 1692, 1762]
 
 
@@ -179,8 +179,8 @@ def test_inspect_prints_verdict_example_and_figure(tmp_path, tiny_model):
     ):
         assert part in done.stdout
     assert (tmp_path / "figures" / "lengths.png").is_file()
-    record = json.loads(run("inspect", path, "--model", tiny_model, "--limit", 2, "--json").stdout)
-    assert (record["rows_in"], record["example"]["chosen"]) == (2, "yes 0<|im_end|>\n")
+    record = Inspection.model_validate_json(run("inspect", path, "--model", tiny_model, "--limit", 2, "--json").stdout)
+    assert (record.rows_in, record.example.chosen) == (2, "yes 0<|im_end|>\n")
 
 
 def test_inspect_of_what_cannot_be_used_exits_with_2(tmp_path, tiny_model):
@@ -214,7 +214,7 @@ def test_convert_writes_what_trl_reads_and_pairtune_reads_back(tmp_path, name):
     }
     assert is_conversational(Dataset.from_list(rows)[0])
     record = inspect_source(reading(out), byte_tokenizer(), 100)
-    assert (record["format"], record["kept"]) == ("TRL conversational", 2)
+    assert (record.format, record.kept) == ("TRL conversational", 2)
 
 
 def test_convert_writes_the_whole_file_or_none(tmp_path):

@@ -11,17 +11,17 @@ from functools import partial
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import make_pair, train_one
+from conftest import evaluation, make_pair, train_one
 
 from pairtune.config import TrialConfig
-from pairtune.data.pairs import PreferencePair
+from pairtune.data.preference import PreferencePair
 from pairtune.data.table import PairTable
 from pairtune.engine import native, trl
-from pairtune.engine.records import EXAMPLE_METRICS, mean_metrics, score
-from pairtune.engine.trial import TrialInputs, load_start
+from pairtune.engine.summaries import EXAMPLE_METRICS, mean_metrics, score
+from pairtune.engine.trial import BaseOutputs, TrialInputs, load_start
 from pairtune.errors import RunFailed
+from pairtune.files import saved_fingerprint
 from pairtune.models.load import load_model, load_tuned, weights_fingerprint
-from pairtune.runs import saved_fingerprint
 
 TRAIN = [make_pair(number) for number in range(5)]
 HELD = [make_pair(number, rejected="No." * (number % 3 + 1) + "{}") for number in range(20, 23)]
@@ -77,7 +77,7 @@ def test_the_shared_reference_is_the_base_to_the_last_bit(run, inputs, tmp_path,
     """With hardly any learning, every pair of every epoch has margin 0, in whatever order it comes."""
     base = replace(inputs.base, dtype=getattr(torch, dtype))
     start = weights_fingerprint(load_start(trial(), base))
-    inputs = replace(inputs, base=base, base_fingerprint=start, reference={})
+    inputs = replace(inputs, base=base, base_fingerprint=start, base_outputs=BaseOutputs())
     for beta in (0.1, 0.5):  # the second trial reads what the first has computed
         _, lines, _ = run(trial(learning_rate=1e-30, beta=beta), inputs, tmp_path / str(beta))
         assert [line.get("rewards/margins", line.get("eval_rewards/margins")) for line in lines] == [0] * 8
@@ -138,7 +138,7 @@ def test_what_is_saved_is_the_epoch_that_the_table_names(run, inputs, tmp_path, 
     swapped = [replace(pair, chosen=pair.rejected, rejected=pair.chosen) for pair in HELD]
     config = trial(method=method, learning_rate=2e-3 if method == "lora" else 2e-4, epochs=3, beta=1.0)
     result, _, folder = run(config, replace(inputs, validation=PairTable.of(swapped, inputs.base.tokenizer)), tmp_path)
-    losses = {row["epoch"]: row["eval_loss"] for row in result.epochs}
+    losses = {row.epoch: row.eval_loss for row in result.epochs}
     assert losses[1] < losses[2] < losses[3]
     assert result.best_epoch == 1
     assert result.best_fingerprint == saved_fingerprint(folder.best)
@@ -156,24 +156,24 @@ def test_what_is_saved_is_the_epoch_that_the_table_names(run, inputs, tmp_path, 
 def test_every_evaluation_is_on_disk_per_example_and_its_means_are_the_tables(run, inputs, tmp_path):
     result, lines, folder = run(trial(), inputs, tmp_path)
     for row in result.epochs:
-        records = pq.read_table(folder.evaluation(row["epoch"])).to_pylist()
+        records = pq.read_table(folder.examples(row.epoch)).to_pylist()
         assert [record["origin"] for record in records] == [pair.origin for pair in HELD]
         for record in records:
             assert record["rewards/margins"] == pytest.approx(
                 record["rewards/chosen"] - record["rewards/rejected"], abs=1e-5
             )
             assert record["loss"] == pytest.approx(math.log1p(math.exp(-record["rewards/margins"])), abs=1e-5)
-        assert {name: row[name] for name in mean_metrics(records)} == mean_metrics(records)
-    assert [line for line in lines if "eval_loss" in line] == result.epochs
+        assert {name: row.metric(name) for name in mean_metrics(records)} == mean_metrics(records)
+    assert [line for line in lines if "eval_loss" in line] == [row.metrics() for row in result.epochs]
 
 
 def test_the_training_loss_of_an_epoch_is_the_mean_over_pairs_not_over_batches(run, inputs, tmp_path):
     result, lines, _ = run(trial(), inputs, tmp_path)  # 5 pairs in batches of 2: the last batch has one
     steps = [line["loss"] for line in lines if "eval_loss" not in line]
-    assert result.epochs[0]["loss"] == pytest.approx((2 * steps[0] + 2 * steps[1] + steps[2]) / 5, abs=1e-12)
+    assert result.epochs[0].loss == pytest.approx((2 * steps[0] + 2 * steps[1] + steps[2]) / 5, abs=1e-12)
     alone = next(line for line in lines if line["step"] == 3)
     assert alone["loss"] == pytest.approx(math.log1p(math.exp(-alone["rewards/margins"])), abs=1e-6)
-    assert result.epochs[1]["loss"] == pytest.approx((2 * steps[3] + 2 * steps[4] + steps[5]) / 5, abs=1e-12)
+    assert result.epochs[1].loss == pytest.approx((2 * steps[3] + 2 * steps[4] + steps[5]) / 5, abs=1e-12)
 
 
 def test_trial_json_names_everything(run, inputs, tmp_path):
@@ -181,7 +181,7 @@ def test_trial_json_names_everything(run, inputs, tmp_path):
     record = json.loads(folder.record.read_text())
     assert record["config"]["learning_rate"] == 5e-3
     assert record["status"] == "finished"
-    assert record["metrics"] == result.best_metrics == record["epochs"][record["best_epoch"] - 1]
+    assert record["metrics"] == result.best.metrics() == record["epochs"][record["best_epoch"] - 1]
     assert record["train_pairs_per_second"] > 0
     assert record["train_seconds"] > 0
     assert record["peak_memory_mb"] > 0
@@ -218,5 +218,5 @@ def test_a_trial_that_breaks_down_keeps_its_last_weights_and_names_the_pairs(inp
 def test_means_and_scores_by_hand():
     records = [dict.fromkeys(EXAMPLE_METRICS, value) for value in (1.0, 2.0, 6.0)]
     assert mean_metrics(records) == {f"eval_{name}": 3.0 for name in EXAMPLE_METRICS}
-    metrics = {"eval_loss": 0.5, "eval_rewards/accuracies": 0.75, "eval_rewards/margins": 2.0}
+    metrics = evaluation(eval_loss=0.5, accuracy=0.75, margin=2.0)
     assert [score(metrics, rule) for rule in ("eval_loss", "accuracy", "margin")] == [-0.5, 0.75, 2.0]

@@ -15,14 +15,14 @@ from conftest import make_pair, shared_file, train_one
 from transformers import AttentionInterface
 
 from pairtune.config import SourceConfig, TrialConfig
-from pairtune.data.reading import Reading
+from pairtune.data.source_reader import SourceReader
 from pairtune.data.table import PairTable
 from pairtune.data.tokens import PairTokenizer, TokenizedPair
 from pairtune.engine import native, trl
-from pairtune.engine.attention import ATTENTION, packed_attention
 from pairtune.engine.losses import LOSSES
+from pairtune.engine.packed_attention import ATTENTION, packed_attention
 from pairtune.engine.policy import Policy
-from pairtune.engine.trial import TrialInputs, load_start
+from pairtune.engine.trial import BaseOutputs, TrialInputs, load_start
 from pairtune.models.load import weights_fingerprint
 
 CLOSE = 1e-4  # of TRL
@@ -48,11 +48,11 @@ def made(tiny_base):
 @pytest.fixture
 def real(tiny_base):
     """60 short pairs of rm-static: 30 steps."""
-    reading = Reading.open(SourceConfig(source=str(shared_file("rm_static_train.jsonl.gz"))), "--data", {}, 1500)
+    reader = SourceReader.open(SourceConfig(source=str(shared_file("rm_static_train.jsonl.gz"))), "--data", {}, 1500)
     encoder = PairTokenizer(tiny_base.tokenizer, 400)
     short = [
         result.pair
-        for batch in reading.encoded(encoder.encode)
+        for batch in reader.encoded(encoder.encode)
         for _, result in batch
         if isinstance(result, TokenizedPair) and not result.turns_cut
     ]
@@ -64,7 +64,7 @@ def real(tiny_base):
 def trajectory(tmp_path):
     def trajectory(engine, config, inputs):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        result, lines, _ = train_one(engine, config, replace(inputs, reference={}), folder)
+        result, lines, _ = train_one(engine, config, replace(inputs, base_outputs=BaseOutputs()), folder)
         assert result.status == "finished", result.reason
         return lines
 

@@ -10,14 +10,15 @@ from conftest import Lines, make_pair
 from pairtune.config import TrialConfig
 from pairtune.data.table import PairTable
 from pairtune.engine import native
-from pairtune.engine.evaluation import evaluate_weights
-from pairtune.engine.records import mean_metrics, read_records
+from pairtune.engine.saved_weights import SavedWeights, evaluate_weights
+from pairtune.engine.summaries import mean_metrics
 from pairtune.engine.trial import TrialInputs, load_start
 from pairtune.errors import RunFailed
 from pairtune.models.load import weights_fingerprint
-from pairtune.runs import RunFolder
+from pairtune.run.examples import Examples
+from pairtune.run.folder import Run
 from pairtune.sweep.final import evaluate_test
-from pairtune.sweep.select import best_records, install_best, select_best
+from pairtune.sweep.select import best_examples, install_best, select_best
 
 
 @pytest.fixture(params=["lora", "full"])
@@ -27,38 +28,42 @@ def finished(request, tiny_base, tmp_path):
     pairs = [make_pair(number, rejected="No {0}" * (number % 3 + 1)) for number in range(12)]
     train, held, test = (PairTable.of(each, tiny_base.tokenizer) for each in (pairs[:6], pairs[6:9], pairs[9:]))
     start = weights_fingerprint(load_start(config, tiny_base))
-    run = RunFolder(tmp_path)
+    run = Run(tmp_path)
     results = native.run_trials([config], TrialInputs(tiny_base, start, train, held, "eval_loss"), run, Lines())
     return run, results, held, test, tiny_base
 
 
+def records_of(run, results):
+    return {name: examples.metrics for name, examples in best_examples(run, results).items()}
+
+
 def choose(run, results):
-    selection = select_best(results, best_records(run, results), "eval_loss")
+    selection = select_best(results, records_of(run, results), "eval_loss")
     install_best(run, results, selection)
     return selection
 
 
 def test_saved_weights_give_the_numbers_that_they_were_kept_for(finished, tmp_path):
     run, (result,), held, _, base = finished
-    weights = run.trial(result.trial.name).best
-    records = evaluate_weights(result.trial, weights, base, held, tmp_path / "held.safetensors")
+    weights = run.paths.trial(result.trial.name).best
+    records = evaluate_weights(SavedWeights.of(result.trial, weights), base, held, tmp_path / "held.safetensors")
     for name, value in mean_metrics(records).items():
-        assert value == pytest.approx(result.best_metrics[name], abs=1e-6), name
+        assert value == pytest.approx(result.best.metric(name), abs=1e-6), name
 
 
 def test_the_test_pairs_are_looked_at_once_and_after_the_choice(finished):
     run, results, _, test, base = finished
-    selection = select_best(results, best_records(run, results), "eval_loss")
+    selection = select_best(results, records_of(run, results), "eval_loss")
     trial = results[0].trial
     with pytest.raises(RunFailed, match="the choice comes first"):
         evaluate_test(trial, selection, test, base, run)
-    assert not run.test.exists()
+    assert not run.paths.test.exists()
     selection = choose(run, results)
     evaluate_test(trial, selection, test, base, run)
-    written = json.loads(run.test.read_text())
+    written = json.loads(run.paths.test.read_text())
     assert (written["pairs"], written["trial"]) == (3, trial.name)
-    numbers = read_records(run.test_records)
-    assert written["metrics"]["eval_loss"] == pytest.approx(numbers[:, 0].mean())
+    losses = Examples.read(run.paths.test_examples).metric("loss")
+    assert written["metrics"]["eval_loss"] == pytest.approx(losses.mean())
     with pytest.raises(RunFailed, match="have been looked at"):
         evaluate_test(trial, selection, test, base, run)
 
@@ -66,7 +71,7 @@ def test_the_test_pairs_are_looked_at_once_and_after_the_choice(finished):
 def test_weights_that_were_not_chosen_are_not_tested(finished):
     run, results, _, test, base = finished
     selection = choose(run, results)
-    weights = next(run.best.glob("*.safetensors"))
+    weights = next(run.paths.best.glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes() + b" ")
     with pytest.raises(RunFailed, match="the weights are not those that were chosen"):
         evaluate_test(results[0].trial, selection, test, base, run)

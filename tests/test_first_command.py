@@ -7,7 +7,7 @@ import json
 import pytest
 from conftest import pairtune
 
-from pairtune.runs import RunFolder
+from pairtune.run.folder import Run
 
 
 @pytest.fixture(scope="module")
@@ -19,15 +19,15 @@ def run(tmp_path_factory):
     )
     done = pairtune("tune", *flags.split(), "--dtype", "bfloat16", "--samples", 0, "--out", out)
     assert done.returncode == 0, done.stderr
-    return RunFolder(out)
+    return Run(out)
 
 
 def test_the_bundled_model_trains_to_the_end(run):
-    assert run.complete.is_file()
-    trials = run.read_json(run.sweep)["trials"]
+    assert run.paths.complete.is_file()
+    trials = run.read_json(run.paths.sweep)["trials"]
     assert [trial["status"] for trial in trials] == ["finished", "finished"]
     for trial in trials:
-        first = json.loads(run.trial(trial["name"]).metrics.read_text().splitlines()[0])
+        first = json.loads(run.paths.trial(trial["name"]).metrics.read_text().splitlines()[0])
         assert first["loss"] == pytest.approx(0.6931471806, abs=1e-6)
         assert first["rewards/margins"] == pytest.approx(0, abs=1e-6)
 
@@ -38,16 +38,16 @@ def test_what_was_chosen_and_how_much_is_rounding_are_on_record(run):
     assert choices["side_by_side"] >= 2
     assert choices["threads"] == 1
     assert choices["kernels"]["bfloat16"]["exact"]
-    rounding = run.read_json(run.sweep)["rounding"]
+    rounding = run.read_json(run.paths.sweep)["rounding"]
     assert rounding["between_rows"] == 0
     assert 0.01 < rounding["from_float32"] < 5
 
 
 def test_the_run_says_that_rounding_is_as_large_as_what_was_learned(run):
     """Eight pairs at the assignment's rates move a margin by hundredths of a nat; bfloat16 moves it by tenths."""
-    warnings = " ".join(run.read_json(run.selection)["warnings"])
+    warnings = " ".join(run.read_json(run.paths.selection)["warnings"])
     assert "rounding in bfloat16 moves a pair's margin by" in warnings
     assert "--eval-dtype float32" in warnings
-    report = run.report_text.read_text()
+    report = run.paths.report_text.read_text()
     assert "Rounding in bfloat16 moves a pair's margin by" in report
     assert "and by nothing from row to row" in report

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pairtune.data.conversations import read_prompt
 from pairtune.data.formats import FORMATS, RowParser, detect_format, parse_row
-from pairtune.data.pairs import BadRow, LeftOut
+from pairtune.data.preference import BadRow, LeftOut
 
 ROW = {
     "prompt": "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Name a fish.\n\nAssistant:",

@@ -12,14 +12,16 @@ from pairtune.engine.lora import LoraSettings, add_adapters, peft_config, peft_t
 from pairtune.evaluate import generations
 from pairtune.evaluate.generations import (
     CHECK_SAMPLING,
-    Speakers,
+    AnsweringModels,
     affordable,
     compare_answers,
     held_out_prompts,
 )
-from pairtune.models.generate import Sampling, end_tokens, generate_answers, stream_answer
+from pairtune.models.generate import end_tokens, generate_answers, stream_answer
 from pairtune.models.load import load_model, load_tuned
+from pairtune.models.sampling import SamplingParams
 from pairtune.models.save import save_adapter
+from pairtune.run.records import Generations
 
 
 def asked(*texts):
@@ -33,16 +35,18 @@ def model(tiny_base):
 
 def test_batches_do_not_change_greedy_answers_or_their_order(model, tiny_base):
     conversations = asked("a", "a much longer question than the others", "ccc", "dd")
-    sampling = Sampling(max_new_tokens=12)
+    sampling = SamplingParams(max_tokens=12)
     single = [generate_answers(model, tiny_base.tokenizer, [one], sampling)[0] for one in conversations]
     done = []
-    batched = generate_answers(model, tiny_base.tokenizer, conversations, sampling, batch_size=3, progress=done.append)
+    batched = generate_answers(
+        model, tiny_base.tokenizer, conversations, sampling, batch_size=3, on_progress=done.append
+    )
     assert batched == single
     assert done == [3, 4]
 
 
 def test_the_seed_decides_sampled_answers(model, tiny_base):
-    sampling = Sampling(max_new_tokens=16, temperature=1.0)
+    sampling = SamplingParams(max_tokens=16, temperature=1.0)
     first, again, other = (
         generate_answers(model, tiny_base.tokenizer, asked("a", "b"), sampling, seed=seed) for seed in (1, 1, 2)
     )
@@ -56,22 +60,22 @@ def test_an_answer_ends_at_its_end_token(model, tiny_base):
         model.lm_head.weight.zero_()
         model.lm_head.weight[end] = 0.0
         model.get_input_embeddings().weight.zero_()  # every token as likely as the next: greedy takes the first
-    (cut,) = generate_answers(model, tiny_base.tokenizer, asked("a"), Sampling(max_new_tokens=5))
+    (cut,) = generate_answers(model, tiny_base.tokenizer, asked("a"), SamplingParams(max_tokens=5))
     assert (cut.tokens, cut.ended) == (5, False)
     model.generation_config.eos_token_id = [end, 0]  # token 0 is what greedy takes
-    (ended,) = generate_answers(model, tiny_base.tokenizer, asked("a"), Sampling(max_new_tokens=5))
+    (ended,) = generate_answers(model, tiny_base.tokenizer, asked("a"), SamplingParams(max_tokens=5))
     assert (ended.tokens, ended.ended, ended.text) == (0, True, "")
 
 
 def test_a_stream_says_what_the_batch_says(model, tiny_base):
-    sampling = Sampling(max_new_tokens=20)
+    sampling = SamplingParams(max_tokens=20)
     (whole,) = generate_answers(model, tiny_base.tokenizer, asked("hello"), sampling)
     assert "".join(stream_answer(model, tiny_base.tokenizer, asked("hello")[0], sampling)).strip() == whole.text
 
 
 def test_a_closed_stream_stops_the_model(model, tiny_base):
     before = set(threading.enumerate())  # others may end meanwhile
-    stream = stream_answer(model, tiny_base.tokenizer, asked("hello")[0], Sampling(max_new_tokens=100_000))
+    stream = stream_answer(model, tiny_base.tokenizer, asked("hello")[0], SamplingParams(max_tokens=100_000))
     next(stream)
     assert len(set(threading.enumerate()) - before) == 1
     stream.close()
@@ -84,7 +88,7 @@ def test_a_failure_in_the_model_reaches_the_reader(model, tiny_base, monkeypatch
 
     monkeypatch.setattr(model, "generate", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
-        list(stream_answer(model, tiny_base.tokenizer, asked("hello")[0], Sampling()))
+        list(stream_answer(model, tiny_base.tokenizer, asked("hello")[0], SamplingParams()))
 
 
 def test_held_out_prompts_are_different_and_in_order():
@@ -108,34 +112,35 @@ def tuned_adapter(base, folder, seed):
 def test_one_base_answers_with_every_adapter_as_each_would_alone(tiny_base, tmp_path):
     tuned = {name: tuned_adapter(tiny_base, tmp_path / name, seed) for seed, name in enumerate(("a.1", "b.2"), 1)}
     prompts = [make_pair(1).prompt, make_pair(2).prompt]
-    result = compare_answers(Speakers(tiny_base, tuned), prompts, seed=3)
-    assert list(result["models"]) == ["base", "a.1", "b.2"]
+    result = compare_answers(Generations, AnsweringModels(tiny_base, tuned), prompts, seed=3)
+    assert list(result.models) == ["base", "a.1", "b.2"]
     alone = {"base": load_model(tiny_base.source, tiny_base.dtype)}
     alone |= {name: load_tuned(folder, tiny_base) for name, folder in tuned.items()}
     for name, model in alone.items():
         expected = generate_answers(model, tiny_base.tokenizer, prompts, CHECK_SAMPLING, seed=3)
-        assert result["models"][name]["answers"] == [vars(answer) for answer in expected], name
-    assert len({str(model["answers"]) for model in result["models"].values()}) == 3
-    assert result["prompts"] == [list(prompt) for prompt in prompts]
-    assert result["sampling"]["seed"] == 3
+        assert result.models[name].answers == expected, name
+    assert len({str(model.answers) for model in result.models.values()}) == 3
+    assert result.prompts == [list(prompt) for prompt in prompts]
+    assert result.sampling.seed == 3
 
 
 def test_the_base_still_answers_as_the_base_after_an_adapter(tiny_base, tmp_path):
-    speakers = Speakers(tiny_base, {"a": tuned_adapter(tiny_base, tmp_path / "a", 1)})
+    models = AnsweringModels(tiny_base, {"a": tuned_adapter(tiny_base, tmp_path / "a", 1)})
     prompts = [make_pair(1).prompt]
-    before, tuned, after = (speakers.answer(name, prompts, 0) for name in ("base", "a", "base"))
+    before, tuned, after = (models.answer(name, prompts, 0) for name in ("base", "a", "base"))
     assert before == after != tuned
 
 
 def test_a_whole_model_speaks_for_itself(tiny_base):
-    result = compare_answers(Speakers(tiny_base, {"same": tiny_base.source.folder}), [make_pair(1).prompt], seed=3)
-    assert result["models"]["base"]["answers"] == result["models"]["same"]["answers"]
-    assert result["models"]["same"]["win_rate"]["ties"] == 1
+    models = AnsweringModels(tiny_base, {"same": tiny_base.source.folder})
+    result = compare_answers(Generations, models, [make_pair(1).prompt], seed=3)
+    assert result.models["base"].answers == result.models["same"].answers
+    assert result.models["same"].win_rate.ties == 1
 
 
 def test_prompts_are_as_many_as_a_tenth_of_the_time_allows(tiny_base, monkeypatch):
-    speakers = Speakers(tiny_base, {"a": tiny_base.source.folder})
+    models = AnsweringModels(tiny_base, {"a": tiny_base.source.folder})
     clock = iter(range(0, 1000, 4))  # four seconds for four prompts, for each of two models: two seconds a prompt
     monkeypatch.setattr(generations.time, "monotonic", lambda: next(clock))
     prompts = [make_pair(number).prompt for number in range(40)]
-    assert [affordable(speakers, prompts, seconds, 0) for seconds in (1, 240, 10_000)] == [4, 12, 32]
+    assert [affordable(models, prompts, seconds, 0) for seconds in (1, 240, 10_000)] == [4, 12, 32]

@@ -24,11 +24,11 @@ from transformers import (
 )
 
 from pairtune.errors import BadInput
-from pairtune.models.gguf import read_gguf
 from pairtune.models.load import DEFAULT_TEMPLATE
+from pairtune.models.read_gguf import read_gguf
 from pairtune.models.resolve import resolve_model
-from pairtune.publish.gguf import MODEL_FILE, QUANTISATIONS, write_gguf
-from pairtune.publish.modelfile import modelfile, template_pieces
+from pairtune.publish.modelfile import MODEL_FILE, QUANTISATIONS, modelfile, template_pieces
+from pairtune.publish.write_gguf import write_gguf
 
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -268,7 +268,7 @@ def test_a_run_leaves_as_gguf_and_comes_back(run, tmp_path):
 
 
 def test_a_gguf_that_is_not_the_trained_model_is_refused(run, tmp_path, monkeypatch):
-    from pairtune.publish import gguf as writing
+    from pairtune.publish import write_gguf as writing
 
     monkeypatch.setattr(writing, "_interleave", lambda values, heads: values)
     monkeypatch.setattr(writing, "_type_of", lambda name, values, kind: writing.gguf.GGMLQuantizationType.F32)

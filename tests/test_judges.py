@@ -14,14 +14,14 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from pairtune.errors import BadInput, RunFailed
 from pairtune.evaluate.judges import EndpointJudge, RewardModelJudge, open_judge, read_verdict
 from pairtune.evaluate.winrate import LOSS, TIE, WIN, RuleJudge
-from pairtune.models.generate import Answer
-from pairtune.runs import user_cache
+from pairtune.files import user_cache
+from pairtune.run.records import Answer
 
 SECRET = "sk-planted-0123456789"  # noqa: S105 - no key, but something to look for
 
 
 def answers(*texts: str) -> list[Answer]:
-    return [Answer(text, len(text), ended=True) for text in texts]
+    return [Answer(text=text, tokens=len(text), ended=True) for text in texts]
 
 
 def prompts(*texts: str):

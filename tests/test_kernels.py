@@ -27,7 +27,8 @@ from transformers import (
 )
 
 from pairtune.data.table import PairTable, TokenIds
-from pairtune.engine import attention, logps
+from pairtune.engine import logps
+from pairtune.engine import packed_attention as attention
 from pairtune.engine.lora import (
     LoraLinear,
     LoraSettings,

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import io
+import json
 
+from conftest import evaluation
 from rich.console import Console
 
-from pairtune.runs import RunFolder
-from pairtune.track.live import LiveView, clock
+from pairtune.run.folder import Run
+from pairtune.run.metrics import TrainingStep
+from pairtune.track.live_view import LiveView, clock
 from pairtune.track.sinks import JsonlSink, Sinks
 
-STEP = {"step": 1, "epoch": 0.5, "loss": 0.6931, "rewards/accuracies": 0.25}
-EVALUATION = {"step": 2, "epoch": 1, "loss": 0.6, "eval_loss": 0.5, "eval_rewards/accuracies": 0.75}
+STEP = TrainingStep(step=1, epoch=0.5, loss=0.6931, accuracy=0.25)
+EVALUATION = evaluation(step=2, epoch=1, loss=0.6, eval_loss=0.5, accuracy=0.75)
+
+
+def at_step(step):
+    return STEP.model_copy(update={"step": step})
 
 
 def follow(console):
     with LiveView({"one": 2, "two": 2}, 2, console) as live:
         live.start("one", 2, 0, 0)
-        live.busy(["one"], "reference log-probs", 3, 8)
+        live.on_progress(["one"], "reference log-probs", 3, 8)
         live.log("one", STEP)
-        live.log("one", STEP | {"step": 2})
+        live.log("one", at_step(2))
         live.log("one", EVALUATION)
         live.finish("one", "finished", 1)
         live.start("two", 2, 0, 0)
@@ -41,7 +48,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now = 0.0
-        monkeypatch.setattr("pairtune.track.live.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("pairtune.track.live_view.time.monotonic", lambda: self.now)
 
 
 def test_long_work_says_where_it_is_now_and_then(monkeypatch):
@@ -50,7 +57,7 @@ def test_long_work_says_where_it_is_now_and_then(monkeypatch):
         live.start("one", 2, 0, 0)
         live.start("two", 2, 0, 0)
         for done in range(10, 61, 10):
-            live.busy(["one", "two"], "reference log-probs", done, 60)
+            live.on_progress(["one", "two"], "reference log-probs", done, 60)
             clock.now += 20
     assert out.getvalue().splitlines() == [
         "reference log-probs: 30/60, 0:40 left",
@@ -62,12 +69,12 @@ def test_the_time_left_of_an_evaluation_does_not_count_the_time_since_the_one_be
     out, clock = io.StringIO(), Clock(monkeypatch)
     with LiveView({"one": 2}, 1, Console(file=out)) as live:
         live.start("one", 2, 0, 0)
-        live.busy(["one"], "evaluating", 2, 60)
-        live.busy(["one"], "evaluating", 60, 60)
+        live.on_progress(["one"], "evaluating", 2, 60)
+        live.on_progress(["one"], "evaluating", 60, 60)
         clock.now += 1000
-        live.busy(["one"], "evaluating", 2, 60)
+        live.on_progress(["one"], "evaluating", 2, 60)
         clock.now += 40
-        live.busy(["one"], "evaluating", 20, 60)
+        live.on_progress(["one"], "evaluating", 20, 60)
     assert out.getvalue().splitlines()[-1] == "evaluating: 20/60, 1:20 left"
 
 
@@ -79,7 +86,7 @@ def test_time_left_counts_all_trials_and_not_the_steps_of_an_earlier_call(monkey
         for step in range(6, 11):
             clock.now += 20
             for name in ("one", "two"):
-                live.log(name, STEP | {"step": step})
+                live.log(name, at_step(step))
     assert out.getvalue().splitlines()[-1] == "17/40 steps of all trials, 4:23 left"
 
 
@@ -110,25 +117,25 @@ def test_every_record_is_a_line_of_the_trials_file_and_every_sink_is_told(tmp_pa
         def finish(self, *event):
             told.append(("finish", *event))
 
-    sinks = Sinks([JsonlSink(RunFolder(tmp_path)), Listener()])
+    sinks = Sinks([JsonlSink(Run(tmp_path)), Listener()])
     sinks.start("one", 2, 0, 0)
-    sinks.log("one", {"step": 1, "loss": 0.5})
-    sinks.log("one", {"step": 2, "loss": float("nan")})
+    sinks.log("one", TrainingStep(step=1, epoch=0.5, loss=0.5))
+    sinks.log("one", TrainingStep(step=2, epoch=1, loss=float("nan")))
     sinks.finish("one", "finished", 1)
     assert (
         tmp_path / "trials" / "one" / "metrics.jsonl"
-    ).read_text() == '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": NaN}\n'
+    ).read_text() == '{"step": 1, "epoch": 0.5, "loss": 0.5}\n{"step": 2, "epoch": 1.0, "loss": NaN}\n'
     assert [event[0] for event in told] == ["start", "log", "log", "finish"]
 
 
 def test_a_trial_that_goes_on_forgets_the_lines_of_steps_that_it_will_make_again(tmp_path):
     file = tmp_path / "trials" / "one" / "metrics.jsonl"
-    sink = JsonlSink(RunFolder(tmp_path))
+    sink = JsonlSink(Run(tmp_path))
     sink.start("one", 4, 0, 0)
     for step in (1, 2, 3):
-        sink.log("one", {"step": step})
+        sink.log("one", at_step(step))
     with file.open("a") as cut_off:
         cut_off.write('{"step": 4, "lo')
     sink.start("one", 4, 2, 2)
-    sink.log("one", {"step": 3})
-    assert file.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+    sink.log("one", at_step(3))
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3]

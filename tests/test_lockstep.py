@@ -15,7 +15,7 @@ from pairtune.data.table import PairTable
 from pairtune.engine import native
 from pairtune.engine.trial import TrialInputs, load_start
 from pairtune.models.load import weights_fingerprint
-from pairtune.runs import RunFolder
+from pairtune.run.folder import Run
 
 SAME = 1e-5
 SHOWN = ("loss", "grad_norm", "learning_rate", "rewards/margins", "eval_loss", "eval_logps/chosen", "step", "epoch")
@@ -36,7 +36,7 @@ def inputs(tiny_base):
 @pytest.fixture
 def train(inputs, tmp_path):
     def train(name, *trials, **changes):
-        lines, run = Lines(), RunFolder(tmp_path / name)
+        lines, run = Lines(), Run(tmp_path / name)
         results = native.run_trials(list(trials), replace(inputs, **changes), run, lines)
         return {result.trial.name: result for result in results}, lines.of, run
 
@@ -52,7 +52,7 @@ def assert_same(run, other, name, tolerance=SAME):
             assert line.get(key, 0) == pytest.approx(expected.get(key, 0), abs=tolerance, rel=tolerance), (name, key)
     assert results[name].best_epoch == other_results[name].best_epoch
     assert results[name].status == other_results[name].status
-    one, two = (load_file(f.trial(name).best / "adapter_model.safetensors") for f in (folder, other_folder))
+    one, two = (load_file(f.paths.trial(name).best / "adapter_model.safetensors") for f in (folder, other_folder))
     assert one.keys() == two.keys()
     for key, tensor in one.items():
         torch.testing.assert_close(tensor, two[key], atol=1e-5, rtol=1e-4)
@@ -106,7 +106,7 @@ def test_a_trial_stops_when_its_patience_is_over(train, inputs):
     trials = [trial(epochs=6, patience=2, beta=1.0), trial(epochs=4, beta=1.0, learning_rate=2e-3)]
     results, lines, _ = train("together", *trials, validation=worse)
     patient, other = (results[each.name] for each in trials)
-    assert [row["epoch"] for row in patient.epochs] == [1, 2, 3]
+    assert [row.epoch for row in patient.epochs] == [1, 2, 3]
     assert (patient.best_epoch, patient.status) == (1, "finished")
     assert len(other.epochs) == 4
     alone = train("alone", trials[1], validation=worse)

@@ -33,7 +33,7 @@ def machine(root, cpuinfo="", **files):
         file = root / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
-    return describe_machine(root)
+    return describe_machine(root=root)
 
 
 def test_machines_are_told_by_their_instructions(tmp_path):
@@ -42,7 +42,7 @@ def test_machines_are_told_by_their_instructions(tmp_path):
     assert xeon.instructions == ["avx2", "avx512f", "avx512_bf16", "amx_bf16"]
     assert machine(tmp_path / "laptop", LAPTOP).instructions == ["avx2"]
     assert machine(tmp_path / "arm", ARM).instructions == ["asimd", "bf16", "sve"]
-    nothing = describe_machine(tmp_path / "none")
+    nothing = describe_machine(root=tmp_path / "none")
     assert nothing.instructions == []
     assert nothing.processor
     assert nothing.cores >= 1
@@ -74,7 +74,7 @@ def test_a_model_is_tried_and_the_choices_have_their_figures(tiny_model):
     assert "bfloat16" in choices["dtype"].why
     assert " ms" in choices["dtype"].why
     assert choices["threads"].value == str(torch.get_num_threads())
-    assert found.probes[choices["dtype"].value]["bits"]
+    assert found.probes[choices["dtype"].value].bits
     assert 1 <= int(choices["trials side by side"].value) <= 4
     assert found.usable
     assert found.verdict.startswith("ready")

@@ -24,18 +24,20 @@ from transformers import (
 )
 
 from pairtune.config import SourceConfig, TrialConfig
-from pairtune.data.reading import Reading
+from pairtune.data.source_reader import SourceReader
 from pairtune.data.table import PairTable, TokenIds
 from pairtune.data.tokens import PairTokenizer, TokenizedPair
 from pairtune.engine import native
 from pairtune.engine.kernels import Kernels
 from pairtune.engine.lora import LoraSettings, add_adapters
 from pairtune.engine.policy import Policy
-from pairtune.engine.trial import TrialInputs, load_start
+from pairtune.engine.trial import BaseOutputs, TrialInputs, load_start
 from pairtune.errors import Interrupted, RunFailed
+from pairtune.files import user_cache
 from pairtune.models.load import open_base, weights_fingerprint
-from pairtune.runs import RunFolder, user_cache
+from pairtune.run.folder import Run
 
+ADAPTER = "adapter_model.safetensors"
 CPU = torch.device("cpu")
 # `make machines` takes all of them through everything; here, a few go through what takes long.
 ALL = bool(os.environ.get("PAIRTUNE_MACHINES"))
@@ -186,7 +188,7 @@ def inputs(tiny_base, dtype):
 
 
 def train(inputs, folder, *trials, **changes):
-    lines, run = Lines(), RunFolder(folder)
+    lines, run = Lines(), Run(folder)
     results = native.run_trials(list(trials), replace(inputs, **changes), run, lines)
     assert [result.status for result in results] == ["finished"] * len(trials), [result.reason for result in results]
     return lines.of, run
@@ -195,7 +197,9 @@ def train(inputs, folder, *trials, **changes):
 def assert_same_bits(one, other, name):
     (lines, run), (other_lines, other_run) = one, other
     assert lines[name] == other_lines[name]
-    weights, others = (load_file(each.trial(name).best / "adapter_model.safetensors") for each in (run, other_run))
+    weights, others = (
+        load_file(each.paths.trial(name).best / "adapter_model.safetensors") for each in (run, other_run)
+    )
     assert all(torch.equal(tensor, others[key]) for key, tensor in weights.items())
 
 
@@ -213,7 +217,7 @@ def test_a_trial_alone_and_among_four_ends_in_the_same_bits(machine, inputs, tmp
     together = train(inputs, tmp_path / "four", *trials)
     assert together[0][trials[0].name][0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
     for number in (0, 3):
-        alone = train(inputs, tmp_path / str(number), trials[number], reference={})
+        alone = train(inputs, tmp_path / str(number), trials[number], base_outputs=BaseOutputs())
         assert_same_bits(together, alone, trials[number].name)
 
 
@@ -225,16 +229,18 @@ def test_a_run_goes_on_to_the_same_bits(machine, inputs, tmp_path):
     run = tmp_path / "stopped"
     lines = Lines()
     with pytest.raises(Interrupted):
-        native.run_trials(trials, replace(inputs, stopping=lambda: next(asked), reference={}), RunFolder(run), lines)
-    native.run_trials(trials, replace(inputs, reference={}), RunFolder(run), lines)
+        native.run_trials(
+            trials, replace(inputs, stopping=lambda: next(asked), base_outputs=BaseOutputs()), Run(run), lines
+        )
+    native.run_trials(trials, replace(inputs, base_outputs=BaseOutputs()), Run(run), lines)
     for each in trials:
-        assert_same_bits(whole, (lines.of, RunFolder(run)), each.name)
+        assert_same_bits(whole, (lines.of, Run(run)), each.name)
 
 
 @on([*MENDED, "hopeless"], [*FEWER, *HOPELESS])
 def test_sound_trials_train_on_every_machine(machine, inputs, tmp_path):
     lines, _ = train(inputs, tmp_path / "run", trial(), trial(beta=0.5))
-    rounding = inputs.measured.rounding
+    rounding = inputs.base_outputs.rounding
     assert rounding is not None
     assert (rounding.between_rows > 0) == (machine == "hopeless")
     assert abs(lines[trial().name][0]["rewards/margins"]) <= 0.1 * rounding.room
@@ -269,12 +275,12 @@ def faulty_base(monkeypatch, inputs):
 
 def swapped_reference(monkeypatch, inputs):
     """Chosen and rejected answers are confused in what is kept."""
-    inputs.reference["train"] = inputs.reference["train"].flip(1)
+    inputs.base_outputs.logps["train"] = inputs.base_outputs.logps["train"].flip(1)
 
 
 def mixed_up_reference(monkeypatch, inputs):
     """The reference of other pairs."""
-    inputs.reference["validation"] = inputs.reference["validation"].roll(1, 0)
+    inputs.base_outputs.logps["validation"] = inputs.base_outputs.logps["validation"].roll(1, 0)
 
 
 @on([*MENDED, "hopeless"], [*FEWER, HOPELESS[0]])
@@ -290,7 +296,7 @@ def test_the_guard_says_what_was_measured(inputs, tmp_path, own_machine, monkeyp
     """A first step that is off by more than rounding is refused, and the message has the figures."""
     with Machine(KERNELS["hopeless"]):
         train(inputs, tmp_path / "sound", trial(epochs=1))
-        inputs.reference["train"] += torch.tensor([50.0, 0.0])
+        inputs.base_outputs.logps["train"] += torch.tensor([50.0, 0.0])
         monkeypatch.setattr(native, "check_reference", lambda *arguments: None)
         with pytest.raises(RunFailed, match=r"a pair's margin differs by [\d.]+ between rows .* is allowed"):
             train(inputs, tmp_path / "faulty", trial(epochs=1, batch_size=7))
@@ -320,7 +326,7 @@ def bundled(dtype):
     base = replace(open_base("smollm2-135m", "float32"), dtype=dtype)
     source = SourceConfig(source=str(shared_file("rm_static_train.jsonl.gz")))
     encoder = PairTokenizer(base.tokenizer, 1024)
-    read = Reading.open(source, "--data", {}, 20).encoded(encoder.encode)
+    read = SourceReader.open(source, "--data", {}, 20).encoded(encoder.encode)
     pairs = [each.pair for batch in read for _, each in batch if isinstance(each, TokenizedPair)]
     tables = [PairTable.of(each, base.tokenizer) for each in (pairs[:16], pairs[16:17])]
     return TrialInputs(base, weights_fingerprint(load_start(trial(), base)), *tables, "eval_loss")
@@ -334,7 +340,7 @@ def test_the_assignments_grid_starts_at_ln_2(machine, bundled, tmp_path):
     lines = Lines()
     first = replace(bundled, stopping=lambda: bool(lines.of.get(trials[-1].name)))
     with pytest.raises(Interrupted):
-        native.run_trials(trials, first, RunFolder(tmp_path / "run"), lines)
+        native.run_trials(trials, first, Run(tmp_path / "run"), lines)
     for each in trials:
         assert lines.of[each.name][0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
         assert lines.of[each.name][0]["rewards/margins"] == 0

@@ -32,7 +32,7 @@ from pairtune.engine.trial import TrialInputs, load_start, peak_memory_mb, reset
 from pairtune.errors import BadInput
 from pairtune.models.load import LoadedBase, load_tokenizer, weights_fingerprint
 from pairtune.models.resolve import resolve_model
-from pairtune.runs import RunFolder
+from pairtune.run.folder import Run
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -124,11 +124,11 @@ def trial(**changes):
 def test_families_without_packed_attention_train_side_by_side(config, tmp_path):
     """The default grid has two betas; GPT-2's layers are Conv1D. PEFT loads what comes out."""
     base = base_of(tmp_path / "model", config)
-    trials, lines, run = [trial(), trial(beta=0.2)], Lines(), RunFolder(tmp_path / "run")
+    trials, lines, run = [trial(), trial(beta=0.2)], Lines(), Run(tmp_path / "run")
     results = native.run_trials(trials, inputs_of(base, trials[0]), run, lines)
     assert [result.status for result in results] == ["finished", "finished"]
     assert lines.of[trials[0].name][0]["loss"] == pytest.approx(0.693147, abs=1e-6)
-    tuned = AutoPeftModelForCausalLM.from_pretrained(run.trial(trials[0].name).best, dtype=torch.float32)
+    tuned = AutoPeftModelForCausalLM.from_pretrained(run.paths.trial(trials[0].name).best, dtype=torch.float32)
     assert any(bool(weights.any()) for name, weights in tuned.named_parameters() if ".lora_B." in name)
     policy = Policy(load_start(trials[0], base))
     (pack,) = policy.rows([PAIR], 4096)
@@ -142,7 +142,7 @@ def test_families_without_packed_attention_train_side_by_side(config, tmp_path):
 def test_buffers_are_never_cast(tiny_base, tmp_path, method):
     """Rotary frequencies in bfloat16 are up to 0.33 % off; test, chat and export have exact ones."""
     base, config = replace(tiny_base, dtype=torch.bfloat16), trial(method=method)
-    lockstep = native._Lockstep([config], inputs_of(base, config), RunFolder(tmp_path), Lines())
+    lockstep = native._TrialGroup([config], inputs_of(base, config), Run(tmp_path), Lines())
     exact = dict(load_start(config, base).named_buffers())
     buffers = {name: buffer for name, buffer in lockstep.model.named_buffers() if "inv_freq" in name}
     assert buffers
@@ -171,7 +171,7 @@ def test_evaluations_in_float32_are_those_of_float32(tiny_base, tmp_path):
     rows = []
     for number, config in enumerate(configs):
         lines = Lines()
-        native.run_trials([config], inputs_of(base, config), RunFolder(tmp_path / str(number)), lines)
+        native.run_trials([config], inputs_of(base, config), Run(tmp_path / str(number)), lines)
         rows.append(lines.of[config.name][-1])
     assert rows[0]["eval_logps/chosen"] != rows[1]["eval_logps/chosen"]
     assert rows[1]["eval_logps/chosen"] == pytest.approx(rows[0]["eval_logps/chosen"], rel=0.01)

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from pairtune.config import RunConfig
 from pairtune.data import prepare
-from pairtune.data.pairs import RowCount
+from pairtune.data.preference import RowCount
 from pairtune.data.prepare import prepare_data
 from pairtune.data.splits import prompt_key
 from pairtune.errors import BadInput
-from pairtune.runs import user_cache
+from pairtune.files import user_cache
 
 TOKENIZER = byte_tokenizer()
 
@@ -35,7 +35,7 @@ def prepared(**settings):
 
 
 def balanced(record):
-    return all(source["rows_in"] == source["kept"] + sum(source["dropped"].values()) for source in record["sources"])
+    return all(source.rows_in == source.kept + sum(source.dropped.values()) for source in record.sources)
 
 
 def keys(pairs):
@@ -54,7 +54,7 @@ def test_without_evaluation_data_prompts_are_held_out_with_all_their_pairs(tmp_p
     data = prepared(data=write(tmp_path / "t.jsonl", rows))
     assert (len(data.train), len(data.validation), len(data.test)) == (48, 6, 6)
     assert len(keys(data.train)) + len(keys(data.validation)) + len(keys(data.test)) == 30
-    assert [(source["split"], source["rows_in"]) for source in data.record["sources"]] == [
+    assert [(source.split, source.rows_in) for source in data.record.sources] == [
         ("train", 48),
         ("validation", 6),
         ("test", 6),
@@ -66,13 +66,13 @@ def test_a_given_test_set_stays_apart_from_what_is_drawn(tmp_path):
     train, test = write(tmp_path / "t.jsonl", map(row, range(30))), write(tmp_path / "x.jsonl", map(row, range(25, 35)))
     data = prepared(data=train, test_data=test)
     assert (len(data.train), len(data.validation), len(data.test)) == (27, 3, 5)
-    assert data.record["sources"][-1]["dropped"] == {"prompt is in another split": 5}
+    assert data.record.sources[-1].dropped == {"prompt is in another split": 5}
 
 
 def test_a_validation_prompt_that_is_trained_on_is_dropped_and_counted(tmp_path):
     train = write(tmp_path / "t.jsonl", map(row, range(5)))
     held = write(tmp_path / "e.jsonl", [row(9), row(2, prompt="  question   2? ")])
-    assert prepared(data=train, eval_data=held).record["sources"][1] == {
+    assert prepared(data=train, eval_data=held).record.sources[1].model_dump() == {
         "source": held,
         "split": "validation",
         "rows_in": 2,
@@ -97,8 +97,8 @@ def test_pairs_over_the_length_are_dropped_and_shortened_prompts_are_counted(tmp
         max_length=128,
     )
     assert [pair.prompt for pair in data.train] == [(told[2],)] * 2
-    assert data.record["sources"][0]["dropped"] == {"longer than 128 tokens": 1}
-    assert data.record["sources"][0]["shortened"] == 1
+    assert data.record.sources[0].dropped == {"longer than 128 tokens": 1}
+    assert data.record.sources[0].shortened == 1
 
 
 def test_a_bad_row_stops_with_file_row_and_field_or_is_skipped_and_counted(tmp_path):
@@ -111,7 +111,7 @@ def test_a_bad_row_stops_with_file_row_and_field_or_is_skipped_and_counted(tmp_p
     with pytest.raises(BadInput, match=r"t\.jsonl: row 2: field chosen is missing.*--on-bad-row skip"):
         prepared(data=train, eval_data=held)
     data = prepared(data=train, eval_data=held, on_bad_row="skip")
-    assert data.record["sources"][0] == {
+    assert data.record.sources[0].model_dump() == {
         "source": train,
         "split": "train",
         "rows_in": 6,
@@ -132,8 +132,8 @@ def test_ties_are_counted_and_are_no_reason_to_stop(tmp_path):
         for n, talk in enumerate(turns)
     ]
     record = prepared(data=write(tmp_path / "t.jsonl", rows), test_share=0).record
-    assert record["sources"][0]["dropped"] == {"tie": 1}
-    assert record["formats"] == {str(tmp_path / "t.jsonl"): "arena"}
+    assert record.sources[0].dropped == {"tie": 1}
+    assert record.formats == {str(tmp_path / "t.jsonl"): "arena"}
     assert balanced(record)
 
 
@@ -146,7 +146,7 @@ def test_weights_set_the_mix_and_what_they_leave_out_is_counted(tmp_path):
     data = prepared(data=sources, eval_data=held)
     names = Counter(pair.origin.rsplit("/", 1)[1][0] for pair in data.train)
     assert names == {"a": 20, "b": 7}
-    assert data.record["sources"][1]["dropped"] == {"left out by weight": 13}
+    assert data.record.sources[1].dropped == {"left out by weight": 13}
     assert balanced(data.record)
     assert len(prepared(data=[source["source"] for source in sources], eval_data=held).train) == 40
 
@@ -195,13 +195,13 @@ def test_the_bundled_splits_share_no_conversation():
     assert (len(data.train), len(data.validation), len(data.test)) == (253, 111, 74)
     parts = [keys(pairs) for pairs in (data.train, data.validation, data.test)]
     assert all(parts) and not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
-    assert not any(source["dropped"] for source in data.record["sources"])
+    assert not any(source.dropped for source in data.record.sources)
 
 
 def test_books_that_do_not_balance_are_a_fault():
     count = RowCount("s", "train", rows_in=3, kept=1, dropped=Counter({"empty": 1}))
     with pytest.raises(AssertionError, match="3 rows in, 1 kept"):
-        count.as_dict()
+        count.account()
 
 
 def test_a_second_preparation_is_read_from_the_cache_until_anything_changes(tmp_path, monkeypatch):
@@ -228,7 +228,7 @@ def test_a_preparation_that_fails_leaves_no_cache(tmp_path):
 
 def test_the_example_shows_prompt_and_answers_with_their_ends(tmp_path):
     train, held = write(tmp_path / "t.jsonl", [row(1)]), write(tmp_path / "e.jsonl", [row(9)])
-    assert prepared(data=train, eval_data=held).record["example"] == {
+    assert prepared(data=train, eval_data=held).record.example.model_dump() == {
         "origin": f"{train}:1",
         "prompt": "<|im_start|>user\nQuestion 1?<|im_end|>\n<|im_start|>assistant\n",
         "chosen": "yes 1<|im_end|>\n",
@@ -239,7 +239,7 @@ def test_the_example_shows_prompt_and_answers_with_their_ends(tmp_path):
 def test_the_fingerprint_of_a_split_is_of_content_and_order(tmp_path):
     def train_fingerprint(rows, name="t.jsonl"):
         held = write(tmp_path / "e.jsonl", [row(9)])
-        return prepared(data=write(tmp_path / name, rows), eval_data=held).record["splits"]["train"]["fingerprint"]
+        return prepared(data=write(tmp_path / name, rows), eval_data=held).record.splits["train"].fingerprint
 
     first = train_fingerprint([row(1), row(2)])
     assert train_fingerprint([row(1), row(2)], "u.jsonl") == first
@@ -281,9 +281,9 @@ def test_rows_in_are_kept_or_dropped_by_reason(tmp_path_factory, rows, own_split
         assert "no pair is left" in str(error)
         return
     assert balanced(data.record)
-    counts = [source for source in data.record["sources"] if source["source"] == str(folder / "t.jsonl")]
-    assert sum(count["rows_in"] for count in counts) == sum(bool(line) for line in rows)
-    kept = sum(count["kept"] for count in counts)
+    counts = [source for source in data.record.sources if source.source == str(folder / "t.jsonl")]
+    assert sum(count.rows_in for count in counts) == sum(bool(line) for line in rows)
+    kept = sum(count.kept for count in counts)
     assert kept == len(data.train) + (len(data.validation) + len(data.test) if own_splits else 0)
 
 
@@ -296,14 +296,14 @@ def test_real_pairs_share_no_conversation_between_given_splits(name):
         max_length=4096,
     )
     assert balanced(data.record)
-    train, held = data.record["sources"]
-    assert (train["rows_in"], held["rows_in"]) == (1696, 300)
+    train, held = data.record.sources
+    assert (train.rows_in, held.rows_in) == (1696, 300)
     begun = {
         tuple((turn["role"], turn["content"]) for turn in pair.prompt[:end])
         for pair in data.train
         for end in range(1, len(pair.prompt) + 1, 2)
     }
-    assert held["dropped"]["conversation is in another split"] > 0
+    assert held.dropped["conversation is in another split"] > 0
     assert not begun & {tuple((turn["role"], turn["content"]) for turn in pair.prompt) for pair in data.validation}
 
 

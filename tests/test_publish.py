@@ -42,8 +42,8 @@ def test_an_adapter_and_a_merged_model_are_the_trained_one(run, tmp_path):
     assert all(parity.holds for parity in parities.values())
     assert parities["adapter"].logp_difference == 0
     assert json.loads((tmp_path / "merged" / "parity.json").read_text())["same_answers"] == 2
-    tokenizer = AutoTokenizer.from_pretrained(run.best)
-    expected = logits(AutoPeftModelForCausalLM.from_pretrained(run.best), tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(run.paths.best)
+    expected = logits(AutoPeftModelForCausalLM.from_pretrained(run.paths.best), tokenizer)
     adapter = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     again = AutoTokenizer.from_pretrained(tmp_path / "merged")
@@ -62,8 +62,8 @@ def test_a_whole_model_has_no_adapter_but_can_be_exported(full, tmp_path):
 def test_what_is_not_the_trained_model_does_not_leave(run, tmp_path, monkeypatch):
     write = export._write
 
-    def spoilt(run, kind, base, folder, quantisation):
-        write(run, kind, base, folder, quantisation)
+    def spoilt(run, weights, kind, base, folder, quantisation):
+        write(run, weights, kind, base, folder, quantisation)
         from safetensors.torch import load_file, save_file
 
         (file,) = folder.glob("*.safetensors")
@@ -79,8 +79,8 @@ def test_what_is_not_the_trained_model_does_not_leave(run, tmp_path, monkeypatch
 def test_another_chat_template_does_not_leave(run, tmp_path, monkeypatch):
     write = export._write
 
-    def spoilt(run, kind, base, folder, quantisation):
-        write(run, kind, base, folder, quantisation)
+    def spoilt(run, weights, kind, base, folder, quantisation):
+        write(run, weights, kind, base, folder, quantisation)
         for file in folder.glob("*.jinja"):
             file.write_text(file.read_text().replace("<|im_start|>", "<|im_end|>"))
 
@@ -116,7 +116,7 @@ def test_what_is_pushed_arrives_whole_in_one_commit(run, hub, tmp_path):
     arrived = hub.repositories["someone/demo"]["main"]
     for name in ("report.html", "report.md"):
         assert arrived[name] == (run.root / name).read_bytes()
-    for file in run.figures.iterdir():
+    for file in run.paths.figures.iterdir():
         assert arrived[f"figures/{file.name}"] == file.read_bytes()
     export_run(run, "merged", tmp_path / "merged")
     for file in (tmp_path / "merged").iterdir():
@@ -189,7 +189,7 @@ def test_a_push_that_could_not_be_loaded_is_refused_before_training(tiny_model, 
 def test_a_push_that_fails_leaves_a_finished_run(full, hub, tmp_path):
     rows = {name: full.root.parent / f"{name}.jsonl" for name in ("train", "held")}
     hub.fault = lambda method, path: (403, {}) if path == "/api/repos/create" else None
-    model = json.loads(full.environment.read_text())["base"]["name"]
+    model = json.loads(full.paths.environment.read_text())["base"]["name"]
     done = pairtune(
         *("tune", "--model", model, "--method", "full", "--data", rows["train"], "--eval-data", rows["held"]),
         *("--lr", "1e-4", "--beta", "0.1", "--epochs", "1", "--dtype", "float32", "--samples", "0"),
@@ -203,7 +203,7 @@ def test_a_push_that_fails_leaves_a_finished_run(full, hub, tmp_path):
 
 
 def test_chat_takes_an_adapter(run):
-    command = [sys.executable, "-m", "pairtune", "chat", str(run.best)]
+    command = [sys.executable, "-m", "pairtune", "chat", str(run.paths.best)]
     done = subprocess.run(command, input="hello\n/base\n", capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "talking to the base model" in " ".join(done.stdout.split())
@@ -215,7 +215,7 @@ def test_a_dry_run_lists_everything_and_sends_nothing(run, hub, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "model.safetensors" in done.stdout
-    assert f"{run.report.stat().st_size:,}  report.html" in done.stdout
+    assert f"{run.paths.report.stat().st_size:,}  report.html" in done.stdout
     assert not hub.asked
 
 
@@ -225,7 +225,7 @@ def test_what_may_not_be_published_is_refused(run, hub, tmp_path):
     shutil.copytree(run.root, tmp_path / "run")
     refused = pairtune(*push, "adapter", **environment)
     assert "the adapter's base lies on this machine only" in refused.stderr
-    audit = json.loads(run.audit.read_text())
+    audit = json.loads(run.paths.audit.read_text())
     wrong = {**audit["findings"][0], "level": "error", "rule": "start-not-base"}
     (tmp_path / "run" / "audit.json").write_text(json.dumps({**audit, "findings": [wrong]}))
     refused = pairtune(*push, "merged", **environment)

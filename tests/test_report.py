@@ -15,10 +15,10 @@ from huggingface_hub import ModelCard
 
 from pairtune.config import source_name
 from pairtune.report.curves import draw_curves
-from pairtune.report.gather import Gathered
-from pairtune.report.words import duration
+from pairtune.report.phrases import duration
+from pairtune.report.report_data import ReportData
 from pairtune.report.write import write_report
-from pairtune.runs import RunFolder
+from pairtune.run.folder import Run
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def run(tiny_model, tmp_path_factory):
 def test_answers_on_validation_prompts_can_choose(tiny_model, tmp_path):
     run = small_run(tiny_model, tmp_path, learning_rate=[3e-3, 1e-3], samples=3, select="win_rate")
     choosing, generations, selection = (
-        json.loads(path.read_text()) for path in (run.choosing, run.generations, run.selection)
+        json.loads(path.read_text()) for path in (run.paths.choosing, run.paths.generations, run.paths.selection)
     )
     asked = [prompt[-1]["content"] for prompt in choosing["prompts"]]
     assert asked == [f"Are there {number} apples?" for number in (20, 21, 22)]  # the choice sees no test prompt
@@ -79,7 +79,7 @@ class Page(HTMLParser):
 
 
 def test_the_report_is_one_file_that_needs_nothing_else(run):
-    page = Page(run.report.read_text())
+    page = Page(run.paths.report.read_text())
     assert not page.open
     assert all(address.startswith("#") for address in page.addresses)
     anchors = [
@@ -88,13 +88,13 @@ def test_the_report_is_one_file_that_needs_nothing_else(run):
     assert len(anchors) == 5
     assert {anchor[1:] for anchor in anchors} <= set(page.ids)
     assert "script" not in page.tags
-    assert "@import" not in run.report.read_text()
-    assert "url(http" not in run.report.read_text()
+    assert "@import" not in run.paths.report.read_text()
+    assert "url(http" not in run.paths.report.read_text()
 
 
 def test_the_report_tells_what_a_stranger_asks(run):
-    said = " ".join(" ".join(Page(run.report.read_text()).text).split())
-    selection, test = (json.loads(path.read_text()) for path in (run.selection, run.test))
+    said = " ".join(" ".join(Page(run.paths.report.read_text()).text).split())
+    selection, test = (json.loads(path.read_text()) for path in (run.paths.selection, run.paths.test))
     for expected in (
         "2 trials of tuning tiny on 8 preference pairs",
         selection["why"],
@@ -112,45 +112,50 @@ def test_the_report_tells_what_a_stranger_asks(run):
 
 
 def test_what_people_wrote_is_text_and_no_folder_of_theirs_is_named(run):
-    html, text = run.report.read_text(), run.report_text.read_text()
+    html, text = run.paths.report.read_text(), run.paths.report_text.read_text()
     assert "my<run>" not in html
     assert "my&lt;run&gt;" in html
-    for shown in (html, text, run.card.read_text()):
+    for shown in (html, text, run.paths.card.read_text()):
         assert str(run.root.parent) not in shown
 
 
 def test_an_answer_with_markup_stays_text(run, tmp_path):
     shutil.copytree(run.root, tmp_path / "run")
-    spoilt = RunFolder(tmp_path / "run")
-    generations = json.loads(spoilt.generations.read_text())
+    spoilt = Run(tmp_path / "run")
+    generations = json.loads(spoilt.paths.generations.read_text())
     for model in generations["models"].values():
         model["answers"][0]["text"] = "<script>alert(1)</script> [link](javascript:x) | `code`"
-    spoilt.generations.write_text(json.dumps(generations))
+    spoilt.paths.generations.write_text(json.dumps(generations))
     write_report(spoilt)
-    assert "script" not in Page(spoilt.report.read_text()).tags
-    assert "\\<script\\>alert(1)\\</script\\> \\[link\\](javascript:x) \\| \\`code\\`" in spoilt.report_text.read_text()
+    assert "script" not in Page(spoilt.paths.report.read_text()).tags
+    assert (
+        "\\<script\\>alert(1)\\</script\\> \\[link\\](javascript:x) \\| \\`code\\`"
+        in spoilt.paths.report_text.read_text()
+    )
 
 
 def test_the_curves_are_all_there_and_speak(run):
-    curves = draw_curves(Gathered(run))
+    curves = draw_curves(ReportData(run))
     assert set(curves) == {"training-loss", "loss", "accuracy", "margin", "chosen", "rejected", "kl"}
     for name, svg in curves.items():
         assert svg.startswith("<svg viewBox="), name
         assert "<title>" in svg
         assert "lr 0.003, beta 0.1:" in svg
         assert "currentColor" in svg
-        assert (run.figures / f"{name}.svg").is_file()
-    assert curves == draw_curves(Gathered(run))
+        assert (run.paths.figures / f"{name}.svg").is_file()
+    assert curves == draw_curves(ReportData(run))
 
 
 def test_the_card_has_what_the_hub_and_leaderboards_read(run):
-    card = ModelCard.load(run.card)
+    card = ModelCard.load(run.paths.card)
     data = card.data.to_dict()
     assert data["library_name"] == "peft"
     assert {"dpo", "pairtune", "lora"} <= set(data["tags"])
     (accuracy, loss) = card.data.eval_results
     assert (accuracy.metric_type, loss.metric_type, accuracy.dataset_split) == ("accuracy", "loss", "test")
-    assert accuracy.metric_value == round(json.loads(run.test.read_text())["metrics"]["eval_rewards/accuracies"], 4)
+    assert accuracy.metric_value == round(
+        json.loads(run.paths.test.read_text())["metrics"]["eval_rewards/accuracies"], 4
+    )
     assert "lr 0.001, beta 0.1" in card.text  # the losers are included
     assert not re.search(r"^## (Trials|Audit)", card.text, re.MULTILINE)  # one level below the card's own
 
@@ -162,7 +167,7 @@ def test_a_report_can_be_written_again_from_the_folder_alone(run, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "moved" / "report.html")
-    assert (tmp_path / "moved" / "figures" / "loss.svg").read_bytes() == (run.figures / "loss.svg").read_bytes()
+    assert (tmp_path / "moved" / "figures" / "loss.svg").read_bytes() == (run.paths.figures / "loss.svg").read_bytes()
     (tmp_path / "moved" / "COMPLETE").unlink()
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (refused.returncode, "unfinished" in refused.stderr) == (2, True)
@@ -183,7 +188,7 @@ def test_eval_of_a_run_repeats_its_own_numbers(run):
     done = pairtune("eval", run.root, "--data", held, "--samples", 2, "--dtype", "float32", "--json")
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
-    best = json.loads(run.selection.read_text())["ranking"][0]
+    best = json.loads(run.paths.selection.read_text())["ranking"][0]
     for name, value in record["metrics"].items():
         assert value == pytest.approx(best["metrics"][name], abs=1e-5), name
     assert record["intervals"]["eval_rewards/accuracies"] == best["intervals"]["eval_rewards/accuracies"]
@@ -198,7 +203,7 @@ def test_eval_takes_a_foreign_adapter_and_a_whole_model(run, tiny_model):
     held = run.root.parent / "ten.jsonl"
     of_run, of_adapter, of_model = (
         json.loads(pairtune("eval", *target, "--data", held, "--samples", 0, "--dtype", "float32", "--json").stdout)
-        for target in ((run.root,), (run.best,), (tiny_model, "--base", tiny_model))
+        for target in ((run.root,), (run.paths.best,), (tiny_model, "--base", tiny_model))
     )
     assert of_adapter["metrics"] == pytest.approx(of_run["metrics"], abs=1e-6)
     assert of_model["metrics"]["eval_rewards/margins"] == 0

@@ -22,13 +22,13 @@ from rich.console import Console
 from pairtune.config import RunConfig, TrialConfig
 from pairtune.data.table import PairTable
 from pairtune.engine import native
-from pairtune.engine.trial import TrialInputs, load_start
+from pairtune.engine.trial import BaseOutputs, TrialInputs, load_start
 from pairtune.errors import Interrupted, RunFailed
 from pairtune.models.load import weights_fingerprint
 from pairtune.pipeline import stop_on_signals
-from pairtune.runs import RunFolder
+from pairtune.run.folder import Run
 from pairtune.sweep.run import run_sweep
-from pairtune.sweep.search import Search
+from pairtune.sweep.search import open_search
 from pairtune.track.sinks import JsonlSink
 
 # How many moments `test_a_killed_run_...` tries; `make chaos` tries more.
@@ -70,21 +70,21 @@ GRIDS = {
 @pytest.mark.parametrize("grid", GRIDS)
 def test_a_run_can_stop_between_any_two_steps(inputs, tmp_path, grid):
     trials = GRIDS[grid]
-    whole = RunFolder(tmp_path / "whole")
+    whole = Run(tmp_path / "whole")
     expected = native.run_trials(trials, inputs, whole, JsonlSink(whole))
     assert [result.status for result in expected].count("finished") >= 1
-    assert not whole.checkpoint.exists()
+    assert not whole.paths.checkpoint.exists()
     stops = 0
     for call in range(1, 100):
-        run = RunFolder(tmp_path / str(call))
-        again = replace(inputs, stopping=stopping_at(call), reference={})
+        run = Run(tmp_path / str(call))
+        again = replace(inputs, stopping=stopping_at(call), base_outputs=BaseOutputs())
         try:
             native.run_trials(trials, again, run, JsonlSink(run))
             break
         except Interrupted as stop:
             stops += 1
             assert f"`pairtune resume {run.root}`" in str(stop)
-        results = native.run_trials(trials, replace(inputs, reference={}), run, JsonlSink(run))
+        results = native.run_trials(trials, replace(inputs, base_outputs=BaseOutputs()), run, JsonlSink(run))
         assert content(run.root) == content(whole.root), f"stopped at call {call}"
         assert [result.epochs for result in results] == [result.epochs for result in expected]
         assert [result.train_pairs for result in results] == [result.train_pairs for result in expected]
@@ -92,7 +92,7 @@ def test_a_run_can_stop_between_any_two_steps(inputs, tmp_path, grid):
 
 
 def test_a_stopped_run_goes_on_from_its_checkpoint_and_not_from_the_start(inputs, tmp_path):
-    run, lines = RunFolder(tmp_path), Lines()
+    run, lines = Run(tmp_path), Lines()
     with pytest.raises(Interrupted):
         native.run_trials([trial()], replace(inputs, stopping=lambda: len(lines.of[trial().name]) == 2), run, lines)
     assert [result.trial.name for result in native.checkpointed(run)] == [trial().name]
@@ -103,34 +103,34 @@ def test_a_stopped_run_goes_on_from_its_checkpoint_and_not_from_the_start(inputs
 
 def interrupted(inputs, run, trials):
     with pytest.raises(Interrupted):
-        native.run_trials(trials, replace(inputs, reference={}, stopping=stopping_at(6)), run, Lines())
+        native.run_trials(trials, replace(inputs, base_outputs=BaseOutputs(), stopping=stopping_at(6)), run, Lines())
 
 
 def test_a_damaged_checkpoint_is_never_trusted(inputs, tmp_path):
-    run = RunFolder(tmp_path)
+    run = Run(tmp_path)
     interrupted(inputs, run, [trial()])
-    whole = run.checkpoint.read_bytes()
+    whole = run.paths.checkpoint.read_bytes()
     for length in (0, 4, 100, len(whole) // 2, len(whole) - 1):
-        run.checkpoint.write_bytes(whole[:length])
+        run.paths.checkpoint.write_bytes(whole[:length])
         with pytest.raises(RunFailed, match="the checkpoint is damaged; remove it"):
             native.run_trials([trial()], inputs, run, Lines())
 
 
 def test_a_checkpoint_of_other_settings_is_refused(inputs, tmp_path):
-    run = RunFolder(tmp_path)
+    run = Run(tmp_path)
     interrupted(inputs, run, [trial()])
     with pytest.raises(RunFailed, match="is of other settings, other pairs or another base model"):
         native.run_trials([trial(max_grad_norm=0.5)], inputs, run, Lines())
-    (run.reference / "train.safetensors").unlink()  # it would be refused first
+    (run.paths.reference / "train.safetensors").unlink()  # it would be refused first
     with pytest.raises(RunFailed, match="is of other settings, other pairs or another base model"):
-        native.run_trials([trial()], replace(inputs, train=inputs.train[:4], reference={}), run, Lines())
+        native.run_trials([trial()], replace(inputs, train=inputs.train[:4], base_outputs=BaseOutputs()), run, Lines())
 
 
 def test_a_full_disk_stops_the_run_with_the_last_checkpoint_intact(inputs, tmp_path):
     """A limit on the size of files stands in for the disk: a write beyond it fails as on a full disk."""
-    run = RunFolder(tmp_path)
+    run = Run(tmp_path)
     interrupted(inputs, run, [trial()])
-    before = run.checkpoint.read_bytes()
+    before = run.paths.checkpoint.read_bytes()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) - 1000, limit[1]))
@@ -138,7 +138,7 @@ def test_a_full_disk_stops_the_run_with_the_last_checkpoint_intact(inputs, tmp_p
             native.run_trials([trial()], inputs, run, Lines())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert run.checkpoint.read_bytes() == before
+    assert run.paths.checkpoint.read_bytes() == before
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]
     native.run_trials([trial()], inputs, run, Lines())
 
@@ -232,8 +232,8 @@ def swept(inputs, folder, stopping):
     settings = {"data": "x", "learning_rate": [1e-5, 3e-3, 1e-4, 3e-2], "beta": [0.1], "epochs": 3, "lora_rank": 2}
     config = RunConfig(**settings, prune=True, side_by_side=2, dtype="float32")
     data = SimpleNamespace(train=inputs.train, validation=inputs.validation)
-    run = RunFolder(folder)
-    results = run_sweep(config, Search(config), data, inputs.base, run, JsonlSink(run), None, stopping)
+    run = Run(folder)
+    results = run_sweep(config, open_search(config), data, inputs.base, run, JsonlSink(run), None, stopping)
     return [(each.trial.name, each.status, each.reason, each.best_epoch, each.epochs) for each in results]
 
 

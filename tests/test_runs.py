@@ -8,16 +8,9 @@ import os
 import pytest
 
 from pairtune.errors import BadInput
-from pairtune.runs import (
-    RunFolder,
-    fill_folder,
-    fingerprint,
-    forget_oldest,
-    mark_used,
-    user_cache,
-    write_atomic,
-    write_json,
-)
+from pairtune.files import fill_folder, fingerprint, forget_oldest, mark_used, user_cache, write_atomic, write_json
+from pairtune.run.folder import MetricsLog, Run
+from pairtune.run.records import SweepRecord
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
@@ -46,56 +39,78 @@ def test_a_folder_that_fails_to_fill_leaves_the_old_one(tmp_path):
 
 
 def with_config(run):
-    write_atomic(run.config, "seed: 0")
+    write_atomic(run.paths.config, "seed: 0")
 
 
 def test_a_run_folder_that_cannot_be_filled_is_not_there(tmp_path):
     with pytest.raises(ZeroDivisionError):
-        RunFolder.create(tmp_path / "run", lambda run: write_atomic(run.config, str(1 / 0)))
+        Run.create(tmp_path / "run", lambda run: write_atomic(run.paths.config, str(1 / 0)))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_killed_process_left_half_written_is_removed_and_nothing_else(tmp_path):
-    run = RunFolder.create(tmp_path / "run", with_config)
+    run = Run.create(tmp_path / "run", with_config)
     (run.root / ".mine").write_text("a person's file")
-    (run.trials / "one").mkdir(parents=True)
-    (run.trials / "one" / ".trial.json.abc.tmp").write_text("{")
-    (run.trials / "one" / ".best.abc.tmp").mkdir()
-    (run.trials / "one" / ".best.abc.tmp" / "adapter_model.safetensors").write_text("{")
+    (run.paths.trials / "one").mkdir(parents=True)
+    (run.paths.trials / "one" / ".trial.json.abc.tmp").write_text("{")
+    (run.paths.trials / "one" / ".best.abc.tmp").mkdir()
+    (run.paths.trials / "one" / ".best.abc.tmp" / "adapter_model.safetensors").write_text("{")
     run.forget_half_written()
     assert {p.name for p in run.root.rglob("*")} == {"config.yaml", ".mine", "trials", "one"}
 
 
 def test_a_folder_that_exists_is_refused_and_left_alone(tmp_path):
     (tmp_path / "run").mkdir()
-    RunFolder.create(tmp_path / "run", with_config)  # empty: fine
+    Run.create(tmp_path / "run", with_config)  # empty: fine
     assert (tmp_path / "run" / "config.yaml").read_text() == "seed: 0"
     (tmp_path / "run" / "file").write_text("mine")
     with pytest.raises(BadInput, match="already exists"):
-        RunFolder.create(tmp_path / "run", with_config)
+        Run.create(tmp_path / "run", with_config)
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(BadInput, match="already exists"):
-        RunFolder.create(tmp_path / "taken", with_config)
+        Run.create(tmp_path / "taken", with_config)
     with pytest.raises(BadInput, match="cannot be created"):
-        RunFolder.create(tmp_path / "taken" / "below", with_config)
+        Run.create(tmp_path / "taken" / "below", with_config)
     assert (tmp_path / "run" / "file").read_text() == "mine"
 
 
 def test_an_unfinished_run_is_not_opened(tmp_path):
     with pytest.raises(BadInput, match="no such run folder"):
-        RunFolder.finished(tmp_path / "none")
-    run = RunFolder.create(tmp_path / "run", with_config)
+        Run.finished(tmp_path / "none")
+    run = Run.create(tmp_path / "run", with_config)
     with pytest.raises(BadInput, match="unfinished"):
-        RunFolder.finished(run.root)
-    run.complete.touch()
-    assert RunFolder.finished(run.root) == run
+        Run.finished(run.root)
+    run.paths.complete.touch()
+    assert Run.finished(run.root).complete
 
 
 def test_a_damaged_file_is_named(tmp_path):
-    run = RunFolder(tmp_path)
-    run.sweep.write_text("{")
-    with pytest.raises(BadInput, match=r"sweep\.json: cannot be read as JSON"):
-        run.read_json(run.sweep)
+    run = Run(tmp_path)
+    run.paths.sweep.write_text("{")
+    with pytest.raises(BadInput, match=r"sweep\.json: is not valid JSON"):
+        run.need(SweepRecord)
+    assert run.sweep is None
+    assert [damage.file for damage in run.damage] == ["sweep.json"]
+
+
+def test_metrics_are_read_as_they_grow_and_anew_where_they_were_rewritten(tmp_path):
+    run, file = Run(tmp_path), tmp_path / "trials" / "one" / "metrics.jsonl"
+    file.parent.mkdir(parents=True)
+    assert run.log("one") == MetricsLog()
+
+    def steps():
+        return [(step.step, step.loss) for step in run.log("one").steps]
+
+    lines = [f'{{"step": {step}, "epoch": 0.1, "loss": 0.{step}}}\n' for step in range(1, 5)]
+    file.write_text("".join(lines[:2]) + '{"step": 3, "ep')  # the last line is still being written
+    assert steps() == [(1, 0.1), (2, 0.2)]
+    file.write_text("".join(lines[:3]) + "no line at all\n")
+    assert steps() == [(1, 0.1), (2, 0.2), (3, 0.3)]
+    assert run.log("one").unreadable == 1
+    file.write_text("".join(lines).replace("0.1}", "0.9}"))  # as long as before, and longer
+    assert steps() == [(1, 0.9), (2, 0.2), (3, 0.3), (4, 0.4)]
+    file.write_text(lines[0])  # a resumed trial forgets what it will log again
+    assert steps() == [(1, 0.1)]
 
 
 def test_fingerprints_tell_parts_apart():

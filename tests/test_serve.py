@@ -23,14 +23,26 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from pairtune.errors import BadInput
-from pairtune.models.generate import Sampling, generate_answers
+from pairtune.files import saved_fingerprint
+from pairtune.models.generate import end_tokens, generate_answers
 from pairtune.models.load import load_model, load_tuned, open_base
-from pairtune.runs import saved_fingerprint
+from pairtune.models.sampling import SamplingParams
 from pairtune.serve.adapters import read_adapter
-from pairtune.serve.lane import Busy, Ended, Failed, Lane, Limits, Queued, Request, Said
+from pairtune.serve.detokenizer import IncrementalDetokenizer
+from pairtune.serve.model_runner import ModelRunner
 from pairtune.serve.process import WorkerProcess
-from pairtune.serve.text import Drawing, TextStream
+from pairtune.serve.request import (
+    AdapterRef,
+    Failed,
+    Finished,
+    GenerationRequest,
+    Limits,
+    NotBatchable,
+    QueueFull,
+    QueuePosition,
+    TextDelta,
+)
+from pairtune.serve.scheduler import BatchScheduler
 
 QUESTIONS = ["What is a lighthouse for?", "Are there 4 apples?", "Hi", "Tell me about " + "boats and gulls " * 20]
 
@@ -44,24 +56,25 @@ def run(tiny_model, tmp_path_factory):
 def greedy(prompt_model, tokenizer, questions, tokens=24):
     prompts = [[{"role": "user", "content": each}] for each in questions]
     return [
-        generate_answers(prompt_model, tokenizer, [prompt], Sampling(max_new_tokens=tokens))[0] for prompt in prompts
+        generate_answers(prompt_model, tokenizer, [prompt], SamplingParams(max_tokens=tokens))[0] for prompt in prompts
     ]
 
 
 class Asker:
-    """Requests to a lane, and what came of them."""
+    """Requests to a scheduler, and what came of them."""
 
-    def __init__(self, lane: Lane) -> None:
-        self.lane = lane
+    def __init__(self, scheduler: BatchScheduler, tokenizer) -> None:
+        self.scheduler, self.tokenizer = scheduler, tokenizer
+        self.stop_token_ids = frozenset(end_tokens(scheduler.runner.model, tokenizer))
 
-    def ask(self, question: str, adapter=None, **drawing):
+    def ask(self, question: str, adapter=None, **params):
         turns = question if isinstance(question, list) else [{"role": "user", "content": question}]
-        text = self.lane.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        ids = self.lane.tokenizer(text, add_special_tokens=False)["input_ids"]
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         events: queue.SimpleQueue = queue.SimpleQueue()
-        settings = {"temperature": 0.0, "max_tokens": 24, **drawing}
-        request = Request(ids, Drawing(**settings), adapter, events.put)
-        self.lane.submit(request)
+        sampling = SamplingParams(**{"temperature": 0.0, "max_tokens": 24, **params})
+        request = GenerationRequest(ids, sampling, adapter, self.tokenizer, self.stop_token_ids, events.put)
+        self.scheduler.submit(request)
         return request, events
 
     @staticmethod
@@ -69,153 +82,148 @@ class Asker:
         text = ""
         while True:
             event = asked[1].get(timeout=seconds)
-            if isinstance(event, Said):
+            if isinstance(event, TextDelta):
                 text += event.text
-            elif isinstance(event, Ended | Failed):
+            elif isinstance(event, Finished | Failed):
                 return text, event
 
 
 @pytest.fixture
-def lane(tiny_model):
+def scheduler(tiny_model):
     base = open_base(str(tiny_model), "float32")
     made = []
 
     def make(**limits):
-        made.append(Lane(load_model(base.source, torch.float32), base.tokenizer, Limits(**limits)))
-        return Asker(made[-1])
+        made.append(BatchScheduler(load_model(base.source, torch.float32), Limits(**limits)))
+        return Asker(made[-1], base.tokenizer)
 
     yield make
     for each in made:
         each.close()
 
 
-def test_a_batch_of_base_and_adapters_says_what_each_says_alone(run, tiny_model, lane):
+@pytest.fixture
+def passes(monkeypatch):
+    """Of every forward pass: how many conversations decode, and how many prompt tokens there are."""
+    seen = []
+    forward = ModelRunner.forward
+
+    def counted(self, decoding, prompts, copies=()):
+        seen.append((len(decoding), sum(each.chunk.length for each in prompts)))
+        return forward(self, decoding, prompts, copies)
+
+    monkeypatch.setattr(ModelRunner, "forward", counted)
+    return seen
+
+
+def test_a_batch_of_base_and_adapters_says_what_each_says_alone(run, tiny_model, scheduler):
     base = open_base(str(tiny_model), "float32")
-    folders = [None, *(run.trial(f"lr-{rate}-beta-0.1").best for rate in ("0.03", "0.01"))]
-    adapters = [None if each is None else (saved_fingerprint(each), each) for each in folders]
+    folders = [None, *(run.paths.trial(f"lr-{rate}-beta-0.1").best for rate in ("0.03", "0.01"))]
+    adapters = [None if each is None else AdapterRef(saved_fingerprint(each), each) for each in folders]
     models = [load_model(base.source, torch.float32) if each is None else load_tuned(each, base) for each in folders]
-    asker = lane(concurrency=5)
+    asker = scheduler(concurrency=5)
     asked = [(number, question, asker.ask(question, adapters[number])) for question in QUESTIONS for number in range(3)]
     answers = {(number, question): asker.end(each) for number, question, each in asked}
     for number, model in enumerate(models):
         for question, expected in zip(QUESTIONS, greedy(model, base.tokenizer, QUESTIONS), strict=True):
             text, ended = answers[number, question]
             assert text.strip() == expected.text
-            assert ended == Ended("stop" if expected.ended else "length", expected.tokens)
+            assert ended == Finished("stop" if expected.ended else "length", expected.tokens)
     assert len({answers[number, QUESTIONS[0]][0] for number in range(3)}) == 3  # they are three models
-    assert asker.lane.load["answering"] == 0
+    assert asker.scheduler.load["running"] == 0
 
 
-def test_what_is_remembered_of_a_conversation_changes_nothing(run, tiny_model, lane, monkeypatch):
+def test_what_is_remembered_of_a_conversation_changes_nothing(run, tiny_model, scheduler, passes):
     base = open_base(str(tiny_model), "float32")
-    adapter = (saved_fingerprint(run.best), run.best)
-    asker, passes = lane(concurrency=2), []
-    forward = Lane._forward
-    monkeypatch.setattr(
-        Lane,
-        "_forward",
-        lambda self, a, p, c: passes.append(sum(each.length for _, each in p)) or forward(self, a, p, c),
-    )
+    adapter = AdapterRef(saved_fingerprint(run.paths.best), run.paths.best)
+    asker = scheduler(concurrency=2)
     first = asker.end(asker.ask(QUESTIONS[3], adapter))[0]
     turns = [{"role": "user", "content": QUESTIONS[3]}, {"role": "assistant", "content": first}]
     turns.append({"role": "user", "content": "And now?"})
     passes.clear()
     again = asker.end(asker.ask(turns, adapter))[0]
-    assert 0 < max(passes) < 150  # of about 500: the new turn, and an answer of bytes that are no text
-    model = load_tuned(run.best, base)
-    expected = generate_answers(model, base.tokenizer, [turns], Sampling(max_new_tokens=24))[0]
+    assert 0 < max(prompt for _, prompt in passes) < 150  # of about 500: the new turn, and bytes that are no text
+    model = load_tuned(run.paths.best, base)
+    expected = generate_answers(model, base.tokenizer, [turns], SamplingParams(max_tokens=24))[0]
     assert again.strip() == expected.text
     passes.clear()
     asker.end(asker.ask(turns, None))
-    assert max(passes) > 400  # the base has read nothing of it
+    assert max(prompt for _, prompt in passes) > 400  # the base has read nothing of it
 
 
-def test_what_begins_alike_is_read_once_in_a_pass(run, tiny_model, lane, monkeypatch):
+def test_what_begins_alike_is_read_once_in_a_pass(run, tiny_model, scheduler, passes):
     base = open_base(str(tiny_model), "float32")
-    adapter = (saved_fingerprint(run.best), run.best)
-    asker, passes = lane(concurrency=6), []
-    forward = Lane._forward
-    monkeypatch.setattr(
-        Lane,
-        "_forward",
-        lambda self, a, p, c: passes.append(sum(each.length for _, each in p)) or forward(self, a, p, c),
-    )
+    adapter = AdapterRef(saved_fingerprint(run.paths.best), run.paths.best)
+    asker = scheduler(concurrency=6)
     questions = [f"{QUESTIONS[3]} {number}" for number in range(3)]
     asked = [(key, asker.ask(question, key)) for key in (adapter, None) for question in questions]
     answers = [asker.end(each)[0].strip() for _, each in asked]
     length = len(QUESTIONS[3])
-    assert sum(passes) < 2 * length + 6 * 60  # each model has read the beginning once
+    assert sum(prompt for _, prompt in passes) < 2 * length + 6 * 60  # each model has read the beginning once
     for answer, (key, model) in zip(
         (answers[:3], answers[3:]),
-        ((adapter, load_tuned(run.best, base)), (None, load_model(base.source, torch.float32))),
+        ((adapter, load_tuned(run.paths.best, base)), (None, load_model(base.source, torch.float32))),
         strict=True,
     ):
         assert answer == [each.text for each in greedy(model, base.tokenizer, questions)], key
 
 
-def test_a_long_prompt_is_read_in_pieces_while_others_are_answered(lane, monkeypatch):
-    from pairtune.serve import lane as module
+def test_a_long_prompt_is_prefilled_in_chunks_while_others_are_answered(scheduler, passes, monkeypatch):
+    from pairtune.serve import scheduler as module
 
-    monkeypatch.setattr(module, "PROMPT_TOKENS", 32)
-    passes = []
-    forward = Lane._forward
-    monkeypatch.setattr(
-        Lane,
-        "_forward",
-        lambda self, a, p, c: passes.append((len(a), sum(each.length for _, each in p))) or forward(self, a, p, c),
-    )
-    asker = lane()
-    asker.lane._ends = set()
+    monkeypatch.setattr(module, "PREFILL_TOKENS", 32)
+    asker = scheduler()
+    asker.stop_token_ids = frozenset()
     short = asker.ask("Hi", max_tokens=40)
-    while not isinstance(short[1].get(timeout=60), Said):
+    while not isinstance(short[1].get(timeout=60), TextDelta):
         pass
     long = asker.ask(QUESTIONS[3], max_tokens=4)
-    assert isinstance(asker.end(long)[1], Ended)
+    assert isinstance(asker.end(long)[1], Finished)
     asker.end(short)
-    assert max(pieces for _, pieces in passes) <= 32
-    assert any(answering and pieces for answering, pieces in passes)
+    assert max(prompt for _, prompt in passes) <= 32
+    assert any(decoding and prompt for decoding, prompt in passes)
 
 
-def test_who_waits_knows_the_place_and_who_leaves_frees_it(lane):
-    asker = lane(concurrency=1, waiting=2)
-    asker.lane._ends = set()
+def test_who_waits_knows_the_place_and_who_leaves_frees_it(scheduler):
+    asker = scheduler(concurrency=1, waiting=2)
+    asker.stop_token_ids = frozenset()
     first = asker.ask("Hi", max_tokens=400)
-    while not isinstance(first[1].get(timeout=60), Said):
+    while not isinstance(first[1].get(timeout=60), TextDelta):
         pass
     second, third = asker.ask("Hi"), asker.ask("Hi")
-    assert second[1].get(timeout=5) == Queued(0)
-    assert third[1].get(timeout=5) == Queued(1)
-    with pytest.raises(Busy):
+    assert second[1].get(timeout=5) == QueuePosition(0)
+    assert third[1].get(timeout=5) == QueuePosition(1)
+    with pytest.raises(QueueFull):
         asker.ask("Hi")
-    asker.lane.cancel(second[0])
-    assert third[1].get(timeout=5) == Queued(0)
-    asker.lane.cancel(first[0])
-    assert isinstance(asker.end(third, 10)[1], Ended)
+    asker.scheduler.cancel(second[0])
+    assert third[1].get(timeout=5) == QueuePosition(0)
+    asker.scheduler.cancel(first[0])
+    assert isinstance(asker.end(third, 10)[1], Finished)
 
 
-def test_seeds_repeat_and_differ(lane):
-    asker = lane()
+def test_seeds_repeat_and_differ(scheduler):
+    asker = scheduler()
     texts = [asker.end(asker.ask("Hi", temperature=1.5, seed=seed))[0] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_a_pass_that_fails_is_said_and_the_next_one_works(lane, monkeypatch):
-    asker = lane()
+def test_a_pass_that_fails_is_said_and_the_next_one_works(scheduler, monkeypatch):
+    asker = scheduler()
     good = asker.end(asker.ask("Hi"))[0]
-    forward = Lane._forward
-    monkeypatch.setattr(Lane, "_forward", lambda *_: 1 / 0)
+    forward = ModelRunner.forward
+    monkeypatch.setattr(ModelRunner, "forward", lambda *_: 1 / 0)
     assert "division" in asker.end(asker.ask("Hi"))[1].message
-    monkeypatch.setattr(Lane, "_forward", forward)
+    monkeypatch.setattr(ModelRunner, "forward", forward)
     assert asker.end(asker.ask("Hi"))[0] == good
 
 
 @pytest.mark.parametrize("fault", ["gone", "cut off", "half", "other shape", "seed"])
-def test_what_is_wrong_with_one_request_is_not_the_others_matter(run, lane, tmp_path, fault):
-    asker = lane()
-    adapter = (saved_fingerprint(run.best), run.best)
+def test_what_is_wrong_with_one_request_is_not_the_others_matter(run, scheduler, tmp_path, fault):
+    asker = scheduler()
+    adapter = AdapterRef(saved_fingerprint(run.paths.best), run.paths.best)
     expected = asker.end(asker.ask(QUESTIONS[0], adapter))
     spoilt = tmp_path / "adapter"
-    shutil.copytree(run.best, spoilt)
+    shutil.copytree(run.paths.best, spoilt)
     file = spoilt / "adapter_model.safetensors"
     tensors = load_file(file)
     first = min(tensors)
@@ -229,30 +237,30 @@ def test_what_is_wrong_with_one_request_is_not_the_others_matter(run, lane, tmp_
         save_file({name: torch.zeros(5, 5) for name in tensors}, file)
     drawing = {"seed": 2**70} if fault == "seed" else {}
     beside = asker.ask(QUESTIONS[0], adapter)
-    bad = asker.ask("Hi", None if fault == "seed" else ("bad", spoilt), **drawing)
+    bad = asker.ask("Hi", None if fault == "seed" else AdapterRef("bad", spoilt), **drawing)
     behind = asker.ask(QUESTIONS[0], adapter)
     assert isinstance(asker.end(bad)[1], Failed)
     assert asker.end(beside) == asker.end(behind) == expected
 
 
-def test_the_smallest_temperatures_and_shares_take_the_likeliest(lane):
-    asker = lane()
+def test_the_smallest_temperatures_and_shares_take_the_likeliest(scheduler):
+    asker = scheduler()
     expected = asker.end(asker.ask("Hi"))
     for drawing in ({"temperature": 1e-40}, {"temperature": 1e-4, "top_p": 1e-60}, {"top_p": 1e-60, "temperature": 1}):
         assert asker.end(asker.ask("Hi", **drawing)) == expected
 
 
-def test_an_answer_that_cannot_be_drawn_fails_alone(lane, monkeypatch):
-    asker = lane()
+def test_an_answer_that_cannot_be_drawn_fails_alone(scheduler, monkeypatch):
+    asker = scheduler()
     expected = asker.end(asker.ask("Hi"))
-    draw = Drawing.draw
-    monkeypatch.setattr(Drawing, "draw", lambda self, *more: 1 / 0 if self.seed == 13 else draw(self, *more))
+    sample = SamplingParams.sample
+    monkeypatch.setattr(SamplingParams, "sample", lambda self, *more: 1 / 0 if self.seed == 13 else sample(self, *more))
     beside, bad = asker.ask("Hi"), asker.ask("Hi", seed=13)
     assert isinstance(asker.end(bad)[1], Failed)
     assert asker.end(beside) == expected
 
 
-def test_soft_caps_and_windows_are_kept_in_mind(lane):
+def test_soft_caps_and_windows_are_kept_in_mind(scheduler):
     torch.manual_seed(5)
     tokenizer = byte_tokenizer()
     config = Gemma2Config(
@@ -273,26 +281,26 @@ def test_soft_caps_and_windows_are_kept_in_mind(lane):
         weight.data.normal_(std=0.5)
     model.set_attn_implementation("eager")
     expected = greedy(model, tokenizer, QUESTIONS)
-    asker = Asker(Lane(model, tokenizer, Limits()))
+    asker = Asker(BatchScheduler(model, Limits()), tokenizer)
     asked = [asker.ask(question) for question in QUESTIONS]
     assert [asker.end(each)[0].strip() for each in asked] == [each.text for each in expected]
-    asker.lane.close()
+    asker.scheduler.close()
 
 
 def test_what_cannot_be_served_is_refused(run, tmp_path):
-    with pytest.raises(BadInput, match="family gpt2"):
-        Lane(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2)), byte_tokenizer(), Limits())
-    settings = json.loads((run.best / "adapter_config.json").read_text())
+    with pytest.raises(NotBatchable, match="family gpt2"):
+        BatchScheduler(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2)), Limits())
+    settings = json.loads((run.paths.best / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "use_dora": True}))
-    (tmp_path / "adapter_model.safetensors").write_bytes((run.best / "adapter_model.safetensors").read_bytes())
-    with pytest.raises(BadInput, match="more than plain LoRA"):
+    (tmp_path / "adapter_model.safetensors").write_bytes((run.paths.best / "adapter_model.safetensors").read_bytes())
+    with pytest.raises(NotBatchable, match="more than plain LoRA"):
         read_adapter(tmp_path, torch.float32, torch.device("cpu"))
 
 
 @given(st.text(max_size=40), st.lists(st.text(min_size=1, max_size=4), max_size=2))
 def test_streamed_text_is_the_text_up_to_its_stop(text, stops):
     tokenizer = byte_tokenizer()
-    stream, shown = TextStream(tokenizer, stops), ""
+    stream, shown = IncrementalDetokenizer(tokenizer, stops), ""
     for token in tokenizer(text)["input_ids"]:
         shown += stream.push(token)
         if stream.stopped:
@@ -329,8 +337,8 @@ def ask(model="small", **more):
 
 def test_openais_client_lists_completes_and_streams(client, run, tiny_model):
     models = {each.id: each.pairtune for each in client.models.list()}
-    assert list(models) == [str(tiny_model), "small", "small/lr-0.01-beta-0.1", "small/lr-0.03-beta-0.1"]
-    base, adapter = saved_fingerprint(tiny_model), saved_fingerprint(run.best)
+    assert list(models) == [str(tiny_model), "small", "small/lr-0.03-beta-0.1", "small/lr-0.01-beta-0.1"]
+    base, adapter = saved_fingerprint(tiny_model), saved_fingerprint(run.paths.best)
     whole = client.chat.completions.create(**ask())
     assert whole.system_fingerprint == f"{base}+{adapter}" == models["small"]["fingerprint"]
     assert whole.usage.completion_tokens <= 16
@@ -379,7 +387,7 @@ def test_who_hangs_up_frees_the_place(worker, client):
     with client.chat.completions.create(**ask(max_tokens=300), stream=True) as stream:
         next(iter(stream))
     until = time.monotonic() + 10
-    while any(load["answering"] for load in _health(worker)["load"].values()):
+    while any(load["running"] for load in _health(worker)["load"].values()):
         assert time.monotonic() < until
         time.sleep(0.05)
 
@@ -429,9 +437,9 @@ def test_a_whole_model_is_served_as_it_is(tiny_model, tmp_path):
     with WorkerProcess([str(full.root)]) as worker:
         client = openai.OpenAI(base_url=f"{worker.url}/v1", api_key="none", max_retries=0)
         answer = client.chat.completions.create(**ask("whole"))
-        assert answer.system_fingerprint.endswith(saved_fingerprint(full.best))
+        assert answer.system_fingerprint.endswith(saved_fingerprint(full.paths.best))
         base = open_base(str(tiny_model), "float32")
-        expected = greedy(load_tuned(full.best, base), base.tokenizer, ["Hi"], 16)[0]
+        expected = greedy(load_tuned(full.paths.best, base), base.tokenizer, ["Hi"], 16)[0]
         assert answer.choices[0].message.content.strip() == expected.text
 
 

@@ -409,7 +409,7 @@ def test_a_run_is_started_from_the_page_and_outlives_it(page, site, runs, tiny_m
     page.fill("[name=data]", str(data))
     page.fill("[name=learning_rate]", "1e-3, nonsense")
     page.get_by_role("button", name="Start").click()
-    expect(page.locator("main")).to_contain_text("could not convert")
+    expect(page.locator("main")).to_contain_text("Give numbers, with commas between them")
     page.fill("[name=learning_rate]", "1e-3")
     page.get_by_role("button", name="Start").click()
     page.wait_for_url("**/runs/")

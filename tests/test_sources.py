@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pairtune.config import SourceConfig
-from pairtune.data import files
+from pairtune.data import row_files
 from pairtune.data.formats import parse_row
-from pairtune.data.pairs import BadRow
+from pairtune.data.preference import BadRow
 from pairtune.data.sources import BUNDLED_SPLITS, bundled_source, open_source
 from pairtune.errors import BadInput
 
@@ -177,7 +177,7 @@ def test_an_array_gives_back_what_was_written_whatever_the_block_size(tmp_path_f
     path = tmp_path_factory.mktemp("json") / "a.json"
     path.write_text(json.dumps(values, ensure_ascii=escaped), encoding="utf-8", errors="surrogatepass")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "_BLOCK", block)
+        patch.setattr(row_files, "_BLOCK", block)
         try:
             assert read(path) == list(enumerate(values, 1))
         except BadInput as error:  # a lone surrogate that was not escaped is no UTF-8

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pairtune.config import SourceConfig
-from pairtune.data.pairs import PreferencePair
-from pairtune.data.reading import Reading
+from pairtune.data.preference import PreferencePair
+from pairtune.data.source_reader import SourceReader
 from pairtune.data.splits import CONTINUED, NEAR, SAME, Prompt, draw_splits, find_leaks, group_prompts, prompt_key
 
 LONG = "Please explain to a child of seven years why the sky is blue at noon but turns red at dawn and at dusk"
@@ -196,8 +196,8 @@ def test_no_conversation_is_left_in_two_given_splits(train, held):
 
 @pytest.mark.parametrize("name", ["hh_harmless_2000.jsonl.gz", "rm_static_train.jsonl.gz", "sharegpt_dpo_en_demo.json"])
 def test_no_real_conversation_stands_in_two_splits(name):
-    reading = Reading.open(SourceConfig(source=str(shared_file(name))), "--data", {}, None)
-    talks = [pair.prompt for _, pair in reading.parsed() if isinstance(pair, PreferencePair)]
+    reader = SourceReader.open(SourceConfig(source=str(shared_file(name))), "--data", {}, None)
+    talks = [pair.prompt for _, pair in reader.parsed() if isinstance(pair, PreferencePair)]
     splits = draw_splits([Prompt.of(turns) for turns in talks], (0.1, 0.1), 0)
     assert min(splits.count(split) for split in range(3)) > 0.05 * len(talks)
     whole = {}

@@ -15,10 +15,10 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from pairtune.chat_templates import adds_bos
 from pairtune.config import SourceConfig
 from pairtune.data.formats import parse_row
-from pairtune.data.pairs import BadRow, LeftOut, PreferencePair
-from pairtune.data.reading import Reading
+from pairtune.data.preference import BadRow, LeftOut, PreferencePair
+from pairtune.data.source_reader import SourceReader
 from pairtune.data.table import PairTable, write_table
-from pairtune.data.tokens import PairTokenizer, TokenizedPair, decode_example
+from pairtune.data.tokens import PairTokenizer, TokenizedPair, decode_pair
 from pairtune.errors import BadInput
 from pairtune.models.load import DEFAULT_TEMPLATE, load_tokenizer
 from pairtune.models.resolve import resolve_model
@@ -90,7 +90,7 @@ def test_ids_equal_trls_for_real_pairs_and_the_bundled_tokenizer(bundled, templa
     path = shared_file("rm_static_test.jsonl.gz")
     pairs = [
         pair
-        for _, pair in Reading.open(SourceConfig(source=str(path)), "--data", {}, 60).parsed()
+        for _, pair in SourceReader.open(SourceConfig(source=str(path)), "--data", {}, 60).parsed()
         if isinstance(pair, PreferencePair)
     ]
     own = bundled.chat_template
@@ -142,7 +142,7 @@ def test_a_quick_way_that_is_wrong_is_noticed_on_the_first_pairs():
 def test_an_answer_whose_end_the_template_does_not_mark_gets_the_end_token():
     tokenizer = templated("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}")
     (pair,) = PairTokenizer(tokenizer).encode([make_pair(1, chosen="yes", rejected="no")])
-    assert decode_example(tokenizer, pair)["chosen"].endswith("yes\n<|im_end|>")
+    assert decode_pair(tokenizer, pair).chosen.endswith("yes\n<|im_end|>")
     (pair,) = PairTokenizer(byte_tokenizer()).encode([make_pair(1)])
     assert pair.chosen_ids.count(byte_tokenizer().eos_token_id) == 1
 
@@ -285,8 +285,8 @@ def test_a_table_gives_back_pairs_and_ids(tmp_path):
 
 def test_a_long_example_is_shown_without_its_middle():
     pair = parse_row({"prompt": "p" * 9000, "chosen": "c", "rejected": "r"}, "t:1")
-    shown = decode_example(byte_tokenizer(), PairTokenizer(byte_tokenizer()).encode([pair])[0])
-    assert len(shown["prompt"]) < 3100
-    assert shown["prompt"].startswith("<|im_start|>user")
-    assert shown["prompt"].endswith("<|im_start|>assistant\n")
-    assert "characters …]" in shown["prompt"]
+    shown = decode_pair(byte_tokenizer(), PairTokenizer(byte_tokenizer()).encode([pair])[0])
+    assert len(shown.prompt) < 3100
+    assert shown.prompt.startswith("<|im_start|>user")
+    assert shown.prompt.endswith("<|im_start|>assistant\n")
+    assert "characters …]" in shown.prompt

@@ -8,12 +8,14 @@ import subprocess
 import sys
 
 import pytest
-from conftest import write_pairs
+from conftest import evaluation, write_pairs
 
+from pairtune import extras
 from pairtune.config import TrialConfig
 from pairtune.errors import BadInput
 from pairtune.evaluate.audit.read import read_evidence
-from pairtune.runs import RunFolder
+from pairtune.run.folder import Run
+from pairtune.run.metrics import TrainingStep
 from pairtune.track import trackers
 from pairtune.track.trackers import TrackerSink, check_trackers, tracked_names
 
@@ -39,8 +41,8 @@ def tracked(tiny_model, tmp_path_factory):
     return folder, done.stdout + done.stderr
 
 
-def lines_of(run: RunFolder, trial: str) -> list[dict]:
-    return [json.loads(line) for line in run.trial(trial).metrics.read_text().splitlines()]
+def lines_of(run: Run, trial: str) -> list[dict]:
+    return [json.loads(line) for line in run.paths.trial(trial).metrics.read_text().splitlines()]
 
 
 TRIALS = ("lr-0.003-beta-0.1", "lr-0.001-beta-0.1")
@@ -52,7 +54,7 @@ def test_wandb_has_every_trial_step_and_epoch(tracked):
     logs = {log.name: log for log in evidence.trials}
     assert set(logs) == {*TRIALS, "result"}
     for name in TRIALS:
-        lines = lines_of(RunFolder(folder / "run"), name)
+        lines = lines_of(Run(folder / "run"), name)
         steps, evaluations = ([row for row in lines if ("eval_loss" in row) is kind] for kind in (False, True))
         assert [row["loss"] for row in logs[name].steps] == [row["loss"] for row in steps]
         assert [row["loss"] for row in logs[name].evaluations] == [row["eval_loss"] for row in evaluations]
@@ -64,9 +66,9 @@ def test_tensorboard_has_every_trial_step_and_epoch(tracked):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder, _ = tracked
-    run = RunFolder(folder / "run")
+    run = Run(folder / "run")
     for name in TRIALS:
-        events = EventAccumulator(str(run.tensorboard / name))
+        events = EventAccumulator(str(run.paths.tensorboard / name))
         events.Reload()
         lines = lines_of(run, name)
         for tag, metric in (("train/rewards/margins", "rewards/margins"), ("eval/loss", "eval_loss")):
@@ -91,7 +93,7 @@ def test_mlflow_has_every_trial_under_one_run_with_the_report(tracked):
         assert by_name[name].info.status == "FINISHED"
         history = client.get_metric_history(by_name[name].info.run_id, "eval/loss")
         assert [each.value for each in history] == [
-            row["eval_loss"] for row in lines_of(RunFolder(folder / "run"), name) if "eval_loss" in row
+            row["eval_loss"] for row in lines_of(Run(folder / "run"), name) if "eval_loss" in row
         ]
 
 
@@ -107,7 +109,7 @@ def test_no_secret_reaches_an_artefact_or_a_message(tracked):
 
 
 def test_names_are_those_of_transformers_trackers():
-    step = {"step": 3, "epoch": 0.5, "loss": 0.6, "rewards/margins": 0.1, "grad_norm": 2.0}
+    step = TrainingStep(step=3, epoch=0.5, loss=0.6, margin=0.1, grad_norm=2.0)
     assert tracked_names(step) == {
         "train/global_step": 3,
         "train/epoch": 0.5,
@@ -115,14 +117,15 @@ def test_names_are_those_of_transformers_trackers():
         "train/rewards/margins": 0.1,
         "train/grad_norm": 2.0,
     }
-    evaluation = {"step": 3, "epoch": 1, "loss": 0.6, "eval_loss": 0.5, "eval_rewards/margins": 0.2}
-    assert tracked_names(evaluation) == {
+    names = tracked_names(evaluation(step=3, epoch=1, loss=0.6, eval_loss=0.5, margin=0.2))
+    assert {name: value for name, value in names.items() if value} == {
         "train/global_step": 3,
         "train/epoch": 1,
         "train/epoch_loss": 0.6,
         "eval/loss": 0.5,
         "eval/rewards/margins": 0.2,
     }
+    assert set(names) >= {"eval/rewards/chosen", "eval/logps/rejected", "eval/logits/chosen"}
 
 
 class Broken:
@@ -146,10 +149,10 @@ class Broken:
 def test_a_tracker_that_fails_is_given_up_with_one_line(monkeypatch, tmp_path):
     broken, said = Broken(), []
     monkeypatch.setattr(trackers, "open_tracker", lambda *_: broken)
-    sink = TrackerSink("wandb", RunFolder(tmp_path), lambda name: TrialConfig(learning_rate=1, beta=1), said.append)
+    sink = TrackerSink("wandb", Run(tmp_path), lambda name: TrialConfig(learning_rate=1, beta=1), said.append)
     sink.start("a", 5, 0, 0)
     for step in range(1, 6):
-        sink.log("a", {"step": step, "epoch": 1, "loss": 0.5})
+        sink.log("a", TrainingStep(step=step, epoch=1, loss=0.5))
     sink.finish("a", "finished", None)
     assert broken.logged == 2
     assert said == ["wandb: the network is gone; the run goes on without it, all is in metrics.jsonl"]
@@ -160,13 +163,14 @@ def test_wandb_without_a_network_is_tracked_offline(tmp_path):
     script = (
         "import sys; from pathlib import Path\n"
         "from pairtune.config import TrialConfig\n"
-        "from pairtune.runs import RunFolder\n"
+        "from pairtune.run.folder import Run\n"
+        "from pairtune.run.metrics import TrainingStep\n"
         "from pairtune.track import trackers\n"
         "trackers._WANDB_WAITS = 3\n"
         "trial = TrialConfig(learning_rate=1e-3, beta=0.1)\n"
-        "sink = trackers.TrackerSink('wandb', RunFolder(Path('run')), lambda name: trial, print)\n"
+        "sink = trackers.TrackerSink('wandb', Run(Path('run')), lambda name: trial, print)\n"
         "sink.start(trial.name, 1, 0, 0)\n"
-        "sink.log(trial.name, {'step': 1, 'epoch': 1, 'loss': 0.5})\n"
+        "sink.log(trial.name, TrainingStep(step=1, epoch=1, loss=0.5))\n"
         "sink.finish(trial.name, 'finished', None)\n"
     )
     environment = os.environ | {
@@ -192,7 +196,7 @@ def test_wandb_without_a_network_is_tracked_offline(tmp_path):
 
 
 def test_a_missing_package_is_said_before_anything_is_trained(monkeypatch):
-    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
     with pytest.raises(BadInput, match=r"--track mlflow: needs the package mlflow; pip install 'pairtune\[mlflow\]'"):
         check_trackers(["mlflow"])
     check_trackers([])

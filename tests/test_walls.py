@@ -32,10 +32,10 @@ def test_an_import_across_a_wall_is_found_even_inside_a_function(tmp_path):
     shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     formats = tmp_path / "src/pairtune/data/formats.py"
-    formats.write_text(formats.read_text() + "\n\ndef wrong() -> None:\n    import pairtune.engine.records\n")
-    tables = tmp_path / "src/pairtune/report/tables.py"
+    formats.write_text(formats.read_text() + "\n\ndef wrong() -> None:\n    import pairtune.engine.summaries\n")
+    tables = tmp_path / "src/pairtune/report/render_run.py"
     tables.write_text("import torch\n" + tables.read_text())
     done = check(tmp_path)
     assert done.returncode == 1
-    assert "pairtune.data.formats -> pairtune.engine.records" in done.stdout
-    assert "pairtune.report.tables -> torch" in done.stdout
+    assert "pairtune.data.formats -> pairtune.engine.summaries" in done.stdout
+    assert "pairtune.report.render_run -> torch" in done.stdout

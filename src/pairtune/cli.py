@@ -13,12 +13,14 @@ import typer
 
 from pairtune import __version__
 from pairtune.errors import BadInput, RunFailed
+from pairtune.extras import require
+from pairtune.flags import WithSettings, WithSettingsHelp
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pairtune.data.reading import Reading
-    from pairtune.runs import RunFolder
+    from pairtune.data.source_reader import SourceReader
+    from pairtune.run.folder import Run
 
 # The base of every usage error. Typer carries its own copy of click and names only some of its exceptions.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -28,25 +30,41 @@ _INTERRUPTED = 130  # what Typer makes of Ctrl-C
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # importing rich takes as long as all the rest of `--help`
     help="Tune a small language model to people's preferences, on the machine you have.",
 )
 
-data_app = typer.Typer(help="Look at preference data before training on it.", no_args_is_help=True)
+data_app = typer.Typer(
+    help="Look at preference data before training on it.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(data_app, name="data")
 
 DEMO = Path(__file__).with_name("demo.yaml")
 
+EXAMPLES = """
+Examples:
+
+pairtune tune --data pairs.jsonl
+
+pairtune tune --data pairs.jsonl --lr 3e-5 --lr 1e-5 --beta 0.1 --beta 0.2 --out runs/grid
+
+pairtune tune settings.yaml --data Dahoas/rm-static@train --eval-data Dahoas/rm-static@test --limit 1000
+"""
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
-SOURCES = ".jsonl/.json/.csv/.parquet file [.gz, .zst], folder[@split], Hub id[@split][#revision] or bundled:concise"
-ColumnOption = Annotated[
-    list[str] | None,
-    typer.Option(metavar="PART=NAME", help="Where prompt, chosen, rejected or system stands; repeat."),
+# Options without help of their own are settings of a run; see `pairtune.flags`.
+Columns = Annotated[list[str] | None, typer.Option("--column")]
+SourceArgument = Annotated[
+    str,
+    typer.Argument(metavar="SRC", help="As tune's --data: a file, a folder, a Hub id, bundled:concise."),
 ]
-SourceArgument = Annotated[str, typer.Argument(metavar="SRC", help=SOURCES)]
+FinishedRun = Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")]
+ExportedRun = Annotated[
+    Path, typer.Argument(metavar="RUN[/TRIAL]", help="A finished run folder: its winner, or one trial of it.")
+]
 _FORMATS = ("adapter", "merged", "gguf")
 _QUANTISATIONS = ("f16", "q8_0", "q4_1")
-Quant = Annotated[str, typer.Option(help="Of a GGUF file: f16, q8_0 (default) or q4_1.")]
-Out = Annotated[Path | None, typer.Option(help="Folder for the run; must not exist yet.")]
+Quant = Annotated[str, typer.Option(help="Of a GGUF file: f16, q8_0 or q4_1.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -66,84 +84,47 @@ def _app(
         typer.echo(context.get_help())
 
 
-@app.command()
-def demo(out: Out = Path("runs/demo"), as_json: Json = False) -> None:
+@app.command(cls=WithSettingsHelp)
+def demo(out: Path = Path("runs/demo"), as_json: Json = False) -> None:
     """The main job on the bundled model and pairs: no network, no data of your own."""
     _tune(DEMO, {"out": out}, as_json)
 
 
-@app.command()
+@app.command(cls=WithSettings, epilog=EXAMPLES)
 def tune(
+    context: typer.Context,
     config: Annotated[Path | None, typer.Argument(help="YAML file with settings; flags win over it.")] = None,
-    model: Annotated[str | None, typer.Option(help="Hub id, folder, .gguf file, or smollm2-135m (default).")] = None,
-    data: Annotated[list[str] | None, typer.Option(help=f"{SOURCES}; repeat to mix.")] = None,
-    weight: Annotated[list[float] | None, typer.Option(help="Of each --data, in their order; sets the mix.")] = None,
-    eval_data: Annotated[list[str] | None, typer.Option(help="Validation pairs; else a tenth of the prompts.")] = None,
-    test_data: Annotated[list[str] | None, typer.Option(help="Test pairs; else another tenth.")] = None,
-    column: ColumnOption = None,
-    lr: Annotated[list[float] | None, typer.Option(help="Learning rate; repeat for a grid.")] = None,
-    beta: Annotated[list[float] | None, typer.Option(help="DPO's beta; repeat for a grid.")] = None,
-    epochs: Annotated[list[int] | None, typer.Option(help="Passes over the training pairs (3); repeat.")] = None,
-    batch_size: Annotated[list[int] | None, typer.Option(help="Pairs per step (2); repeat for a grid.")] = None,
-    method: Annotated[str | None, typer.Option(help="lora (default) or full.")] = None,
-    loss: Annotated[list[str] | None, typer.Option(help="sigmoid (DPO, default), ipo, hinge, ...; repeat.")] = None,
-    label_smoothing: Annotated[list[float] | None, typer.Option(help="Share of labels taken as wrong (0).")] = None,
-    lora_rank: Annotated[list[int] | None, typer.Option(help="Rank of the adapters (16); repeat for a grid.")] = None,
-    lora_target: Annotated[list[str] | None, typer.Option(help="Layers with adapters (all linear); repeat.")] = None,
-    engine: Annotated[str | None, typer.Option(help="pairtune (default) or trl.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Read at most this many rows of each source.")] = None,
-    eval_limit: Annotated[int | None, typer.Option(help="The same for validation and test rows (--limit).")] = None,
-    sanity_check: Annotated[
-        bool | None, typer.Option("--sanity-check", help="Five rows, to see that everything works.")
+    weight: Annotated[
+        list[float] | None,
+        typer.Option(metavar="FLOAT", help="Of each --data, in their order; sets the mix.", rich_help_panel="Data"),
     ] = None,
-    on_bad_row: Annotated[str | None, typer.Option(help="stop (default) or skip, and count.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="In tokens (1024); longer prompts lose oldest turns.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto (default), float32 or bfloat16.")] = None,
-    eval_dtype: Annotated[str | None, typer.Option(help="float32: evaluations without bfloat16's rounding.")] = None,
-    search: Annotated[str | None, typer.Option(help="grid (default), random or tpe, within the values given.")] = None,
-    trials: Annotated[int | None, typer.Option(help="How many trials random and tpe try.")] = None,
-    prune: Annotated[bool | None, typer.Option("--prune", help="Stop hopeless trials after an epoch.")] = None,
-    patience: Annotated[
-        int | None, typer.Option(help="Stop a trial after so many epochs without a better one.")
-    ] = None,
-    side_by_side: Annotated[int | None, typer.Option(help="Trials at once (as memory allows).")] = None,
-    checkpoint_steps: Annotated[int | None, typer.Option(help="Steps from one checkpoint to the next (50).")] = None,
-    samples: Annotated[int | None, typer.Option(help="Held-out prompts answered before and after (4 to 32).")] = None,
-    track: Annotated[list[str] | None, typer.Option(help="wandb, tensorboard or mlflow; repeat.")] = None,
-    push: Annotated[str | None, typer.Option(metavar="USER/NAME", help="Publish the result on the Hub.")] = None,
-    seed: Annotated[int | None, typer.Option(help="For everything that is drawn (0).")] = None,
-    select: Annotated[str | None, typer.Option(help="eval_loss (default), accuracy, margin or win_rate.")] = None,
-    out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Train every trial of a grid from pristine weights and keep the best epoch of the best trial."""
-    flags = {name: value for name, value in locals().items() if name not in ("config", "as_json", "lr")}
-    flags |= {
-        "learning_rate": lr,
-        "trial_count": flags.pop("trials"),
-        "lora_targets": flags.pop("lora_target"),
-        "data": _weighted(data, flags.pop("weight")),
-        "columns": _columns(flags.pop("column")),
-    }
-    _tune(config, {name: None if value in ([], {}) else value for name, value in flags.items()}, as_json)
+    """Train every trial of a grid from pristine weights and keep the best epoch of the best trial.
+
+    Every setting has a flag, and its name in a YAML file; docs/settings.md explains each.
+    """
+    given = context.obj
+    _tune(config, given | _weighted(given.get("data"), weight) | _columns(given.get("columns")), as_json)
 
 
-@app.command()
+@app.command(cls=WithSettingsHelp)
 def doctor(
     model: Annotated[str, typer.Option(help="Whose shapes are tried.")] = "smollm2-135m",
-    max_length: Annotated[int, typer.Option(min=16, help="Of conversations, for the estimate of memory.")] = 1024,
+    max_length: Annotated[int, typer.Option(min=16)] = 1024,
     as_json: Json = False,
 ) -> None:
     """What this machine is, what is chosen for it and why, and what is missing: the first thing for a bug report."""
     from rich.console import Console
 
     from pairtune.doctor import diagnose
-    from pairtune.report.diagnosis import render_diagnosis
+    from pairtune.report.render_diagnosis import render_diagnosis
+    from pairtune.run.records import dump
 
     with Console(stderr=True).status("looking") as status:
-        record = diagnose(model, max_length, status.update).record()
-    typer.echo(json.dumps(record)) if as_json else _output().print(render_diagnosis(record), highlight=False)
-    if not record["usable"]:
+        found = diagnose(model, max_length, status.update)
+    typer.echo(json.dumps(dump(found))) if as_json else _output().print(render_diagnosis(found), highlight=False)
+    if not found.usable:
         raise typer.Exit(1)
 
 
@@ -152,9 +133,9 @@ def resume(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder without COMPLETE.")], as_json: Json = False
 ) -> None:
     """Go on with a run that was interrupted or killed, from its last checkpoint."""
-    from pairtune.runs import RunFolder
+    from pairtune.run.folder import Run
 
-    RunFolder.started(run)  # before torch is imported
+    Run.started(run)  # before torch is imported
 
     from rich.console import Console
 
@@ -182,24 +163,25 @@ def audit(
     from pairtune.evaluate.audit.check import audit
     from pairtune.evaluate.audit.foreign import with_options
     from pairtune.evaluate.audit.read import read_evidence
-    from pairtune.report.findings import audit_markdown, render_audit
+    from pairtune.report.render_audit import audit_markdown, render_audit
+    from pairtune.run.records import dump
 
-    record = audit(with_options(read_evidence(path), eval_rows, batch_size, beta))
+    found = audit(with_options(read_evidence(path), eval_rows, batch_size, beta))
     if markdown:
-        from pairtune.runs import write_atomic
+        from pairtune.files import write_atomic
 
-        write_atomic(markdown, audit_markdown(record))
+        write_atomic(markdown, audit_markdown(found))
     if as_json:
-        typer.echo(json.dumps(record))
+        typer.echo(json.dumps(dump(found)))
     else:
-        _output().print(render_audit(record), highlight=False)
-    if record["verdict"] == "error":
+        _output().print(render_audit(found), highlight=False)
+    if found.verdict == "error":
         raise typer.Exit(1)
 
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")],
+    run: ExportedRun,
     to: Annotated[Path, typer.Option(help="Folder for it; must not exist yet.")],
     form: Annotated[str, typer.Option("--format", help="adapter (PEFT), merged (transformers) or gguf (llama.cpp).")],
     quant: Quant = "q8_0",
@@ -208,12 +190,10 @@ def export(
     """Write a run's model for other tools, load it again, and check that it is the trained one."""
     _check_choice("--format", form, _FORMATS)
     _check_choice("--quant", quant, _QUANTISATIONS)
-    from pairtune.runs import RunFolder
-
-    finished = RunFolder.finished(run)
+    finished, trial = _finished(run)
     from pairtune.publish.export import export_run
 
-    parity = export_run(finished, form, to, quant)  # type: ignore[arg-type]
+    parity = export_run(finished, form, to, quant, trial)  # type: ignore[arg-type]
     if as_json:
         typer.echo(json.dumps({"to": str(to), **vars(parity)}))
         return
@@ -225,7 +205,7 @@ def export(
 
 @app.command()
 def push(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")],
+    run: FinishedRun,
     repo: Annotated[str, typer.Option(metavar="USER/NAME", help="On the Hub; made where it is not there.")],
     private: Annotated[bool, typer.Option("--private", help="Where the repository is made.")] = False,
     what: Annotated[str, typer.Option(help="adapter (default), merged or gguf.")] = "adapter",
@@ -237,9 +217,7 @@ def push(
     """Publish a run's model with card, report and figures on the Hugging Face Hub, in one commit."""
     _check_choice("--what", what, _FORMATS)
     _check_choice("--quant", quant, _QUANTISATIONS)
-    from pairtune.runs import RunFolder
-
-    finished = RunFolder.finished(run)
+    finished = _whole_run(run)
     from pairtune.publish.hub import push_run
 
     pushed = push_run(
@@ -257,23 +235,23 @@ def push(
     typer.echo(pushed.url or f"{sum(pushed.files.values()):>13,}  in {len(pushed.files)} files; nothing was sent")
 
 
-@app.command("eval")
+@app.command("eval", cls=WithSettingsHelp)
 def evaluate(
     target: Annotated[
         str, typer.Argument(metavar="RUN|MODEL", help="A finished run, a LoRA adapter, or a model with --base.")
     ],
-    data: Annotated[str, typer.Option(help=SOURCES)],
+    data: Annotated[str, typer.Option(metavar="SRC", help="Pairs to judge it on.")],
     base: Annotated[str | None, typer.Option(help="What to compare with; an adapter names its own.")] = None,
     beta: Annotated[float, typer.Option(help="For losses and rewards of a model not tuned here.")] = 0.1,
     judge: Annotated[str, typer.Option(help="rule, a reward model, or an OpenAI-style endpoint (http...).")] = "rule",
     judge_model: Annotated[str | None, typer.Option(help="The judge's name at the endpoint.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Ask the endpoint without showing the cost first.")] = False,
     samples: Annotated[int, typer.Option(min=0, help="Prompts answered by both and judged; 0: none.")] = 32,
-    limit: Annotated[int | None, typer.Option(min=1, help="Read at most this many rows.")] = None,
-    column: ColumnOption = None,
-    on_bad_row: Annotated[str, typer.Option(help="stop (default) or skip, and count.")] = "stop",
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="Of the answers.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1)] = None,
+    columns: Columns = None,
+    on_bad_row: str = "stop",
+    dtype: str = "auto",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
     as_json: Json = False,
 ) -> None:
     """Judge a model on pairs: what it prefers, what it answers, and how often it wins over its base."""
@@ -281,7 +259,7 @@ def evaluate(
     _check_choice("--dtype", dtype, ("auto", "float32", "bfloat16"))
     if not 0 < beta < float("inf"):
         raise BadInput(f"--beta: must be greater than 0, not {beta:g}")
-    reading = _open_reading(data, column, limit, "--data")
+    reader = _open_reader(data, columns, limit, "--data")
 
     import tempfile
 
@@ -289,18 +267,20 @@ def evaluate(
 
     from pairtune.evaluate.judges import open_judge
     from pairtune.evaluate.model import answer_prompts, evaluate_pairs, open_candidate, read_pairs
-    from pairtune.report.evaluation import render_evaluation
+    from pairtune.report.render_evaluation import render_evaluation
+    from pairtune.run.records import dump
 
     console = Console(stderr=True)
     judging = open_judge(judge, judge_model)
     candidate = open_candidate(target, base, beta, dtype)
     with tempfile.TemporaryDirectory(prefix="pairtune-") as folder:
         with console.status("reading pairs") as status:
-            pairs, rows = read_pairs(candidate, reading, on_bad_row, Path(folder))  # type: ignore[arg-type]
+            pairs, rows = read_pairs(candidate, reader, on_bad_row, Path(folder))  # type: ignore[arg-type]
             status.update("evaluating")
             total = len(pairs)
-            record = {"model": target, "base": candidate.base.source.name, "data": rows}
-            record |= evaluate_pairs(candidate, pairs, lambda done: status.update(f"evaluating: {done:,}/{total:,}"))
+            found = evaluate_pairs(
+                candidate, pairs, rows, lambda done: status.update(f"evaluating: {done:,}/{total:,}")
+            )
             if samples:
                 answered = answer_prompts(
                     candidate, pairs, samples, seed, lambda name, done: status.update(f"answering: {name} {done}")
@@ -309,8 +289,9 @@ def evaluate(
             if (cost := answered.cost(judging)) and not yes:
                 _confirm(cost, judging.name)
             with console.status("judging") as status:
-                record["answers"] = answered.judged(judging, lambda done: status.update(f"judging: {done}"))
-    typer.echo(json.dumps(record)) if as_json else _output().print(render_evaluation(record), highlight=False)
+                judged = answered.judged(judging, lambda done: status.update(f"judging: {done}"))
+            found = found.model_copy(update={"answers": judged})
+    typer.echo(json.dumps(dump(found))) if as_json else _output().print(render_evaluation(found), highlight=False)
 
 
 def _confirm(cost: dict[str, int], judge: str) -> None:
@@ -324,14 +305,13 @@ def _confirm(cost: dict[str, int], judge: str) -> None:
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")]) -> None:
+def report(run: FinishedRun) -> None:
     """Write report.html, report.md and the model card of a run again."""
     from pairtune.report.write import write_report
-    from pairtune.runs import RunFolder
 
-    finished = RunFolder.finished(run)
+    finished = _whole_run(run)
     write_report(finished)
-    typer.echo(str(finished.report))
+    typer.echo(str(finished.paths.report))
 
 
 @app.command()
@@ -351,8 +331,8 @@ Served = Annotated[
     typer.Argument(metavar="[RUN|MODEL]...", help="Finished runs, adapters, models; else every run in --runs."),
 ]
 RunsRoot = Annotated[Path, typer.Option("--runs", help="Folder of the runs that the site shows.")]
-Concurrency = Annotated[int, typer.Option(min=1, help="Answers written at once, by one model.")]
-Waiting = Annotated[int, typer.Option(min=1, help="Who may wait beyond that.")]
+Concurrency = Annotated[int, typer.Option(min=1, help="Requests answered at once, by one model.")]
+Waiting = Annotated[int, typer.Option(min=1, help="Requests that may wait beyond these.")]
 Context = Annotated[int, typer.Option(min=64, help="Tokens of a conversation with its answer.")]
 
 
@@ -368,9 +348,10 @@ def worker(
     attached: Annotated[bool, typer.Option("--attached", hidden=True, help="End with standard input.")] = False,
 ) -> None:
     """Only the models, behind OpenAI's API (/v1/chat/completions); `serve` starts one of its own."""
+    require("serve", "pairtune worker")
     _share_processors(give_way=False)
 
-    from pairtune.serve.lane import Limits
+    from pairtune.serve.request import Limits
     from pairtune.serve.worker import run_worker
 
     run_worker(
@@ -394,6 +375,7 @@ def serve(
     context: Context = 4096,
 ) -> None:
     """The site: chat with what was tuned, watch runs, look at pairs. At http://localhost:8000/."""
+    require("serve", "pairtune serve")
     from pairtune.web.server import serve
 
     limits = {"--concurrency": concurrency, "--waiting": waiting, "--context": context}
@@ -401,62 +383,80 @@ def serve(
     serve(targets or [], runs, host, port, backend, options)
 
 
-@data_app.command("inspect")
+@data_app.command("inspect", cls=WithSettingsHelp)
 def inspect(
     source: SourceArgument,
     model: Annotated[str, typer.Option(help="Whose tokenizer and chat template are used.")] = "smollm2-135m",
-    max_length: Annotated[int, typer.Option(min=16, help="In tokens, as for training.")] = 1024,
-    limit: Annotated[int | None, typer.Option(min=1, help="Read at most this many rows.")] = None,
-    column: ColumnOption = None,
+    max_length: Annotated[int, typer.Option(min=16)] = 1024,
+    limit: Annotated[int | None, typer.Option(min=1)] = None,
+    columns: Columns = None,
     figures: Annotated[Path | None, typer.Option(help="Folder for the histograms as PNG.")] = None,
     as_json: Json = False,
 ) -> None:
     """Say what a source holds, what is wrong with it, and what a model would see. Exit code 2 when it is not usable."""
-    reading = _open_reading(source, column, limit)
+    reader = _open_reader(source, columns, limit)
 
     from rich.console import Console
 
-    from pairtune.data.doctor import inspect_source
+    from pairtune.data.inspect_source import inspect_source
     from pairtune.models.load import load_tokenizer
     from pairtune.models.resolve import resolve_model
-    from pairtune.report.inspection import render_inspection
+    from pairtune.report.render_inspection import render_inspection
+    from pairtune.run.records import dump
 
     with Console(stderr=True).status("reading") as status:
         tokenizer = load_tokenizer(resolve_model(model))
-        record = inspect_source(reading, tokenizer, max_length, lambda rows: status.update(f"reading: {rows:,} rows"))
-    if figures and record["kept"]:
+        found = inspect_source(reader, tokenizer, max_length, lambda rows: status.update(f"reading: {rows:,} rows"))
+    drawn = {}
+    if figures and found.kept:
         from pairtune.report.figures import draw_lengths
 
-        record["figures"] = [str(draw_lengths(record, figures / "lengths.png"))]
+        drawn = {"figures": [str(draw_lengths(found, figures / "lengths.png"))]}
     if as_json:
-        typer.echo(json.dumps(record))
+        typer.echo(json.dumps(dump(found) | drawn))
     else:
-        _output().print(render_inspection(record), highlight=False)
-    if record["verdict"] == "not usable":
+        _output().print(render_inspection(found), highlight=False)
+    if found.verdict == "not usable":
         raise typer.Exit(2)
 
 
-@data_app.command("convert")
+@data_app.command("convert", cls=WithSettingsHelp)
 def convert(
     source: SourceArgument,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new .jsonl or .parquet file.")],
-    limit: Annotated[int | None, typer.Option(min=1, help="Read at most this many rows.")] = None,
-    column: ColumnOption = None,
-    on_bad_row: Annotated[str, typer.Option(help="stop (default) or skip, and count.")] = "stop",
+    limit: Annotated[int | None, typer.Option(min=1)] = None,
+    columns: Columns = None,
+    on_bad_row: str = "stop",
     as_json: Json = False,
 ) -> None:
     """Write a source in TRL's conversational format."""
     _check_choice("--on-bad-row", on_bad_row, ("stop", "skip"))
-    reading = _open_reading(source, column, limit)
+    reader = _open_reader(source, columns, limit)
 
     from pairtune.data.convert import convert_source
+    from pairtune.run.records import dump
 
-    record = convert_source(reading, out, on_bad_row).as_dict()  # type: ignore[arg-type]
+    account = convert_source(reader, out, on_bad_row).account()  # type: ignore[arg-type]
     if as_json:
-        typer.echo(json.dumps({"out": str(out), **record}))
+        typer.echo(json.dumps({"out": str(out), **dump(account)}))
         return
-    dropped = "".join(f", {rows:,} {reason}" for reason, rows in record["dropped"].items())
-    typer.echo(f"{out}: {record['kept']:,} pairs of {record['rows_in']:,} rows{dropped}")
+    dropped = "".join(f", {rows:,} {reason}" for reason, rows in account.dropped.items())
+    typer.echo(f"{out}: {account.kept:,} pairs of {account.rows_in:,} rows{dropped}")
+
+
+def _finished(path: Path) -> tuple[Run, str | None]:
+    """The finished run in a folder, and the trial where one of its trials was named."""
+    from pairtune.run.folder import Run, find_run
+
+    run, trial = find_run(path) or (Run(path), None)
+    return Run.finished(run.root), trial
+
+
+def _whole_run(path: Path) -> Run:
+    run, trial = _finished(path)
+    if trial:
+        raise BadInput(f"{path}: is one trial; give its run, {run.root}")
+    return run
 
 
 def _check_choice(flag: str, given: str, choices: tuple[str, ...]) -> None:
@@ -464,31 +464,31 @@ def _check_choice(flag: str, given: str, choices: tuple[str, ...]) -> None:
         raise BadInput(f"{flag}: should be {', '.join(choices[:-1])} or {choices[-1]} (given: {given!r})")
 
 
-def _open_reading(source: str, column: list[str] | None, limit: int | None, flag: str = "SRC") -> Reading:
+def _open_reader(source: str, columns: list[str] | None, limit: int | None, flag: str = "SRC") -> SourceReader:
     from pairtune.config import SourceConfig
-    from pairtune.data.reading import Reading
+    from pairtune.data.source_reader import SourceReader
 
-    return Reading.open(SourceConfig(source=source), flag, _columns(column) or {}, limit)
+    return SourceReader.open(SourceConfig(source=source), flag, _columns(columns).get("columns", {}), limit)
 
 
-def _weighted(data: list[str] | None, weights: list[float] | None) -> list[Any] | None:
-    """Sources with the weights given in their order."""
+def _weighted(data: list[str] | None, weights: list[float] | None) -> dict[str, Any]:
+    """The setting `data` where sources have weights, in their order."""
     if not weights:
-        return list(data or []) or None
+        return {}
     if len(weights) != len(data or []):
         raise BadInput(f"--weight: {len(weights)} given for {len(data or [])} --data; give one for each, or none")
-    return [{"source": source, "weight": weight} for source, weight in zip(data or [], weights, strict=True)]
+    return {"data": [{"source": name, "weight": weight} for name, weight in zip(data or [], weights, strict=True)]}
 
 
-def _columns(given: list[str] | None) -> Any:
-    """`PART=NAME` settings as a mapping."""
+def _columns(given: list[str] | None) -> dict[str, Any]:
+    """The setting `columns` out of `PART=NAME` texts."""
     columns = {}
-    for setting in given or []:
-        part, equals, name = setting.partition("=")
+    for text in given or []:
+        part, equals, name = text.partition("=")
         if part not in ("prompt", "chosen", "rejected", "system") or not (equals and name):
-            raise BadInput(f"--column {setting}: should be prompt=NAME, chosen=NAME, rejected=NAME or system=NAME")
+            raise BadInput(f"--column {text}: should be prompt=NAME, chosen=NAME, rejected=NAME or system=NAME")
         columns[part] = name
-    return columns or None
+    return {"columns": columns} if columns else {}
 
 
 def _output() -> Console:
@@ -503,9 +503,9 @@ def _tune(file: Path | None, flags: dict[str, Any], as_json: bool) -> None:
     from pairtune.config import resolve
 
     resolved = resolve(file, flags)  # before torch is imported: a mistyped flag is answered at once
-    from pairtune.runs import RunFolder
+    from pairtune.run.folder import check_new
 
-    RunFolder.check_new(resolved.config.out)
+    check_new(resolved.config.out)
     _share_processors(give_way=True)
 
     from pairtune.pipeline import tune
@@ -530,13 +530,15 @@ def _share_processors(*, give_way: bool) -> None:
             os.nice(10)
 
 
-def _show(run: RunFolder | None, as_json: bool) -> None:
+def _show(run: Run | None, as_json: bool) -> None:
     if run is None:
         return
-    from pairtune.report.tables import render_run
+    from pairtune.report.render_run import render_run
 
     if as_json:
-        selection, sweep = run.read_json(run.selection), run.read_json(run.sweep)
+        from pairtune.run.records import Selection, SweepRecord, dump
+
+        selection, sweep = dump(run.need(Selection)), dump(run.need(SweepRecord))
         typer.echo(json.dumps({"run": str(run.root), "selection": selection, **sweep}))
     else:
         _output().print(render_run(run))

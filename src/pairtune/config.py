@@ -32,6 +32,8 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic.config import JsonDict
+from pydantic.fields import FieldInfo
 
 from pairtune.errors import BadInput, one_line
 
@@ -73,13 +75,13 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=0.5)]
 Grid = Annotated[list[Positive], Field(min_length=1), AfterValidator(_different)]
 
-# Field names that have another spelling on the command line.
-FLAGS = {"learning_rate": "--lr", "trial_count": "--trials", "lora_targets": "--lora-target"}
 SANITY_ROWS = 5
+MAX_LENGTH = 1024
+SOURCES = "a .jsonl, .json, .csv or .parquet file, a folder, a Hub id (org/name:subset@split#revision), bundled:concise"
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
 
 
 Columns = dict[Literal["prompt", "chosen", "rejected", "system"], str]
@@ -126,33 +128,135 @@ def source_name(source: str) -> str:
     return PurePath(source).name if local or Path(path).exists() else source
 
 
-class _Training(_Strict):
-    """What one trial shares with all others of its grid. Descriptions are the reasons for the defaults."""
+# Groups of settings, in the order in which they are shown.
+COMMON, DATA, LOSS, TRAINING, SELECTION, MACHINE, RESULTS = GROUPS = (
+    "Common",
+    "Data",
+    "Loss",
+    "Adapter and optimizer",
+    "Search and selection",
+    "Machine",
+    "Results",
+)
 
-    epochs: PositiveInt = Field(3, description="the assignment's; small pair sets are passed over a few times")
-    batch_size: PositiveInt = Field(2, description="the assignment's; fits a 6 GB card")
-    method: Method = Field("lora", description="trains 4 % of the weights, so optimizer state stays small")
-    loss: Loss = Field("sigmoid", description="DPO as published (Rafailov et al. 2023, eq. 7)")
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
-        0.0, validate_default=True, description="labels are taken as they are"
+
+def setting(
+    default: Any, help: str, why: str = "", *, group: str, flag: str = "", metavar: str = "", **more: Any
+) -> Any:
+    """A field that a person sets; `pairtune.options` makes flags, forms and documentation of it.
+
+    Args:
+        default: its value where it is not given; `...`: it has to be.
+        help: what it is, in a sentence.
+        why: the reason for the default, or what no value stands for.
+        group: one of `GROUPS`.
+        flag: its spelling on the command line, where that is not its name.
+        metavar: what stands for its value in help texts.
+        more: for pydantic's `Field`.
+    """
+    described: JsonDict = {"why": why, "group": group, "flag": flag, "metavar": metavar}
+    if "default_factory" in more:
+        return Field(description=help, json_schema_extra=described, **more)
+    return Field(default, description=help, json_schema_extra=described, **more)
+
+
+class _Training(_Strict):
+    """What one trial shares with all others of its grid."""
+
+    epochs: PositiveInt = setting(
+        3, "Passes over the training pairs.", "the assignment's; small pair sets take a few", group=COMMON
     )
-    sft_weight: Annotated[float, Field(ge=0)] = Field(0.0, description="no SFT term, as in DPO")
-    simpo_gamma: Annotated[float, Field(ge=0)] = Field(0.5, description="SimPO's target margin, as a share of beta")
-    discopop_tau: Positive = Field(0.05, description="DiscoPOP's temperature, as published")
-    lora_targets: tuple[str, ...] | None = Field(None, description="every linear layer but the output embedding")
-    lora_rank: PositiveInt = Field(16, description="common for LoRA on every linear layer")
-    lora_alpha: Positive = Field(32, description="twice the rank, as usual: scale 2")
-    rslora: bool = Field(False, description="scale by alpha over the rank, as LoRA was published")
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="keeps step 0 exactly at the base")
-    max_grad_norm: Positive = Field(1.0, description="TRL's default")
-    patience: PositiveInt | None = Field(None, description="every trial runs all its epochs; the best one is kept")
-    max_length: Annotated[int, Field(ge=16)] = Field(1024, description="TRL's default; longer prompts lose turns")
-    checkpointing: Checkpointing = Field("auto", description="on an accelerator, where memory is short; not on a CPU")
-    dtype: DType = Field("auto", description="bfloat16 where this machine multiplies it faster than float32")
-    eval_dtype: Literal["float32"] | None = Field(
-        None, description="that of the base; float32 takes rounding out of evaluations"
+    batch_size: PositiveInt = setting(2, "Pairs per step.", "the assignment's; fits a 6 GB card", group=COMMON)
+    method: Method = setting(
+        "lora",
+        "Train LoRA adapters, or all weights.",
+        "trains 4 % of the weights, so optimizer state stays small",
+        group=TRAINING,
     )
-    seed: NonNegativeInt = Field(0, description="adapter initialisation, order of pairs, splits, samples")
+    loss: Loss = setting(
+        "sigmoid", "Loss; sigmoid is DPO.", "DPO as published (Rafailov et al. 2023, eq. 7)", group=LOSS, metavar="LOSS"
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = setting(
+        0.0,
+        "Share of labels taken as wrong.",
+        "labels are taken as they are",
+        group=LOSS,
+        metavar="SHARE",
+        validate_default=True,
+    )
+    sft_weight: Annotated[float, Field(ge=0)] = setting(
+        0.0,
+        "Weight of an SFT term, the chosen answer's negative log-prob per token, added to any loss.",
+        "no SFT term, as in DPO",
+        group=LOSS,
+    )
+    simpo_gamma: Annotated[float, Field(ge=0)] = setting(
+        0.5, "Target margin of the loss simpo, as a share of beta.", "as SimPO was published", group=LOSS
+    )
+    discopop_tau: Positive = setting(0.05, "Temperature of the loss discopop.", "as DiscoPOP was published", group=LOSS)
+    lora_targets: tuple[str, ...] | None = setting(
+        None,
+        "Name of a linear layer that gets an adapter; repeat for several.",
+        "every linear layer but the output embedding",
+        group=TRAINING,
+        flag="--lora-target",
+        metavar="LAYER",
+    )
+    lora_rank: PositiveInt = setting(
+        16, "Rank of the adapters.", "common for LoRA on every linear layer", group=TRAINING
+    )
+    lora_alpha: Positive = setting(
+        32, "Adapters are scaled by alpha over rank.", "twice the rank, as usual: scale 2", group=TRAINING
+    )
+    rslora: bool = setting(
+        False,
+        "Scale adapters by alpha over the square root of the rank (rsLoRA).",
+        "scale by alpha over the rank, as LoRA was published",
+        group=TRAINING,
+    )
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = setting(
+        0.0, "Dropout before the adapters.", "keeps step 0 exactly at the base", group=TRAINING, metavar="SHARE"
+    )
+    max_grad_norm: Positive = setting(1.0, "Gradients are clipped to this norm.", "TRL's default", group=TRAINING)
+    patience: PositiveInt | None = setting(
+        None,
+        "Stop a trial after this many epochs without a better one.",
+        "no; every trial runs all its epochs; the best one is kept",
+        group=TRAINING,
+        metavar="EPOCHS",
+    )
+    max_length: Annotated[int, Field(ge=16)] = setting(
+        MAX_LENGTH,
+        "Tokens of a pair; longer prompts lose their oldest turns, answers are never cut.",
+        "TRL's default; longer prompts lose turns",
+        group=DATA,
+        metavar="TOKENS",
+    )
+    checkpointing: Checkpointing = setting(
+        "auto",
+        "Recompute activations in the backward pass, to save memory.",
+        "on an accelerator, where memory is short; not on a CPU",
+        group=MACHINE,
+    )
+    dtype: DType = setting(
+        "auto",
+        "Type of the base weights.",
+        "bfloat16 where this machine multiplies it faster than float32",
+        group=MACHINE,
+    )
+    eval_dtype: Literal["float32"] | None = setting(
+        None,
+        "Evaluate in float32 what is trained in bfloat16.",
+        "that of the base; float32 takes rounding out of evaluations",
+        group=MACHINE,
+    )
+    seed: NonNegativeInt = setting(
+        0,
+        "Seed of everything that is drawn.",
+        "adapter initialisation, order of pairs, splits, samples",
+        group=MACHINE,
+        metavar="SEED",
+    )
 
     @field_validator("label_smoothing")
     @classmethod
@@ -181,46 +285,156 @@ class TrialConfig(_Training):
         return "-".join(f"{name}-{value if isinstance(value, str) else repr(value)}" for name, value in values.items())
 
 
-# Settings of a trial that are settings of the whole run, and so have one value: they decide how pairs are tokenized,
-# what the base model is and which of its layers have adapters.
-_OF_THE_RUN = {"method", "lora_targets", "max_length", "dtype", "eval_dtype", "checkpointing"}
+# Settings of a trial that have one value in the whole run: they decide how pairs are tokenized, what the base model is
+# and which of its layers have adapters.
+_RUN_WIDE = {"method", "lora_targets", "max_length", "dtype", "eval_dtype", "checkpointing"}
 
 
 class RunConfig(_Training):
     """Everything a run depends on."""
 
-    model: str = Field("smollm2-135m", description="bundled, needs no network, trains on a laptop's CPU")
-    data: Sources
-    eval_data: Sources | None = Field(None, description="held out from the training pairs when not given")
-    test_data: Sources | None = Field(None, description="held out like eval_data, unless that is given")
-    columns: Columns = Field({}, description="the format is told by the rows' own keys")
-    validation_share: Share = Field(0.1, description="a tenth of the prompts chooses epoch and trial")
-    test_share: Share = Field(0.1, description="a tenth of the prompts has no part in the choice")
-    learning_rate: Grid = Field([3e-5, 1e-5], description="the assignment's grid")
-    beta: Grid = Field([0.1, 0.2], description="the assignment's grid")
-    engine: Engine = Field("pairtune", description="this project's; trl is the oracle that it is compared with")
-    limit: PositiveInt | None = Field(None, description="all rows")
-    eval_limit: PositiveInt | None = Field(None, description="as limit")
-    sanity_check: bool = Field(False, description=f"when true: the first {SANITY_ROWS} rows, as in the assignment")
-    on_bad_row: OnBadRow = Field("stop", description="a fault in the data is seen before it is trained on")
-    search: Search = Field("grid", description="every combination of the values given")
-    trial_count: PositiveInt | None = Field(
-        None, validate_default=True, description="grid: all; random and tpe need a number"
+    model: str = setting(
+        "smollm2-135m",
+        "Hub id, folder, .gguf file, or smollm2-135m.",
+        "bundled, needs no network, trains on a laptop's CPU",
+        group=COMMON,
+        metavar="MODEL",
     )
-    prune: bool = Field(False, description="all trials run to their end, so that all can be compared")
-    side_by_side: PositiveInt | None = Field(
-        None, description="as many trials at once as memory allows, at most 4 on a CPU"
+    data: Sources = setting(..., f"Pairs to train on: {SOURCES}; repeat to mix.", group=COMMON, metavar="SRC")
+    eval_data: Sources | None = setting(
+        None,
+        "Validation pairs, by which the epoch and the trial are selected.",
+        "held out from the training pairs when not given",
+        group=COMMON,
+        metavar="SRC",
     )
-    checkpoint_steps: PositiveInt = Field(50, description="minutes of work lost at most, seconds spent on writing")
-    select: Select = Field("eval_loss", description="the assignment's rule")
-    track: tuple[Track, ...] = Field(
-        (), description="everything is in metrics.jsonl; trackers are for looking elsewhere"
+    test_data: Sources | None = setting(
+        None,
+        "Test pairs, looked at once, after the selection.",
+        "held out like eval_data, unless that is given",
+        group=DATA,
+        metavar="SRC",
     )
-    push: str | None = Field(None, description="stays on this machine")
-    samples: NonNegativeInt | None = Field(
-        None, description="held-out prompts answered before and after: 4 to 32, a tenth of the run's time; 0: none"
+    columns: Columns = setting(
+        {},
+        "Which column holds prompt, chosen, rejected or system; repeat for each.",
+        "the format is told by the rows' own keys",
+        group=DATA,
+        flag="--column",
+        metavar="PART=NAME",
     )
-    out: Path = Field(default_factory=lambda: Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}", description="the time")
+    validation_share: Share = setting(
+        0.1,
+        "Share of the prompts held out for validation, where no --eval-data is given.",
+        "a tenth of the prompts chooses epoch and trial",
+        group=DATA,
+        metavar="SHARE",
+    )
+    test_share: Share = setting(
+        0.1,
+        "Share of the prompts held out for the test, where neither --eval-data nor --test-data is given.",
+        "a tenth of the prompts has no part in the choice",
+        group=DATA,
+        metavar="SHARE",
+    )
+    learning_rate: Grid = setting(
+        [3e-5, 1e-5], "Peak learning rate.", "the assignment's grid", group=COMMON, flag="--lr"
+    )
+    beta: Grid = setting(
+        [0.1, 0.2],
+        "DPO's beta: how strongly the policy is held to the base model.",
+        "the assignment's grid",
+        group=COMMON,
+    )
+    engine: Engine = setting(
+        "pairtune",
+        "Training engine; trl runs TRL's DPOTrainer, slower, to compare with.",
+        "this project's; trl is the oracle that it is compared with",
+        group=MACHINE,
+    )
+    limit: PositiveInt | None = setting(
+        None, "Read at most this many rows of each source.", "all rows", group=COMMON, metavar="ROWS"
+    )
+    eval_limit: PositiveInt | None = setting(
+        None, "The same for validation and test sources.", "as limit", group=DATA, metavar="ROWS"
+    )
+    sanity_check: bool = setting(
+        False,
+        f"Use {SANITY_ROWS} rows, to see that everything works.",
+        f"when true: the first {SANITY_ROWS} rows, as in the assignment",
+        group=COMMON,
+    )
+    on_bad_row: OnBadRow = setting(
+        "stop",
+        "Stop at the first row with a fault, or skip and count such rows.",
+        "a fault in the data is seen before it is trained on",
+        group=DATA,
+    )
+    search: Search = setting(
+        "grid",
+        "Try every combination, or draw trials from between the values given.",
+        "every combination of the values given",
+        group=SELECTION,
+    )
+    trial_count: PositiveInt | None = setting(
+        None,
+        "Number of trials that random and tpe try.",
+        "grid: all; random and tpe need a number",
+        group=SELECTION,
+        flag="--trials",
+        validate_default=True,
+    )
+    prune: bool = setting(
+        False,
+        "Stop hopeless trials after an epoch (successive halving).",
+        "all trials run to their end, so that all can be compared",
+        group=SELECTION,
+    )
+    side_by_side: PositiveInt | None = setting(
+        None,
+        "Trials trained at once over one copy of the base.",
+        "as many trials at once as memory allows, at most 4 on a CPU",
+        group=MACHINE,
+        metavar="TRIALS",
+    )
+    checkpoint_steps: PositiveInt = setting(
+        50,
+        "Steps from one checkpoint to the next.",
+        "minutes of work lost at most, seconds spent on writing",
+        group=MACHINE,
+        metavar="STEPS",
+    )
+    select: Select = setting(
+        "eval_loss", "Rule that selects epoch and trial.", "the assignment's rule", group=SELECTION
+    )
+    track: tuple[Track, ...] = setting(
+        (),
+        "Log to this tracker as well; repeat for several.",
+        "none; everything is in metrics.jsonl in any case",
+        group=RESULTS,
+    )
+    push: str | None = setting(
+        None,
+        "Publish the result on the Hugging Face Hub at the end.",
+        "no; nothing leaves this machine",
+        group=RESULTS,
+        metavar="USER/NAME",
+    )
+    samples: NonNegativeInt | None = setting(
+        None,
+        "Held-out prompts answered before and after tuning; 0: none.",
+        "4 to 32, a tenth of the run's time",
+        group=RESULTS,
+        metavar="PROMPTS",
+    )
+    out: Path = setting(
+        ...,
+        "Folder for the run; must not exist yet.",
+        "runs/ and the time",
+        group=COMMON,
+        metavar="DIR",
+        default_factory=lambda: Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}",
+    )
     _vary: dict[str, list[Any]] = PrivateAttr({})  # more of the grid: settings given as a list, by name
 
     @field_validator("engine")
@@ -231,7 +445,7 @@ class RunConfig(_Training):
         if value == "trl" and beyond:
             raise ValueError("has no simpo, no orpo, no SFT weight and no label smoothing of sigmoid; use pairtune")
         if value == "trl" and info.data.get("eval_dtype"):
-            raise ValueError("evaluates in the type that it trains in; leave --eval-dtype away, or use pairtune")
+            raise ValueError("evaluates in the type that it trains in; leave out --eval-dtype")
         return value
 
     def row_limit(self, split: str) -> int | None:
@@ -247,7 +461,7 @@ class RunConfig(_Training):
         lists = {
             name: values
             for name, values in (data.items() if isinstance(data, dict) else ())
-            if name in _Training.model_fields and name not in _OF_THE_RUN and isinstance(values, list) and values
+            if name in _Training.model_fields and may_vary(name) and isinstance(values, list) and values
         }
         checked = {}
         firsts = {**data, **{name: values[0] for name, values in lists.items()}} if lists else data
@@ -316,7 +530,7 @@ def resolve(file: Path | None, flags: Mapping[str, Any]) -> Resolved:
     given = {name: value for name, value in flags.items() if value is not None}
     origins = {}
     for name, field in RunConfig.model_fields.items():
-        reason = f": {field.description}" if field.description else ""
+        reason = f": {why}" if (why := described(field)["why"]) else ""
         origins[name] = (
             f"flag {flag_of(name)}" if name in given else str(file) if name in written else f"default{reason}"
         )
@@ -333,7 +547,20 @@ def resolve(file: Path | None, flags: Mapping[str, Any]) -> Resolved:
 
 def flag_of(name: str) -> str:
     """How a field is called on the command line."""
-    return FLAGS.get(name, "--" + name.replace("_", "-"))
+    field = RunConfig.model_fields.get(name)
+    return (described(field)["flag"] if field else "") or "--" + name.replace("_", "-")
+
+
+def described(field: FieldInfo) -> dict[str, str]:
+    """What `setting` was told of a field."""
+    extra = field.json_schema_extra
+    assert isinstance(extra, dict)  # noqa: S101 - every field of RunConfig is made by `setting`
+    return {name: str(value) for name, value in extra.items()}
+
+
+def may_vary(name: str) -> bool:
+    """Whether a list of values of a setting makes a grid of trials."""
+    return name in ("learning_rate", "beta") or (name in _Training.model_fields and name not in _RUN_WIDE)
 
 
 def _explain(error: Any) -> str:

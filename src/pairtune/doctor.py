@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,88 +13,18 @@ import torch
 from pairtune.config import RunConfig
 from pairtune.engine.kernels import Kernels
 from pairtune.engine.memory import lockstep_bytes, widest
+from pairtune.engine.products import Products
 from pairtune.engine.trial import wants_checkpointing
-from pairtune.environment import Machine, describe_machine, versions
+from pairtune.environment import Choice, Component, Diagnosis, describe_machine, versions
 from pairtune.errors import BadInput, one_line
+from pairtune.extras import EXTRAS, missing
+from pairtune.files import user_cache
 from pairtune.models.load import blank_model, device_name, free_bytes, measure_dtypes, pick_device, pick_dtype
 from pairtune.models.resolve import resolve_model
-from pairtune.runs import user_cache
+from pairtune.run.records import KernelChoice, Machine
 
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-_EXTRAS = {
-    "wandb": "wandb",
-    "tensorboard": "tensorboard",
-    "mlflow": "mlflow",
-    "llamacpp": "llama_cpp",
-    "postgres": "psycopg",
-}
 _LEAST_DISK, _LEAST_MEMORY = 2 << 30, 2 << 30
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Something that is chosen for this machine, and why.
-
-    Attributes:
-        name: of the choice.
-        value: what was chosen.
-        why: in words, with what was measured.
-    """
-
-    name: str
-    value: str
-    why: str
-
-
-@dataclass(frozen=True)
-class Part:
-    """Something that may be there or not.
-
-    Attributes:
-        name: of it.
-        there: whether it can be used.
-        says: where it is, or what to do.
-        needed: whether nothing works without it.
-    """
-
-    name: str
-    there: bool
-    says: str
-    needed: bool = False
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """Everything that a bug report needs to know of a machine.
-
-    Attributes:
-        machine: what it is.
-        device: that models compute on.
-        device_memory_gb: what it has left.
-        versions: of the libraries.
-        model: that was asked about.
-        choices: what is chosen for it.
-        probes: what was found out about products, by type.
-        parts: what is there.
-        verdict: in one line.
-        usable: whether a run could start.
-    """
-
-    machine: Machine
-    device: str
-    device_memory_gb: float
-    versions: dict[str, str]
-    model: str
-    choices: list[Choice]
-    probes: dict[str, Any]
-    parts: list[Part]
-    verdict: str = ""
-    usable: bool = True
-    notes: list[str] = field(default_factory=list)
-
-    def record(self) -> dict[str, Any]:
-        """For `--json`."""
-        return asdict(self)
 
 
 def diagnose(model: str, max_length: int, say: Callable[[str], None] = lambda what: None) -> Diagnosis:
@@ -111,33 +39,33 @@ def diagnose(model: str, max_length: int, say: Callable[[str], None] = lambda wh
     say("looking at the machine")
     parts = [_cache(), _disk(), *_programs()]
     choices: list[Choice] = []
-    probes: dict[str, Any] = {}
+    probes: dict[str, KernelChoice] = {}
     try:
         source = resolve_model(model)
-        parts.insert(0, Part(f"model {model}", there=True, says=_home(source.folder), needed=True))
+        parts.insert(0, Component(name=f"model {model}", there=True, says=_home(source.folder), needed=True))
         say("trying its products")
         choices, probes = _choices(blank_model(source), device, max_length)
     except (BadInput, OSError, ValueError) as error:
-        parts.insert(0, Part(f"model {model}", there=False, says=one_line(error), needed=True))
+        parts.insert(0, Component(name=f"model {model}", there=False, says=one_line(error), needed=True))
     machine, free = describe_machine(), free_bytes(device)
     notes = _notes(machine, free)
-    missing = [part for part in parts if part.needed and not part.there]
+    absent = [part for part in parts if part.needed and not part.there]
     return Diagnosis(
-        machine,
-        device_name(device),
-        round(free / 2**30, 1),
-        versions(),
-        model,
-        choices,
-        probes,
-        parts,
-        _verdict(missing, notes, choices),
-        usable=not missing,
+        machine=machine,
+        device=device_name(device),
+        device_memory_gb=round(free / 2**30, 1),
+        versions=versions(),
+        model=model,
+        choices=choices,
+        probes=probes,
+        parts=parts,
+        verdict=_verdict(absent, notes, choices),
+        usable=not absent,
         notes=notes,
     )
 
 
-def _choices(model: Any, device: torch.device, max_length: int) -> tuple[list[Choice], dict[str, Any]]:
+def _choices(model: Any, device: torch.device, max_length: int) -> tuple[list[Choice], dict[str, KernelChoice]]:
     measured, dtype = measure_dtypes(device), pick_dtype(device)
     name = str(dtype).removeprefix("torch.")
     times = ", ".join(f"{each} {seconds * 1e3:.2f} ms" for each, seconds in measured.items())
@@ -147,25 +75,34 @@ def _choices(model: Any, device: torch.device, max_length: int) -> tuple[list[Ch
     needs = [lockstep_bytes(model, trial, dtype, device, max_length, width) for width in range(1, 9)]
     width, checkpointing = widest(needs, device), wants_checkpointing(trial, device)
     return [
-        Choice("dtype", name, f"one product: {times}" if measured else "what this accelerator is made for"),
-        Choice("products", *_products(probe.products, probe.differing, device)),
-        Choice("threads", str(torch.get_num_threads()), "OMP_NUM_THREADS sets another number"),
         Choice(
-            "checkpointing",
-            "on" if checkpointing else "off",
-            "memory is what an accelerator lacks" if checkpointing else "time is what a CPU lacks",
+            name="dtype",
+            value=name,
+            why=f"one product: {times}" if measured else "what this accelerator is made for",
+        ),
+        _products(probe.products, probe.differing, device),
+        Choice(name="threads", value=str(torch.get_num_threads()), why="OMP_NUM_THREADS sets another number"),
+        Choice(
+            name="checkpointing",
+            value="on" if checkpointing else "off",
+            why="memory is what an accelerator lacks" if checkpointing else "time is what a CPU lacks",
         ),
         Choice(
-            "trials side by side",
-            str(width),
-            f"the default trial, pairs of {max_length} tokens: {needs[width - 1] / 2**30:.1f} GB "
+            name="trials side by side",
+            value=str(width),
+            why=f"the default trial, pairs of {max_length} tokens: {needs[width - 1] / 2**30:.1f} GB "
             f"of {free_bytes(device) / 2**30:.1f} GB free",
         ),
     ], kernels.record()
 
 
-def _products(products: Any, differing: tuple[int, ...], device: torch.device) -> tuple[str, str]:
+def _products(products: Products, differing: tuple[int, ...], device: torch.device) -> Choice:
     """What is done about the rows of products, and why."""
+    value, why = _said_of_products(products, differing, device)
+    return Choice(name="products", value=value, why=why)
+
+
+def _said_of_products(products: Products, differing: tuple[int, ...], device: torch.device) -> tuple[str, str]:
     if device.type != "cpu":
         return "the library's own", "not tried on an accelerator; the first step's guard measures instead"
     if not products.exact:
@@ -178,32 +115,36 @@ def _products(products: Any, differing: tuple[int, ...], device: torch.device) -
     return "whole", "the same bits for every number of rows that was tried"
 
 
-def _cache() -> Part:
+def _cache() -> Component:
     folder = user_cache()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         writable = os.access(folder, os.W_OK)
     except OSError as error:
-        return Part("cache", there=False, says=f"{_home(folder)}: {error.strerror}; set PAIRTUNE_CACHE", needed=True)
+        return Component(
+            name="cache", there=False, says=f"{_home(folder)}: {error.strerror}; set PAIRTUNE_CACHE", needed=True
+        )
     says = (
         f"{_home(folder)}, {size / 2**20:,.0f} MB" if writable else f"{_home(folder)} is read-only; set PAIRTUNE_CACHE"
     )
-    return Part("cache", there=writable, says=says, needed=True)
+    return Component(name="cache", there=writable, says=says, needed=True)
 
 
-def _disk() -> Part:
+def _disk() -> Component:
     free = shutil.disk_usage(Path.cwd()).free
-    return Part("disk", there=free > _LEAST_DISK, says=f"{free / 2**30:.1f} GB free at {_home(Path.cwd())}")
+    return Component(name="disk", there=free > _LEAST_DISK, says=f"{free / 2**30:.1f} GB free at {_home(Path.cwd())}")
 
 
-def _programs() -> list[Part]:
+def _programs() -> list[Component]:
     browser = next((path for name in _BROWSERS if (path := shutil.which(name))), None)
-    parts = [Part("browser", there=browser is not None, says=browser or "none; only the site's own tests need one")]
-    for extra, module in _EXTRAS.items():
-        there = importlib.util.find_spec(module) is not None
+    parts = [
+        Component(name="browser", there=browser is not None, says=browser or "none; only the site's own tests need one")
+    ]
+    for extra in EXTRAS:
+        there = missing(extra) is None
         says = "installed" if there else f"not installed: pip install 'pairtune[{extra}]'"
-        parts.append(Part(extra, there=there, says=says))
+        parts.append(Component(name=extra, there=there, says=says))
     return parts
 
 
@@ -216,7 +157,7 @@ def _notes(machine: Machine, free: int) -> list[str]:
     return notes
 
 
-def _verdict(missing: list[Part], notes: list[str], choices: list[Choice]) -> str:
+def _verdict(missing: list[Component], notes: list[str], choices: list[Choice]) -> str:
     if missing:
         return "not usable: " + "; ".join(f"{part.name}: {part.says}" for part in missing)
     what = ", ".join(f"{choice.name} {choice.value}" for choice in choices if choice.name != "checkpointing")

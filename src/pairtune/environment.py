@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import psutil
+from pydantic import Field
+
+from pairtune.run.records import BaseModelRecord, Environment, KernelChoice, Machine, Part
 
 _PACKAGES = ("pairtune", "torch", "transformers", "trl", "peft", "tokenizers", "accelerate")
 # Sets of instructions that decide which kernels a library takes, as Linux names them.
@@ -19,47 +20,73 @@ _INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", 
 _LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS")
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What a machine is.
+class Choice(Part):
+    """Something that is chosen for a machine, and why, with what was measured."""
+
+    name: str
+    value: str
+    why: str
+
+
+class Component(Part):
+    """Something that may be there or not: `says` is where it is, or what to do."""
+
+    name: str
+    there: bool
+    says: str
+    needed: bool = False
+
+
+class Diagnosis(Part):
+    """Everything that a bug report needs to know of a machine.
 
     Attributes:
-        system: operating system and architecture.
-        processor: by name.
-        instructions: sets of them that decide which kernels are taken; empty where the system does not say.
-        cores: that this process may use, a container's share counted.
-        memory_gb: in all, or what a container may have of it.
-        memory_free_gb: of that.
-        limits: settings of the environment that change what it computes, or how fast.
+        machine: what it is.
+        device: that models compute on.
+        device_memory_gb: what it has left.
+        versions: of the libraries.
+        model: that was asked about.
+        choices: what is chosen for it.
+        probes: what was found out about products, by type.
+        parts: what is there.
+        verdict: in one line.
+        usable: whether a run could start.
     """
 
-    system: str
-    processor: str
-    instructions: list[str]
-    cores: float
-    memory_gb: float
-    memory_free_gb: float
-    limits: dict[str, str]
+    machine: Machine
+    device: str
+    device_memory_gb: float
+    versions: dict[str, str]
+    model: str
+    choices: list[Choice]
+    probes: dict[str, KernelChoice]
+    parts: list[Component]
+    verdict: str = ""
+    usable: bool = True
+    notes: list[str] = Field(default_factory=list)
 
 
-def describe_machine(root: Path = Path("/")) -> Machine:
+def describe_machine(device: str = "cpu", root: Path = Path("/")) -> Machine:
     """The machine that this runs on.
 
     Args:
+        device: the accelerator's name, or "cpu".
         root: of the system's files.
     """
     memory = psutil.virtual_memory()
     allowed = _number(root / "sys/fs/cgroup/memory.max") or memory.total
     used = _number(root / "sys/fs/cgroup/memory.current") or 0
     total = min(memory.total, allowed)
+    free = memory.available if total == memory.total else min(memory.available, total - used)
     return Machine(
-        f"{platform.system()} {platform.machine()}",
-        processor(root),
-        _instructions(root),
-        _cores(root),
-        round(total / 2**30, 2),
-        round((memory.available if total == memory.total else min(memory.available, total - used)) / 2**30, 2),
-        {name: os.environ[name] for name in _LIMITS if name in os.environ},
+        system=f"{platform.system()} {platform.machine()}",
+        processor=processor(root),
+        instructions=_instructions(root),
+        cores=_cores(root),
+        memory_gb=round(total / 2**30, 2),
+        memory_free_gb=round(free / 2**30, 2),
+        limits={name: os.environ[name] for name in _LIMITS if name in os.environ},
+        device=device,
     )
 
 
@@ -73,18 +100,20 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
 
 
-def describe_environment(device: str) -> dict[str, Any]:
-    """The content of `environment.json`.
+def describe_environment(device: str, base: BaseModelRecord) -> Environment:
+    """What a run that starts now is made with.
 
     Args:
         device: the accelerator's name, or "cpu".
+        base: the model that it starts from.
     """
-    machine = describe_machine()
-    return {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "machine": asdict(machine) | {"memory_gb": round(machine.memory_gb), "device": device},
-    }
+    machine = describe_machine(device)
+    return Environment(
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=versions(),
+        machine=machine.model_copy(update={"memory_gb": round(machine.memory_gb)}),
+        base=base,
+    )
 
 
 def _instructions(root: Path) -> list[str]:

@@ -7,11 +7,10 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -23,33 +22,46 @@ from pairtune.engine.processes import Processes
 from pairtune.environment import describe_environment
 from pairtune.errors import BadInput, RunFailed
 from pairtune.evaluate.audit.check import audit
-from pairtune.evaluate.audit.findings import Finding
-from pairtune.evaluate.audit.live import LiveAudit
-from pairtune.evaluate.audit.runs import evidence_of_run
-from pairtune.evaluate.generations import MOST, Prompt, Speakers, affordable, compare_answers, held_out_prompts
+from pairtune.evaluate.audit.monitor import LiveAudit
+from pairtune.evaluate.audit.own_runs import evidence_of_run
+from pairtune.evaluate.generations import MOST, AnsweringModels, Prompt, affordable, compare_answers, held_out_prompts
+from pairtune.extras import require
+from pairtune.files import write_atomic
 from pairtune.models.load import LoadedBase, blank_model, device_name, open_base, open_base_of, pick_device
 from pairtune.publish.export import Format
 from pairtune.publish.hub import push_run
 from pairtune.report.write import write_report
-from pairtune.runs import RunFolder, write_atomic, write_json
+from pairtune.run.folder import Run
+from pairtune.run.records import (
+    AnswersRecord,
+    BaseModelRecord,
+    Choosing,
+    DataRecord,
+    Environment,
+    Finding,
+    Generations,
+    Selection,
+    SweepRecord,
+)
 from pairtune.sweep.final import evaluate_test
 from pairtune.sweep.run import run_sweep
-from pairtune.sweep.search import Search
+from pairtune.sweep.search import Search, open_search
 from pairtune.sweep.select import (
     best_examples,
-    best_records,
     install_best,
     rounding_warnings,
     select_best,
-    validation_groups,
+    summarise_best,
 )
-from pairtune.track.live import LiveView
+from pairtune.track.live_view import LiveView
 from pairtune.track.sinks import JsonlSink, Sink, Sinks
 from pairtune.track.starved import StarvedSink
 from pairtune.track.trackers import TrackerSink, check_trackers
 
+R = TypeVar("R", bound=AnswersRecord)
 
-def tune(resolved: Resolved, console: Console) -> RunFolder | None:
+
+def tune(resolved: Resolved, console: Console) -> Run | None:
     """Run everything from the data to the chosen model. Progress goes to `console`.
 
     Returns:
@@ -61,29 +73,29 @@ def tune(resolved: Resolved, console: Console) -> RunFolder | None:
         Interrupted: the run was asked to stop; `resume` goes on.
     """
     check_trackers(resolved.config.track)
+    if resolved.config.engine == "trl":
+        require("trl", "--engine trl")
     base, data, processes, console = _open(resolved.config, console)
     if resolved.config.push and resolved.config.method == "lora" and base.source.hub_id is None:
         raise BadInput(
             f"--push {resolved.config.push}: the base model lies on this machine only, so nobody else could load the "
             "adapter; tune a model of the Hub, or push the merged model afterwards (pairtune push RUN --what merged)"
         )
-    run = RunFolder(processes.from_first(resolved.config.out))
+    run = Run(processes.from_first(resolved.config.out))
 
-    def write(run: RunFolder) -> None:
-        write_atomic(run.config, resolved.to_yaml())
-        write_json(run.data, data.record)
-        data.write_pairs(run.pairs)
-        source = base.source
-        described = {"name": source.name, "hub_id": source.hub_id, "license": source.licence}
-        write_json(run.environment, describe_environment(device_name(base.device)) | {"base": described})
+    def write(run: Run) -> None:
+        write_atomic(run.paths.config, resolved.to_yaml())
+        run.write(data.record)
+        data.index().write(run.paths.pairs)
+        run.write(_environment(base))
 
     if processes.first:
-        RunFolder.create(run.root, write)  # only now: bad input leaves nothing behind
+        Run.create(run.root, write)  # only now: bad input leaves nothing behind
     processes.wait()
     return _carry_out(resolved.config, base, data, run, processes, console)
 
 
-def resume(root: Path, console: Console) -> RunFolder | None:
+def resume(root: Path, console: Console) -> Run | None:
     """Go on with a run that was interrupted or killed; one that is complete is given back as it is.
 
     Returns:
@@ -93,15 +105,15 @@ def resume(root: Path, console: Console) -> RunFolder | None:
         BadInput: there is no such run, or its data has changed.
         RunFailed, Interrupted: as in `tune`.
     """
-    run = RunFolder.started(root)
-    if run.complete.is_file():
+    run = Run.started(root)
+    if run.complete:
         return run
-    config = resolve(run.config, {"out": root}).config
+    config = resolve(run.paths.config, {"out": root}).config
     base, data, processes, console = _open(config, console, run)
-    before = run.read_json(run.data)
+    before, now = run.need(DataRecord), data.record
     # The example tells whether pairs are still rendered as they were.
-    if any(data.record[name] != before.get(name, data.record[name]) for name in ("splits", "example")):
-        raise BadInput(f"{run.data}: the pairs have changed since; start a new run")
+    if before.splits != now.splits or before.example not in (None, now.example):
+        raise BadInput(f"{run.paths.data}: the pairs have changed since; start a new run")
     if processes.first:
         run.forget_half_written()
     processes.wait()
@@ -109,13 +121,13 @@ def resume(root: Path, console: Console) -> RunFolder | None:
 
 
 def _open(
-    config: RunConfig, console: Console, run: RunFolder | None = None
+    config: RunConfig, console: Console, run: Run | None = None
 ) -> tuple[LoadedBase, PreparedData, Processes, Console]:
     """The base, the pairs, and the processes that share the work, of which the first one speaks.
 
     A run that goes on has the base in the type and with the threads that were chosen for it.
     """
-    threads = run.choices().get("threads") if run else None
+    threads = run.choices.threads if run else None
     if threads and threads <= torch.get_num_threads():
         torch.set_num_threads(threads)
     base_device = pick_device()
@@ -134,13 +146,13 @@ def _carry_out(
     config: RunConfig,
     base: LoadedBase,
     data: PreparedData,
-    run: RunFolder,
+    run: Run,
     processes: Processes,
     console: Console,
-) -> RunFolder | None:
+) -> Run | None:
     """Everything after the data, or what is left of it."""
     kernels = _choose(config, base, run, processes, console)
-    search = Search(config)
+    search = open_search(config)
     steps = {each.name: math.ceil(len(data.train) / each.batch_size) * each.epochs for each in search.trials}
     shared = f" in {processes.count} processes" if processes.count > 1 else ""
     console.print(
@@ -158,22 +170,24 @@ def _carry_out(
         finally:
             for tracker in trackers:
                 tracker.interrupt()  # nothing, where all trials have ended
-    selection: dict[str, Any] = {}
+    selection: Selection | None = None
     if processes.first:
         wins = _wins_on_validation(config, data, base, run, console) if config.select == "win_rate" else None
-        selection = select_best(
-            results, best_records(run, results), config.select, wins, validation_groups(run, results)
-        )
-        selection["examples"] = best_examples(run, results)
-        selection["warnings"] += rounding_warnings(run.read_json(run.sweep), selection)
-        if not run.test.is_file():  # else a killed run had come further than this: the choice stands
+        examples = best_examples(run, results)
+        records = {name: each.metrics for name, each in examples.items()}
+        groups = next(iter(examples.values())).groups
+        chosen = select_best(results, records, config.select, wins, groups)
+        warnings = chosen.warnings + rounding_warnings(run.need(SweepRecord), chosen)
+        selection = chosen.model_copy(update={"examples": summarise_best(examples), "warnings": warnings})
+        if not run.paths.test.is_file():  # else a killed run had come further than this: the choice stands
             install_best(run, results, selection)
     selection = processes.from_first(selection)
-    if len(data.test) and not processes.from_first(run.test.is_file()):
+    assert selection is not None  # noqa: S101 - the first process has made it
+    if len(data.test) and not processes.from_first(run.paths.test.is_file()):
         with console.status("looking at the test pairs, once") as status:
             total = len(data.test)
             evaluate_test(
-                search.trial(selection["winner"]),
+                search.trial(selection.winner),
                 selection,
                 data.test,
                 base,
@@ -184,21 +198,20 @@ def _carry_out(
     if processes.first:
         if config.samples != 0:
             _write_generations(config, data, base, run, console)
-        write_json(run.audit, audit(evidence_of_run(run.root)))
+        run.write(audit(evidence_of_run(run.root)))
         write_report(run)
         for tracker in trackers:
             tracker.conclude(run, selection)
-        write_atomic(run.complete, datetime.now(UTC).isoformat(timespec="seconds") + "\n")
+        run.mark_complete()
         if config.push:
             _push(config, config.push, run, console)
     processes.wait()
     return run if processes.first else None
 
 
-def _choose(config: RunConfig, base: LoadedBase, run: RunFolder, processes: Processes, console: Console) -> Kernels:
+def _choose(config: RunConfig, base: LoadedBase, run: Run, processes: Processes, console: Console) -> Kernels:
     """What suits this machine, on record in the run: later parts of it do the same."""
-    stored = run.choices().get("kernels")
-    kernels = Kernels(blank_model(base.source), base.device, stored)
+    kernels = Kernels(blank_model(base.source), base.device, run.choices.kernels)
     with console.status("trying this machine's matrix products"):
         for dtype in {base.dtype, getattr(torch, config.eval_dtype or str(base.dtype).removeprefix("torch."))}:
             kernels.probe(dtype)
@@ -238,29 +251,33 @@ def stop_on_signals(console: Console) -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+def _environment(base: LoadedBase) -> Environment:
+    source = base.source
+    described = BaseModelRecord(name=source.name, hub_id=source.hub_id, license=source.licence)
+    return describe_environment(device_name(base.device), described)
+
+
 def _prepare(config: RunConfig, base: LoadedBase, console: Console) -> PreparedData:
     with console.status("reading pairs") as status:
         data = prepare_data(config, base.tokenizer, lambda rows: status.update(f"reading pairs: {rows:,} rows"))
-    for source in data.record["sources"]:
-        for reason, rows in source["dropped"].items():
-            console.print(f"{source['source']}: {rows} of {source['rows_in']} rows dropped: {reason}", highlight=False)
-        if source["shortened"]:
-            console.print(f"{source['source']}: {source['shortened']} prompts lost their oldest turns", highlight=False)
-    for warning in data.record["template_warnings"]:
+    for source in data.record.sources:
+        for reason, rows in source.dropped.items():
+            console.print(f"{source.source}: {rows} of {source.rows_in} rows dropped: {reason}", highlight=False)
+        if source.shortened:
+            console.print(f"{source.source}: {source.shortened} prompts lost their oldest turns", highlight=False)
+    for warning in data.record.template_warnings:
         console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
     return data
 
 
-def _trackers(
-    config: RunConfig, search: Search, run: RunFolder, processes: Processes, console: Console
-) -> list[TrackerSink]:
+def _trackers(config: RunConfig, search: Search, run: Run, processes: Processes, console: Console) -> list[TrackerSink]:
     def say(message: str) -> None:
         console.print(message, highlight=False, soft_wrap=True)
 
     return [TrackerSink(name, run, search.trial, say) for name in config.track] if processes.first else []
 
 
-def _push(config: RunConfig, repo: str, run: RunFolder, console: Console) -> None:
+def _push(config: RunConfig, repo: str, run: Run, console: Console) -> None:
     """Publish the finished run; what goes wrong then leaves it as finished as it was."""
     what: Format = "adapter" if config.method == "lora" else "merged"
     try:
@@ -280,47 +297,44 @@ def _say_finding(console: Console, finding: Finding) -> None:
     )
 
 
-def _write_generations(
-    config: RunConfig, data: PreparedData, base: LoadedBase, run: RunFolder, console: Console
-) -> None:
+def _write_generations(config: RunConfig, data: PreparedData, base: LoadedBase, run: Run, console: Console) -> None:
     """Answer held-out prompts with every model; the test split's prompts where there are some."""
-    if run.generations.is_file():
+    if run.paths.generations.is_file():
         return
     prompts = held_out_prompts(data.test if len(data.test) else data.validation, config.samples or MOST)
-    speakers = _speakers(base, run)
+    models = _answering_models(base, run)
     if config.samples is None:
-        ended = [run.read_json(run.trial(trial["name"]).record) for trial in run.read_json(run.sweep)["trials"]]
-        seconds = sum(trial["own_seconds"] for trial in ended)
-        prompts = prompts[: affordable(speakers, prompts, seconds, config.seed)]
-    _answer(speakers, prompts, config.seed, run.generations, console)
+        seconds = sum(trial.record.own_seconds for trial in run.trials if trial.record)
+        prompts = prompts[: affordable(models, prompts, seconds, config.seed)]
+    run.write(_answer(Generations, models, prompts, config.seed, console))
 
 
 def _wins_on_validation(
-    config: RunConfig, data: PreparedData, base: LoadedBase, run: RunFolder, console: Console
+    config: RunConfig, data: PreparedData, base: LoadedBase, run: Run, console: Console
 ) -> dict[str, list[float]]:
     """Every finished trial's scores against the base on validation prompts, for the rule that chooses by answers."""
-    if not run.choosing.is_file():
+    if run.get(Choosing) is None:
         prompts = held_out_prompts(data.validation, config.samples or MOST)
-        _answer(_speakers(base, run), prompts, config.seed, run.choosing, console)
-    models = run.read_json(run.choosing)["models"]
-    return {name: model["win_rate"]["scores"] for name, model in models.items() if name != "base"}
+        run.write(_answer(Choosing, _answering_models(base, run), prompts, config.seed, console))
+    models = run.need(Choosing).models
+    return {name: model.win_rate.scores for name, model in models.items() if model.win_rate}
 
 
-def _speakers(base: LoadedBase, run: RunFolder) -> Speakers:
+def _answering_models(base: LoadedBase, run: Run) -> AnsweringModels:
     """The base, and the best epoch of every finished trial."""
-    trials = run.read_json(run.sweep)["trials"]
-    return Speakers(
-        base, {each["name"]: run.trial(each["name"]).best for each in trials if each["status"] == "finished"}
+    trials = run.need(SweepRecord).trials
+    return AnsweringModels(
+        base, {each.name: run.paths.trial(each.name).best for each in trials if each.status == "finished"}
     )
 
 
-def _answer(speakers: Speakers, prompts: Sequence[Prompt], seed: int, file: Path, console: Console) -> None:
-    """Let every model answer the prompts, and write what they say."""
+def _answer(kind: type[R], models: AnsweringModels, prompts: Sequence[Prompt], seed: int, console: Console) -> R:
+    """Let every model answer the prompts."""
     with console.status("answering held-out prompts") as status:
-        generations = compare_answers(
-            speakers,
+        return compare_answers(
+            kind,
+            models,
             prompts,
             seed,
             lambda name, done: status.update(f"answering held-out prompts: {name} {done}/{len(prompts)}"),
         )
-    write_json(file, generations)

@@ -16,6 +16,8 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
+from pairtune.run.records import Share
+
 Numbers = NDArray[np.float64]
 Groups = NDArray[np.int64]
 
@@ -199,6 +201,26 @@ def _blocks(rows: int, columns: int) -> Iterator[int]:
     while rows > 0:
         yield min(rows, at_once)
         rows -= at_once
+
+
+def share_of(right: Numbers, groups: Groups | None = None) -> Share:
+    """The mean of cases that are 1, a half or 0, [cases], with its interval (`share_interval`, by groups)."""
+    if not len(right):
+        return Share(value=None, interval=share_interval(0, 0), pairs=0)
+    effect, count = design_effect(right, groups), float(right.sum())
+    interval = share_interval(count / effect, len(right) / effect)
+    return Share(value=count / len(right), interval=interval, pairs=len(right))
+
+
+def longer_wins(chosen: NDArray[np.int64], rejected: NDArray[np.int64], groups: Groups | None = None) -> Share:
+    """How often "the longer answer is the better one" is right; answers of one length count half.
+
+    Args:
+        chosen: lengths, [pairs].
+        rejected: lengths, [pairs].
+        groups: of the pairs, [pairs].
+    """
+    return share_of((chosen > rejected) + (chosen == rejected) / 2, groups)
 
 
 def share_interval(count: float, total: float) -> tuple[float, float]:

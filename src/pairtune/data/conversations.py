@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pairtune.data.pairs import BadRow, Message
+from pairtune.conversation import Message
+from pairtune.data.preference import BadRow
 
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _ROLES = {

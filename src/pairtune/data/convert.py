@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from pairtune.config import OnBadRow
-from pairtune.data.pairs import BadRow, LeftOut, RowCount
-from pairtune.data.reading import Reading, describe_fault
+from pairtune.data.preference import BadRow, LeftOut, RowCount
+from pairtune.data.source_reader import SourceReader, describe_fault
 from pairtune.data.sources import SourceRow
 from pairtune.data.table import write_table
 from pairtune.data.tokens import PairTokenizer, TokenizedPair
 from pairtune.errors import BadInput
-from pairtune.runs import replacing
+from pairtune.files import replacing
 
 CONVERTED = (".jsonl", ".parquet")
 _BATCH = 1024
 
 
-def convert_source(reading: Reading, out: Path, on_bad_row: OnBadRow) -> RowCount:
+def convert_source(reader: SourceReader, out: Path, on_bad_row: OnBadRow) -> RowCount:
     """Write a source's pairs to `out`, whole or not at all.
 
     Returns:
@@ -37,10 +37,10 @@ def convert_source(reading: Reading, out: Path, on_bad_row: OnBadRow) -> RowCoun
         raise BadInput(f"{out}: already exists; choose another name or remove it first")
     if not out.parent.is_dir():
         raise BadInput(f"{out}: there is no folder {out.parent}")
-    count = RowCount(reading.source.name, "all")
+    count = RowCount(reader.source.name, "all")
 
     def pairs() -> Iterator[dict[str, Any]]:
-        for row, result in reading.parsed():
+        for row, result in reader.parsed():
             if isinstance(result, BadRow):
                 _drop(count, row, result, on_bad_row)
                 continue
@@ -52,7 +52,9 @@ def convert_source(reading: Reading, out: Path, on_bad_row: OnBadRow) -> RowCoun
     return count
 
 
-def tokenize_source(reading: Reading, tokenizer: Any, max_length: int, on_bad_row: OnBadRow, path: Path) -> RowCount:
+def tokenize_source(
+    reader: SourceReader, tokenizer: Any, max_length: int, on_bad_row: OnBadRow, path: Path
+) -> RowCount:
     """Write all pairs of a source to a table (see `table.write_table`): what is evaluated needs no splits.
 
     Returns:
@@ -61,10 +63,10 @@ def tokenize_source(reading: Reading, tokenizer: Any, max_length: int, on_bad_ro
     Raises:
         BadInput: a row cannot be used and `on_bad_row` is stop.
     """
-    count = RowCount(reading.source.name, "all")
+    count = RowCount(reader.source.name, "all")
 
     def batches() -> Iterator[list[TokenizedPair]]:
-        for batch in reading.encoded(PairTokenizer(tokenizer, max_length).encode):
+        for batch in reader.encoded(PairTokenizer(tokenizer, max_length).encode):
             kept = []
             for row, result in batch:
                 if isinstance(result, BadRow):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pairtune.config import Columns
+from pairtune.conversation import Message
 from pairtune.data.conversations import (
     check_prompt,
     check_text,
@@ -27,7 +28,7 @@ from pairtune.data.conversations import (
     system_turn,
     user_turn,
 )
-from pairtune.data.pairs import BadRow, LeftOut, Message, PreferencePair
+from pairtune.data.preference import BadRow, LeftOut, PreferencePair
 
 # Prompt, chosen, rejected.
 Parts = tuple[list[Message], str, str]

@@ -7,7 +7,6 @@ settings, the tokenizer and its chat template. A second run only maps it into me
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,18 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pairtune.config import RunConfig
-from pairtune.data.pairs import BadRow, LeftOut, PreferencePair, RowCount
-from pairtune.data.reading import Reading, describe_fault
+from pairtune.data.preference import BadRow, LeftOut, PreferencePair, RowCount
+from pairtune.data.source_reader import SourceReader, describe_fault
 from pairtune.data.sources import BUNDLED, SourceRow, bundled_source
 from pairtune.data.splits import Prompt, draw_splits, find_leaks
 from pairtune.data.table import PairTable, write_table
-from pairtune.data.tokens import PairTokenizer, TokenizedPair, decode_example
+from pairtune.data.tokens import PairTokenizer, TokenizedPair, decode_pair
 from pairtune.errors import BadInput
-from pairtune.runs import fill_folder, fingerprint, forget_oldest, mark_used, replacing, user_cache, write_json
+from pairtune.files import fill_folder, fingerprint, forget_oldest, mark_used, read_json, user_cache, write_json
+from pairtune.run.examples import PairIndex
+from pairtune.run.records import DataRecord, DecodedPair, SplitRecord
+from pairtune.run.schema import from_json, to_json
 
 SPLITS = ("train", "validation", "test")
 TRAIN, VALIDATION, TEST = range(3)
@@ -54,24 +54,15 @@ class PreparedData:
     validation: PairTable
     test: PairTable
     prompts: dict[str, np.ndarray]
-    record: dict[str, Any]
+    record: DataRecord
     from_cache: bool
 
-    def write_pairs(self, path: Path) -> None:
-        """Write which pairs are in which split: `split`, `origin`, `prompt` (a hash), tokens of its parts."""
-        tables = [
-            pa.table(
-                {
-                    "split": pa.array([name] * len(pairs), pa.string()),
-                    "origin": pairs.columns("origin")["origin"],
-                    "prompt": self.prompts[name],
-                    **pairs.lengths(),
-                }
-            )
-            for name, pairs in zip(SPLITS, (self.train, self.validation, self.test), strict=True)
-        ]
-        with replacing(path) as temporary:
-            pq.write_table(pa.concat_tables(tables), temporary)
+    def index(self) -> PairIndex:
+        """Which pairs are in which split."""
+        splits = zip(SPLITS, (self.train, self.validation, self.test), strict=True)
+        return PairIndex.of(
+            {name: (pairs.columns("origin")["origin"], self.prompts[name], pairs.lengths()) for name, pairs in splits}
+        )
 
     @classmethod
     def open(cls, folder: Path, *, from_cache: bool) -> PreparedData:
@@ -79,36 +70,36 @@ class PreparedData:
         with np.load(folder / _ROWS) as rows:
             train, validation, test = (PairTable.open(folder / _PAIRS, rows[name]) for name in SPLITS)
             prompts = {name: rows[_PROMPTS + name] for name in SPLITS}
-        record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+        record = from_json(DataRecord, read_json(folder / _RECORD), str(folder / _RECORD))
         return cls(train, validation, test, prompts, record, from_cache)
 
 
 def prepare_data(
-    config: RunConfig, tokenizer: Any, progress: Callable[[int], None] = lambda rows: None
+    config: RunConfig, tokenizer: Any, on_progress: Callable[[int], None] = lambda rows: None
 ) -> PreparedData:
     """Read, check, tokenize and split all data of a run.
 
     Args:
         config: of the run.
         tokenizer: of transformers, with a chat template.
-        progress: told how many rows have been read.
+        on_progress: told how many rows have been read.
 
     Raises:
         BadInput: a source or row cannot be used, or nothing is left to train on or to judge by.
     """
-    shares = _open_all(config)
+    parts = _open_all(config)
     encoder = PairTokenizer(tokenizer, config.max_length)
-    folder = user_cache() / "data" / _cache_key(config, shares, encoder)
+    folder = user_cache() / "data" / _cache_key(config, parts, encoder)
     from_cache = (folder / _RECORD).is_file()
     if not from_cache:
-        fill_folder(folder, lambda target: _Preparation(config, encoder, shares, progress).write(target))
+        fill_folder(folder, lambda target: _Preparation(config, encoder, parts, on_progress).write(target))
         forget_oldest(folder.parent, _CACHE_BYTES)
     mark_used(folder)
     return PreparedData.open(folder, from_cache=from_cache)
 
 
 @dataclass(eq=False)
-class _Share:
+class _SourcePart:
     """What one source gives to the run.
 
     Attributes:
@@ -117,18 +108,18 @@ class _Share:
         dropped: its other rows by reason.
     """
 
-    reading: Reading
+    reader: SourceReader
     split: int | None
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
 
     @property
     def name(self) -> str:
-        return self.reading.source.name
+        return self.reader.source.name
 
     @property
     def weight(self) -> float | None:
-        return self.reading.config.weight
+        return self.reader.config.weight
 
 
 def pair_hash(pair: PreferencePair) -> bytes:
@@ -140,7 +131,7 @@ def pair_hash(pair: PreferencePair) -> bytes:
     return digest.digest()
 
 
-def _open_all(config: RunConfig) -> list[_Share]:
+def _open_all(config: RunConfig) -> list[_SourcePart]:
     train_split = None
     evaluation, test = config.eval_data, config.test_data
     if evaluation is None and test is None and [source.source for source in config.data] == [BUNDLED]:
@@ -153,27 +144,27 @@ def _open_all(config: RunConfig) -> list[_Share]:
         (test or [], "--test-data", TEST),
     )
     return [
-        _Share(Reading.open(source, flag, config.columns, config.row_limit(SPLITS[split or TRAIN])), split)
+        _SourcePart(SourceReader.open(source, flag, config.columns, config.row_limit(SPLITS[split or TRAIN])), split)
         for sources, flag, split in given
         for source in sources
     ]
 
 
-def _cache_key(config: RunConfig, shares: Sequence[_Share], encoder: PairTokenizer) -> str:
+def _cache_key(config: RunConfig, parts: Sequence[_SourcePart], encoder: PairTokenizer) -> str:
     settings = (config.on_bad_row, config.seed, config.validation_share, config.test_share)
-    parts = [_CACHE_FORMAT, encoder.fingerprint(), *map(str, settings)]
-    for share in shares:
-        columns = sorted(share.reading.parser.columns.items())
-        parts += [share.name, share.reading.source.fingerprint()]
-        parts += map(str, (share.split, share.reading.limit, share.weight, columns))
-    return fingerprint(parts)
+    content = [_CACHE_FORMAT, encoder.fingerprint(), *map(str, settings)]
+    for part in parts:
+        columns = sorted(part.reader.parser.columns.items())
+        content += [part.name, part.reader.source.fingerprint()]
+        content += map(str, (part.split, part.reader.limit, part.weight, columns))
+    return fingerprint(content)
 
 
 @dataclass(frozen=True)
 class _Kept:
     """What is remembered of a pair after its batch is written."""
 
-    share: _Share
+    part: _SourcePart
     prompt: Prompt
     content: bytes
     shortened: bool
@@ -183,14 +174,14 @@ class _Preparation:
     """Reads all sources once, writes the tokenized pairs, then decides who goes where."""
 
     def __init__(
-        self, config: RunConfig, encoder: PairTokenizer, shares: list[_Share], progress: Callable[[int], None]
+        self, config: RunConfig, encoder: PairTokenizer, parts: list[_SourcePart], on_progress: Callable[[int], None]
     ) -> None:
         self.config = config
         self.encoder = encoder
-        self.shares = shares
-        self.progress = progress
+        self.parts = parts
+        self.on_progress = on_progress
         self.kept: list[_Kept] = []
-        self.example: dict[str, str] | None = None  # the first pair as the model sees it
+        self.example: DecodedPair | None = None  # the first pair as the model sees it
         self.left_out: dict[int, str] = {}  # kept pairs that are used in no split, with the reason
 
     def write(self, target: Path) -> None:
@@ -210,44 +201,44 @@ class _Preparation:
             for name, of_split in rows.items()
         }
         np.savez(target / _ROWS, **rows, **prompts)  # type: ignore[arg-type]
-        write_json(target / _RECORD, self._record(counts, rows))
+        write_json(target / _RECORD, to_json(self._record(counts, rows)))
 
     def _batches(self) -> Iterator[list[TokenizedPair]]:
         rows = 0
-        for share in self.shares:
-            for batch in share.reading.encoded(self.encoder.encode):
-                yield [pair for row, result in batch if (pair := self._take(share, row, result))]
+        for part in self.parts:
+            for batch in part.reader.encoded(self.encoder.encode):
+                yield [pair for row, result in batch if (pair := self._take(part, row, result))]
                 rows += len(batch)
-                self.progress(rows)
+                self.on_progress(rows)
 
-    def _take(self, share: _Share, row: SourceRow, result: TokenizedPair | BadRow) -> TokenizedPair | None:
+    def _take(self, part: _SourcePart, row: SourceRow, result: TokenizedPair | BadRow) -> TokenizedPair | None:
         if isinstance(result, BadRow):
             if self.config.on_bad_row == "stop" and not isinstance(result, LeftOut):
                 raise BadInput(f"{describe_fault(row, result)} (or --on-bad-row skip)")
-            share.dropped[result.reason] += 1
+            part.dropped[result.reason] += 1
             return None
         prompts = (result.pair.prompt, result.prompt) if result.turns_cut else (result.prompt,)
-        self.kept.append(_Kept(share, Prompt.of(*prompts), pair_hash(result.pair), result.turns_cut > 0))
-        share.kept += 1
-        self.example = self.example or decode_example(self.encoder.tokenizer, result)
+        self.kept.append(_Kept(part, Prompt.of(*prompts), pair_hash(result.pair), result.turns_cut > 0))
+        part.kept += 1
+        self.example = self.example or decode_pair(self.encoder.tokenizer, result)
         return result
 
     def _splits(self) -> list[int]:
         """The split of each kept pair; what is left out is noted."""
         self._heed_weights()
-        if any(each.share.split is None for each in self.kept):
+        if any(each.part.split is None for each in self.kept):
             return self._drawn_splits()
-        splits = [each.share.split or TRAIN for each in self.kept]
+        splits = [each.part.split or TRAIN for each in self.kept]
         self._drop_leaks(splits)
         return splits
 
     def _heed_weights(self) -> None:
         """Leave pairs out so that the numbers kept of a split's sources stand in the ratio of their weights."""
-        for split in {share.split for share in self.shares}:
-            weights = {share: share.weight for share in self.shares if share.split == split and share.weight}
-            unit = min((share.kept / weight for share, weight in weights.items()), default=0)
-            for share, weight in weights.items():
-                numbers = [number for number, each in enumerate(self.kept) if each.share is share]
+        for split in {part.split for part in self.parts}:
+            weights = {part: part.weight for part in self.parts if part.split == split and part.weight}
+            unit = min((part.kept / weight for part, weight in weights.items()), default=0)
+            for part, weight in weights.items():
+                numbers = [number for number, each in enumerate(self.kept) if each.part is part]
                 drawn = sorted(numbers, key=lambda number: self._draw(self.kept[number].content, number))
                 for number in drawn[round(unit * weight) :]:
                     self.left_out[number] = "left out by weight"
@@ -257,9 +248,9 @@ class _Preparation:
 
     def _drawn_splits(self) -> list[int]:
         """Draw splits for the sources that come without; a test set that was given stays apart from all of them."""
-        drawn = [n for n, each in enumerate(self.kept) if each.share.split is None and n not in self.left_out]
+        drawn = [n for n, each in enumerate(self.kept) if each.part.split is None and n not in self.left_out]
         shares = (self.config.validation_share, 0.0 if self.config.test_data else self.config.test_share)
-        splits = [each.share.split or TRAIN for each in self.kept]
+        splits = [each.part.split or TRAIN for each in self.kept]
         for number, split in zip(
             drawn, draw_splits([self.kept[n].prompt for n in drawn], shares, self.config.seed), strict=True
         ):
@@ -279,40 +270,40 @@ class _Preparation:
 
     def _counts(self, splits: list[int]) -> list[RowCount]:
         counts = {
-            (share, split): RowCount(share.name, SPLITS[split])
-            for share in self.shares
-            for split in (range(len(SPLITS)) if share.split is None else [share.split])
+            (part, split): RowCount(part.name, SPLITS[split])
+            for part in self.parts
+            for split in (range(len(SPLITS)) if part.split is None else [part.split])
         }
-        for share in self.shares:
-            count = counts[share, share.split or TRAIN]  # a row that is no pair has no other split
-            count.rows_in += share.dropped.total()
-            count.dropped += share.dropped
+        for part in self.parts:
+            count = counts[part, part.split or TRAIN]  # a row that is no pair has no other split
+            count.rows_in += part.dropped.total()
+            count.dropped += part.dropped
         for number, (each, split) in enumerate(zip(self.kept, splits, strict=True)):
             if reason := self.left_out.get(number):
-                counts[each.share, split].drop(reason)
+                counts[each.part, split].drop(reason)
             else:
-                counts[each.share, split].keep(each.shortened)
+                counts[each.part, split].keep(each.shortened)
         return [count for count in counts.values() if count.rows_in or count.split == SPLITS[TRAIN]]
 
     def _raise_empty(self, split: str, counts: list[RowCount]) -> None:
         dropped: Counter[str] = sum((count.dropped for count in counts if count.split == split), Counter())
-        drawn = sum(each.share.split is None for each in self.kept)
+        drawn = sum(each.part.split is None for each in self.kept)
         one_group = split != SPLITS[TRAIN] and drawn > 1
         nothing = "system messages aside, all prompts belong together" if one_group else "it is empty"
         reasons = ", ".join(f"{rows} {reason}" for reason, rows in dropped.items()) or nothing
-        named = [count.source for count in counts if count.split == split] or [share.name for share in self.shares]
+        named = [count.source for count in counts if count.split == split] or [part.name for part in self.parts]
         raise BadInput(f"{', '.join(named)}: no pair is left for {split} ({reasons}); give more or other rows")
 
-    def _record(self, counts: list[RowCount], rows: dict[str, np.ndarray]) -> dict[str, Any]:
-        return {
-            "sources": [count.as_dict() for count in counts],
-            "formats": {share.name: share.reading.format for share in self.shares},
-            "splits": {
-                name: {"pairs": len(of_split), "fingerprint": fingerprint(self.kept[n].content for n in of_split)}
+    def _record(self, counts: list[RowCount], rows: dict[str, np.ndarray]) -> DataRecord:
+        return DataRecord(
+            sources=[count.account() for count in counts],
+            formats={part.name: part.reader.format for part in self.parts},
+            splits={
+                name: SplitRecord(pairs=len(of_split), fingerprint=fingerprint(self.kept[n].content for n in of_split))
                 for name, of_split in rows.items()
             },
-            "max_length": self.config.max_length,
-            "split_seed": self.config.seed,
-            "template_warnings": self.encoder.warnings,
-            "example": self.example,
-        }
+            max_length=self.config.max_length,
+            split_seed=self.config.seed,
+            template_warnings=self.encoder.warnings,
+            example=self.example,
+        )

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from pairtune.config import SourceConfig
-from pairtune.data.files import ENDINGS, is_data_file, read_file
+from pairtune.data.row_files import ENDINGS, is_data_file, read_file
 from pairtune.errors import BadInput, one_line
-from pairtune.runs import fingerprint, hash_file
+from pairtune.files import fingerprint, hash_file
 
 BUNDLED = "bundled:concise"
 BUNDLED_SPLITS = ("train", "validation", "test")

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from rensa import RMinHash, RMinHashLSH
 
-from pairtune.data.pairs import Message
+from pairtune.conversation import Message
 
 SAME, CONTINUED, NEAR = "prompt is in another split", "conversation is in another split", "nearly in another split"
 

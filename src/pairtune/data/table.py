@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pairtune.data.pairs import PreferencePair
+from pairtune.data.preference import PreferencePair
 from pairtune.data.splits import Prompt, group_prompts
 from pairtune.data.tokens import PairTokenizer, TokenizedPair
-from pairtune.runs import fingerprint
+from pairtune.files import fingerprint
 
 _MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
 _IDS = pa.list_(pa.int32())

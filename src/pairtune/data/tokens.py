@@ -13,9 +13,11 @@ from typing import Any
 from jinja2 import TemplateError
 
 from pairtune.chat_templates import answer_end, leaves_out_bos
-from pairtune.data.pairs import BadRow, LeftOut, Message, PreferencePair
+from pairtune.conversation import Message
+from pairtune.data.preference import BadRow, LeftOut, PreferencePair
 from pairtune.errors import BadInput, one_line
-from pairtune.runs import fingerprint
+from pairtune.files import fingerprint
+from pairtune.run.records import DecodedPair
 
 # Rows whose quick ids are compared with the slow ones before the quick way is trusted.
 _CHECKED = 16
@@ -136,14 +138,14 @@ class PairTokenizer:
         return LeftOut(f"longer than {self.max_length} tokens", "", "does not fit even without its older turns")
 
 
-def decode_example(tokenizer: Any, pair: TokenizedPair) -> dict[str, str]:
-    """A pair as the model sees it, special tokens included; the loss is on the answers alone."""
-    return {
-        "origin": pair.pair.origin,
-        "prompt": _clip(tokenizer.decode(pair.prompt_ids)),
-        "chosen": _clip(tokenizer.decode(pair.chosen_ids)),
-        "rejected": _clip(tokenizer.decode(pair.rejected_ids)),
-    }
+def decode_pair(tokenizer: Any, pair: TokenizedPair) -> DecodedPair:
+    """A pair as the model sees it, special tokens included."""
+    return DecodedPair(
+        origin=pair.pair.origin,
+        prompt=_clip(tokenizer.decode(pair.prompt_ids)),
+        chosen=_clip(tokenizer.decode(pair.chosen_ids)),
+        rejected=_clip(tokenizer.decode(pair.rejected_ids)),
+    )
 
 
 def _clip(text: str, limit: int = 3000) -> str:

@@ -5,17 +5,52 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pairtune.errors import RunFailed
-from pairtune.runs import replacing
+from pairtune.files import replacing
+from pairtune.run.records import Part, TrialRecord, dump
 
 
-def write_checkpoint(path: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+class CheckpointedTrial(Part):
+    """One trial in training.
+
+    Attributes:
+        result: as far as it is.
+        losses: of the epoch's training pairs so far.
+        lines: of its `metrics.jsonl`.
+        updates: of its weights.
+    """
+
+    result: TrialRecord
+    losses: list[float]
+    lines: int
+    updates: int
+
+
+class CheckpointState(Part):
+    """Where trials that are trained together stand.
+
+    Attributes:
+        of: a fingerprint of settings, pairs and base model.
+        epoch: that is trained, counted from 1.
+        step: that was made last.
+        seen: pairs of the epoch.
+        members: the trials, in their order.
+    """
+
+    of: str
+    epoch: int
+    step: int
+    seen: int
+    members: list[CheckpointedTrial]
+
+
+def write_checkpoint(path: Path, state: CheckpointState, tensors: Mapping[str, Tensor]) -> None:
     """Replace the checkpoint.
 
     Raises:
@@ -23,7 +58,7 @@ def write_checkpoint(path: Path, state: Mapping[str, Any], tensors: Mapping[str,
     """
     try:
         with replacing(path) as temporary:
-            save_file(dict(tensors), temporary, metadata={"state": json.dumps(state)})
+            save_file(dict(tensors), temporary, metadata={"state": json.dumps(dump(state))})
     except (OSError, SafetensorError) as error:
         raise RunFailed(
             f"{path}: the checkpoint cannot be written ({error}); make room, then `pairtune resume` goes on from the "
@@ -31,7 +66,7 @@ def write_checkpoint(path: Path, state: Mapping[str, Any], tensors: Mapping[str,
         ) from error
 
 
-def read_state(path: Path) -> dict[str, Any] | None:
+def read_state(path: Path) -> CheckpointState | None:
     """The state in a checkpoint, without its tensors; None: there is no checkpoint.
 
     Raises:
@@ -40,7 +75,7 @@ def read_state(path: Path) -> dict[str, Any] | None:
     return _read(path, tensors=False)[0] if path.is_file() else None
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_checkpoint(path: Path) -> tuple[CheckpointState, dict[str, Tensor]]:
     """A checkpoint's state and tensors.
 
     Raises:
@@ -49,12 +84,13 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return _read(path, tensors=True)
 
 
-def _read(path: Path, *, tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(path: Path, *, tensors: bool) -> tuple[CheckpointState, dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys() if tensors else []
-            return json.loads(file.metadata()["state"]), {name: file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            state = CheckpointState.model_validate(json.loads(file.metadata()["state"]))
+            return state, {name: file.get_tensor(name) for name in names}
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, ValidationError) as error:
         raise RunFailed(
             f"{path}: the checkpoint is damaged; remove it, and `pairtune resume` trains its trials from their start"
         ) from error

@@ -19,7 +19,7 @@ from pairtune.data.table import PairTable
 from pairtune.engine.logps import token_kl
 from pairtune.engine.policy import EVALUATION_TOKENS, Policy
 from pairtune.engine.processes import Processes
-from pairtune.runs import user_cache, write_atomic
+from pairtune.files import user_cache, write_atomic
 
 # Pairs that are looked at: enough for a mean, and their states stay small (512 pairs of a 135M model are 9 MB).
 PAIRS = 512
@@ -70,7 +70,7 @@ def base_states(
     name: str,
     pairs: PairTable,
     processes: Processes,
-    progress: Callable[[int], None] = lambda done: None,
+    on_progress: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
     """The states that `BaseStates` holds, from the user cache or computed.
 
@@ -79,7 +79,7 @@ def base_states(
         name: the fingerprint of weights, pairs and kernels, see `reference.reference_fingerprint`.
         pairs: of which the first ones are taken.
         processes: that share the work.
-        progress: told how many pairs are done.
+        on_progress: told how many pairs are done.
 
     Returns:
         [pairs, 2 * STATES, size]
@@ -88,10 +88,10 @@ def base_states(
     states = processes.from_first(_find(cached) if processes.first else None)
     if states is None:
         found: list[Tensor] = []
-        rows = processes.share(range(min(PAIRS, len(pairs))))
+        rows = processes.shard(range(min(PAIRS, len(pairs))))
         for pack in policy.rows(pairs.tokens(rows), EVALUATION_TOKENS):
             found += policy.answer_logps(pack, keep_states=True).states[0].cpu()
-            progress(len(found) * processes.count)
+            on_progress(len(found) * processes.count)
         states = torch.stack(processes.gather(found))
         if processes.first:
             write_atomic(cached, save({"states": states.contiguous()}))

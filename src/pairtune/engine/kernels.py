@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from pairtune.engine.products import Products, linear_layers, matrix_of
 from pairtune.environment import processor
-from pairtune.runs import fingerprint, user_cache, write_json
+from pairtune.files import fingerprint, user_cache, write_json
+from pairtune.run.records import KernelChoice, dump
 
 # Numbers of rows that are compared with many: small ones, odd ones, and both sides of what kernels like as limits.
 _COUNTS = (1, 2, 3, 4, 5, 7, 8, 9, 11, 13, 15, 16, 17, 24, 31, 33, 63, 65, 96, 127, 129, 200, 257, 385, 513, 641, 1025)
@@ -53,9 +53,10 @@ class Probe:
     bits: str
     seconds: float
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> KernelChoice:
         """For `environment.json`."""
-        return {**asdict(self.products), "differing": list(self.differing), "bits": self.bits, "seconds": self.seconds}
+        found = {"differing": list(self.differing), "bits": self.bits, "seconds": self.seconds}
+        return KernelChoice(**asdict(self.products), **found)
 
 
 class Kernels:
@@ -70,7 +71,9 @@ class Kernels:
     it computes the same bits.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, stored: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, device: torch.device, stored: Mapping[str, KernelChoice] | None = None
+    ) -> None:
         self.device, self._stored = device, dict(stored or {})
         self._shapes = _shapes(model)
         self._probes: dict[torch.dtype, Probe] = {}
@@ -85,20 +88,18 @@ class Kernels:
             self._probes[dtype] = self._known(dtype, self._stored.get(_name(dtype))) or self._tried(dtype)
         return self._probes[dtype]
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, KernelChoice]:
         """What was chosen, by type, for `environment.json`."""
         return self._stored | {_name(dtype): probe.record() for dtype, probe in self._probes.items()}
 
-    def _known(self, dtype: torch.dtype, entry: Mapping[str, Any] | None) -> Probe | None:
+    def _known(self, dtype: torch.dtype, chosen: KernelChoice | None) -> Probe | None:
         """What was chosen before, where this machine still computes the same bits with it."""
-        try:
-            products = Products(**{name: entry[name] for name in asdict(Products())}) if entry else None
-            bits = self._bits(dtype, products) if products else ""
-            if products is None or entry is None or bits != entry["bits"]:
-                return None
-            return Probe(products, tuple(entry["differing"]), bits, entry["seconds"])
-        except (KeyError, TypeError):  # of another version
+        if chosen is None:
             return None
+        products = Products(chosen.tile, chosen.least, chosen.by_trial, chosen.exact)
+        if self._bits(dtype, products) != chosen.bits:
+            return None
+        return Probe(products, tuple(chosen.differing), chosen.bits, chosen.seconds)
 
     def _tried(self, dtype: torch.dtype) -> Probe:
         if self.device.type != "cpu":
@@ -112,7 +113,7 @@ class Kernels:
         seconds = round(time.perf_counter() - started, 3)
         probe = Probe(products, tuple(differing), self._bits(dtype, products), seconds)
         with suppress(OSError):  # a cache that cannot be written to: the next run tries again
-            write_json(cached, probe.record())
+            write_json(cached, dump(probe.record()))
         return probe
 
     def _place(self, dtype: torch.dtype) -> str:
@@ -227,12 +228,11 @@ def _batches_differ(shapes: Iterable[_Shape], dtype: torch.dtype, least: int = 1
     return not torch.equal(many[-heads:], one)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path) -> KernelChoice | None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return KernelChoice.model_validate_json(path.read_bytes())
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from pairtune.engine.products import PLAIN, Products
+from pairtune.engine.softcap import soft_cap_
 
 # Numbers of logits at a time: a chunk in float32 is 32 MB, which stays near the processor.
 _CHUNK_LOGITS = 8 << 20
@@ -65,7 +66,7 @@ class _TokenLogps(Function):
             if wide is None:  # one for all chunks: memory that is new is slower than memory that is used again
                 wide = torch.empty_like(logits, dtype=torch.float32)
             weights = wide[: len(logits)].copy_(logits)
-            bend = _bend(weights, softcap)
+            bend = soft_cap_(weights, softcap)
             means[part] = weights.mean(1)
             picked = weights.gather(1, targets[part, None])
             top = weights.amax(1, keepdim=True)
@@ -92,7 +93,7 @@ class _TokenLogps(Function):
         if by_head is not None or by_bias is not None:
             for part in _chunks(len(targets), len(head), ctx.products):
                 logits = ctx.products.matmul(hidden[part], head.T, bias).float()
-                bend = _bend(logits, ctx.softcap)
+                bend = soft_cap_(logits, ctx.softcap)
                 by_logits = logits.softmax(1).neg_()
                 by_logits[torch.arange(len(by_logits), device=targets.device), targets[part]] += 1
                 by_logits.mul_(grad[part] if bend is None else grad[part] * bend)
@@ -137,7 +138,7 @@ def token_kl(ours: Head, base: Head, *, softcap: float | None = None, products: 
 
 def _log_softmax(logits: Tensor, softcap: float | None) -> Tensor:
     logits = logits.float()
-    _bend(logits, softcap)
+    soft_cap_(logits, softcap)
     return logits.log_softmax(1)
 
 
@@ -146,13 +147,3 @@ def _chunks(tokens: int, words: int, products: Products) -> list[slice]:
     least = products.tile or products.least
     size = max(1, _CHUNK_LOGITS // words // least) * least
     return [slice(start, start + size) for start in range(0, tokens, size)]
-
-
-def _bend(logits: Tensor, softcap: float | None) -> Tensor | None:
-    """Bend logits in place, and give the derivative of the bend."""
-    if softcap is None:
-        return None
-    bent = torch.tanh_(logits.div_(softcap))
-    derivative = 1 - bent**2
-    bent.mul_(softcap)
-    return derivative

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from pairtune.config import Loss
+from pairtune.config import Loss, TrialConfig
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,28 @@ class LossSettings:
     simpo_gamma: float = 0.5
     discopop_tau: float = 0.05
     sft_weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a trial minimises: a loss and the numbers it depends on."""
+
+    loss: Loss
+    settings: LossSettings
+
+    @classmethod
+    def of(cls, trial: TrialConfig) -> Objective:
+        """A trial's own."""
+        return cls(
+            trial.loss,
+            LossSettings(
+                beta=trial.beta,
+                label_smoothing=trial.label_smoothing,
+                simpo_gamma=trial.simpo_gamma,
+                discopop_tau=trial.discopop_tau,
+                sft_weight=trial.sft_weight,
+            ),
+        )
 
 
 def pair_loss(name: Loss, pairs: PairLogps, settings: LossSettings) -> Tensor:

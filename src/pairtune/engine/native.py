@@ -14,23 +14,29 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pairtune.config import TrialConfig, source_name
 from pairtune.data.table import PairTable
-from pairtune.engine.checkpoint import read_checkpoint, read_state, write_checkpoint
+from pairtune.engine.checkpoint import (
+    CheckpointedTrial,
+    CheckpointState,
+    read_checkpoint,
+    read_state,
+    write_checkpoint,
+)
 from pairtune.engine.divergence import PAIRS, BaseStates, base_states
-from pairtune.engine.lora import add_adapters, peft_config, peft_tensors, settings_of
+from pairtune.engine.lora import LoraLinear, add_adapters, peft_config, peft_tensors, settings_of
+from pairtune.engine.losses import Objective
 from pairtune.engine.memory import lockstep_width
 from pairtune.engine.optimize import AdapterWeights, FullWeights, TrialOptimizer
 from pairtune.engine.policy import EVALUATION_TOKENS, TRAIN_TOKENS, Policy, cast_parameters
-from pairtune.engine.records import ExampleRecord, TrialFailed, TrialResult
 from pairtune.engine.reference import check_reference, reference_fingerprint, reference_logps
 from pairtune.engine.rounding import measure_rounding
 from pairtune.engine.scoring import Scored, score_pairs
+from pairtune.engine.summaries import TrialFailed
 from pairtune.engine.trial import (
     TrialInputs,
     check_adapters_are_zero,
@@ -45,18 +51,23 @@ from pairtune.engine.trial import (
     wants_checkpointing,
 )
 from pairtune.errors import Interrupted, RunFailed
+from pairtune.files import fingerprint
 from pairtune.models.save import save_adapter, save_best
-from pairtune.runs import RunFolder, TrialFolder, fingerprint
+from pairtune.run.examples import ExampleRecord
+from pairtune.run.folder import Run
+from pairtune.run.metrics import Evaluation, TrainingStep
+from pairtune.run.paths import TrialPaths
+from pairtune.run.records import TrialRecord
 from pairtune.track.sinks import Sink
 
 
-def run_trials(trials: Sequence[TrialConfig], inputs: TrialInputs, run: RunFolder, sink: Sink) -> list[TrialResult]:
+def run_trials(trials: Sequence[TrialConfig], inputs: TrialInputs, run: Run, sink: Sink) -> list[TrialRecord]:
     """Train trials side by side from pristine weights, evaluate them at every epoch and keep each one's best epoch.
 
     Where the run's checkpoint holds these trials they go on from it, to the same bits on a CPU.
 
     Args:
-        trials: equal in all that `sweep.run.together` compares; with `--method full` a single one.
+        trials: equal in all that `sweep.run.lockstep_key` compares; with `--method full` a single one.
         inputs: of the run.
         run: where everything of them is written.
         sink: told of every step.
@@ -66,15 +77,15 @@ def run_trials(trials: Sequence[TrialConfig], inputs: TrialInputs, run: RunFolde
             cannot be written or read.
         Interrupted: the run was asked to stop; the checkpoint holds everything up to then.
     """
-    lockstep = _Lockstep(trials, inputs, run, sink)
+    lockstep = _TrialGroup(trials, inputs, run, sink)
     lockstep.run_to_end()
     return lockstep.results
 
 
-def checkpointed(run: RunFolder) -> list[TrialResult]:
+def checkpointed(run: Run) -> list[TrialRecord]:
     """The trials that the run's checkpoint holds, as they were then."""
-    state = read_state(run.checkpoint)
-    return [TrialResult.of(member["result"]) for member in state["members"]] if state else []
+    state = read_state(run.paths.checkpoint)
+    return [member.result for member in state.members] if state else []
 
 
 def width(trial: TrialConfig, inputs: TrialInputs, asked: int | None) -> int:
@@ -85,11 +96,11 @@ def width(trial: TrialConfig, inputs: TrialInputs, asked: int | None) -> int:
 
 
 @dataclass(eq=False)
-class _Member:
+class _TrialState:
     """One trial of those that run together."""
 
-    result: TrialResult
-    folder: TrialFolder
+    result: TrialRecord
+    paths: TrialPaths
     weights: FullWeights | AdapterWeights
     optimizer: TrialOptimizer
     losses: list[float] = field(default_factory=list)  # of the epoch's training pairs so far
@@ -100,10 +111,10 @@ class _Member:
         return self.result.trial
 
 
-class _Lockstep:
+class _TrialGroup:
     """Trials while they are trained."""
 
-    def __init__(self, trials: Sequence[TrialConfig], inputs: TrialInputs, run: RunFolder, sink: Sink) -> None:
+    def __init__(self, trials: Sequence[TrialConfig], inputs: TrialInputs, run: Run, sink: Sink) -> None:
         self.inputs, self.run, self.sink = inputs, run, sink
         self.shared = trials[0]  # for all settings in which the trials are equal
         self.device = inputs.base.device
@@ -111,27 +122,30 @@ class _Lockstep:
         self.model, self.results = start_trials(trials, inputs)
         self._pairs_fingerprint = fingerprint(pairs.ids_fingerprint() for pairs in inputs.splits.values())
         self.epoch, self.step, self.seen = 1, 0, 0  # seen: pairs of the epoch
+        self.members: list[_TrialState] = []
+        # The order counts: float32 masters are taken before the model is cast, and the base speaks before the model
+        # has adapters.
         masters = FullWeights(self.model, inputs.base.dtype) if self.shared.method == "full" else None
         cast_parameters(self.model, inputs.base.dtype)
-        self.members: list[_Member] = []
-        self.references, self.base = self._of_the_base()
-        adapted = {}
-        if masters is None:
-            adapted = add_adapters(self.model, settings_of(self.shared), [trial.seed for trial in trials])
-            names = [trial.name for trial in trials]
-            check_adapters_are_zero(names, (layer.lora_b for layer in adapted.values()))
+        self.references, self.base_states = self._base_outputs()
+        adapted = self._add_adapters(trials) if masters is None else {}
         self.policy = Policy(self.model, adapted, len(trials), inputs.kernels)
         if wants_checkpointing(self.shared, self.device):
             self.policy.checkpoint_activations()
         batches = math.ceil(len(inputs.train) / self.shared.batch_size)
-        for place, result in enumerate(self.results):
-            weights = masters or AdapterWeights(adapted, place)
+        for index, result in enumerate(self.results):
+            weights = masters or AdapterWeights(adapted, index)
             optimizer = TrialOptimizer(result.trial, weights.tensors, batches * result.trial.epochs)
-            self.members.append(_Member(result, run.trial(result.trial.name), weights, optimizer))
+            self.members.append(_TrialState(result, run.paths.trial(result.trial.name), weights, optimizer))
         if [result.trial.name for result in checkpointed(run)] == [trial.name for trial in trials]:
             self._restore()
         for member in self.members:
             sink.start(member.trial.name, member.optimizer.steps, self.step, member.lines)
+
+    def _add_adapters(self, trials: Sequence[TrialConfig]) -> dict[str, LoraLinear]:
+        adapted = add_adapters(self.model, settings_of(self.shared), [trial.seed for trial in trials])
+        check_adapters_are_zero([trial.name for trial in trials], (layer.lora_b for layer in adapted.values()))
+        return adapted
 
     def run_to_end(self) -> None:
         """All epochs of all trials."""
@@ -142,7 +156,7 @@ class _Lockstep:
                 self.epoch, self.seen = self.epoch + 1, 0
                 self._pause(checkpoint=True)  # before a trial's end is on record: what is, is never run again
         if self.inputs.processes.first:
-            self.run.checkpoint.unlink(missing_ok=True)
+            self.run.paths.checkpoint.unlink(missing_ok=True)
 
     def _train_epoch(self) -> None:
         """The rest of an epoch's steps."""
@@ -169,7 +183,7 @@ class _Lockstep:
             if member not in staying:
                 member.result.peak_memory_mb = peak_memory_mb(self.device)
                 if self.inputs.processes.first:
-                    member.result.write(member.folder)
+                    self.run.write_trial(member.result)
                 self.sink.finish(member.trial.name, member.result.status, member.result.best_epoch)
         if 0 < len(staying) < len(self.members):
             self.policy.keep(places)
@@ -178,7 +192,7 @@ class _Lockstep:
         self.members = staying
         return bool(staying)
 
-    def _ended(self, result: TrialResult) -> bool:
+    def _ended(self, result: TrialRecord) -> bool:
         between_epochs = self.seen == 0
         over = self.epoch > result.trial.epochs or patience_is_over(result)
         return result.status != "finished" or (between_epochs and over)
@@ -187,55 +201,60 @@ class _Lockstep:
         """Between two steps: write a checkpoint where one is due, and stop where that is asked."""
         stopping = self.inputs.processes.any(self.inputs.stopping())
         if self.members and (checkpoint or stopping) and self.inputs.processes.first:
-            write_checkpoint(self.run.checkpoint, *self._state())
+            write_checkpoint(self.run.paths.checkpoint, *self._state())
         if stopping:
             raise Interrupted(f"interrupted at step {self.step}; `pairtune resume {self.run.root}` goes on from there")
 
-    def _state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def _state(self) -> tuple[CheckpointState, dict[str, Tensor]]:
         members, tensors = [], dict[str, Tensor]()
         for place, member in enumerate(self.members):
-            progress = {"losses": member.losses, "lines": member.lines, "updates": member.optimizer.step}
-            members.append({"result": member.result.record(), **progress})
+            members.append(
+                CheckpointedTrial(
+                    result=member.result, losses=member.losses, lines=member.lines, updates=member.optimizer.step
+                )
+            )
             tensors |= {f"{place}.{name}": tensor for name, tensor in member.optimizer.state().items()}
-        position = {"epoch": self.epoch, "step": self.step, "seen": self.seen}
-        return {"of": self._fingerprint(), **position, "members": members}, tensors
+        state = CheckpointState(
+            of=self._fingerprint(), epoch=self.epoch, step=self.step, seen=self.seen, members=members
+        )
+        return state, tensors
 
     def _restore(self) -> None:
-        state, tensors = read_checkpoint(self.run.checkpoint)
-        if state["of"] != self._fingerprint():
+        state, tensors = read_checkpoint(self.run.paths.checkpoint)
+        if state.of != self._fingerprint():
             raise RunFailed(
-                f"{self.run.checkpoint}: is of other settings, other pairs or another base model than this run's; "
-                "remove it, and `pairtune resume` trains its trials from their start"
+                f"{self.run.paths.checkpoint}: is of other settings, other pairs or another base model than this "
+                "run's; remove it, and `pairtune resume` trains its trials from their start"
             )
-        self.epoch, self.step, self.seen = state["epoch"], state["step"], state["seen"]
-        for place, (member, kept) in enumerate(zip(self.members, state["members"], strict=True)):
-            member.result = self.results[place] = TrialResult.of(kept["result"])
-            member.losses, member.lines = kept["losses"], kept["lines"]
+        self.epoch, self.step, self.seen = state.epoch, state.step, state.seen
+        for place, (member, kept) in enumerate(zip(self.members, state.members, strict=True)):
+            member.result = self.results[place] = kept.result
+            member.losses, member.lines = kept.losses, kept.lines
             start = f"{place}."
             own = {name.removeprefix(start): each for name, each in tensors.items() if name.startswith(start)}
-            member.optimizer.restore(kept["updates"], own)
+            member.optimizer.restore(kept.updates, own)
             member.weights.updated()
 
     def _fingerprint(self) -> str:
         trials = [member.trial.model_dump_json() for member in self.members]
         return fingerprint([self.inputs.base_fingerprint, self._pairs_fingerprint, *trials])
 
-    def _of_the_base(self) -> tuple[dict[str, Tensor], BaseStates]:
+    def _base_outputs(self) -> tuple[dict[str, Tensor], BaseStates]:
         """What the base says of the pairs before anything is trained, checked; all trials of a run share it.
 
         Returns:
             Its log-probs of every split, and its states at some places of the validation answers.
         """
-        base, measured = Policy(self.model, kernels=self.inputs.kernels), self.inputs.measured
+        base, outputs = Policy(self.model, kernels=self.inputs.kernels), self.inputs.base_outputs
         references = {"train": self._reference("train", base)}
         check_reference(base, self.inputs.train, references["train"])
-        if measured.rounding is None:
+        if outputs.rounding is None:
             name = self._reference_name(base, self.inputs.train)
-            measured.rounding = measure_rounding(base, len(self.results), self.inputs.train, name)
+            outputs.rounding = measure_rounding(base, len(self.results), self.inputs.train, name)
         with base.computing_in(self._evaluation_dtype):
             references["validation"] = self._reference("validation", base)
             check_reference(base, self.inputs.validation, references["validation"])
-            return references, self._base_states(base)
+            return references, self._states_of(base)
 
     @property
     def _evaluation_dtype(self) -> torch.dtype:
@@ -247,37 +266,38 @@ class _Lockstep:
     def _reference(self, split: str, base: Policy) -> Tensor:
         """The base's log-probs of a split."""
         pairs = self.inputs.splits[split]
-        if split not in self.inputs.reference:
+        logps = self.inputs.base_outputs.logps
+        if split not in logps:
             what = f"reference log-probs of the {split} pairs"
-            self.inputs.reference[split] = reference_logps(
+            logps[split] = reference_logps(
                 base,
                 self._reference_name(base, pairs),
                 pairs,
-                self.run.reference / f"{split}.safetensors",
+                self.run.paths.reference / f"{split}.safetensors",
                 self.inputs.processes,
-                lambda done: self._busy(what, done, len(pairs)),
+                lambda done: self._report_progress(what, done, len(pairs)),
             )
-        logps: Tensor = self.inputs.reference[split].to(self.device)
-        return logps
+        return logps[split].to(self.device)
 
-    def _base_states(self, base: Policy) -> BaseStates:
+    def _states_of(self, base: Policy) -> BaseStates:
         """The base at some places of the validation answers, from which the trials' divergence is measured."""
         pairs = self.inputs.validation
-        if "states" not in self.inputs.reference:
-            self.inputs.reference["states"] = base_states(
+        outputs = self.inputs.base_outputs
+        if outputs.states is None:
+            outputs.states = base_states(
                 base,
                 self._reference_name(base, pairs),
                 pairs,
                 self.inputs.processes,
-                lambda done: self._busy("the base on validation pairs", done, min(PAIRS, len(pairs))),
+                lambda done: self._report_progress("the base on validation pairs", done, min(PAIRS, len(pairs))),
             )
         head = self.model.get_output_embeddings()
         if self.shared.method == "full":
             head = deepcopy(head)  # the base's, while the policy's is trained
-        return BaseStates(self.inputs.reference["states"], head.weight, head.bias)
+        return BaseStates(outputs.states, head.weight, head.bias)
 
-    def _busy(self, what: str, done: int, total: int) -> None:
-        self.sink.busy([member.trial.name for member in self.members], what, done, total)
+    def _report_progress(self, what: str, done: int, total: int) -> None:
+        self.sink.on_progress([member.trial.name for member in self.members], what, done, total)
         if self.inputs.stopping() and self.inputs.processes.count == 1:  # several can only stop together
             self._pause(checkpoint=False)
 
@@ -287,7 +307,7 @@ class _Lockstep:
         self.policy.train(True)
         weights = self.members[0].weights  # of adapters all trials' lie in the same stacks
         records: list[list[ExampleRecord]] = [[] for _ in self.members]
-        for scored in self._scored("train", self.inputs.processes.share(rows), TRAIN_TOKENS):
+        for scored in self._scored("train", self.inputs.processes.shard(rows), TRAIN_TOKENS):
             losses = torch.stack([each.losses.sum() for each in scored])
             (losses.sum() / len(rows)).backward()  # adapters do not meet in it
             weights.collect_gradients()
@@ -307,43 +327,44 @@ class _Lockstep:
         """Some pairs of a split under every trial."""
         return score_pairs(
             self.policy,
-            [member.trial for member in self.members],
+            [Objective.of(member.trial) for member in self.members],
             self.inputs.splits[split],
             rows,
             self.references[split],
             max_tokens,
             (self.shared.seed, self.step),
-            self.base if split == "validation" else None,
+            self.base_states if split == "validation" else None,
         )
 
-    def _update(self, member: _Member, records: list[ExampleRecord], rows: Sequence[int]) -> None:
+    def _update(self, member: _TrialState, records: list[ExampleRecord], rows: Sequence[int]) -> None:
         """Take the gradients of a step, look at them, and update a trial's weights."""
         member.result.train_pairs += len(rows)
         means = {name: math.fsum(record[name] for record in records) / len(rows) for name in records[0]}
         if self.step == 1:
-            check_first_step(member.trial, means, self.inputs.measured.rounding)
+            check_first_step(member.trial, means["loss"], means["rewards/margins"], self.inputs.base_outputs.rounding)
         member.weights.take_gradients()
         rate, norm = member.optimizer.learning_rate, member.optimizer.clip()
         self._guard(member, means["loss"], norm, rows)
         member.optimizer.update()
         member.weights.updated()
         epoch = self.epoch - 1 + (self.seen + len(rows)) / len(self.inputs.train)
-        self._log(member, {"step": self.step, **means, "grad_norm": norm, "learning_rate": rate, "epoch": epoch})
+        line = {"step": self.step, "epoch": epoch, **means, "grad_norm": norm, "learning_rate": rate}
+        self._log(member, TrainingStep.model_validate(line))
         member.losses += [record["loss"] for record in records]
 
-    def _guard(self, member: _Member, loss: float, norm: float, rows: Sequence[int]) -> None:
+    def _guard(self, member: _TrialState, loss: float, norm: float, rows: Sequence[int]) -> None:
         """Stop a trial before an update that would ruin it, or that would do nothing; keep what led to it."""
         if math.isfinite(loss) and math.isfinite(norm) and (norm > 0 or self.step > 1):
             member.result.steps_without_gradient += norm == 0
             return
         origins = ", ".join(source_name(self.inputs.train[row].origin) for row in rows)  # it is published
-        self._save(member, member.folder.failed)
+        self._save(member, member.paths.failed)
         if norm == 0:
             raise TrialFailed(f"the gradient of step {self.step} is 0 (pairs {origins}): nothing would be learned")
         raise TrialFailed(
             f"the loss became {loss} and the gradient norm {norm} at step {self.step} (pairs {origins}); lower the "
             f"learning rate ({member.trial.learning_rate:g}), or use --dtype float32. The weights before it are in "
-            f"{member.folder.failed.relative_to(self.run.root)}"
+            f"{member.paths.failed.relative_to(self.run.root)}"
         )
 
     def _evaluate(self) -> None:
@@ -351,29 +372,32 @@ class _Lockstep:
         self.policy.train(False)
         records: list[list[ExampleRecord]] = [[] for _ in self.members]
         total = len(self.inputs.validation)
-        rows, max_tokens = self.inputs.processes.share(range(total)), EVALUATION_TOKENS // len(self.members)
+        rows, max_tokens = self.inputs.processes.shard(range(total)), EVALUATION_TOKENS // len(self.members)
         with torch.no_grad(), self.policy.computing_in(self._evaluation_dtype):
             for scored in self._scored("validation", rows, max_tokens):
                 for mine, each in zip(records, scored, strict=True):
                     mine.extend(each.records())
-                self._busy("evaluating", len(records[0]) * self.inputs.processes.count, total)
+                self._report_progress("evaluating", len(records[0]) * self.inputs.processes.count, total)
         for member, mine in zip(self.members, records, strict=True):
-            row = {"epoch": self.epoch, "step": self.step, "loss": math.fsum(member.losses) / len(member.losses)}
+            loss = math.fsum(member.losses) / len(member.losses)
             member.losses.clear()
-            gathered, save = self.inputs.processes.gather(mine), partial(self._save, member, member.folder.best)
+            gathered, save = self.inputs.processes.gather(mine), partial(self._save, member, member.paths.best)
             try:
-                self._log(member, record_evaluation(member.result, self.inputs, member.folder, row, gathered, save))
+                evaluation = record_evaluation(
+                    member.result, self.inputs, member.paths, self.epoch, self.step, loss, gathered, save
+                )
+                self._log(member, evaluation)
             except TrialFailed as failure:
                 member.result.status, member.result.reason = "failed", str(failure)
         for member in self.members:
             if member.result.status == "finished":
                 prune_hopeless(member.result, self.inputs)
 
-    def _log(self, member: _Member, line: dict[str, Any]) -> None:
+    def _log(self, member: _TrialState, line: TrainingStep | Evaluation) -> None:
         self.sink.log(member.trial.name, line)
         member.lines += 1
 
-    def _save(self, member: _Member, folder: Path) -> str:
+    def _save(self, member: _TrialState, folder: Path) -> str:
         """Write a trial's weights as they are; see `save_best`."""
         if not self.inputs.processes.first:
             return ""

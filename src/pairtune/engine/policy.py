@@ -13,15 +13,16 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pairtune.data.table import TokenIds
-from pairtune.engine.attention import ATTENTION
 from pairtune.engine.kernels import Kernels
 from pairtune.engine.logps import token_logps
 from pairtune.engine.lora import LoraLinear
 from pairtune.engine.norms import replace_norms
+from pairtune.engine.packed_attention import ATTENTION
 from pairtune.engine.packing import Pack, pack_batches, pad_pairs
 from pairtune.engine.products import PLAIN, replace_linears
+from pairtune.engine.softcap import final_softcap, soft_cap
 from pairtune.errors import BadInput
-from pairtune.runs import fingerprint
+from pairtune.files import fingerprint
 
 # Families whose attention goes through transformers' AttentionInterface and hands keywords on; each has a test.
 PACKED_FAMILIES = frozenset(
@@ -120,7 +121,7 @@ class Policy:
     @property
     def softcap(self) -> float | None:
         """The value below which the model bends its logits, or None."""
-        return _softcap(self.model)
+        return final_softcap(self.model.config)
 
     def rows(self, pairs: Sequence[TokenIds], max_tokens: int) -> Iterator[Pack]:
         """Pairs in rows for `answer_logps`."""
@@ -209,16 +210,10 @@ def check_head(model: PreTrainedModel) -> None:
     finally:
         hook.remove()
     ours = head(seen[-1][0]).float() if seen and seen[-1].shape[-1] == head.in_features else logits.new_zeros(1)
-    if (softcap := _softcap(model)) is not None:
-        ours = torch.tanh(ours / softcap) * softcap
+    ours = soft_cap(ours, final_softcap(model.config))
     if ours.shape != logits.shape or (ours - logits).abs().max() > _HEAD_ROOM * logits.abs().max():
         raise refused
 
 
 # Tokens that a head is checked with, and the share of the largest logit by which rounding may move one.
 _HEAD_TOKENS, _HEAD_ROOM = 16, 0.02
-
-
-def _softcap(model: PreTrainedModel) -> float | None:
-    softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
-    return softcap

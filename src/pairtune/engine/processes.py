@@ -31,7 +31,7 @@ class Processes:
         self.count = self._state.num_processes
         self.first = self._state.is_main_process
 
-    def share(self, items: Sequence[T]) -> Sequence[T]:
+    def shard(self, items: Sequence[T]) -> Sequence[T]:
         """Every `count`-th item, beginning with this process's own number."""
         return items[self._state.process_index :: self.count]
 

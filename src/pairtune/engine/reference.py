@@ -20,7 +20,7 @@ from pairtune.data.table import PairTable
 from pairtune.engine.policy import EVALUATION_TOKENS, Policy
 from pairtune.engine.processes import Processes
 from pairtune.errors import RunFailed
-from pairtune.runs import fingerprint, user_cache, write_atomic
+from pairtune.files import fingerprint, user_cache, write_atomic
 
 # Other arithmetic, other last bits: changed whenever the engine's changes.
 _ARITHMETIC = "3"
@@ -51,7 +51,7 @@ def reference_logps(
     pairs: PairTable,
     run_file: Path,
     processes: Processes,
-    progress: Callable[[int], None] = lambda done: None,
+    on_progress: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
     """The reference log-probs of pairs, from the run folder, from the user cache, or computed.
 
@@ -63,7 +63,7 @@ def reference_logps(
         pairs: N of them.
         run_file: the run's own copy.
         processes: that share the work; the first one reads and writes.
-        progress: told how many pairs are done.
+        on_progress: told how many pairs are done.
 
     Returns:
         [N, 2], float32: chosen and rejected.
@@ -74,7 +74,7 @@ def reference_logps(
     cached = user_cache() / "reference" / f"{name}.safetensors"
     result = processes.from_first(_find(run_file, cached, name, len(pairs)) if processes.first else None)
     if result is None:
-        result = compute_logps(policy, pairs, processes, progress)
+        result = compute_logps(policy, pairs, processes, on_progress)
         if processes.first:
             _write(cached, name, result)
     if processes.first and _name_of(run_file) != name:
@@ -106,16 +106,16 @@ def _name_of(run_file: Path) -> str | None:
 
 @torch.no_grad()
 def compute_logps(
-    policy: Policy, pairs: PairTable, processes: Processes, progress: Callable[[int], None] = lambda done: None
+    policy: Policy, pairs: PairTable, processes: Processes, on_progress: Callable[[int], None] = lambda done: None
 ) -> Tensor:
     """Log-probs of all pairs under a policy's first trial, [N, 2]."""
     first = witness(policy, pairs)
     results: list[list[float]] = []
-    share = processes.share(range(len(first), len(pairs)))
+    share = processes.shard(range(len(first), len(pairs)))
     for start in range(0, len(share), _TABLE_ROWS):
         for pack in policy.rows(pairs.tokens(share[start : start + _TABLE_ROWS]), EVALUATION_TOKENS):
             results += policy.answer_logps(pack).logps[0].view(-1, 2).tolist()
-            progress(len(first) + len(results) * processes.count)
+            on_progress(len(first) + len(results) * processes.count)
     rest = torch.tensor(processes.gather(results), dtype=torch.float32).view(-1, 2)
     return torch.cat([first, rest])
 

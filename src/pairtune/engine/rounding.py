@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 
 from pairtune.data.table import PairTable, TokenIds
 from pairtune.engine.packing import Pack
 from pairtune.engine.policy import EVALUATION_TOKENS, Policy
+from pairtune.files import user_cache, write_json
 from pairtune.models.load import free_bytes
-from pairtune.runs import user_cache, write_json
+from pairtune.run.records import Rounding
 
 # Pairs that are measured; where products are known not to depend on the row, two show whether attention does.
 _PAIRS, _PAIRS_WHERE_EXACT = 8, 2
@@ -22,30 +21,9 @@ _PAIRS, _PAIRS_WHERE_EXACT = 8, 2
 _ROOM = 6.0
 
 
-@dataclass(frozen=True)
-class Rounding:
-    """What rounding does to the difference of a pair's two log-probs, in nats, root mean square over some pairs.
-
-    Attributes:
-        pairs: that were measured.
-        dtype: of the base model.
-        between_rows: by how much it differs between a row of its own and a row with others, and other trials.
-        from_float32: by how much it differs from float32; None: not measured.
-    """
-
-    pairs: int
-    dtype: str
-    between_rows: float
-    from_float32: float | None
-
-    @property
-    def room(self) -> float:
-        """Nats that the mean margin of a first step may be off 0."""
-        return _ROOM * self.between_rows
-
-    def record(self) -> dict[str, Any]:
-        """For `sweep.json`."""
-        return asdict(self)
+def allowed_margin(rounding: Rounding) -> float:
+    """Nats that the mean margin of a first step may be off 0."""
+    return _ROOM * rounding.between_rows
 
 
 @torch.no_grad()
@@ -63,7 +41,12 @@ def measure_rounding(policy: Policy, trials: int, pairs: PairTable, name: str) -
     alone = [margin for pair in some for margin in _margins(policy, _rows(policy, [pair]))]
     together = _margins(Policy(policy.model, trials=trials, kernels=policy.kernels), _rows(policy, some))
     dtype = str(policy.model.dtype).removeprefix("torch.")
-    return Rounding(len(some), dtype, _rms(alone, together), _from_float32(policy, pairs, name))
+    return Rounding(
+        pairs=len(some),
+        dtype=dtype,
+        between_rows=_rms(alone, together),
+        from_float32=_from_float32(policy, pairs, name),
+    )
 
 
 def _from_float32(policy: Policy, pairs: PairTable, name: str) -> float | None:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pairtune.config import TrialConfig
 from pairtune.data.table import PairTable
 from pairtune.engine.divergence import BaseStates
-from pairtune.engine.losses import LossSettings, PairLogps, pair_loss
+from pairtune.engine.losses import Objective, PairLogps, pair_loss
 from pairtune.engine.packing import Pack
 from pairtune.engine.policy import AnswerLogps, Policy
-from pairtune.engine.records import KL, ExampleRecord
+from pairtune.run.examples import ExampleRecord
+from pairtune.run.metrics import KL
 
 # Pairs that are read from their table at a time.
 _TABLE_ROWS = 256
@@ -26,7 +26,7 @@ class Scored:
 
     losses: Tensor
     pairs: PairLogps
-    beta: float
+    beta: Tensor | float
     chosen_logits: Tensor
     rejected_logits: Tensor
     kl: Tensor | None  # from the base, nats per token; NaN where it was not looked at
@@ -55,7 +55,7 @@ class Scored:
 
 def score_pairs(
     policy: Policy,
-    trials: Sequence[TrialConfig],
+    objectives: Sequence[Objective],
     pairs: PairTable,
     rows: Sequence[int],
     reference: Tensor,
@@ -67,7 +67,7 @@ def score_pairs(
 
     Args:
         policy: with the trials' adapters, in their order.
-        trials: their losses and those losses' settings.
+        objectives: of the trials.
         pairs: of which some are scored.
         rows: the numbers of these.
         reference: [all pairs, 2], the base's log-probs of chosen and rejected.
@@ -83,16 +83,16 @@ def score_pairs(
             answers = policy.answer_logps(pack, keep_states=base is not None)
             kls = [base.kl(policy, states, numbers) if base else None for states in answers.states]
             yield [
-                _score(trial, pack, answers, place, reference[numbers], kls[place])
-                for place, trial in enumerate(trials)
+                _score(objective, pack, answers, place, reference[numbers], kls[place])
+                for place, objective in enumerate(objectives)
             ]
             done += pack.pairs
 
 
 def _score(
-    trial: TrialConfig, pack: Pack, answers: AnswerLogps, place: int, reference: Tensor, kl: Tensor | None
+    objective: Objective, pack: Pack, answers: AnswerLogps, place: int, reference: Tensor, kl: Tensor | None
 ) -> Scored:
     logps, logits, tokens = answers.logps[place], answers.logits[place], pack.answer_tokens
     pairs = PairLogps(logps[0::2], logps[1::2], reference[:, 0], reference[:, 1], tokens[0::2], tokens[1::2])
-    settings = LossSettings(trial.beta, trial.label_smoothing, trial.simpo_gamma, trial.discopop_tau, trial.sft_weight)
-    return Scored(pair_loss(trial.loss, pairs, settings), pairs, trial.beta, logits[0::2], logits[1::2], kl)
+    losses, beta = pair_loss(objective.loss, pairs, objective.settings), objective.settings.beta
+    return Scored(losses, pairs, beta, logits[0::2], logits[1::2], kl)

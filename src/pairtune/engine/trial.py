@@ -10,7 +10,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,31 +19,37 @@ from pairtune.config import Select, TrialConfig
 from pairtune.data.table import PairTable
 from pairtune.engine.kernels import Kernels
 from pairtune.engine.processes import Processes
-from pairtune.engine.records import (
-    ExampleRecord,
-    TrialFailed,
-    TrialResult,
-    mean_metrics,
-    score,
-    write_records,
-)
-from pairtune.engine.rounding import Rounding
+from pairtune.engine.rounding import allowed_margin
+from pairtune.engine.summaries import TrialFailed, examples_of, mean_metrics, score
 from pairtune.errors import RunFailed
 from pairtune.models.load import LoadedBase, blank_model, load_model, weights_fingerprint
-from pairtune.runs import TrialFolder
+from pairtune.run.examples import ExampleRecord
+from pairtune.run.metrics import Evaluation
+from pairtune.run.paths import TrialPaths
+from pairtune.run.records import Rounding, TrialRecord
 
 LN_2 = math.log(2)
 
 
-def never(*_: object) -> bool:
-    """Nobody asks the run to stop, and no trial is hopeless."""
+def always_false(*_: object) -> bool:
+    """Stands for a question that nobody asks: whether to stop, whether a trial is hopeless."""
     return False
 
 
 @dataclass
-class Measured:
-    """What the first trials of a run find out for all."""
+class BaseOutputs:
+    """What the base model says of a run's pairs, found out by the first trials for all of them.
 
+    It depends on weights, pairs and machine alone, which are the same for the whole grid.
+
+    Attributes:
+        logps: reference log-probs by split, [pairs, 2]: chosen and rejected.
+        states: the base's last hidden states at some positions of the validation answers; see `divergence.base_states`.
+        rounding: what this machine's rounding does to a pair's margin.
+    """
+
+    logps: dict[str, Tensor] = field(default_factory=dict)
+    states: Tensor | None = None
     rounding: Rounding | None = None
 
 
@@ -58,9 +63,7 @@ class TrialInputs:
         base_fingerprint: of the base weights; a trial that starts from others is stopped.
         select: the rule by which a trial's best epoch is kept.
         probed: how products are computed on this machine, where that was found out before.
-        measured: what was found out about this machine's rounding, filled by the first trial.
-        reference: log-probs of the base model by split, filled by the first trial and read by all others: they depend
-            on model and pairs alone, which are the same for the whole grid.
+        base_outputs: filled by the first trials and read by all others.
         checkpoint_steps: a checkpoint is written every so many steps, and at every epoch.
         stopping: asked between steps whether the run is to be interrupted.
         hopeless: asked after an evaluation that is not a trial's last whether the trial is to end with it.
@@ -72,11 +75,10 @@ class TrialInputs:
     validation: PairTable
     select: Select
     probed: Kernels | None = None
-    measured: Measured = field(default_factory=Measured)
-    reference: dict[str, Any] = field(default_factory=dict)
+    base_outputs: BaseOutputs = field(default_factory=BaseOutputs)
     checkpoint_steps: int = 50
-    stopping: Callable[[], bool] = never
-    hopeless: Callable[[TrialResult], bool] = never
+    stopping: Callable[[], bool] = always_false
+    hopeless: Callable[[TrialRecord], bool] = always_false
 
     @property
     def splits(self) -> dict[str, PairTable]:
@@ -108,7 +110,7 @@ def epoch_order(pairs: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(pairs, generator=generator).tolist()
 
 
-def start_trials(trials: Sequence[TrialConfig], inputs: TrialInputs) -> tuple[PreTrainedModel, list[TrialResult]]:
+def start_trials(trials: Sequence[TrialConfig], inputs: TrialInputs) -> tuple[PreTrainedModel, list[TrialRecord]]:
     """Load the pristine weights that trials start from, and open their records.
 
     Raises:
@@ -121,56 +123,59 @@ def start_trials(trials: Sequence[TrialConfig], inputs: TrialInputs) -> tuple[Pr
             f"trial {trials[0].name}: its starting weights ({found}) are not the base model's "
             f"({inputs.base_fingerprint}); trials would not be comparable, so the run stops"
         )
-    return model, [TrialResult(trial, base_fingerprint=found, side_by_side=len(trials)) for trial in trials]
+    return model, [TrialRecord(trial=trial, base_fingerprint=found, side_by_side=len(trials)) for trial in trials]
 
 
 def record_evaluation(
-    result: TrialResult,
+    result: TrialRecord,
     inputs: TrialInputs,
-    folder: TrialFolder,
-    row: dict[str, float],
+    paths: TrialPaths,
+    epoch: int,
+    step: int,
+    loss: float,
     records: Sequence[ExampleRecord],
     save: Callable[[], str],
-) -> dict[str, float]:
+) -> Evaluation:
     """Write one evaluation of the validation pairs, and keep the weights when they are the best so far.
 
     Args:
         result: the trial's, to which the evaluation is added.
         inputs: of the trial.
-        folder: of the trial.
-        row: `epoch`, `step` and the epoch's training loss.
+        paths: of the trial.
+        epoch: that has ended.
+        step: the last one of the epoch.
+        loss: mean over the epoch's training pairs.
         records: one per validation pair, in their order.
         save: writes the weights just evaluated, in the first process, and gives the fingerprint of their files.
 
     Returns:
-        The row with the means over pairs.
+        The evaluation: the means over pairs.
 
     Raises:
         TrialFailed: a mean is not a finite number.
     """
-    row = row | mean_metrics(records)
-    if not all(math.isfinite(value) for value in row.values()):
-        raise TrialFailed(
-            f"an evaluation metric of epoch {row['epoch']} is not a finite number; lower the learning rate"
-        )
+    means = mean_metrics(records)
+    if not all(math.isfinite(value) for value in (loss, *means.values())):
+        raise TrialFailed(f"an evaluation metric of epoch {epoch} is not a finite number; lower the learning rate")
+    evaluation = Evaluation.model_validate({"epoch": epoch, "step": step, "loss": loss, **means})
     if inputs.processes.first:
-        write_records(folder.evaluation(int(row["epoch"])), inputs.validation, records)
-    if not result.epochs or score(row, inputs.select) > score(result.best_metrics, inputs.select):
-        result.best_epoch = int(row["epoch"])
+        examples_of(inputs.validation, records).write(paths.examples(epoch))
+    if not result.epochs or score(evaluation, inputs.select) > score(result.best, inputs.select):
+        result.best_epoch = epoch
         result.best_fingerprint = save()
-    result.epochs.append(row)
-    return row
+    result.epochs.append(evaluation)
+    return evaluation
 
 
-def prune_hopeless(result: TrialResult, inputs: TrialInputs) -> None:
+def prune_hopeless(result: TrialRecord, inputs: TrialInputs) -> None:
     """End a trial that was just evaluated and has no prospect of being the best."""
-    last = result.epochs[-1]["epoch"] == result.trial.epochs
+    last = result.epochs[-1].epoch == result.trial.epochs
     if inputs.hopeless(result) and not last:
         result.status = "pruned"
         result.reason = f"not among the better half after epoch {len(result.epochs)}"
 
 
-def patience_is_over(result: TrialResult) -> bool:
+def patience_is_over(result: TrialRecord) -> bool:
     """Whether a trial has had as many evaluations in a row without a better one as it is given."""
     patience = result.trial.patience
     return patience is not None and len(result.epochs) - (result.best_epoch or 0) >= patience
@@ -191,19 +196,19 @@ def check_adapters_are_zero(names: Sequence[str], factors: Iterable[Tensor]) -> 
         raise RunFailed(f"trial {', '.join(names)}: its adapter is not zero before the first step")
 
 
-def check_first_step(trial: TrialConfig, logs: dict[str, float], rounding: Rounding | None = None) -> None:
+def check_first_step(trial: TrialConfig, loss: float, margin: float, rounding: Rounding | None = None) -> None:
     """Before the first update policy and reference are one model: margins are 0, and the sigmoid loss is ln 2.
 
     Args:
         trial: what is trained.
-        logs: the first step's means over pairs.
+        loss: the first step's mean over pairs.
+        margin: the first step's mean reward margin.
         rounding: what this machine does to a pair's margin; None: nothing.
 
     Raises:
         RunFailed: they are not, by more than rounding can be.
     """
-    margin, loss = logs["rewards/margins"], logs["loss"]
-    room = trial.beta * rounding.room if rounding else 0.0
+    room = trial.beta * allowed_margin(rounding) if rounding else 0.0
     plain = trial.loss == "sigmoid" and not trial.sft_weight
     if not abs(margin) <= room or (plain and not abs(loss - LN_2) <= 1e-6 + room):
         measured = (

@@ -22,13 +22,14 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from datasets.utils.logging import disable_progress_bar
 from peft import LoraConfig, PeftModel
+from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from pairtune.config import TrialConfig
 from pairtune.engine.lora import draw_starts
-from pairtune.engine.records import EXAMPLE_METRICS, ExampleRecord, TrialFailed, TrialResult
+from pairtune.engine.summaries import TrialFailed
 from pairtune.engine.trial import (
     TrialInputs,
     check_adapters_are_zero,
@@ -44,11 +45,14 @@ from pairtune.engine.trial import (
 )
 from pairtune.errors import Interrupted
 from pairtune.models.save import save_best
-from pairtune.runs import RunFolder
+from pairtune.run.examples import ExampleRecord
+from pairtune.run.folder import Run
+from pairtune.run.metrics import EXAMPLE_METRICS, Evaluation, TrainingStep
+from pairtune.run.records import TrialRecord
 from pairtune.track.sinks import Sink
 
 
-def run_trials(trials: Sequence[TrialConfig], inputs: TrialInputs, run: RunFolder, sink: Sink) -> list[TrialResult]:
+def run_trials(trials: Sequence[TrialConfig], inputs: TrialInputs, run: Run, sink: Sink) -> list[TrialRecord]:
     """Train a trial from pristine weights, evaluate it at every epoch and keep its best epoch.
 
     A trial that was interrupted begins anew. TRL does not say how far its reference pass and evaluations are.
@@ -67,7 +71,7 @@ def run_trials(trials: Sequence[TrialConfig], inputs: TrialInputs, run: RunFolde
     model, (result,) = start_trials(trials, inputs)
     with tempfile.TemporaryDirectory(prefix="pairtune-") as scratch, _quiet():
         trainer = _Trainer(
-            reference=inputs.reference,
+            reference=inputs.base_outputs.logps,
             model=model,
             args=_arguments(trial, inputs, Path(scratch)),
             train_dataset=Dataset(inputs.train.ids()),
@@ -84,12 +88,12 @@ def run_trials(trials: Sequence[TrialConfig], inputs: TrialInputs, run: RunFolde
         except TrialFailed as failure:
             result.status, result.reason = "failed", str(failure)
     result.peak_memory_mb = peak_memory_mb(inputs.base.device)
-    result.write(run.trial(trial.name))
+    run.write_trial(result)
     sink.finish(trial.name, result.status, result.best_epoch)
     return [result]
 
 
-def checkpointed(run: RunFolder) -> list[TrialResult]:
+def checkpointed(run: Run) -> list[TrialRecord]:
     """No trial goes on from the middle."""
     return []
 
@@ -143,6 +147,10 @@ def _lora(trial: TrialConfig) -> LoraConfig:
     )
 
 
+# Columns under which TRL keeps reference log-probs.
+_REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+
+
 class _EpochOrder(Sampler[int]):
     """The order in which this project's engines see the pairs, epoch by epoch."""
 
@@ -164,7 +172,7 @@ class _Trainer(DPOTrainer):
     sweep, whose trials are known to share base weights, pairs and order.
     """
 
-    def __init__(self, *args: Any, reference: dict[str, Dataset], **kwargs: Any) -> None:
+    def __init__(self, *args: Any, reference: dict[str, Tensor], **kwargs: Any) -> None:
         self.example_records: list[ExampleRecord] = []
         self._reference = reference
         super().__init__(*args, **kwargs)
@@ -181,8 +189,10 @@ class _Trainer(DPOTrainer):
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         if name not in self._reference:
             computed = super()._precompute_ref_logps(dataset, name, batch_size)
-            self._reference[name] = computed.select_columns(["ref_chosen_logps", "ref_rejected_logps"])
-        return concatenate_datasets([dataset, self._reference[name]], axis=1)
+            columns = computed.with_format("torch")
+            self._reference[name] = torch.stack([columns[column][:] for column in _REFERENCE], dim=1)
+        logps = Dataset.from_dict(dict(zip(_REFERENCE, self._reference[name].numpy().T, strict=True)))
+        return concatenate_datasets([dataset, logps], axis=1)
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         loss, logits, labels = super().prediction_step(*args, **kwargs)
@@ -209,9 +219,9 @@ class _Keeper(TrainerCallback):
     trainer: _Trainer
     trial: TrialConfig
     inputs: TrialInputs
-    run: RunFolder
-    log: Callable[[dict[str, Any]], None]
-    result: TrialResult
+    run: Run
+    log: Callable[[TrainingStep | Evaluation], None]
+    result: TrialRecord
     _losses: list[float] = field(default_factory=list)
     _step_started: float = 0.0
 
@@ -235,7 +245,7 @@ class _Keeper(TrainerCallback):
         if logs is None or "loss" not in logs:
             return  # an evaluation (see on_evaluate) or the summary at the end
         if state.global_step == 1:
-            check_first_step(self.trial, logs)
+            check_first_step(self.trial, logs["loss"], logs["rewards/margins"])
         if not math.isfinite(logs["loss"]):
             raise TrialFailed(
                 f"the loss became {logs['loss']} at step {state.global_step}; lower the learning rate "
@@ -249,21 +259,23 @@ class _Keeper(TrainerCallback):
         pairs = min(self.trial.batch_size, total - self.result.train_pairs % total)
         self.result.train_pairs += pairs
         self._losses += [logs["loss"]] * pairs
-        self.log({"step": state.global_step, **logs})
+        self.log(TrainingStep.model_validate({"step": state.global_step, **logs}))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         records = list(self.trainer.example_records)
         self.trainer.example_records.clear()
         loss = math.fsum(self._losses) / len(self._losses)
         self._losses.clear()
-        row = {"epoch": round(state.epoch), "step": state.global_step, "loss": loss}
-        self.log(record_evaluation(self.result, self.inputs, self.run.trial(self.trial.name), row, records, self._save))
+        paths, epoch = self.run.paths.trial(self.trial.name), round(state.epoch)
+        self.log(
+            record_evaluation(self.result, self.inputs, paths, epoch, state.global_step, loss, records, self._save)
+        )
         prune_hopeless(self.result, self.inputs)
         control.should_training_stop = patience_is_over(self.result) or self.result.status == "pruned"
 
     def _save(self) -> str:
-        base, folder = self.inputs.base, self.run.trial(self.trial.name)
-        return save_best(self.trainer.model, base.tokenizer, folder.best, base.source.published_as)
+        base, paths = self.inputs.base, self.run.paths.trial(self.trial.name)
+        return save_best(self.trainer.model, base.tokenizer, paths.best, base.source.published_as)
 
 
 class _quiet:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from statistics import median
 
-from pairtune.models.generate import Answer
+from pairtune.run.records import Answer, AnswerSummary
 
 _PHRASE = 4  # words; shorter ones repeat in good prose too
 # Fewer letters tell no language.
@@ -52,29 +52,24 @@ def other_language(prompt: str, answer: str) -> bool:
     return _language(prompt) != _language(answer)
 
 
-def summarise(prompts: Sequence[str], answers: Sequence[Answer]) -> dict[str, float]:
+def summarise(prompts: Sequence[str], answers: Sequence[Answer]) -> AnswerSummary:
     """Shares and means over answers.
 
     Args:
         prompts: the last user turns.
         answers: one a prompt.
-
-    Returns:
-        `median_tokens`; `ended_share` of answers that ended by themselves within the token limit; `empty_share`;
-        `repeated_share`, the mean of `repeated_share`; `distinct_1` and `distinct_2`, over all answers;
-        `refused_share`; `other_language_share`.
     """
     texts, count = [answer.text for answer in answers], len(answers)
-    return {
-        "median_tokens": float(median(answer.tokens for answer in answers)),
-        "ended_share": sum(answer.ended for answer in answers) / count,
-        "empty_share": sum(not text for text in texts) / count,
-        "repeated_share": round(sum(map(repeated_share, texts)) / count, 4),
-        "distinct_1": round(distinct(texts, 1), 4),
-        "distinct_2": round(distinct(texts, 2), 4),
-        "refused_share": sum(map(refuses, texts)) / count,
-        "other_language_share": sum(map(other_language, prompts, texts)) / count,
-    }
+    return AnswerSummary(
+        median_tokens=float(median(answer.tokens for answer in answers)),
+        ended_share=sum(answer.ended for answer in answers) / count,
+        empty_share=sum(not text for text in texts) / count,
+        repeated_share=round(sum(map(repeated_share, texts)) / count, 4),
+        distinct_1=round(distinct(texts, 1), 4),
+        distinct_2=round(distinct(texts, 2), 4),
+        refused_share=sum(map(refuses, texts)) / count,
+        other_language_share=sum(map(other_language, prompts, texts)) / count,
+    )
 
 
 def _language(text: str) -> str:

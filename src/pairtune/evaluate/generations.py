@@ -10,19 +10,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from peft import PeftModel
 
-from pairtune.data.pairs import Message, PreferencePair
+from pairtune.conversation import Message
+from pairtune.data.preference import PreferencePair
 from pairtune.data.splits import prompt_key
 from pairtune.evaluate.answers import summarise
 from pairtune.evaluate.winrate import RuleJudge, win_rate
-from pairtune.models.generate import Answer, Sampling, generate_answers
+from pairtune.models.generate import generate_answers
 from pairtune.models.load import LoadedBase, load_model, load_tuned
+from pairtune.models.sampling import SamplingParams
+from pairtune.run.records import Answer, AnswersRecord, Decoding, ModelAnswers
+
+R = TypeVar("R", bound=AnswersRecord)
 
 # Sampled, as in a chat: greedy decoding sends small models into loops that people would never see.
-CHECK_SAMPLING = Sampling(max_new_tokens=160, temperature=0.7)
+CHECK_SAMPLING = SamplingParams(max_tokens=160, temperature=0.7)
 
 # Where the number of prompts is left open: as many as this share of the run's time answers, within bounds.
 TIME_SHARE, FEWEST, MOST = 0.1, 4, 32
@@ -40,7 +45,7 @@ def held_out_prompts(pairs: Sequence[PreferencePair], count: int) -> list[Prompt
     return list(different.values())
 
 
-class Speakers:
+class AnsweringModels:
     """Models that answer prompts: a base, and what was tuned from it. One base in memory serves all its adapters.
 
     Args:
@@ -55,7 +60,7 @@ class Speakers:
         self._plain = load_model(base.source, base.dtype, base.device)
 
     @contextmanager
-    def speaking(self, name: str) -> Iterator[Any]:
+    def active(self, name: str) -> Iterator[Any]:
         """The model called `name`, in memory."""
         folder = self._tuned.get(name)
         if folder is None:
@@ -67,11 +72,13 @@ class Speakers:
             yield load_tuned(folder, self._base)
 
     def answer(
-        self, name: str, prompts: Sequence[Prompt], seed: int, progress: Callable[[int], None] = lambda done: None
+        self, name: str, prompts: Sequence[Prompt], seed: int, on_progress: Callable[[int], None] = lambda done: None
     ) -> list[Answer]:
         """One answer a prompt by the model called `name`."""
-        with self.speaking(name) as model:
-            return generate_answers(model, self._base.tokenizer, prompts, CHECK_SAMPLING, seed=seed, progress=progress)
+        with self.active(name) as model:
+            return generate_answers(
+                model, self._base.tokenizer, prompts, CHECK_SAMPLING, seed=seed, on_progress=on_progress
+            )
 
     def _with_adapter(self, name: str, folder: Path) -> PeftModel:
         inside = str(self.names.index(name))  # PEFT takes no name with a dot
@@ -83,40 +90,42 @@ class Speakers:
         return self._adapted.eval()
 
 
-def affordable(speakers: Speakers, prompts: Sequence[Prompt], run_seconds: float, seed: int) -> int:
+def affordable(models: AnsweringModels, prompts: Sequence[Prompt], run_seconds: float, seed: int) -> int:
     """How many prompts all models can answer in a tenth of the run's time, at the speed of the base."""
     started = time.monotonic()
-    speakers.answer("base", prompts[:FEWEST], seed)
-    each = (time.monotonic() - started) / min(FEWEST, len(prompts)) * len(speakers.names)
+    models.answer("base", prompts[:FEWEST], seed)
+    each = (time.monotonic() - started) / min(FEWEST, len(prompts)) * len(models.names)
     # Larger batches are faster a prompt, so this is rather too few than too many.
     return max(FEWEST, min(MOST, int(TIME_SHARE * run_seconds / each)))
 
 
 def compare_answers(
-    speakers: Speakers,
+    kind: type[R],
+    models: AnsweringModels,
     prompts: Sequence[Prompt],
     seed: int,
-    progress: Callable[[str, int], None] = lambda model, done: None,
-) -> dict[str, Any]:
-    """Answer the prompts with every model.
+    on_progress: Callable[[str, int], None] = lambda model, done: None,
+) -> R:
+    """Answer the prompts with every model, the base first; tuned models are judged by `winrate.RuleJudge`.
 
-    `progress` is called with a model's name and the number of prompts it has answered.
-
-    Returns:
-        The content of `generations.json`: `sampling`, `prompts` (each a list of messages) and `models`, by name
-        (`base` first): `summary` (see `summarise`), `answers` (`text`, `tokens`, `ended`), one per prompt, and of
-        tuned models `win_rate` over the base by the rule of `winrate.RuleJudge`, with the `scores` prompt by prompt.
+    Args:
+        kind: of the record that is wanted.
+        models: the models.
+        prompts: to be answered.
+        seed: of the answers.
+        on_progress: called with a model's name and the number of prompts it has answered.
     """
-    models: dict[str, dict[str, Any]] = {}
+    answered: dict[str, ModelAnswers] = {}
     of_base: list[Answer] = []
     asked = [str(prompt[-1]["content"]) for prompt in prompts]
-    for name in speakers.names:
-        answers = speakers.answer(name, prompts, seed, partial(progress, name))
-        models[name] = {"summary": summarise(asked, answers), "answers": [vars(answer) for answer in answers]}
+    for name in models.names:
+        answers = models.answer(name, prompts, seed, partial(on_progress, name))
+        won = None
         if name == "base":
             of_base = answers
         else:
-            scores = RuleJudge().judge(prompts, answers, of_base, lambda done: None)
-            models[name]["win_rate"] = {**win_rate(scores, answers, of_base), "scores": scores}
-    sampling = {**vars(CHECK_SAMPLING), "seed": seed}
-    return {"sampling": sampling, "prompts": [list(prompt) for prompt in prompts], "models": models}
+            won = win_rate(RuleJudge().judge(prompts, answers, of_base, lambda done: None), answers, of_base)
+        answered[name] = ModelAnswers(summary=summarise(asked, answers), answers=answers, win_rate=won)
+    params = CHECK_SAMPLING
+    sampling = Decoding(max_new_tokens=params.max_tokens, temperature=params.temperature, top_k=params.top_k, seed=seed)
+    return kind(sampling=sampling, prompts=[list(prompt) for prompt in prompts], models=answered)

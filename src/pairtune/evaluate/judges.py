@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from pairtune.conversation import Conversation
 from pairtune.errors import BadInput, RunFailed, one_line
-from pairtune.evaluate.winrate import LOSS, TIE, WIN, Judge, Progress, RuleJudge, Turns, better
-from pairtune.models.generate import Answer
-from pairtune.runs import fingerprint, user_cache, write_json
+from pairtune.evaluate.winrate import LOSS, TIE, WIN, Judge, Progress, RuleJudge, better
+from pairtune.extras import require
+from pairtune.files import fingerprint, user_cache, write_json
+from pairtune.run.records import Answer
 
 # The second one goes to its owner alone.
 _KEY, _OPENAI_KEY, _OPENAI = "PAIRTUNE_JUDGE_KEY", "OPENAI_API_KEY", "api.openai.com"
@@ -58,6 +60,7 @@ def open_judge(name: str, judge_model: str | None) -> Judge:
     if name == "rule":
         return RuleJudge()
     if name.startswith(("http://", "https://")):
+        require("judge", f"--judge {name}")
         if not judge_model:
             raise BadInput("--judge-model: is needed with an endpoint: the name under which it knows the judge")
         return EndpointJudge(name.rstrip("/"), judge_model)
@@ -109,15 +112,15 @@ class RewardModelJudge:
         return cls(f"reward model {name}", model.to(pick_device()).eval(), tokenizer)
 
     def judge(
-        self, prompts: Sequence[Turns], ours: Sequence[Answer], base: Sequence[Answer], progress: Progress
+        self, prompts: Sequence[Conversation], ours: Sequence[Answer], base: Sequence[Answer], on_progress: Progress
     ) -> list[float]:
         scores = []
         for turns, mine, theirs in zip(prompts, ours, base, strict=True):
             scores.append(better(self.score(turns, mine.text), self.score(turns, theirs.text)))
-            progress(len(scores))
+            on_progress(len(scores))
         return scores
 
-    def score(self, turns: Turns, answer: str) -> float:
+    def score(self, turns: Conversation, answer: str) -> float:
         """The reward of one answer; one at a time, so that padding has no part in it."""
         import torch
 
@@ -148,7 +151,9 @@ class EndpointJudge:
         parts = urlsplit(self.url)
         return f"{self.model} at {parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
-    def estimate(self, prompts: Sequence[Turns], ours: Sequence[Answer], base: Sequence[Answer]) -> dict[str, int]:
+    def estimate(
+        self, prompts: Sequence[Conversation], ours: Sequence[Answer], base: Sequence[Answer]
+    ) -> dict[str, int]:
         """What asking will cost: `calls` and about how many `tokens` they send; answers in the cache cost nothing."""
         asked = [
             question
@@ -159,14 +164,14 @@ class EndpointJudge:
         return {"calls": len(asked), "tokens": sum(len(question) for question in asked) // _LETTERS_A_TOKEN}
 
     def judge(
-        self, prompts: Sequence[Turns], ours: Sequence[Answer], base: Sequence[Answer], progress: Progress
+        self, prompts: Sequence[Conversation], ours: Sequence[Answer], base: Sequence[Answer], on_progress: Progress
     ) -> list[float]:
         scores, unreadable = [], 0
         for straight, swapped in self._questions(prompts, ours, base):
             first, second = self._ask(straight), self._ask(swapped)
             unreadable += (not first) + (not second)
             scores.append({("A", "B"): WIN, ("B", "A"): LOSS}.get((first, second), TIE))
-            progress(len(scores))
+            on_progress(len(scores))
         if unreadable > _UNREADABLE_SHARE * 2 * len(scores):
             raise RunFailed(
                 f"--judge {self.name}: {unreadable} of {2 * len(scores)} replies are no verdict (A, B or T); take a "
@@ -175,7 +180,7 @@ class EndpointJudge:
         return scores
 
     def _questions(
-        self, prompts: Sequence[Turns], ours: Sequence[Answer], base: Sequence[Answer]
+        self, prompts: Sequence[Conversation], ours: Sequence[Answer], base: Sequence[Answer]
     ) -> Iterator[tuple[str, str]]:
         for turns, mine, theirs in zip(prompts, ours, base, strict=True):
             conversation = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)

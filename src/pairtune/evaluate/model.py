@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from safetensors import SafetensorError
 
-from pairtune.config import OnBadRow, TrialConfig
+from pairtune.config import MAX_LENGTH, OnBadRow
 from pairtune.data.convert import tokenize_source
-from pairtune.data.reading import Reading
+from pairtune.data.source_reader import SourceReader
 from pairtune.data.table import PairTable
-from pairtune.engine.evaluation import evaluate_weights
 from pairtune.engine.kernels import Kernels
-from pairtune.engine.records import (
-    describe_examples,
-    mean_metrics,
-    metric_intervals,
-    read_groups,
-    read_records,
-    write_records,
-)
+from pairtune.engine.lora import LoraSettings
+from pairtune.engine.losses import LossSettings, Objective
+from pairtune.engine.saved_weights import SavedWeights, evaluate_weights
+from pairtune.engine.summaries import examples_of, mean_metrics, metric_intervals, summarise_examples
 from pairtune.errors import BadInput, one_line
 from pairtune.evaluate.answers import summarise
-from pairtune.evaluate.generations import Speakers, held_out_prompts
+from pairtune.evaluate.generations import AnsweringModels, Prompt, held_out_prompts
 from pairtune.evaluate.judges import EndpointJudge
 from pairtune.evaluate.winrate import Judge, win_rate
 from pairtune.models.load import LoadedBase, blank_model, open_base, open_base_of
-from pairtune.models.resolve import base_of_adapter, find_adapter, resolve_model
-from pairtune.runs import RunFolder
+from pairtune.models.resolve import Target, resolve_target
+from pairtune.run.folder import Run
+from pairtune.run.metrics import EvaluationMetrics
+from pairtune.run.records import Answer, EvaluationReport, JudgedAnswers, KernelChoice, Selection, SourceAccount
 
 # In what a foreign adapter must be like ours, so that the engine's kernels can run it.
 _PLAIN_LORA: dict[str, Any] = {
@@ -55,50 +53,65 @@ class Candidate:
 
     Attributes:
         name: what the person typed.
-        trial: the beta and the adapter's shape; what else it says has no part in an evaluation.
-        weights: the folder of the weights.
+        saved: its weights.
         base: the base.
         kernels: how the run that made it computed products; None: not known.
+        max_length: tokens of a pair.
     """
 
     name: str
-    trial: TrialConfig
-    weights: Path
+    saved: SavedWeights
     base: LoadedBase
-    kernels: dict[str, Any] | None = None
+    kernels: Mapping[str, KernelChoice] | None = None
+    max_length: int = MAX_LENGTH
 
 
 def open_candidate(target: str, base: str | None, beta: float, dtype: str) -> Candidate:
-    """Find what `pairtune eval TARGET` names: a finished run, an adapter (folder or Hub id), or a model with `--base`.
+    """Find what `pairtune eval TARGET` names: a finished run or its trial, an adapter, or a model with `--base`.
+
+    Args:
+        target: as typed.
+        base: what to compare a model with, or an adapter's base, where it does not lie where the adapter says.
+        beta: for losses and rewards of what was not tuned here.
+        dtype: `auto`, `float32` or `bfloat16`.
 
     Raises:
         BadInput: it is none of these, or cannot be had.
     """
-    folder = Path(target)
-    if (folder / "config.yaml").is_file():
-        return _of_run(RunFolder.finished(folder), dtype)
-    if adapter := find_adapter(target):
-        return _of_adapter(adapter, base, beta, dtype)
+    found = resolve_target(target)
+    if found.run:
+        return _of_run(found, found.run, dtype)
+    objective = Objective("sigmoid", LossSettings(beta))
+    if found.weights:
+        saved = SavedWeights(found.weights, _shape_of_adapter(found.weights), objective)
+        return Candidate(target, saved, open_base(base or found.base, dtype))
     if base is None:
         raise BadInput(
             f"--base: is needed with {target}, which is neither a run nor an adapter: what to compare it with"
         )
-    source = resolve_model(target, "MODEL")
-    trial = TrialConfig(learning_rate=1.0, beta=beta, method="full")
-    return Candidate(target, trial, source.folder, open_base(base, dtype))
+    assert found.source is not None  # noqa: S101 - a target without weights of its own is a model
+    return Candidate(target, SavedWeights(found.source.folder, None, objective), open_base(base, dtype))
 
 
-def _of_run(run: RunFolder, dtype: str) -> Candidate:
+def _of_run(target: Target, run: Run, dtype: str) -> Candidate:
     """In the types that the run was made in; float32, where it is asked for, is for the evaluation alone."""
-    config = run.read_json(run.trial(run.read_json(run.selection)["winner"]).record)["config"]
-    if dtype == "bfloat16" and run.choices().get("dtype") == "float32":
-        raise BadInput(f"--dtype bfloat16: {run.root} was trained in float32; leave the flag away")
+    record = run.read_trial(target.trial or run.need(Selection).winner)
+    if record is None or target.weights is None:
+        raise BadInput(f"{target.name}: the trial.json is missing; the run is damaged")
+    if dtype == "bfloat16" and run.choices.dtype == "float32":
+        raise BadInput(f"--dtype bfloat16: {run.root} was trained in float32; leave out the flag")
+    saved = SavedWeights.of(record.trial, target.weights)
     if dtype == "float32":
-        config = config | {"eval_dtype": dtype}
-    return Candidate(str(run.root), TrialConfig(**config), run.best, open_base_of(run), run.choices().get("kernels"))
+        saved = replace(saved, dtype=torch.float32)
+    return Candidate(target.name, saved, open_base_of(run), run.choices.kernels, record.trial.max_length)
 
 
-def _of_adapter(folder: Path, base: str | None, beta: float, dtype: str) -> Candidate:
+def _shape_of_adapter(folder: Path) -> LoraSettings:
+    """Of a foreign adapter, where the engine's kernels can run it.
+
+    Raises:
+        BadInput: they cannot.
+    """
     try:
         settings: Any = PeftConfig.from_pretrained(folder)
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -112,79 +125,81 @@ def _of_adapter(folder: Path, base: str | None, beta: float, dtype: str) -> Cand
     targets = settings.target_modules
     if not targets or (isinstance(targets, str) and targets != "all-linear"):
         raise BadInput(f"{folder}: names its layers by {targets!r}; merge it into its base and give that, with --base")
-    base = base or base_of_adapter(folder)
-    trial = TrialConfig(
-        learning_rate=1.0,
-        beta=beta,
-        lora_rank=settings.r,
-        lora_alpha=settings.lora_alpha,
+    return LoraSettings(
+        settings.r,
+        settings.lora_alpha,
         rslora=settings.use_rslora,
-        lora_targets=None if isinstance(targets, str) else tuple(sorted(targets)),
+        targets=None if isinstance(targets, str) else tuple(sorted(targets)),
     )
-    return Candidate(str(folder), trial, folder, open_base(base, dtype))
 
 
 def read_pairs(
-    candidate: Candidate, reading: Reading, on_bad_row: OnBadRow, folder: Path
-) -> tuple[PairTable, dict[str, Any]]:
+    candidate: Candidate, reader: SourceReader, on_bad_row: OnBadRow, folder: Path
+) -> tuple[PairTable, SourceAccount]:
     """All pairs of a source, tokenized for the candidate, and the account of its rows.
 
     Raises:
         BadInput: a row cannot be used, or none is left.
     """
     path = folder / "pairs.arrow"
-    count = tokenize_source(reading, candidate.base.tokenizer, candidate.trial.max_length, on_bad_row, path)
+    count = tokenize_source(reader, candidate.base.tokenizer, candidate.max_length, on_bad_row, path)
     if not count.kept:
         raise BadInput(f"{count.source}: no pair is left ({dict(count.dropped)})")
-    return PairTable.open(path), count.as_dict()
+    return PairTable.open(path), count.account()
 
 
 def evaluate_pairs(
-    candidate: Candidate, pairs: PairTable, progress: Callable[[int], None] = lambda done: None
-) -> dict[str, Any]:
+    candidate: Candidate,
+    pairs: PairTable,
+    rows: SourceAccount,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> EvaluationReport:
     """What the candidate prefers, pair by pair, against its base.
 
-    Returns:
-        `pairs`, `metrics` and `intervals` under TRL's names, and `examples` (see `describe_examples`).
+    Args:
+        candidate: the model.
+        pairs: to judge it by.
+        rows: the account of where they came from.
+        on_progress: told how many pairs are done.
     """
     with tempfile.TemporaryDirectory(prefix="pairtune-") as scratch:
         reference = Path(scratch) / "reference.safetensors"
         try:
             kernels = Kernels(blank_model(candidate.base.source), candidate.base.device, candidate.kernels)
-            records = evaluate_weights(
-                candidate.trial, candidate.weights, candidate.base, pairs, reference, kernels, progress
-            )
+            records = evaluate_weights(candidate.saved, candidate.base, pairs, reference, kernels, on_progress)
         except (ValueError, FileNotFoundError, SafetensorError) as error:
-            raise BadInput(f"{candidate.weights}: the weights do not fit the base ({one_line(error)})") from error
-        file = Path(scratch) / "records.parquet"
-        write_records(file, pairs, records)
-        return {
-            "pairs": len(pairs),
-            "metrics": mean_metrics(records),
-            "intervals": metric_intervals(read_records(file), read_groups(file)),
-            "examples": describe_examples(file),
-        }
+            raise BadInput(f"{candidate.saved.folder}: the weights do not fit the base ({one_line(error)})") from error
+    examples = examples_of(pairs, records)
+    return EvaluationReport(
+        model=candidate.name,
+        base=candidate.base.source.name,
+        data=rows,
+        pairs=len(pairs),
+        metrics=EvaluationMetrics.model_validate(mean_metrics(records)),
+        intervals=metric_intervals(examples.metrics, examples.groups),
+        examples=summarise_examples(examples),
+    )
 
 
 @dataclass
 class Answered:
     """Held-out prompts with the answers of candidate and base."""
 
-    prompts: list[Any]
-    ours: list[Any]
-    base: list[Any]
+    prompts: Sequence[Prompt]
+    ours: list[Answer]
+    base: list[Answer]
 
-    def judged(self, judge: Judge, progress: Callable[[int], None] = lambda done: None) -> dict[str, Any]:
-        """The content of a report: what was counted, and who wins how often by the judge."""
+    def judged(self, judge: Judge, on_progress: Callable[[int], None] = lambda done: None) -> JudgedAnswers:
+        """What was counted, and who wins how often by the judge."""
         asked = [str(turns[-1]["content"]) for turns in self.prompts]
-        scores = judge.judge(self.prompts, self.ours, self.base, progress)
-        return {
-            "prompts": len(self.prompts),
-            "base": summarise(asked, self.base),
-            "tuned": summarise(asked, self.ours),
-            "judge": judge.name,
-            "win_rate": win_rate(scores, self.ours, self.base),
-        }
+        scores = judge.judge(self.prompts, self.ours, self.base, on_progress)
+        return JudgedAnswers(
+            prompts=len(self.prompts),
+            base=summarise(asked, self.base),
+            tuned=summarise(asked, self.ours),
+            judge=judge.name,
+            win_rate=win_rate(scores, self.ours, self.base),
+        )
 
     def cost(self, judge: Judge) -> dict[str, int] | None:
         """What an endpoint will be asked; None for judges on this machine."""
@@ -192,13 +207,13 @@ class Answered:
 
 
 def answer_prompts(
-    candidate: Candidate, pairs: PairTable, count: int, seed: int, progress: Callable[[str, int], None]
+    candidate: Candidate, pairs: PairTable, count: int, seed: int, on_progress: Callable[[str, int], None]
 ) -> Answered:
     """Let candidate and base answer the first different prompts of the pairs."""
     prompts = held_out_prompts(pairs, count)
-    speakers = Speakers(candidate.base, {TUNED: candidate.weights})
+    models = AnsweringModels(candidate.base, {TUNED: candidate.saved.folder})
     base, ours = (
-        speakers.answer(name, prompts, seed, lambda done, name=name: progress(name, done))  # type: ignore[misc]
+        models.answer(name, prompts, seed, lambda done, name=name: on_progress(name, done))  # type: ignore[misc]
         for name in ("base", TUNED)
     )
     return Answered(prompts, ours, base)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 
+from pairtune.conversation import Conversation
 from pairtune.evaluate.answers import other_language, repeated_share
-from pairtune.models.generate import Answer
+from pairtune.run.records import Answer, WinRate
 from pairtune.statistics import ALPHA, Numbers, share_interval
 
-Turns = Sequence[Mapping[str, Any]]
 Progress = Callable[[int], None]
 
 WIN, TIE, LOSS = 1.0, 0.5, 0.0
@@ -30,7 +30,7 @@ class Judge(Protocol):
         """For reports."""
 
     def judge(
-        self, prompts: Sequence[Turns], ours: Sequence[Answer], base: Sequence[Answer], progress: Progress
+        self, prompts: Sequence[Conversation], ours: Sequence[Answer], base: Sequence[Answer], on_progress: Progress
     ) -> list[float]:
         """1 where ours is better, 0 where the base's is, a half for a tie; one number a prompt."""
 
@@ -44,13 +44,13 @@ class RuleJudge:
     name = "rule (fewer faults: empty, cut off, repeating, another language)"
 
     def judge(
-        self, prompts: Sequence[Turns], ours: Sequence[Answer], base: Sequence[Answer], progress: Progress
+        self, prompts: Sequence[Conversation], ours: Sequence[Answer], base: Sequence[Answer], on_progress: Progress
     ) -> list[float]:
         scores = []
         for turns, mine, theirs in zip(prompts, ours, base, strict=True):
             prompt = str(turns[-1]["content"])
             scores.append(better(-faults(prompt, mine), -faults(prompt, theirs)))
-        progress(len(scores))
+        on_progress(len(scores))
         return scores
 
 
@@ -66,13 +66,11 @@ def better(ours: float, theirs: float) -> float:
     return WIN if ours > theirs else LOSS if ours < theirs else TIE
 
 
-def win_rate(scores: Sequence[float], ours: Sequence[Answer], base: Sequence[Answer]) -> dict[str, Any]:
+def win_rate(scores: Sequence[float], ours: Sequence[Answer], base: Sequence[Answer]) -> WinRate:
     """The share of wins, ties counted half, with 95 % intervals (Wilson's; of the second rate bootstrapped).
 
-    Returns:
-        `rate` and `interval`; `wins`, `ties`, `losses`; `length_controlled` and its `length_controlled_interval`: the
-        rate that is left when both answers have the same length, from a logistic regression of the score on the
-        difference of lengths (after Dubois et al. 2024, "Length-Controlled AlpacaEval").
+    The length-controlled rate is that which is left when both answers have the same length, from a logistic regression
+    of the score on the difference of lengths (after Dubois et al. 2024, "Length-Controlled AlpacaEval").
     """
     values = np.array(scores, dtype=np.float64)
     lengths = _length_differences(ours, base)
@@ -82,18 +80,19 @@ def win_rate(scores: Sequence[float], ours: Sequence[Answer], base: Sequence[Ans
     controlled = [_same_length_rate(values[rows], lengths[rows]) for rows in drawn]
     low, high = np.quantile(controlled, [ALPHA / 2, 1 - ALPHA / 2])
     interval = share_interval(float(values.sum()), len(values))  # resampling sees no doubt in eight wins of eight
-    return {
-        "rate": float(values.mean()),
-        "interval": list(interval),
-        "wins": int((values == WIN).sum()),
-        "ties": int((values == TIE).sum()),
-        "losses": int((values == LOSS).sum()),
-        "length_controlled": _same_length_rate(values, lengths),
-        "length_controlled_interval": [
+    return WinRate(
+        rate=float(values.mean()),
+        interval=interval,
+        wins=int((values == WIN).sum()),
+        ties=int((values == TIE).sum()),
+        losses=int((values == LOSS).sum()),
+        length_controlled=_same_length_rate(values, lengths),
+        length_controlled_interval=(
             min(float(low), interval[0]) if decided else float(low),
             max(float(high), interval[1]) if decided else float(high),
-        ],
-    }
+        ),
+        scores=list(scores),
+    )
 
 
 def _length_differences(ours: Sequence[Answer], base: Sequence[Answer]) -> Numbers:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from threading import Thread
 from typing import Any
 
@@ -11,48 +10,21 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, TextIteratorStreamer
 
 from pairtune.chat_templates import end_token
-
-# Turns with `role` and `content`.
-Conversation = Sequence[Mapping[str, object]]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One generated answer.
-
-    Attributes:
-        text: decoded, special tokens removed, outer white space stripped.
-        tokens: how many tokens were generated, the end token not counted.
-        ended: whether the model ended it itself (False: cut off at the token limit).
-    """
-
-    text: str
-    tokens: int
-    ended: bool
+from pairtune.conversation import Conversation
+from pairtune.models.sampling import SamplingParams
+from pairtune.run.records import Answer
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn. Temperature 0 means greedy.
-
-    Cut by rank (top-k), not by probability mass (top-p): top-p sorts the whole vocabulary at every token, which took
-    a fifth of the time of generating with a small model on a CPU.
-    """
-
-    max_new_tokens: int = 160
-    temperature: float = 0.0
-    top_k: int = 50
-
-    def config(self, model: PreTrainedModel, tokenizer: Any) -> GenerationConfig:
-        """The same for transformers; the model's own sampling defaults are left out, so that ours are all there is."""
-        drawn = {"temperature": self.temperature, "top_k": self.top_k} if self.temperature > 0 else {}
-        return GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
-            do_sample=self.temperature > 0,
-            eos_token_id=sorted(end_tokens(model, tokenizer)),
-            pad_token_id=tokenizer.pad_token_id,
-            **drawn,
-        )
+def generation_config(params: SamplingParams, model: PreTrainedModel, tokenizer: Any) -> GenerationConfig:
+    """The same for transformers; the model's own sampling defaults are left out, so that these are all there is."""
+    sampled = {} if params.greedy else {"temperature": params.temperature, "top_k": params.top_k}
+    return GenerationConfig(
+        max_new_tokens=params.max_tokens,
+        do_sample=not params.greedy,
+        eos_token_id=sorted(end_tokens(model, tokenizer)),
+        pad_token_id=tokenizer.pad_token_id,
+        **sampled,
+    )
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
@@ -70,11 +42,11 @@ def generate_answers(
     model: PreTrainedModel,
     tokenizer: Any,
     conversations: Sequence[Conversation],
-    sampling: Sampling,
+    params: SamplingParams,
     *,
     seed: int = 0,
     batch_size: int = 32,
-    progress: Callable[[int], None] = lambda done: None,
+    on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[Answer]:
     """Answer every conversation once, in batches of similar length; results come in the order given.
 
@@ -83,7 +55,7 @@ def generate_answers(
     prompts = [_render(tokenizer, conversation) for conversation in conversations]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: dict[int, Answer] = {}
-    config, ends = sampling.config(model, tokenizer), end_tokens(model, tokenizer)
+    config, ends = generation_config(params, model, tokenizer), end_tokens(model, tokenizer)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         batch = tokenizer(
@@ -98,12 +70,12 @@ def generate_answers(
             output = model.generate(**batch, generation_config=config)
         for row, ids in zip(rows, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
             answers[row] = _answer(tokenizer, ids, ends)
-        progress(len(answers))
+        on_progress(len(answers))
     return [answers[row] for row in range(len(prompts))]
 
 
 def stream_answer(
-    model: PreTrainedModel, tokenizer: Any, conversation: Conversation, sampling: Sampling
+    model: PreTrainedModel, tokenizer: Any, conversation: Conversation, params: SamplingParams
 ) -> Iterator[str]:
     """Answer one conversation; yields pieces of text as they are made. Closing the iterator stops the model."""
     batch = tokenizer(_render(tokenizer, conversation), return_tensors="pt", add_special_tokens=False).to(model.device)
@@ -116,11 +88,11 @@ def stream_answer(
             with torch.inference_mode():
                 model.generate(
                     **batch,
-                    generation_config=sampling.config(model, tokenizer),
+                    generation_config=generation_config(params, model, tokenizer),
                     streamer=streamer,
                     stopping_criteria=[lambda ids, scores, **_: torch.full((ids.shape[0],), stop, device=ids.device)],
                 )
-        except BaseException as error:  # noqa: BLE001 - handed to the reader, who would otherwise wait for ever
+        except BaseException as error:  # noqa: BLE001 - handed to the reader, which would otherwise wait for ever
             failure.append(error)
             streamer.end()
 
@@ -143,4 +115,5 @@ def _render(tokenizer: Any, conversation: Conversation) -> str:
 def _answer(tokenizer: Any, ids: list[int], ends: set[int]) -> Answer:
     length = next((place for place, token in enumerate(ids) if token in ends), None)
     kept = ids if length is None else ids[:length]
-    return Answer(tokenizer.decode(kept, skip_special_tokens=True).strip(), len(kept), length is not None)
+    text: str = tokenizer.decode(kept, skip_special_tokens=True).strip()
+    return Answer(text=text, tokens=len(kept), ended=length is not None)

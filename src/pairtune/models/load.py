@@ -16,16 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers import logging as transformers_logging
 
 from pairtune.chat_templates import adds_bos
-from pairtune.config import resolve
 from pairtune.errors import BadInput, one_line
+from pairtune.files import fingerprint
 from pairtune.models.resolve import ModelSource, resolve_model
-from pairtune.runs import RunFolder, fingerprint
+from pairtune.run.folder import Run
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-transformers_logging.disable_progress_bar()  # our own live view says what is going on
-
 
 # For models that were never tuned to chat. Plain words, since such a model has no tokens for turns; the end token
 # closes an answer, and tuning teaches that. Where the tokenizer begins plain text with BOS, so that the model has never
@@ -66,7 +63,7 @@ def open_base(name: str, dtype: str = "auto") -> LoadedBase:
     )
 
 
-def open_base_of(run: RunFolder) -> LoadedBase:
+def open_base_of(run: Run) -> LoadedBase:
     """A run's base in the type in which the run had it: what was chosen for the run is not chosen again.
 
     Nor is the default template, where the run has got so far that its tokenizer lies beside its weights: what was tuned
@@ -75,11 +72,11 @@ def open_base_of(run: RunFolder) -> LoadedBase:
     Raises:
         BadInput: the model cannot be had or used.
     """
-    config = resolve(run.config, {}).config
-    base = open_base(config.model, run.choices().get("dtype", config.dtype))
-    if not (run.best / "tokenizer_config.json").is_file():
+    config, best = run.settings, run.paths.best
+    base = open_base(config.model, run.choices.dtype or config.dtype)
+    if not (best / "tokenizer_config.json").is_file():
         return base
-    return replace(base, tokenizer=load_tokenizer(run.best))
+    return replace(base, tokenizer=load_tokenizer(best))
 
 
 def pick_device() -> torch.device:
@@ -155,6 +152,7 @@ def load_model(source: ModelSource | Path, dtype: torch.dtype, device: torch.dev
         BadInput: the folder holds no causal language model in safetensors format.
     """
     folder = source.folder if isinstance(source, ModelSource) else source
+    transformers_logging.disable_progress_bar()  # the live view says what is going on
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:

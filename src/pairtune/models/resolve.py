@@ -1,4 +1,4 @@
-"""From what a person types after `--model` to a local folder that `from_pretrained` reads."""
+"""From what a person types to what it names: a run, a trial, an adapter or a model, in a local folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from typing import Literal
 import yaml
 
 from pairtune.errors import BadInput, one_line
-from pairtune.runs import fill_folder, hash_file, user_cache
+from pairtune.extras import require
+from pairtune.files import fill_folder, hash_file, user_cache
+from pairtune.run.folder import Run, find_run
+
+ADAPTER_SETTINGS = "adapter_config.json"
 
 BUNDLED = "smollm2-135m"
 BUNDLED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -59,14 +63,87 @@ def _licence(folder: Path) -> str | None:
     return licence if isinstance(licence, str) else None
 
 
-def resolve_model(name: str, flag: str = "--model") -> ModelSource:
-    """Find `name`: the bundled model, a folder, a `.gguf` file or a Hub id, in this order.
+@dataclass(frozen=True)
+class Target:
+    """What a person named: a model, or what was tuned on one.
 
-    `flag` is how errors call what was given.
+    Attributes:
+        name: as typed.
+        base: what a person would type after `--model` for its base; of a plain model its own name.
+        weights: folder of an adapter, or of a whole tuned model; None: a plain model.
+        run: that it comes from.
+        trial: of the run, where one was named; else a run stands for its winner.
+        source: of a plain model.
+    """
+
+    name: str
+    base: str
+    weights: Path | None = None
+    run: Run | None = None
+    trial: str | None = None
+    source: ModelSource | None = None
+
+    @property
+    def adapted(self) -> bool:
+        """Whether it is an adapter on its base."""
+        return self.weights is not None and (self.weights / ADAPTER_SETTINGS).is_file()
+
+
+def resolve_target(name: str, flag: str = "MODEL") -> Target:
+    """Find what `name` stands for: a finished run's folder (its winner), a trial of it (`RUN/TRIAL`), an adapter's
+    folder or Hub id, or a model as `resolve_model` finds it, in this order.
+
+    Args:
+        name: as typed.
+        flag: how errors call it.
 
     Raises:
-        BadInput: it is none of these, or cannot be had (for instance a Hub id without a network).
+        BadInput: it is none of these, or an unfinished run, or cannot be had (a Hub id without a network, for one).
     """
+    path = Path(name).expanduser()
+    if found := find_run(path):
+        run, trial = found
+        run = Run.finished(run.root)
+        weights = run.paths.trial(trial).best if trial else run.paths.best
+        if not weights.is_dir():
+            raise BadInput(f"{flag} {name}: has no weights (no {weights})")
+        return Target(name, run.settings.model, weights, run, trial)
+    if (path / ADAPTER_SETTINGS).is_file():
+        return Target(name, base_of_adapter(path), path)
+    if path.exists() or name == BUNDLED or not _may_be_hub_id(name):
+        return Target(name, name, source=_resolve_model(name, flag))
+    source = _from_hub(name, flag)
+    if (source.folder / ADAPTER_SETTINGS).is_file():
+        return Target(name, base_of_adapter(source.folder), source.folder)
+    return Target(name, name, source=source)
+
+
+def resolve_model(name: str, flag: str = "--model") -> ModelSource:
+    """Find a whole model: the bundled one, a folder, a `.gguf` file, a Hub id, or a run that trained all weights.
+
+    Args:
+        name: as typed.
+        flag: how errors call it.
+
+    Raises:
+        BadInput: as `resolve_target`, or it is an adapter.
+    """
+    target = resolve_target(name, flag)
+    if target.source:
+        return target.source
+    assert target.weights is not None  # noqa: S101 - what is no plain model has weights of its own
+    if target.adapted:
+        what = f"pairtune export {name} --format merged --to DIR" if target.run else "peft's merge_and_unload"
+        raise BadInput(f"{flag} {name}: is an adapter on {target.base}, not a model; merge it first ({what})")
+    return ModelSource(name, target.weights, "folder", str(target.weights.resolve()))
+
+
+def _may_be_hub_id(name: str) -> bool:
+    return name.count("/") <= 1 and not name.lower().endswith(".gguf")
+
+
+def _resolve_model(name: str, flag: str) -> ModelSource:
+    """The bundled model, a folder, a `.gguf` file or a Hub id, in this order."""
     if name == BUNDLED:
         file = bundled_gguf()
         if file is None:
@@ -87,21 +164,6 @@ def resolve_model(name: str, flag: str = "--model") -> ModelSource:
     if path.exists():
         raise BadInput(f"{flag} {name}: is a file, but not a .gguf; give a folder, a .gguf file or a Hub id")
     return _from_hub(name, flag)
-
-
-ADAPTER_SETTINGS = "adapter_config.json"
-
-
-def find_adapter(name: str) -> Path | None:
-    """The local folder of an adapter: a folder, or a Hub id; None where `name` is something else.
-
-    Raises:
-        BadInput: `name` looks like a Hub id, and cannot be had.
-    """
-    path = Path(name).expanduser()
-    if not path.exists() and name != BUNDLED and name.count("/") == 1 and path.suffix != ".gguf":
-        path = _from_hub(name, "MODEL").folder
-    return path if (path / ADAPTER_SETTINGS).is_file() else None
 
 
 def base_of_adapter(folder: Path) -> str:
@@ -136,11 +198,12 @@ def _dequantised(file: Path, flag: str = "--model") -> Path:
     folder = user_cache() / "models" / f"{file.stem}-{hash_file(file)[:16]}"
     if (folder / "config.json").is_file():
         return folder
+    require("gguf", f"{flag} {file.name}")
 
     def fill(target: Path) -> None:
         import torch
 
-        from pairtune.models.gguf import read_gguf
+        from pairtune.models.read_gguf import read_gguf
 
         model, tokenizer = read_gguf(file)
         model = model.to(torch.bfloat16)

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pairtune.files import fill_folder, saved_fingerprint
 from pairtune.models.generate import end_tokens
-from pairtune.runs import fill_folder, saved_fingerprint
 
 
 def save_best(model: PreTrainedModel | PeftModel, tokenizer: Any, folder: Path, base_name: str) -> str:

@@ -18,20 +18,23 @@ import torch
 from peft import PeftModel
 
 from pairtune.chat_templates import end_token
+from pairtune.conversation import Conversation
 from pairtune.errors import BadInput, RunFailed
-from pairtune.models.generate import Conversation, Sampling, generate_answers
-from pairtune.models.gguf import read_gguf
+from pairtune.extras import require
+from pairtune.files import fill_folder, write_json
+from pairtune.models.generate import generate_answers
 from pairtune.models.load import LoadedBase, load_model, load_tokenizer, load_tuned, open_base_of
 from pairtune.models.resolve import ADAPTER_SETTINGS
+from pairtune.models.sampling import SamplingParams
 from pairtune.models.save import save_best
-from pairtune.publish.gguf import MODEL_FILE, Quantisation, write_gguf
-from pairtune.runs import RunFolder, fill_folder, write_json
+from pairtune.publish.modelfile import MODEL_FILE, Quantisation
+from pairtune.run.folder import Run
 
 Format = Literal["adapter", "merged", "gguf"]
 FORMATS: tuple[Format, ...] = ("adapter", "merged", "gguf")
 
 _PROMPTS = 4
-_GREEDY = Sampling(max_new_tokens=48)
+_GREEDY = SamplingParams(max_tokens=48)
 _ASKED = ({"role": "user", "content": "What is a lighthouse for?"},)
 
 Loaded = tuple[Any, Any]  # a model and its tokenizer
@@ -63,7 +66,9 @@ class Parity:
         return self.same_tokens and self.logp_difference <= self.tolerance
 
 
-def export_run(run: RunFolder, kind: Format, target: Path, quantisation: Quantisation = "q8_0") -> Parity:
+def export_run(
+    run: Run, kind: Format, target: Path, quantisation: Quantisation = "q8_0", trial: str | None = None
+) -> Parity:
     """Write a run's model to a new folder, and check it.
 
     Args:
@@ -71,22 +76,25 @@ def export_run(run: RunFolder, kind: Format, target: Path, quantisation: Quantis
         kind: what is written.
         target: the new folder.
         quantisation: of a GGUF file's matrices.
+        trial: whose model is meant; None: the winner's.
 
     Raises:
         BadInput: the folder exists, or its parent does not, or the model cannot be had in this format.
         RunFailed: what was written is not the trained model; nothing is left.
     """
+    if kind == "gguf":
+        require("gguf", "a GGUF file")
     if target.exists():
         raise BadInput(f"--to {target}: already exists; choose another name or remove it first")
     if not target.absolute().parent.is_dir():
         raise BadInput(f"--to {target}: there is no folder {target.absolute().parent}")
-    base = open_base_of(run)
+    base, weights = open_base_of(run), run.paths.trial(trial).best if trial else run.paths.best
     found: list[Parity] = []
 
     def fill(folder: Path) -> None:
-        rotary = _write(run, kind, base, folder, quantisation)
+        rotary = _write(run, weights, kind, base, folder, quantisation)
         exported = _load(folder, kind, base, rotary)
-        parity = check_parity(run, base, exported, tolerance(kind, base.dtype, quantisation))
+        parity = check_parity(run, weights, base, exported, tolerance(kind, base.dtype, quantisation))
         if not parity.holds:
             raise RunFailed(
                 f"{target}: the exported model is not the trained one (same prompt tokens: {parity.same_tokens}; a "
@@ -111,22 +119,24 @@ def tolerance(kind: Format, dtype: torch.dtype, quantisation: Quantisation) -> f
 
 
 def _write(
-    run: RunFolder, kind: Format, base: LoadedBase, folder: Path, quantisation: Quantisation
+    run: Run, weights: Path, kind: Format, base: LoadedBase, folder: Path, quantisation: Quantisation
 ) -> Mapping[str, Any] | None:
     """Write the model; its rotary embedding's parameters come back, which a GGUF file has not got."""
-    adapted = (run.best / ADAPTER_SETTINGS).is_file()
+    adapted = (weights / ADAPTER_SETTINGS).is_file()
     if kind == "adapter":
         if not adapted:
             raise BadInput(f"{run.root}: the run trained the whole model, so there is no adapter; use merged")
-        shutil.copytree(run.best, folder, dirs_exist_ok=True)
+        shutil.copytree(weights, folder, dirs_exist_ok=True)
         _name_base(folder / ADAPTER_SETTINGS, base)
         return None
-    model = load_tuned(run.best, base)
+    model = load_tuned(weights, base)
     merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
     if kind == "gguf":
-        write_gguf(merged, load_tokenizer(run.best), folder, run.root.resolve().name, quantisation)
+        from pairtune.publish.write_gguf import write_gguf
+
+        write_gguf(merged, load_tokenizer(weights), folder, run.root.resolve().name, quantisation)
     else:
-        save_best(merged, load_tokenizer(run.best), folder, base.source.published_as)
+        save_best(merged, load_tokenizer(weights), folder, base.source.published_as)
     return getattr(merged.config, "rope_parameters", None)
 
 
@@ -142,6 +152,8 @@ def _load(folder: Path, kind: Format, base: LoadedBase, rotary: Mapping[str, Any
 
     def load() -> Loaded:
         if kind == "gguf":
+            from pairtune.models.read_gguf import read_gguf
+
             model, tokenizer = read_gguf(folder / MODEL_FILE, rotary)
             return model.to(base.device), tokenizer
         model = load_tuned(folder, base) if kind == "adapter" else load_model(folder, base.dtype, base.device)
@@ -150,10 +162,10 @@ def _load(folder: Path, kind: Format, base: LoadedBase, rotary: Mapping[str, Any
     return load
 
 
-def check_parity(run: RunFolder, base: LoadedBase, load: Callable[[], Loaded], allowed: float) -> Parity:
-    """Compare an export with the trained model, `allowed` nats a token apart at most."""
+def check_parity(run: Run, weights: Path, base: LoadedBase, load: Callable[[], Loaded], allowed: float) -> Parity:
+    """Compare an export with the trained `weights` of a run, `allowed` nats a token apart at most."""
     prompts = held_out(run)
-    trained, tokenizer = load_tuned(run.best, base), base.tokenizer
+    trained, tokenizer = load_tuned(weights, base), base.tokenizer
     answers = generate_answers(trained, tokenizer, prompts, _GREEDY)
     expected = [_logps(trained, tokenizer, prompt, each.text) for prompt, each in zip(prompts, answers, strict=True)]
     del trained
@@ -176,12 +188,9 @@ def check_parity(run: RunFolder, base: LoadedBase, load: Callable[[], Loaded], a
     )
 
 
-def held_out(run: RunFolder) -> Sequence[Conversation]:
+def held_out(run: Run) -> Sequence[Conversation]:
     """Prompts that the run has not trained on: those it answered at its end, or one of our own."""
-    if not run.generations.is_file():
-        return [_ASKED]
-    prompts: list[Conversation] = run.read_json(run.generations)["prompts"][:_PROMPTS]
-    return prompts
+    return run.generations.prompts[:_PROMPTS] if run.generations else [_ASKED]
 
 
 def _ids(tokenizer: Any, prompt: Conversation) -> list[int]:

@@ -14,10 +14,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from pairtune.errors import BadInput, RunFailed, one_line
 from pairtune.publish.export import Format, export_run
-from pairtune.publish.gguf import Quantisation
+from pairtune.publish.modelfile import Quantisation
 from pairtune.report.card import model_card
-from pairtune.report.gather import Gathered
-from pairtune.runs import RunFolder
+from pairtune.report.report_data import ReportData
+from pairtune.run.folder import Run
 
 # Weights that run code when they are loaded.
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
@@ -45,7 +45,7 @@ class Pushed:
 
 
 def push_run(
-    run: RunFolder,
+    run: Run,
     repo: str,
     what: Format = "adapter",
     quantisation: Quantisation = "q8_0",
@@ -85,7 +85,7 @@ def push_run(
 
 
 def collect(
-    run: RunFolder, repo: str, what: Format, scratch: Path, quantisation: Quantisation = "q8_0"
+    run: Run, repo: str, what: Format, scratch: Path, quantisation: Quantisation = "q8_0"
 ) -> dict[str, bytes | Path]:
     """What is published of a run, by its name in the repository.
 
@@ -100,27 +100,27 @@ def collect(
                 f"{run.root}: the adapter's base lies on this machine only, so nobody else could load it; "
                 "use --what merged"
             )
-    report = run.report_text.read_text(encoding="utf-8")
-    card = model_card(Gathered(run), report, repository=repo, what=what)
+    report = run.paths.report_text.read_text(encoding="utf-8")
+    card = model_card(ReportData(run), report, repository=repo, what=what)
     files: dict[str, bytes | Path] = {"README.md": card.encode()}
-    files |= {file.name: file for file in (run.report, run.report_text)}
-    files |= {f"figures/{file.name}": file for file in sorted(run.figures.glob("*.svg"))}
+    files |= {file.name: file for file in (run.paths.report, run.paths.report_text)}
+    files |= {f"figures/{file.name}": file for file in sorted(run.paths.figures.glob("*.svg"))}
     files |= {file.name: file for file in sorted((scratch / what).iterdir()) if file.name != "README.md"}
     if pickled := [name for name in files if name.endswith(_PICKLED)]:
-        raise BadInput(f"{run.best}: holds {', '.join(pickled)}; only safetensors are published")
+        raise BadInput(f"{run.paths.best}: holds {', '.join(pickled)}; only safetensors are published")
     return files
 
 
-def _check(run: RunFolder, *, anyway: bool) -> None:
-    findings = run.read_json(run.audit)["findings"] if run.audit.is_file() else []
-    errors = sorted({finding["rule"] for finding in findings if finding["level"] == "error"})
+def _check(run: Run, *, anyway: bool) -> None:
+    findings = run.audit.findings if run.audit else []
+    errors = sorted({finding.rule for finding in findings if finding.level == "error"})
     if errors and not anyway:
         raise BadInput(
-            f"{run.root}: the audit found what is wrong with it ({', '.join(errors)}; see {run.report}); "
+            f"{run.root}: the audit found what is wrong with it ({', '.join(errors)}; see {run.paths.report}); "
             "--anyway publishes it nevertheless"
         )
-    if pickled := [file.name for file in run.best.iterdir() if file.suffix in _PICKLED]:
-        raise BadInput(f"{run.best}: holds {', '.join(pickled)}; only safetensors are published")
+    if pickled := [file.name for file in run.paths.best.iterdir() if file.suffix in _PICKLED]:
+        raise BadInput(f"{run.paths.best}: holds {', '.join(pickled)}; only safetensors are published")
 
 
 @contextmanager

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 
 from pairtune.chat_templates import adds_bos, end_token
+
+# The GGUF file that a Modelfile names, and the types that its matrices may have: q4_1 is the four-bit type nearest to
+# llama.cpp's Q4_K_M (5.0 and 4.8 bits a weight) that the gguf package can write.
+MODEL_FILE = "model.gguf"
+Quantisation = Literal["f16", "q8_0", "q4_1"]
+QUANTISATIONS: tuple[Quantisation, ...] = ("f16", "q8_0", "q4_1")
 
 # What no template writes of itself.
 _SYSTEM, _USER, _ANSWER, _NEXT = "<<system>>", "<<user>>", "<<answer>>", "<<next>>"

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pairtune.config import source_name
-from pairtune.report.gather import Gathered
+from pairtune.report.report_data import ReportData
+from pairtune.run.records import SourceAccount
 
 _TASK = ("text-generation", "Text Generation")
 _METRICS = {"eval_rewards/accuracies": ("accuracy", "Preference accuracy"), "eval_loss": ("loss", "Loss")}
 
 
-def model_card(run: Gathered, report: str, *, repository: str = "THIS_REPOSITORY", what: str | None = None) -> str:
+def model_card(run: ReportData, report: str, *, repository: str = "THIS_REPOSITORY", what: str | None = None) -> str:
     """The card as text, front matter included.
 
     Args:
@@ -24,14 +24,14 @@ def model_card(run: Gathered, report: str, *, repository: str = "THIS_REPOSITORY
         repository: where the model will lie on the Hub.
         what: lies there: `adapter`, `merged` or `gguf`; as the run trained it where nothing is said.
     """
-    base = run.environment["base"]
-    what = what or ("adapter" if run.config["method"] == "lora" else "merged")
+    base = run.environment.base
+    what = what or ("adapter" if run.config.method == "lora" else "merged")
     data = ModelCardData(
         model_name=run.name,
-        base_model=base["hub_id"],
+        base_model=base.hub_id,
         datasets=_hub_datasets(run) or None,
         library_name={"adapter": "peft", "merged": "transformers", "gguf": "gguf"}[what],
-        license=base["license"],
+        license=base.license,
         pipeline_tag="text-generation",
         tags=["dpo", "preference-tuning", "pairtune", *{"adapter": ["lora"], "gguf": ["gguf"]}.get(what, [])],
         eval_results=list(_results(run)),
@@ -39,16 +39,16 @@ def model_card(run: Gathered, report: str, *, repository: str = "THIS_REPOSITORY
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(run, repository, what)}\n{_without_title(report)}"))
 
 
-def _body(run: Gathered, repository: str, what: str) -> str:
-    base, sources = run.environment["base"], ", ".join(_names(run.data["sources"]))
+def _body(run: ReportData, repository: str, what: str) -> str:
+    base, sources = run.environment.base, ", ".join(_names(run.data.sources))
     title = {"adapter": "A LoRA adapter", "merged": "A model", "gguf": "A model as GGUF file"}[what]
     return f"""# {run.name}
 
-{title} tuned from {run.base_name} to people's preferences with pairtune ({run.config["loss"]} loss).
+{title} tuned from {run.base_name} to people's preferences with pairtune ({run.config.loss} loss).
 
 {_loading(repository, what)}
 
-- Base: {run.base_name}, licence {base["license"] or "not known: look it up before you publish"}
+- Base: {run.base_name}, licence {base.license or "not known: look it up before you publish"}
 - Pairs: {sources}; their licence is {_data_licence(run)}
 - It learned which of two answers people prefer; no facts, and safety only as far as the pairs have it.
 """
@@ -74,8 +74,8 @@ tokenizer = AutoTokenizer.from_pretrained("{repository}")
 ```"""
 
 
-def _data_licence(run: Gathered) -> str:
-    bundled = all(source["source"].startswith("bundled:") for source in run.data["sources"])
+def _data_licence(run: ReportData) -> str:
+    bundled = all(source.source.startswith("bundled:") for source in run.data.sources)
     return "Apache-2.0, as pairtune's" if bundled else "that of their source, which is not on record: look it up"
 
 
@@ -85,29 +85,29 @@ def _without_title(report: str) -> str:
     return "## The run\n" + "\n".join(f"#{line}" if line.startswith("## ") else line for line in lines) + "\n"
 
 
-def _names(sources: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(source_name(source["source"]) for source in sources))
+def _names(sources: Sequence[SourceAccount]) -> list[str]:
+    return list(dict.fromkeys(source_name(source.source) for source in sources))
 
 
-def _hub_datasets(run: Gathered) -> list[str]:
+def _hub_datasets(run: ReportData) -> list[str]:
     """Those of the sources that are data sets of the Hub, without subset, split and revision."""
-    return list(dict.fromkeys(re.split("[:@#]", name)[0] for name in _names(run.data["sources"]) if "/" in name))
+    return list(dict.fromkeys(re.split("[:@#]", name)[0] for name in _names(run.data.sources) if "/" in name))
 
 
-def _results(run: Gathered) -> Iterator[EvalResult]:
+def _results(run: ReportData) -> Iterator[EvalResult]:
     """What a leaderboard reads: the test where there is one, else the validation pairs that chose the model."""
-    shown = run.test or {"metrics": run.winner.record["metrics"], "pairs": run.selection["validation_pairs"]}
-    split = "test" if run.test else "validation"
-    sources = [source for source in run.data["sources"] if source["split"] == split]
-    name = ", ".join(_names(sources or run.data["sources"][:1]))
+    metrics = (run.test.metrics if run.test else run.winner_record.best).metrics()
+    pairs, split = (run.test.pairs, "test") if run.test else (run.selection.validation_pairs, "validation")
+    sources = [source for source in run.data.sources if source.split == split]
+    name = ", ".join(_names(sources or run.data.sources[:1]))
     for metric, (kind, title) in _METRICS.items():
         yield EvalResult(
             task_type=_TASK[0],
             task_name=_TASK[1],
             dataset_type=name,
-            dataset_name=f"{name} ({shown['pairs']} {split} pairs)",
+            dataset_name=f"{name} ({pairs} {split} pairs)",
             dataset_split=split,
             metric_type=kind,
             metric_name=title,
-            metric_value=round(shown["metrics"][metric], 4),
+            metric_value=round(metrics[metric], 4),
         )

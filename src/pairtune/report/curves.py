@@ -12,7 +12,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pairtune.report.gather import Gathered, Trial
+from pairtune.report.report_data import ReportData
+from pairtune.run.folder import Trial
 
 # Okabe and Ito's palette without yellow, which is lost on white; every trial has a marker of its own as well.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
@@ -23,7 +24,7 @@ _LN_2 = math.log(2)
 _SMOOTHED = 20  # points of the training loss
 
 
-def draw_curves(gathered: Gathered) -> dict[str, str]:
+def draw_curves(gathered: ReportData) -> dict[str, str]:
     """All curves of a run that its records have.
 
     Returns:
@@ -32,7 +33,7 @@ def draw_curves(gathered: Gathered) -> dict[str, str]:
     return {name: _draw(gathered, name, *what) for name, what in _CURVES.items() if _known(gathered, what[1])}
 
 
-def legend(gathered: Gathered) -> list[tuple[str, str, str]]:
+def legend(gathered: ReportData) -> list[tuple[str, str, str]]:
     """Trials' names, labels and colours, in the order of the grid."""
     return [(trial.name, trial.label, colour(number)) for number, trial in enumerate(gathered.trials)]
 
@@ -48,28 +49,28 @@ def standalone(svg: str) -> str:
 
 
 def _points(trial: Trial, metric: str, start: float | None) -> tuple[list[float], list[float]]:
-    rows = [row for row in trial.epochs if metric in row]
-    before = [] if start is None or not rows else [(0.0, start)]
-    points = [*before, *((float(row["epoch"]), float(row[metric])) for row in rows)]
+    known = [(float(each.epoch), value) for each in trial.evaluations if (value := each.metric(metric)) is not None]
+    points = known if start is None or not known else [(0.0, start), *known]
     return [x for x, _ in points], [y for _, y in points]
 
 
 def _training(trial: Trial) -> tuple[list[float], list[float]]:
     """The training loss, as means of neighbouring steps."""
-    size = max(1, len(trial.steps) // _SMOOTHED)
-    parts = [trial.steps[at : at + size] for at in range(0, len(trial.steps), size)]
-    return [part[-1]["epoch"] for part in parts], [sum(row["loss"] for row in part) / len(part) for part in parts]
+    steps = trial.log.steps
+    size = max(1, len(steps) // _SMOOTHED)
+    parts = [steps[at : at + size] for at in range(0, len(steps), size)]
+    return [part[-1].epoch for part in parts], [sum(step.loss for step in part) / len(part) for part in parts]
 
 
 def _moved(trial: Trial, answer: str) -> tuple[list[float], list[float]]:
     """Change of an answer's log-prob since the base, which has none."""
     epochs, rewards = _points(trial, f"eval_rewards/{answer}", 0.0)
-    return epochs, [reward / trial.record["beta"] for reward in rewards]
+    return epochs, [reward / trial.config.beta for reward in rewards] if trial.config else []
 
 
 def _start_of_loss(trial: Trial) -> float | None:
-    config = trial.record["config"]
-    return _LN_2 if config["loss"] == "sigmoid" and not config["sft_weight"] else None
+    config = trial.config
+    return _LN_2 if config and config.loss == "sigmoid" and not config.sft_weight else None
 
 
 Series = Callable[[Trial], tuple[list[float], list[float]]]
@@ -85,19 +86,19 @@ _CURVES: dict[str, tuple[str, Series, float | None]] = {
 }
 
 
-def _known(gathered: Gathered, series: Series) -> bool:
+def _known(gathered: ReportData, series: Series) -> bool:
     return any(series(trial)[0] for trial in gathered.trials)
 
 
-def _draw(gathered: Gathered, name: str, title: str, series: Series, level: float | None) -> str:
+def _draw(gathered: ReportData, name: str, title: str, series: Series, level: float | None) -> str:
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
         figure = Figure(figsize=(4.2, 2.7), layout="constrained")
         axes = figure.subplots()
         if level is not None:
             axes.axhline(level, color=_INK, linewidth=0.8, linestyle=(0, (1, 3)))
         for number, trial in enumerate(gathered.trials):
-            _line(axes, number, *series(trial), winner=trial.name == gathered.selection["winner"])
-        _style(axes, title, max(trial.record["config"]["epochs"] for trial in gathered.trials))
+            _line(axes, number, *series(trial), winner=trial.name == gathered.selection.winner)
+        _style(axes, title, max(record.trial.epochs for record in gathered.records.values()))
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _inline(buffer.getvalue(), title, "; ".join(_described(gathered, series)))
@@ -126,7 +127,7 @@ def _style(axes: Axes, title: str, epochs: int) -> None:
     axes.grid(axis="y", color=_INK, alpha=0.12)
 
 
-def _described(gathered: Gathered, series: Series) -> Iterator[str]:
+def _described(gathered: ReportData, series: Series) -> Iterator[str]:
     for trial in gathered.trials:
         x, y = series(trial)
         if x:

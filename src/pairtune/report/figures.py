@@ -3,42 +3,43 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
+
+from pairtune.data.inspection import Inspection, LengthSummary
 
 _COLOURS = {"prompt": "#8a8f98", "chosen": "#2a9d6f", "rejected": "#d1495b"}
 
 
-def draw_lengths(record: dict[str, Any], path: Path) -> Path:
+def draw_lengths(found: Inspection, path: Path) -> Path:
     """Token lengths of a source: its parts, and what `--max-length` leaves whole.
 
     Args:
-        record: what `inspect_source` returned; must hold pairs.
+        found: by `inspect_source`; must hold pairs.
         path: the PNG file.
     """
     figure = Figure(figsize=(10, 4), dpi=150, layout="constrained")
     parts, whole = figure.subplots(1, 2)
-    labels = [*(f"{edge:,}" for edge in record["lengths_up_to"]), "more"]
+    labels = [*(f"{edge:,}" for edge in found.lengths_up_to), "more"]
     places = range(len(labels))
     for offset, (name, colour) in enumerate(_COLOURS.items(), -1):
-        shares = _shares(record["lengths"][name])
+        shares = _shares(found.lengths[name])
         parts.bar([at + offset * 0.27 for at in places], shares, width=0.27, color=colour, label=name)
     parts.set(title="Length of the parts", ylabel="share of pairs (%)")
     parts.legend(frameon=False)
-    fits = [sum(_shares(record["lengths"]["prompt and longer answer"])[: at + 1]) for at in places]
+    fits = [sum(_shares(found.lengths["prompt and longer answer"])[: at + 1]) for at in places]
     whole.plot(places, fits, color="#30475e", marker="o")
     whole.set(title="Prompt with the longer answer", ylabel="share of pairs up to this length (%)", ylim=(0, 104))
     for axes in (parts, whole):
         axes.set_xticks(list(places), labels, rotation=45)
         axes.set_xlabel("tokens, up to")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{record['source']}: {record['kept']:,} pairs")
+    figure.suptitle(f"{found.source}: {found.kept:,} pairs")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path
 
 
-def _shares(summary: dict[str, Any]) -> list[float]:
-    total = sum(summary["histogram"])
-    return [100 * count / total for count in summary["histogram"]]
+def _shares(summary: LengthSummary | None) -> list[float]:
+    counts = summary.histogram if summary else []
+    return [100 * count / sum(counts) for count in counts]

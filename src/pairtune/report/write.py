@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from pairtune.config import source_name
+from pairtune.files import write_atomic
 from pairtune.report.card import model_card
 from pairtune.report.curves import draw_curves, legend, standalone
-from pairtune.report.gather import COLUMNS, WATTS, Gathered
-from pairtune.report.words import duration, p_value
-from pairtune.runs import RunFolder, write_atomic
+from pairtune.report.phrases import differs, duration
+from pairtune.report.report_data import COLUMNS, WATTS, ReportData
+from pairtune.run.folder import Run
+from pairtune.run.records import Measured, ModelAnswers, Selection, Share
 
 
-def write_report(run: RunFolder) -> None:
+def write_report(run: Run) -> None:
     """Write everything that people read of a run; what was there before is replaced.
 
     Raises:
         BadInput: a file of the run is damaged.
     """
-    gathered = Gathered(run)
+    gathered = ReportData(run)
     curves = draw_curves(gathered)
     for name, svg in curves.items():
-        write_atomic(run.figures / f"{name}.svg", standalone(svg))
+        write_atomic(run.paths.figures / f"{name}.svg", standalone(svg))
     shown = {
         "run": gathered,
         "curves": curves,
@@ -34,10 +35,10 @@ def write_report(run: RunFolder) -> None:
         "columns": COLUMNS,
         "watts": WATTS,
     }
-    write_atomic(run.report, render("report.html.j2", style=render("report.css"), **shown))
+    write_atomic(run.paths.report, render("report.html.j2", style=render("report.css"), **shown))
     text = render("report.md.j2", **shown)
-    write_atomic(run.report_text, text)
-    write_atomic(run.card, model_card(gathered, text))
+    write_atomic(run.paths.report_text, text)
+    write_atomic(run.paths.card, model_card(gathered, text))
 
 
 def render(template: str, **values: Any) -> str:
@@ -56,7 +57,7 @@ def _environment() -> Environment:
         "capitalised": _capitalised,
         "duration": duration,
         "differs": _differs,
-        "interval": _interval,
+        "interval": Measured.with_interval,
         "label_of": lambda name, labels: labels.get(name, name),
         "percent": lambda share: f"{share:.0%}",
         "quoted": _quoted,
@@ -71,28 +72,21 @@ def _capitalised(text: str) -> str:
     return (text[:1].upper() + text[1:]).removesuffix(".")
 
 
-def _interval(entry: Mapping[str, Any], metric: str) -> str:
-    low, high = entry["intervals"][metric]
-    return f"{entry['metrics'][metric]:.3f} [{low:.3f}, {high:.3f}]"
+def _value_interval(found: Share) -> str:
+    low, high = found.interval
+    return "no" if found.value is None else f"{found.value:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def _value_interval(found: Mapping[str, Any]) -> str:
-    low, high = found["interval"]
-    return "no" if found["value"] is None else f"{found['value']:.2f} [{low:.2f}, {high:.2f}]"
+def _differs(name: str, selection: Selection) -> str:
+    return differs(next((entry for entry in selection.comparisons if entry.name == name), None))
 
 
-def _differs(name: str, selection: Mapping[str, Any]) -> str:
-    found = next((entry for entry in selection["comparisons"] if entry["name"] == name), None)
-    return f"{'yes' if found['differs'] else 'not shown'} ({p_value(found['p_corrected'])})" if found else ""
-
-
-def _won(model: Mapping[str, Any]) -> str:
-    if "win_rate" not in model:
+def _won(model: ModelAnswers) -> str:
+    rate = model.win_rate
+    if rate is None:
         return ""
-    rate = model["win_rate"]
-    low, high = rate["interval"]
-    counts = f"{rate['wins']} wins, {rate['ties']} ties, {rate['losses']} losses"
-    return f"{rate['rate']:.2f} [{low:.2f}, {high:.2f}] ({counts})"
+    low, high = rate.interval
+    return f"{rate.rate:.2f} [{low:.2f}, {high:.2f}] ({rate.wins} wins, {rate.ties} ties, {rate.losses} losses)"
 
 
 def _quoted(text: str) -> str:

@@ -24,6 +24,7 @@ from torch.nn.functional import linear
 
 from pairtune.errors import BadInput, one_line
 from pairtune.models.resolve import ADAPTER_SETTINGS
+from pairtune.serve.request import NotBatchable
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,11 @@ def read_adapter(folder: Path, dtype: torch.dtype, device: torch.device) -> Adap
         raise BadInput(f"{folder}: the adapter cannot be loaded ({one_line(error)})") from error
     plain = all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in tensors)
     if not plain or settings.get("use_dora") or settings.get("peft_type", "LORA") != "LORA":
-        raise BadInput(f"{folder}: is more than plain LoRA (DoRA, biases or whole layers); merge it, and serve that")
+        raise NotBatchable(f"{folder}: is more than plain LoRA (DoRA, biases, whole layers); merge it, and serve that")
     factors = {}
     partners = {name.replace(".lora_A.", ".lora_B.") for name in tensors if ".lora_A." in name}
     if partners != {name for name in tensors if ".lora_B." in name} or "lora_alpha" not in settings:
-        raise BadInput(f"{folder}: the adapter is not whole")
+        raise BadInput(f"{folder}: the adapter is incomplete")
     for name in tensors:
         layer = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         if name.endswith(".lora_A.weight"):
@@ -79,34 +80,34 @@ class ServedLinear(nn.Module):
 
     Args:
         base: the frozen layer, weight [out, in].
-        shared: where the batch says which tokens have which adapter.
+        stack: which knows the adapter of every token of the batch.
     """
 
-    def __init__(self, base: nn.Linear, shared: Stack) -> None:
+    def __init__(self, base: nn.Linear, stack: AdapterStack) -> None:
         super().__init__()
-        self.weight, self.bias, self.shared = base.weight, base.bias, shared
+        self.weight, self.bias, self.stack = base.weight, base.bias, stack
         self.a = base.weight.new_zeros(0, base.in_features)
         self.b = base.weight.new_zeros(base.out_features, 0)
-        self.owners: list[int] = []  # of the columns: the adapter's place
+        self.owners: list[int] = []  # of the columns: the adapter's index
 
     def forward(self, x: Tensor) -> Tensor:
         """[1, tokens, in] to [1, tokens, out]."""
         y = linear(x, self.weight, self.bias)
-        if self.owners and self.shared.tokens is not None:
-            inner = linear(x[0], self.a) * self.shared.own(self)
+        if self.owners and self.stack.tokens is not None:
+            inner = linear(x[0], self.a) * self.stack.mask(self)
             y[0].addmm_(inner, self.b.mT)
         return y
 
 
-class Stack:
-    """The adapters of one model.
+class AdapterStack:
+    """The adapters of one model, side by side.
 
     Args:
         model: of transformers; its linear layers are replaced in place, the output embedding aside.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.tokens: Tensor | None = None  # the adapter's place of each token, -1 for the base; None: nobody has one
+        self.tokens: Tensor | None = None  # index of each token's adapter, -1: the base; None: all the base
         self._masks: dict[tuple[int, ...], Tensor] = {}
         self._adapters: dict[str, Adapter] = {}
         self._layers: dict[str, ServedLinear] = {}
@@ -135,9 +136,9 @@ class Stack:
         self._adapters = dict(adapters)
         for name, layer in self._layers.items():
             owned = [
-                (place, each.factors[name]) for place, each in enumerate(adapters.values()) if name in each.factors
+                (index, each.factors[name]) for index, each in enumerate(adapters.values()) if name in each.factors
             ]
-            layer.owners = [place for place, (a, _) in owned for _ in range(len(a))]
+            layer.owners = [index for index, (a, _) in owned for _ in range(len(a))]
             if owned:
                 layer.a = torch.cat([a for _, (a, _) in owned])
                 layer.b = torch.cat([b for _, (_, b) in owned], dim=1)
@@ -148,14 +149,14 @@ class Stack:
         return dict(self._adapters)
 
     def assign(self, keys: list[str | None], device: torch.device) -> None:
-        """Say which adapter every token of the coming pass has; None: the base alone."""
-        places = {key: place for place, key in enumerate(self._adapters)}
+        """Say which adapter every token of the coming batch has; None: the base alone."""
+        indices = {key: index for index, key in enumerate(self._adapters)}
         self._masks = {}
         self.tokens = None
         if any(key is not None for key in keys):
-            self.tokens = torch.tensor([-1 if key is None else places[key] for key in keys], device=device)
+            self.tokens = torch.tensor([-1 if key is None else indices[key] for key in keys], device=device)
 
-    def own(self, layer: ServedLinear) -> Tensor:
+    def mask(self, layer: ServedLinear) -> Tensor:
         """1 where a token's adapter has the column, else 0: [tokens, ranks of all adapters]."""
         assert self.tokens is not None  # noqa: S101 - asked for only where somebody has an adapter
         owners = tuple(layer.owners)

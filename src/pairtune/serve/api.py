@@ -12,10 +12,10 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from jinja2 import TemplateError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -24,59 +24,14 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from pairtune.errors import BadInput
-from pairtune.serve import lane as lanes
-from pairtune.serve.catalogue import Catalogue, Served
-from pairtune.serve.text import Drawing
+from pairtune.serve.catalogue import Catalogue, OpenedModel, ServedModel
+from pairtune.serve.protocol import ChatRequest
+from pairtune.serve.request import Event, Failed, Finished, GenerationRequest, QueueFull, QueuePosition, TextDelta
 
 # Bytes of a request; a context of a hundred thousand tokens fits.
 _LARGEST = 2_000_000
 # Characters a token has at most in ordinary text, generously; longer prompts are refused before they are tokenized.
 _CHARACTERS_A_TOKEN = 16
-
-
-class _Part(BaseModel):
-    type: Literal["text"]
-    text: str
-
-
-class _Message(BaseModel):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[_Part]
-
-    def turn(self) -> dict[str, str]:
-        """For the chat template."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
-
-
-class _StreamOptions(BaseModel):
-    include_usage: bool = False
-
-
-class _Extension(BaseModel):
-    queue: bool = False
-
-
-class ChatRequest(BaseModel):
-    """A request for an answer, as far as the protocol is spoken here; other fields are refused where they change it."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    model: str
-    messages: Annotated[list[_Message], Field(min_length=1)]
-    temperature: Annotated[float, Field(ge=0, le=2)] = 0.7
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=1, le=1000)] = 50
-    max_tokens: Annotated[int | None, Field(ge=1)] = None
-    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
-    seed: Annotated[int | None, Field(ge=0, lt=2**63)] = None
-    stream: bool = False
-    stream_options: _StreamOptions = _StreamOptions()
-    n: Literal[1] = 1
-    logprobs: Literal[False] | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    pairtune: _Extension = _Extension()
 
 
 class _Refused(Exception):
@@ -137,7 +92,7 @@ class _Worker:
                     "fingerprint": self.catalogue.fingerprint(each),
                 },
             }
-            for each in self.catalogue.usable()
+            for each in self.catalogue.available()
         ]
 
     async def complete(self, request: Request) -> Response:
@@ -159,32 +114,22 @@ class _Worker:
             )
         return await answer.whole(request)
 
-    def _start(self, asked: ChatRequest, model: Served, loop: asyncio.AbstractEventLoop) -> _Answer:
-        lane = self.catalogue.lane(model)
-        ids = _prompt(lane, asked)
-        room = lane.limits.context - len(ids)
-        wanted = asked.max_completion_tokens or asked.max_tokens or 512
-        drawing = Drawing(
-            temperature=asked.temperature,
-            top_p=asked.top_p,
-            top_k=asked.top_k,
-            max_tokens=min(wanted, room),
-            stop=tuple(filter(None, [asked.stop] if isinstance(asked.stop, str) else asked.stop or ())),
-            seed=asked.seed,
-        )
-        answer = _Answer(asked, self.catalogue.fingerprint(model), lane, len(ids))
+    def _start(self, asked: ChatRequest, model: ServedModel, loop: asyncio.AbstractEventLoop) -> _Answer:
+        opened = self.catalogue.open(model)
+        ids = _encode(opened, asked)
+        answer = _Answer(asked, opened, len(ids))
         events = answer.events
 
-        def emit(event: lanes.Event) -> None:
+        def emit(event: Event) -> None:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        answer.request = lanes.Request(ids, drawing, self.catalogue.adapter(model), emit)
+        answer.request = opened.request(ids, asked.params(opened.context - len(ids)), emit)
         try:
-            lane.submit(answer.request)
-        except lanes.Busy:
+            opened.scheduler.submit(answer.request)
+        except QueueFull:
             raise _Refused(
-                429, "too many are waiting already; try again", "rate_limit_exceeded", **{"Retry-After": "5"}
+                429, "too many requests are waiting; try again later", "rate_limit_exceeded", **{"Retry-After": "5"}
             ) from None
         return answer
 
@@ -203,17 +148,15 @@ async def _read(request: Request) -> ChatRequest:
         raise _Refused(400, f"{where or 'request'}: {first['msg']}", "invalid_value", where or None) from error
 
 
-def _prompt(lane: lanes.Lane, asked: ChatRequest) -> list[int]:
+def _encode(model: OpenedModel, asked: ChatRequest) -> list[int]:
     """Token ids of the conversation under the model's chat template."""
-    turns = [message.turn() for message in asked.messages]
-    context = lane.limits.context
+    turns, context = [message.turn() for message in asked.messages], model.context
     if sum(len(turn["content"]) for turn in turns) > _CHARACTERS_A_TOKEN * context:
         raise _Refused(400, f"far longer than this model's {context:,} tokens", "context_length_exceeded", "messages")
     try:
-        text = lane.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        ids = model.encode(turns)
     except TemplateError as error:
         raise _Refused(400, f"the model's chat template refuses this: {error}", "bad_messages", "messages") from error
-    ids: list[int] = lane.tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise _Refused(400, "the model's chat template makes nothing of this", "bad_messages", "messages")
     if len(ids) >= context:
@@ -229,16 +172,16 @@ def _prompt(lane: lanes.Lane, asked: ChatRequest) -> list[int]:
 class _Answer:
     """One answer on its way out."""
 
-    request: lanes.Request
+    request: GenerationRequest
 
-    def __init__(self, asked: ChatRequest, fingerprint: str, lane: lanes.Lane, prompt_tokens: int) -> None:
-        self.asked, self.lane, self.prompt_tokens = asked, lane, prompt_tokens
-        self.events: asyncio.Queue[lanes.Event] = asyncio.Queue()
+    def __init__(self, asked: ChatRequest, model: OpenedModel, prompt_tokens: int) -> None:
+        self.asked, self.scheduler, self.prompt_tokens = asked, model.scheduler, prompt_tokens
+        self.events: asyncio.Queue[Event] = asyncio.Queue()
         self.head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": asked.model,
-            "system_fingerprint": fingerprint,
+            "system_fingerprint": model.fingerprint,
         }
 
     async def stream(self) -> AsyncIterator[str]:
@@ -246,26 +189,26 @@ class _Answer:
             yield self._chunk({"role": "assistant", "content": ""})
             while True:
                 match await self.events.get():
-                    case lanes.Said(text):
+                    case TextDelta(text):
                         yield self._chunk({"content": text})
-                    case lanes.Queued(place) if self.asked.pairtune.queue:
-                        yield _event({**self.head, "object": _CHUNK, "choices": [], "pairtune": {"queue": place}})
-                    case lanes.Ended(reason, tokens):
+                    case QueuePosition(ahead) if self.asked.pairtune.queue:
+                        yield _event({**self.head, "object": _CHUNK, "choices": [], "pairtune": {"queue": ahead}})
+                    case Finished(reason, tokens):
                         yield self._chunk({}, reason)
                         if self.asked.stream_options.include_usage:
                             yield _event({**self.head, "object": _CHUNK, "choices": [], "usage": self._usage(tokens)})
                         break
-                    case lanes.Failed(message):
+                    case Failed(message):
                         yield _event({"error": {"message": message, "type": "server_error", "code": "failed"}})
                         break
             yield "data: [DONE]\n\n"
         finally:
-            self.lane.cancel(self.request)  # whoever has gone away frees the place at once
+            self.scheduler.cancel(self.request)  # a client that hangs up frees the slot at once
 
     async def whole(self, request: Request) -> Response:
         gone = asyncio.create_task(_gone(request))
         text = ""
-        ended: lanes.Ended | None = None
+        ended: Finished | None = None
         try:
             while ended is None:
                 event = asyncio.create_task(self.events.get())
@@ -274,16 +217,16 @@ class _Answer:
                     event.cancel()
                     return Response(status_code=499)
                 match event.result():
-                    case lanes.Said(piece):
+                    case TextDelta(piece):
                         text += piece
-                    case lanes.Ended() as last:
+                    case Finished() as last:
                         ended = last
-                    case lanes.Failed(reason):
+                    case Failed(reason):
                         error = {"message": reason, "type": "server_error", "param": None, "code": "failed"}
                         return JSONResponse({"error": error}, 500)
         finally:
             gone.cancel()
-            self.lane.cancel(self.request)
+            self.scheduler.cancel(self.request)
         message = {"role": "assistant", "content": text}
         choice = {"index": 0, "message": message, "finish_reason": ended.reason, "logprobs": None}
         body = {**self.head, "object": "chat.completion", "choices": [choice], "usage": self._usage(ended.tokens)}

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from pairtune.config import resolve
+from pairtune.conversation import Conversation
 from pairtune.errors import BadInput, one_line
+from pairtune.files import saved_fingerprint
+from pairtune.models.generate import end_tokens
 from pairtune.models.load import load_model, load_tokenizer, open_base
-from pairtune.models.resolve import ADAPTER_SETTINGS, base_of_adapter, find_adapter, resolve_model
-from pairtune.runs import RunFolder, saved_fingerprint
-from pairtune.serve.lane import Lane, Limits
+from pairtune.models.resolve import ADAPTER_SETTINGS, resolve_model, resolve_target
+from pairtune.models.sampling import SamplingParams
+from pairtune.run.folder import Run
+from pairtune.serve.request import AdapterRef, Event, GenerationRequest, Limits
+from pairtune.serve.scheduler import BatchScheduler
 
 log = logging.getLogger(__name__)
 
 # Whole models in memory; adapters take little beside them.
-MODELS = 3
+_MODELS = 3
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """One model by the name under which it is asked for.
 
     Attributes:
@@ -47,6 +52,44 @@ class Served:
         return self.folder is not None and (self.folder / ADAPTER_SETTINGS).is_file()
 
 
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model that is ready to answer.
+
+    Attributes:
+        scheduler: of its base, or its own where all of its weights were trained.
+        adapter: on that base; None: the scheduler's model as it is.
+        tokenizer: its own: a run's template is the one that it was tuned under.
+        stop_token_ids: tokens that end its answers.
+        fingerprint: of the base's weight files, and of the adapter's.
+    """
+
+    scheduler: BatchScheduler
+    adapter: AdapterRef | None
+    tokenizer: Any
+    stop_token_ids: frozenset[int]
+    fingerprint: str
+
+    @property
+    def context(self) -> int:
+        """Tokens of a prompt and its answer together."""
+        return self.scheduler.limits.context
+
+    def encode(self, turns: Conversation) -> list[int]:
+        """Token ids of a conversation under the chat template, up to where an answer begins.
+
+        Raises:
+            TemplateError: the template refuses the conversation.
+        """
+        text = self.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def request(self, ids: list[int], params: SamplingParams, emit: Callable[[Event], None]) -> GenerationRequest:
+        """A request to this model, for its scheduler."""
+        return GenerationRequest(ids, params, self.adapter, self.tokenizer, self.stop_token_ids, emit)
+
+
 class Catalogue:
     """Models by name, and in memory once they are used. Methods may be called from any thread.
 
@@ -61,28 +104,29 @@ class Catalogue:
 
     def __init__(self, targets: Sequence[str], root: Path | None, limits: Limits) -> None:
         self._targets, self._root, self._limits = list(targets), root, limits
-        self._lanes: dict[tuple[str, str, str], Lane] = {}
+        self._schedulers: dict[tuple[str, str, str], BatchScheduler] = {}
+        self._tokenizers: dict[tuple[Path, str], Any] = {}
         self._bases: dict[str, Path] = {}  # folders, by what is typed: finding one may mean hashing a file
         self._fingerprints: dict[tuple[Path, int], str] = {}
         self._lock = threading.Lock()
-        self._named: dict[str, Served] = {}
+        self._named: dict[str, ServedModel] = {}
         for each in (model for target in self._targets for model in _models_of(target)):
             if self._named.setdefault(each.id, each).folder != each.folder:
                 raise BadInput(f"{each.folder}: another model is called {each.id} as well; rename one of the folders")
 
-    def models(self) -> dict[str, Served]:
+    def models(self) -> dict[str, ServedModel]:
         """By name; runs that are gone are not there, new ones are."""
         found = {each.id: each for each in self._named.values() if each.folder is None or each.folder.is_dir()}
         for folder in sorted(self._root.iterdir()) if self._root and self._root.is_dir() else []:
             try:
-                if (folder / "COMPLETE").is_file():
+                if Run.open(folder).complete:
                     found |= {each.id: each for each in _models_of(str(folder)) if each.id not in found}
             except (BadInput, OSError):
                 continue  # a damaged run; the site says what is wrong with it
         return found
 
-    def usable(self) -> list[Served]:
-        """Those whose base is to be had as well."""
+    def available(self) -> list[ServedModel]:
+        """Those whose base can be found as well."""
         found = []
         for each in self.models().values():
             try:
@@ -93,50 +137,56 @@ class Catalogue:
             found.append(each)
         return found
 
-    def fingerprint(self, model: Served) -> str:
+    def fingerprint(self, model: ServedModel) -> str:
         """Of the base's weight files, and of the adapter's: what an answer was really computed with."""
         if model.base not in self._bases:
             self._bases[model.base] = resolve_model(model.base).folder
         base = self._hash(self._bases[model.base])
         return base if model.folder is None else f"{base}+{self._hash(model.folder)}"
 
-    def lane(self, model: Served) -> Lane:
-        """The model in memory, or its base where it is an adapter; loads what is not there yet.
+    def open(self, model: ServedModel) -> OpenedModel:
+        """Load what is not in memory yet.
 
         Raises:
-            BadInput: it cannot be loaded.
+            BadInput: it cannot be loaded, or its family cannot be served.
         """
+        fingerprint = self.fingerprint(model)
         own = None if model.adapted else model.folder
         # By what the weights are, too: a run that was made again under its name is another model.
-        key = (str(own or model.base), model.dtype, self.fingerprint(model).partition("+")[2] if own else "")
-        if known := self._lanes.get(key):
-            return known
+        key = (str(own or model.base), model.dtype, fingerprint.partition("+")[2] if own else "")
         with self._lock:
-            if key not in self._lanes:
+            if key not in self._schedulers:
                 self._forget_idle()
                 base = open_base(model.base, model.dtype)
                 loaded = load_model(own or base.source, base.dtype, base.device)
-                self._lanes[key] = Lane(loaded, load_tokenizer(own or base.source), self._limits)
-            return self._lanes[key]
+                self._schedulers[key] = BatchScheduler(loaded, self._limits)
+            scheduler, tokenizer = self._schedulers[key], self._tokenizer(model, fingerprint)
+        ends = frozenset(end_tokens(scheduler.runner.model, tokenizer))
+        adapter = AdapterRef(self._hash(model.folder), model.folder) if model.adapted and model.folder else None
+        return OpenedModel(scheduler, adapter, tokenizer, ends, fingerprint)
+
+    def _tokenizer(self, model: ServedModel, fingerprint: str) -> Any:
+        has_own = model.folder and (model.folder / "tokenizer_config.json").is_file()
+        folder = model.folder if model.folder and has_own else self._bases[model.base]
+        key = (folder, fingerprint)
+        if key not in self._tokenizers:
+            self._tokenizers[key] = load_tokenizer(folder)
+        return self._tokenizers[key]
 
     def _forget_idle(self) -> None:
-        """Make room for a model, where several are in memory and nobody talks to one of them."""
-        for key, lane in list(self._lanes.items()):
-            if len(self._lanes) >= MODELS and not (lane.load["answering"] or lane.load["waiting"]):
-                self._lanes.pop(key).close()
-
-    def adapter(self, model: Served) -> tuple[str, Path] | None:
-        """Fingerprint and folder of its adapter."""
-        return (self._hash(model.folder), model.folder) if model.adapted and model.folder else None
+        """Make room for a model, where several are in memory and one of them is idle."""
+        for key, scheduler in list(self._schedulers.items()):
+            if len(self._schedulers) >= _MODELS and not (scheduler.load["running"] or scheduler.load["waiting"]):
+                self._schedulers.pop(key).close()
 
     def loads(self) -> dict[str, dict[str, int]]:
         """How much is going on, by the models in memory."""
-        return {key[0]: lane.load for key, lane in list(self._lanes.items())}
+        return {key[0]: scheduler.load for key, scheduler in list(self._schedulers.items())}
 
     def close(self) -> None:
-        """End all lanes."""
-        for lane in self._lanes.values():
-            lane.close()
+        """End all schedulers."""
+        for scheduler in self._schedulers.values():
+            scheduler.close()
 
     def _hash(self, folder: Path) -> str:
         changed = max((file.stat().st_mtime_ns for file in folder.glob("*.safetensors")), default=0)
@@ -146,22 +196,18 @@ class Catalogue:
         return self._fingerprints[key]
 
 
-def _models_of(target: str) -> Iterator[Served]:
-    folder = Path(target)
-    if (folder / "config.yaml").is_file() or (folder / "trials").is_dir():
-        run = RunFolder.finished(folder)
-        config = resolve(run.config, {}).config
-        created, name = int(run.complete.stat().st_mtime), folder.resolve().name
-        dtype = run.choices().get("dtype", config.dtype)
-        yield Served(config.model, config.model, dtype)
-        yield Served(name, config.model, dtype, run.best, folder, created)
-        for trial in sorted(run.trials.iterdir()) if run.trials.is_dir() else []:
-            if (trial / "best").is_dir():
-                yield Served(f"{name}/{trial.name}", config.model, dtype, trial / "best", folder, created)
-    elif adapter := find_adapter(target):
-        base = base_of_adapter(adapter)
-        yield Served(base, base)
-        yield Served(folder.name if folder.is_dir() else target, base, folder=adapter)
-    else:
-        resolve_model(target, "MODEL")
-        yield Served(target, target)
+def _models_of(name: str) -> Iterator[ServedModel]:
+    """The base, and what was tuned on it: of a run the winner and every trial, or the trial that was named."""
+    target = resolve_target(name)
+    if run := target.run:
+        created, dtype = int(run.paths.complete.stat().st_mtime), run.choices.dtype or run.settings.dtype
+        yield ServedModel(target.base, target.base, dtype)
+        if target.trial is None:
+            yield ServedModel(run.name, target.base, dtype, run.paths.best, run.root, created)
+        for trial in run.trials:
+            if trial.paths.best.is_dir() and target.trial in (None, trial.name):
+                yield ServedModel(f"{run.name}/{trial.name}", target.base, dtype, trial.paths.best, run.root, created)
+        return
+    yield ServedModel(target.base, target.base)
+    if target.weights:
+        yield ServedModel(Path(name).name if Path(name).is_dir() else name, target.base, folder=target.weights)

@@ -2,102 +2,171 @@
 
 from __future__ import annotations
 
+import queue
+from collections.abc import Generator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
+import torch
 from peft import PeftModel
 from rich.console import Console
-from transformers import PreTrainedModel
 
-from pairtune.errors import BadInput
-from pairtune.models.generate import Conversation, Sampling, stream_answer
-from pairtune.models.load import LoadedBase, load_model, load_tuned, open_base, open_base_of
-from pairtune.models.resolve import base_of_adapter, find_adapter
-from pairtune.runs import RunFolder
+from pairtune.conversation import Conversation
+from pairtune.errors import BadInput, RunFailed
+from pairtune.models.generate import stream_answer
+from pairtune.models.load import load_model, load_tuned, open_base, open_base_of
+from pairtune.models.resolve import resolve_target
+from pairtune.models.sampling import SamplingParams
+from pairtune.serve.adapters import read_adapter
+from pairtune.serve.catalogue import Catalogue
+from pairtune.serve.request import Event, Failed, Finished, Limits, NotBatchable, TextDelta
 
-SAMPLING = Sampling(max_new_tokens=512, temperature=0.7)
+SAMPLING = SamplingParams(max_tokens=512, temperature=0.7)
 HELP = "/base and /tuned switch the model and start again, so does /new, /quit ends (so does Ctrl-D)"
 
 
-@dataclass
-class Talker:
-    """The models of one chat.
+class ChatModels(Protocol):
+    """The models of one chat: the base and, unless a plain model was named, the tuned one."""
 
-    Attributes:
-        tuned: the tuned model, or None where a plain model was named.
-        base: the base as a model of its own, or None where it is `tuned` without its adapter.
-    """
+    has_tuned: bool
 
-    opened: LoadedBase
-    tuned: PreTrainedModel | PeftModel | None
-    base: PreTrainedModel | None
-
-    def answer(self, name: str, conversation: Conversation) -> Any:
+    def stream(self, name: str, conversation: Conversation, params: SamplingParams) -> Generator[str, None, None]:
         """Pieces of an answer by the model called `name` (`base` or `tuned`)."""
-        adapter_off = name == "base" and isinstance(self.tuned, PeftModel)
-        model = self.tuned if name == "tuned" or adapter_off else self.base
-        if model is None:
-            raise BadInput(f"there is no {name} model in this chat")
-        with model.disable_adapter() if adapter_off else nullcontext():
-            yield from stream_answer(model, self.opened.tokenizer, conversation, SAMPLING)
+
+    def close(self) -> None:
+        """Free them."""
 
 
-def open_talker(target: str) -> Talker:
-    """Load what `pairtune chat TARGET` names: a finished run, an adapter (a folder or a Hub id), or any model.
+class BatchedModels:
+    """Models behind the same scheduler as those that the worker serves; see `ChatModels`.
+
+    Args:
+        target: as typed.
+        context: tokens of a conversation.
 
     Raises:
-        BadInput: it is neither, or the run is unfinished.
+        BadInput: there is no such model.
+        NotBatchable: its family, or its adapter, cannot be served by a scheduler.
     """
-    folder = Path(target)
-    if (folder / "config.yaml").is_file() or (folder / "trials").is_dir():
-        run = RunFolder.finished(folder)
-        opened = open_base_of(run)
-        tuned = load_tuned(run.best, opened)
-        alone = None if isinstance(tuned, PeftModel) else load_model(opened.source, opened.dtype, opened.device)
-        return Talker(opened, tuned, alone)
-    if adapter := find_adapter(target):
-        opened = open_base(base_of_adapter(adapter))
-        return Talker(opened, load_tuned(adapter, opened), None)
-    opened = open_base(target)
-    return Talker(opened, None, load_model(opened.source, opened.dtype, opened.device))
+
+    def __init__(self, target: str, context: int = 32_768) -> None:
+        self._catalogue = Catalogue([target], None, Limits(concurrency=2, context=context))
+        base, *tuned = self._catalogue.models().values()
+        self._served = {"base": base} | ({"tuned": tuned[0]} if tuned else {})
+        self.has_tuned = bool(tuned)
+        opened = self._catalogue.open(self._served["tuned" if tuned else "base"])  # the first answer need not wait
+        if opened.adapter:
+            read_adapter(opened.adapter.folder, torch.float32, torch.device("cpu"))
+
+    def stream(self, name: str, conversation: Conversation, params: SamplingParams) -> Generator[str, None, None]:
+        """See `ChatModels`."""
+        model = self._catalogue.open(self._served[name])
+        ids = model.encode(conversation)
+        if len(ids) >= model.context:
+            raise BadInput(f"the conversation has {len(ids):,} of {model.context:,} tokens; /new starts another")
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        request = model.request(ids, params, events.put)
+        model.scheduler.submit(request)
+        try:
+            while True:
+                match events.get():
+                    case TextDelta(text):
+                        yield text
+                    case Finished():
+                        return
+                    case Failed(message):
+                        raise RunFailed(message)
+        finally:
+            model.scheduler.cancel(request)
+
+    def close(self) -> None:
+        """See `ChatModels`."""
+        self._catalogue.close()
+
+
+class PlainModels:
+    """Models in transformers' own generation, for what cannot be batched; see `ChatModels`."""
+
+    def __init__(self, name: str) -> None:
+        target = resolve_target(name)
+        self._opened = open_base_of(target.run) if target.run else open_base(target.base)
+        self._tuned = load_tuned(target.weights, self._opened) if target.weights else None
+        self.has_tuned = self._tuned is not None
+        base = self._opened
+        alone = not isinstance(self._tuned, PeftModel)
+        self._base = load_model(base.source, base.dtype, base.device) if alone else None
+
+    def stream(self, name: str, conversation: Conversation, params: SamplingParams) -> Generator[str, None, None]:
+        """See `ChatModels`."""
+        adapter_off = name == "base" and isinstance(self._tuned, PeftModel)
+        model = self._tuned if name == "tuned" or adapter_off else self._base
+        assert model is not None  # noqa: S101 - only models that are there are asked
+        with model.disable_adapter() if adapter_off else nullcontext():
+            yield from stream_answer(model, self._opened.tokenizer, conversation, params)
+
+    def close(self) -> None:
+        """See `ChatModels`."""
+
+
+def open_models(target: str) -> ChatModels:
+    """Load what `pairtune chat TARGET` names: a finished run or its trial, an adapter, or any model.
+
+    Raises:
+        BadInput: it is none of these, or the run is unfinished.
+    """
+    try:
+        return BatchedModels(target)
+    except NotBatchable:
+        return PlainModels(target)
 
 
 def chat(target: str, console: Console) -> None:
     """Read lines from standard input, stream answers to `console`, until the input ends or `/quit`."""
-    talker = open_talker(target)
-    name = "tuned" if talker.tuned is not None else "base"
-    console.print(f"[bold]{target}[/bold], talking to the [cyan]{name}[/cyan] model. {HELP}", highlight=False)
+    models = open_models(target)
+    try:
+        _converse(models, Path(target).name if Path(target).exists() else target, console)
+    finally:
+        models.close()
+
+
+def _converse(models: ChatModels, title: str, console: Console) -> None:
+    name = "tuned" if models.has_tuned else "base"
+    console.print(f"[bold]{title}[/bold], talking to the [cyan]{name}[/cyan] model. {HELP}", highlight=False)
     conversation: list[dict[str, str]] = []
     while True:
         try:
-            said = console.input("[bold]you[/bold] ").strip()
+            line = console.input("[bold]you[/bold] ").strip()
         except (EOFError, KeyboardInterrupt):
             console.print()
             return
-        if said == "/quit":
+        if line == "/quit":
             return
-        if said == "/new":
+        if line == "/new":
             conversation = []
-        elif said in ("/base", "/tuned"):
-            if said == "/tuned" and talker.tuned is None:
+        elif line in ("/base", "/tuned"):
+            if line == "/tuned" and not models.has_tuned:
                 console.print("this is a plain model; give a run folder to talk to a tuned one")
             else:
-                name, conversation = said[1:], []  # else a model goes on in the words of the other
+                name, conversation = line[1:], []  # else a model goes on in the words of the other
                 console.print(f"talking to the [cyan]{name}[/cyan] model, a new conversation")
-        elif said.startswith("/"):
+        elif line.startswith("/"):
             console.print(HELP, highlight=False)
-        elif said:
-            conversation.append({"role": "user", "content": said})
-            conversation.append({"role": "assistant", "content": _say(talker, name, conversation, console)})
+        elif line:
+            turns = [*conversation, {"role": "user", "content": line}]
+            try:
+                answer = _print_answer(models, name, turns, console)
+            except BadInput as error:
+                console.print(str(error), highlight=False, markup=False)
+            else:
+                conversation = [*turns, {"role": "assistant", "content": answer}]
 
 
-def _say(talker: Talker, name: str, conversation: Conversation, console: Console) -> str:
-    """Stream one answer; Ctrl-C ends it early and keeps what was said."""
+def _print_answer(models: ChatModels, name: str, conversation: Conversation, console: Console) -> str:
+    """Stream one answer; Ctrl-C ends it early and keeps what has been said."""
     console.print(f"[cyan]{name}[/cyan] ", end="")
     pieces: list[str] = []
-    answer = talker.answer(name, conversation)
+    answer = models.stream(name, conversation, SAMPLING)
     try:
         for piece in answer:
             pieces.append(piece)

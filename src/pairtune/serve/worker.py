@@ -15,7 +15,7 @@ import uvicorn
 from pairtune.errors import BadInput
 from pairtune.serve.api import make_app
 from pairtune.serve.catalogue import Catalogue
-from pairtune.serve.lane import Limits
+from pairtune.serve.request import Limits
 
 
 def run_worker(
@@ -28,11 +28,11 @@ def run_worker(
     """
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     catalogue = Catalogue(targets, root, limits)
-    models = catalogue.usable()  # reads every weight once
+    models = catalogue.available()  # reads every weight once
     if targets and not models:
-        raise BadInput(f"{', '.join(targets)}: cannot be served; the base is not to be had")
+        raise BadInput(f"{', '.join(targets)}: cannot be served; the base model cannot be found")
     if models:
-        catalogue.lane(models[0])  # the first answer need not wait for it
+        catalogue.open(models[0])  # the first answer need not wait for it
     names = ["127.0.0.1", "localhost", "[::1]", *([] if host in ("127.0.0.1", "localhost") else [host])]
     app = make_app(catalogue, ["*"] if host in ("0.0.0.0", "::") else names)  # noqa: S104 - a person asked for it
     server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False))

@@ -8,11 +8,11 @@ from typing import Any, Protocol
 from pairtune.config import RunConfig, TrialConfig
 from pairtune.data.prepare import PreparedData
 from pairtune.engine.kernels import Kernels
-from pairtune.engine.records import TrialResult
-from pairtune.engine.trial import TrialInputs, load_start, never
+from pairtune.engine.trial import TrialInputs, always_false, load_start
 from pairtune.errors import RunFailed
 from pairtune.models.load import LoadedBase, weights_fingerprint
-from pairtune.runs import RunFolder, write_json
+from pairtune.run.folder import Run
+from pairtune.run.records import SweepRecord, TrialRecord
 from pairtune.sweep.search import Search
 from pairtune.track.sinks import Sink
 
@@ -35,12 +35,10 @@ _OWN = {
 class Engine(Protocol):
     """What `engine.native` and `engine.trl` have in common."""
 
-    def run_trials(
-        self, trials: list[TrialConfig], inputs: TrialInputs, run: RunFolder, sink: Sink
-    ) -> list[TrialResult]:
+    def run_trials(self, trials: list[TrialConfig], inputs: TrialInputs, run: Run, sink: Sink) -> list[TrialRecord]:
         """Train trials side by side."""
 
-    def checkpointed(self, run: RunFolder) -> list[TrialResult]:
+    def checkpointed(self, run: Run) -> list[TrialRecord]:
         """The trials that can go on from the run's checkpoint, as they were then."""
 
     def width(self, trial: TrialConfig, inputs: TrialInputs, asked: int | None) -> int:
@@ -52,11 +50,11 @@ def run_sweep(
     search: Search,
     data: PreparedData,
     base: LoadedBase,
-    run: RunFolder,
+    run: Run,
     sink: Sink,
     kernels: Kernels | None = None,
-    stopping: Callable[[], bool] = never,
-) -> list[TrialResult]:
+    stopping: Callable[[], bool] = always_false,
+) -> list[TrialRecord]:
     """Run every trial of the search that the run has no result of; `sweep.json` always tells how far the run is.
 
     Args:
@@ -85,7 +83,7 @@ def run_sweep(
         hopeless=search.hopeless,
     )
     engine = _engine(config)
-    done: dict[str, TrialResult] = {}
+    done: dict[str, TrialRecord] = {}
     while batch := search.ask():
         done |= _results_on_record(batch, run)
         before = {result.trial.name: result for result in engine.checkpointed(run)} | done
@@ -95,7 +93,7 @@ def run_sweep(
                 done[result.trial.name] = result
             if inputs.processes.first:
                 summaries = [done[trial.name].summary() for trial in search.trials if trial.name in done]
-                write_json(run.sweep, {"trials": summaries, **_rounding(inputs)})
+                run.write(SweepRecord(trials=summaries, rounding=inputs.base_outputs.rounding))
         search.tell(done[trial.name] for trial in batch)
     results = [done[trial.name] for trial in search.trials]
     if not any(result.status == "finished" for result in results):
@@ -104,16 +102,11 @@ def run_sweep(
     return results
 
 
-def together(trial: TrialConfig) -> Any:
+def lockstep_key(trial: TrialConfig) -> Any:
     """Equal for trials that can run in lockstep."""
     if trial.method == "full":
         return trial.name
     return tuple((name, value) for name, value in trial if name not in _OWN)
-
-
-def _rounding(inputs: TrialInputs) -> dict[str, Any]:
-    measured = inputs.measured.rounding  # nothing under --engine trl, whose products are TRL's own
-    return {"rounding": measured.record()} if measured else {}
 
 
 def _engine(config: RunConfig) -> Engine:
@@ -127,24 +120,26 @@ def _engine(config: RunConfig) -> Engine:
     return native
 
 
-def _results_on_record(trials: list[TrialConfig], run: RunFolder) -> dict[str, TrialResult]:
+def _results_on_record(trials: list[TrialConfig], run: Run) -> dict[str, TrialRecord]:
     """What earlier calls finished."""
     done = {}
     for trial in trials:
-        record = run.trial(trial.name).record
-        if record.is_file():
-            done[trial.name] = TrialResult.of(run.read_json(record))
-            if done[trial.name].trial != trial:
-                raise RunFailed(f"{record}: the trial had other settings than {run.config} has now; undo the change")
+        record = run.read_trial(trial.name)
+        if record is None:
+            continue
+        done[trial.name] = record.model_copy(deep=True)  # the search adds to it
+        if record.trial != trial:
+            file = run.paths.trial(trial.name).record
+            raise RunFailed(f"{file}: the trial had other settings than {run.paths.config} has now; undo the change")
     return done
 
 
 def _groups(
     trials: list[TrialConfig],
-    done: dict[str, TrialResult],
+    done: dict[str, TrialRecord],
     engine: Engine,
     inputs: TrialInputs,
-    run: RunFolder,
+    run: Run,
     asked: int | None,
 ) -> list[list[TrialConfig]]:
     """What is still to be run, in groups that run in lockstep; first those that a checkpoint holds."""
@@ -155,9 +150,9 @@ def _groups(
     by_kind: dict[Any, list[TrialConfig]] = {}
     for trial in trials:
         if trial.name not in done and not any(trial in group for group in groups):
-            by_kind.setdefault(together(trial), []).append(trial)
+            by_kind.setdefault(lockstep_key(trial), []).append(trial)
     for alike in by_kind.values():
-        width = engine.width(alike[0], inputs, asked or run.choices().get("side_by_side"))
+        width = engine.width(alike[0], inputs, asked or run.choices.side_by_side)
         if inputs.processes.first:
             run.remember(side_by_side=width)
         rounds = -(-len(alike) // width)

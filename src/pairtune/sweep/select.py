@@ -5,23 +5,25 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from pairtune.config import Select
-from pairtune.engine.records import (
-    EXAMPLE_METRICS,
-    RULES,
-    TrialResult,
-    describe_examples,
-    metric_intervals,
-    read_groups,
-    read_records,
-    score,
-)
+from pairtune.engine.summaries import RULES, metric_intervals, score, summarise_examples
 from pairtune.errors import RunFailed
-from pairtune.runs import RunFolder, fill_folder, saved_fingerprint, write_json
+from pairtune.files import fill_folder, saved_fingerprint
+from pairtune.run.examples import Examples
+from pairtune.run.folder import Run
+from pairtune.run.metrics import EXAMPLE_METRICS
+from pairtune.run.records import (
+    AgainstBase,
+    Comparison,
+    ExampleSummary,
+    RankedTrial,
+    Selection,
+    SweepRecord,
+    TrialRecord,
+)
 from pairtune.statistics import (
     ALPHA,
     Groups,
@@ -45,12 +47,12 @@ _CHOSEN_BY = "the winner's win rate on these prompts is what it was chosen for, 
 
 
 def select_best(
-    results: Sequence[TrialResult],
+    results: Sequence[TrialRecord],
     records: Mapping[str, Numbers],
     rule: Select,
     wins: Mapping[str, Sequence[float]] | None = None,
     groups: Groups | None = None,
-) -> dict[str, Any]:
+) -> Selection:
     """Rank the trials by their best epochs, and say what can be said about the ranking.
 
     Trials that failed or were pruned are not ranked. Where two trials are level the earlier one stays in front; where
@@ -64,22 +66,19 @@ def select_best(
         groups: of the validation pairs, [pairs]: which of them belong to one conversation.
 
     Returns:
-        The content of `selection.json`: `rule`, `metric`, `winner`, `best_epoch`, `value`, `validation_pairs`; `why`
-        and `verdict` in words; `settled`, whether the winner differs from every other trial; `warnings`; `ranking`, one
-        entry a ranked trial with its best epoch's metrics, their 95 % intervals and the test against the base; and
-        `comparisons`, the winner with each other trial.
+        The choice, but for what `install_best` adds: the fingerprint of the weights.
     """
     finished = [result for result in results if result.status == "finished"]
     if wins is None:
         metric, more_is_better = RULES[rule]
-        values = {result.trial.name: result.best_metrics[metric] for result in finished}
+        values = {result.trial.name: result.best.metrics()[metric] for result in finished}
     else:
         metric, more_is_better = rule, True
         values = {name: float(np.mean(scores)) for name, scores in wins.items()}
     sign = 1 if more_is_better else -1
     ranked = sorted(
         finished,
-        key=lambda result: (sign * values[result.trial.name], score(result.best_metrics, rule)),
+        key=lambda result: (sign * values[result.trial.name], score(result.best, rule)),
         reverse=True,
     )
     winner, pairs = ranked[0], len(records[ranked[0].trial.name])
@@ -99,101 +98,87 @@ def select_best(
     p_values = compare_all(examples, grouped)
     comparisons = _comparisons(ranked, examples, p_values, compared_by, grouped)
     no_two_differ = all(p_value >= ALPHA for p_value in p_values.values())
-    return {
-        "rule": rule,
-        "metric": metric,
-        "winner": winner.trial.name,
-        "best_epoch": winner.best_epoch,
-        "value": value,
-        "validation_pairs": pairs,
-        "why": why,
-        "verdict": _verdict(winner, comparisons, compared_by, unit, no_two_differ=no_two_differ),
-        "settled": all(entry["differs"] for entry in comparisons),
-        "warnings": [*_warnings(ranked, rule, pairs), *([] if wins is None else [_CHOSEN_BY])],
-        "ranking": [_entry(result, records[result.trial.name], groups) for result in ranked],
-        "comparisons": comparisons,
-    }
+    return Selection(
+        rule=rule,
+        metric=metric,
+        winner=winner.trial.name,
+        best_epoch=winner.best.epoch,
+        value=value,
+        validation_pairs=pairs,
+        why=why,
+        verdict=_verdict(winner, comparisons, compared_by, unit, no_two_differ=no_two_differ),
+        settled=all(entry.differs for entry in comparisons),
+        warnings=[*_warnings(ranked, rule, pairs), *([] if wins is None else [_CHOSEN_BY])],
+        ranking=[_ranked(result, records[result.trial.name], groups) for result in ranked],
+        comparisons=comparisons,
+    )
 
 
-def _columns(ranked: Sequence[TrialResult], records: Mapping[str, Numbers], metric: str) -> list[Numbers]:
+def _columns(ranked: Sequence[TrialRecord], records: Mapping[str, Numbers], metric: str) -> list[Numbers]:
     """One metric of every trial, [pairs] each."""
     column = EXAMPLE_METRICS.index(metric.removeprefix("eval_"))
     return [records[result.trial.name][:, column] for result in ranked]
 
 
-def best_records(run: RunFolder, results: Sequence[TrialResult]) -> dict[str, Numbers]:
-    """The per-example records of every finished trial's best epoch, from the run folder."""
+def best_examples(run: Run, results: Sequence[TrialRecord]) -> dict[str, Examples]:
+    """The per-example records of every finished trial's best epoch, from the run folder, by name."""
     return {
-        result.trial.name: read_records(run.trial(result.trial.name).evaluation(result.best_epoch or 0))
+        result.name: Examples.read(run.paths.trial(result.name).examples(result.best.epoch))
         for result in results
         if result.status == "finished"
     }
 
 
-def validation_groups(run: RunFolder, results: Sequence[TrialResult]) -> Groups | None:
-    """Which validation pairs belong to one conversation, from the records of a finished trial."""
-    finished = next(result for result in results if result.status == "finished")
-    return read_groups(run.trial(finished.trial.name).evaluation(finished.best_epoch or 0))
+def summarise_best(examples: Mapping[str, Examples]) -> dict[str, ExampleSummary]:
+    """What else these say besides the means of their metrics."""
+    return {name: summarise_examples(each) for name, each in examples.items()}
 
 
-def best_examples(run: RunFolder, results: Sequence[TrialResult]) -> dict[str, Any]:
-    """What else the records of every finished trial's best epoch say, see `describe_examples`."""
-    return {
-        result.trial.name: describe_examples(run.trial(result.trial.name).evaluation(result.best_epoch or 0))
-        for result in results
-        if result.status == "finished"
-    }
-
-
-def against_base(records: Numbers, groups: Groups | None = None) -> dict[str, Any]:
-    """Whether tuning moved the model the right way: the base's reward margin is 0 on every pair, by definition."""
+def against_base(records: Numbers, groups: Groups | None = None) -> AgainstBase:
+    """Whether tuning moved the model the right way."""
     margins = records[:, [EXAMPLE_METRICS.index("rewards/margins")]]
     p_value = float(paired_p_values(margins, groups)[0])
-    return {"margin": float(margins.mean()), "p": p_value, "better": bool(p_value < ALPHA and margins.mean() > 0)}
+    mean = float(margins.mean())
+    return AgainstBase(margin=mean, p=p_value, better=p_value < ALPHA and mean > 0)
 
 
-def install_best(run: RunFolder, results: Sequence[TrialResult], selection: dict[str, Any]) -> None:
+def install_best(run: Run, results: Sequence[TrialRecord], selection: Selection) -> None:
     """Copy the winner's weights to the run's `best/`, check that they are those that were evaluated, and record it.
 
     Raises:
         RunFailed: the weights on disk are not the ones that the winner's best epoch wrote.
     """
-    winner = next(result for result in results if result.trial.name == selection["winner"])
-    trial_best = run.trial(winner.trial.name).best
+    winner = next(result for result in results if result.name == selection.winner)
+    trial_best = run.paths.trial(winner.name).best
 
     def fill(target: Path) -> None:
         shutil.copytree(trial_best, target, dirs_exist_ok=True)
 
-    fill_folder(run.best, fill)
-    if saved_fingerprint(run.best) != winner.best_fingerprint:
+    fill_folder(run.paths.best, fill)
+    if saved_fingerprint(run.paths.best) != winner.best_fingerprint:
         raise RunFailed(
-            f"{run.best}: the weights are not those of {winner.trial.name}, epoch {winner.best_epoch}, "
+            f"{run.paths.best}: the weights are not those of {winner.trial.name}, epoch {winner.best_epoch}, "
             "that were evaluated; something else wrote into the run folder"
         )
-    write_json(run.selection, selection | {"best_fingerprint": winner.best_fingerprint})
+    run.write(selection.model_copy(update={"best_fingerprint": winner.best_fingerprint}))
 
 
-def rounding_warnings(sweep: Mapping[str, Any], selection: Mapping[str, Any]) -> list[str]:
-    """What is to be said where rounding moves a pair's margin as much as tuning did.
-
-    Args:
-        sweep: content of `sweep.json`.
-        selection: content of `selection.json`.
-    """
-    nats = sweep.get("rounding", {}).get("from_float32")
-    winner = next(entry for entry in selection["ranking"] if entry["name"] == selection["winner"])
-    beta = next(entry["beta"] for entry in sweep["trials"] if entry["name"] == selection["winner"])
-    moved = abs(winner["metrics"]["eval_rewards/margins"]) / beta
-    if not nats or nats < moved:
+def rounding_warnings(sweep: SweepRecord, selection: Selection) -> list[str]:
+    """What is to be said where rounding moves a pair's margin as much as tuning did."""
+    rounding, winner = sweep.rounding, selection.ranking[0]
+    beta = next(entry.beta for entry in sweep.trials if entry.name == winner.name)
+    moved = abs(winner.metrics.margin) / beta
+    nats = rounding.from_float32 if rounding else None
+    if rounding is None or not nats or nats < moved:
         return []
     return [
-        f"rounding in {sweep['rounding']['dtype']} moves a pair's margin by {nats:.2g} nats on this machine, and "
+        f"rounding in {rounding.dtype} moves a pair's margin by {nats:.2g} nats on this machine, and "
         f"tuning moved it by {moved:.2g} on average: evaluate in float32 (--eval-dtype float32), train in it (--dtype "
         "float32), or train longer on more pairs"
     ]
 
 
-def _one_scale(results: Sequence[TrialResult], rule: Select) -> bool:
+def _one_scale(results: Sequence[TrialRecord], rule: Select) -> bool:
     """Whether the rule's metric means the same in all trials: beta is in margins, and more is in losses."""
     if rule in ("accuracy", "win_rate"):
         return True
@@ -203,51 +188,52 @@ def _one_scale(results: Sequence[TrialResult], rule: Select) -> bool:
     return all(len({getattr(result.trial, name) for result in results}) == 1 for name in settings)
 
 
-def _entry(result: TrialResult, records: Numbers, groups: Groups | None) -> dict[str, Any]:
-    return {
-        "name": result.trial.name,
-        "best_epoch": result.best_epoch,
-        "metrics": result.best_metrics,
-        "intervals": metric_intervals(records, groups),
-        "against_base": against_base(records, groups),
-    }
+def _ranked(result: TrialRecord, records: Numbers, groups: Groups | None) -> RankedTrial:
+    return RankedTrial(
+        name=result.name,
+        best_epoch=result.best.epoch,
+        metrics=result.best,
+        intervals=metric_intervals(records, groups),
+        against_base=against_base(records, groups),
+    )
 
 
 def _comparisons(
-    ranked: Sequence[TrialResult],
+    ranked: Sequence[TrialRecord],
     values: Numbers,
     corrected: Mapping[tuple[int, int], float],
     metric: str,
     groups: Groups | None,
-) -> list[dict[str, Any]]:
+) -> list[Comparison]:
     """The winner with each other trial, pair by pair, corrected for the number of comparisons of any two trials."""
     entries = []
     for place, result in enumerate(ranked[1:], 1):
         difference = values[:, 0] - values[:, place]
         p_value = corrected[0, place]
+        ((low, high),) = bootstrap_intervals(difference[:, None], groups)
         entries.append(
-            {
-                "name": result.trial.name,
-                "metric": metric,
-                "difference": float(difference.mean()),
-                "interval": bootstrap_intervals(difference[:, None], groups)[0].tolist(),
-                "p_corrected": p_value,
-                "differs": p_value < ALPHA,
-                "pairs_needed": pairs_needed(difference, len(corrected), groups, settled=p_value < ALPHA),
-            }
+            Comparison(
+                name=result.name,
+                metric=metric,
+                difference=float(difference.mean()),
+                interval=(float(low), float(high)),
+                p_corrected=p_value,
+                differs=p_value < ALPHA,
+                pairs_needed=pairs_needed(difference, len(corrected), groups, settled=p_value < ALPHA),
+            )
         )
     return entries
 
 
 def _verdict(
-    winner: TrialResult, comparisons: Sequence[dict[str, Any]], metric: str, unit: str, *, no_two_differ: bool
+    winner: TrialRecord, comparisons: Sequence[Comparison], metric: str, unit: str, *, no_two_differ: bool
 ) -> str:
     if not comparisons:
         return "one trial: there is nothing to compare it with"
-    alike = [entry for entry in comparisons if not entry["differs"]]
+    alike = [entry for entry in comparisons if not entry.differs]
     if not alike:
         return f"{winner.trial.name} differs from every other trial by {metric} on these {unit}"
-    needed = alike[0]["pairs_needed"]
+    needed = alike[0].pairs_needed
     settle = (
         f"about {needed:,} validation {unit.split()[1]} would settle it between the first two"
         if needed
@@ -255,17 +241,15 @@ def _verdict(
     )
     if no_two_differ:
         return f"no trial can be told from another by {metric} on these {unit}; {settle}"
-    names = ", ".join(entry["name"] for entry in alike)
+    names = ", ".join(entry.name for entry in alike)
     return f"{winner.trial.name} cannot be told from {names} by {metric} on these {unit}; {settle}"
 
 
-def _warnings(results: Sequence[TrialResult], rule: Select, validation_pairs: int) -> list[str]:
+def _warnings(results: Sequence[TrialRecord], rule: Select, validation_pairs: int) -> list[str]:
     warnings = []
     if not _one_scale(results, rule):
-        by_accuracy = sorted(results, key=lambda result: score(result.best_metrics, "accuracy"), reverse=True)
-        order = ", ".join(
-            f"{result.trial.name} {result.best_metrics['eval_rewards/accuracies']:.3f}" for result in by_accuracy
-        )
+        by_accuracy = sorted(results, key=lambda result: score(result.best, "accuracy"), reverse=True)
+        order = ", ".join(f"{result.trial.name} {result.best.accuracy:.3f}" for result in by_accuracy)
         what = "losses" if rule == "eval_loss" else "margins"
         parts = "beta is" if rule == "margin" else "beta, the kind of loss and its settings are"
         warnings.append(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
-from pairtune.runs import RunFolder, write_atomic
+from pairtune.files import write_atomic
+from pairtune.run.folder import Run
+from pairtune.run.metrics import Evaluation, TrainingStep
 
 
 class Sink(Protocol):
@@ -22,10 +24,10 @@ class Sink(Protocol):
             lines: that it has logged by then; what else is on record of it is of steps that will be made again.
         """
 
-    def log(self, trial: str, record: dict[str, Any]) -> None:
-        """One step or one evaluation: `step`, `epoch`, then metric names (an evaluation has `eval_loss`)."""
+    def log(self, trial: str, line: TrainingStep | Evaluation) -> None:
+        """One step or one evaluation."""
 
-    def busy(self, trials: Sequence[str], what: str, done: int, total: int) -> None:
+    def on_progress(self, trials: Sequence[str], what: str, done: int, total: int) -> None:
         """Trials do something besides their steps, and are so far with it."""
 
     def finish(self, trial: str, status: str, best_epoch: int | None) -> None:
@@ -35,20 +37,20 @@ class Sink(Protocol):
 class JsonlSink:
     """Appends each record to the trial's `metrics.jsonl`, a line a record, on disk at once."""
 
-    def __init__(self, run: RunFolder) -> None:
+    def __init__(self, run: Run) -> None:
         self._run = run
 
     def start(self, trial: str, total_steps: int, steps: int, lines: int) -> None:
-        file = self._run.trial(trial).metrics
+        file = self._run.paths.trial(trial).metrics
         kept = file.read_bytes().splitlines(keepends=True)[:lines] if file.is_file() else []
         write_atomic(file, b"".join(kept))
 
-    def log(self, trial: str, record: dict[str, Any]) -> None:
-        line = json.dumps(record, allow_nan=True)  # a loss that is NaN is on record as NaN
-        with self._run.trial(trial).metrics.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    def log(self, trial: str, line: TrainingStep | Evaluation) -> None:
+        text = json.dumps(line.metrics(), allow_nan=True)  # a loss that is NaN is on record as NaN
+        with self._run.paths.trial(trial).metrics.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
 
-    def busy(self, trials: Sequence[str], what: str, done: int, total: int) -> None:
+    def on_progress(self, trials: Sequence[str], what: str, done: int, total: int) -> None:
         pass
 
     def finish(self, trial: str, status: str, best_epoch: int | None) -> None:
@@ -65,13 +67,13 @@ class Sinks:
         for sink in self._sinks:
             sink.start(trial, total_steps, steps, lines)
 
-    def log(self, trial: str, record: dict[str, Any]) -> None:
+    def log(self, trial: str, line: TrainingStep | Evaluation) -> None:
         for sink in self._sinks:
-            sink.log(trial, record)
+            sink.log(trial, line)
 
-    def busy(self, trials: Sequence[str], what: str, done: int, total: int) -> None:
+    def on_progress(self, trials: Sequence[str], what: str, done: int, total: int) -> None:
         for sink in self._sinks:
-            sink.busy(trials, what, done, total)
+            sink.on_progress(trials, what, done, total)
 
     def finish(self, trial: str, status: str, best_epoch: int | None) -> None:
         for sink in self._sinks:

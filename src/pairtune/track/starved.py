@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+
+from pairtune.run.metrics import Evaluation, TrainingStep
 
 # Seconds over which waiting is measured, and the share of it from which it is said.
 _SECONDS, _SHARE = 15.0, 0.25
@@ -26,17 +27,20 @@ class StarvedSink:
     def start(self, trial: str, total_steps: int, steps: int, lines: int) -> None:
         """Nothing: only steps take time."""
 
-    def log(self, trial: str, record: dict[str, Any]) -> None:
+    def log(self, trial: str, line: TrainingStep | Evaluation) -> None:
         """Look again, where enough time has passed since the last look."""
-        if not self._said and time.monotonic() - self._since >= _SECONDS:
-            self.look()
+        self._look_again()
 
-    def busy(self, trials: Sequence[str], what: str, done: int, total: int) -> None:
+    def on_progress(self, trials: Sequence[str], what: str, done: int, total: int) -> None:
         """The same: evaluations take time too."""
-        self.log("", {})
+        self._look_again()
 
     def finish(self, trial: str, status: str, best_epoch: int | None) -> None:
         """Nothing is left to say."""
+
+    def _look_again(self) -> None:
+        if not self._said and time.monotonic() - self._since >= _SECONDS:
+            self.look()
 
     def look(self) -> None:
         """Compare with the last look."""

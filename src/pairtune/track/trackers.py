@@ -11,17 +11,17 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any, Protocol
 
 from pairtune.config import Track, TrialConfig
-from pairtune.errors import BadInput, one_line
-from pairtune.runs import RunFolder, fingerprint
+from pairtune.errors import one_line
+from pairtune.extras import require
+from pairtune.files import fingerprint
+from pairtune.run.folder import Run
+from pairtune.run.metrics import Evaluation, TrainingStep
+from pairtune.run.records import Selection
 
-_PACKAGES: dict[Track, str] = {"wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow"}
 _PROJECT = "pairtune"
-# Of the choice, what a tracker shows of the run as a whole.
-_CONCLUSION = ("winner", "best_epoch", "metric", "value", "verdict")
 _WANDB_WAITS = 30  # seconds, where there may be no network
 
 
@@ -37,21 +37,20 @@ class Tracker(Protocol):
     def close(self, trial: str, summary: Mapping[str, Any]) -> None:
         """A trial has ended."""
 
-    def conclude(self, run: RunFolder, summary: Mapping[str, Any]) -> None:
+    def conclude(self, run: Run, summary: Mapping[str, Any]) -> None:
         """The run has ended, its report is written."""
 
 
 def check_trackers(names: Sequence[Track]) -> None:
     """Raise BadInput where the package of a tracker is missing; before anything is trained."""
     for name in names:
-        if find_spec(_PACKAGES[name]) is None:
-            raise BadInput(f"--track {name}: needs the package {_PACKAGES[name]}; pip install 'pairtune[{name}]'")
+        require(name, f"--track {name}")
 
 
 Say = Callable[[str], None]
 
 
-def open_tracker(name: Track, run: RunFolder, say: Say) -> Tracker:
+def open_tracker(name: Track, run: Run, say: Say) -> Tracker:
     """The tracker called `name`."""
     if name == "wandb":
         return WandbTracker(run, say)
@@ -68,7 +67,7 @@ class TrackerSink:
         say: is told when the tracker fails, once.
     """
 
-    def __init__(self, name: Track, run: RunFolder, trial: Callable[[str], TrialConfig], say: Say) -> None:
+    def __init__(self, name: Track, run: Run, trial: Callable[[str], TrialConfig], say: Say) -> None:
         self._name, self._trial, self._say = name, trial, say
         self._tracker: Tracker | None = None
         self._losses: dict[tuple[str, int], float] = {}
@@ -81,13 +80,13 @@ class TrackerSink:
         with self._tolerating() as tracker:
             tracker.open(self._trial(trial), steps)
 
-    def log(self, trial: str, record: dict[str, Any]) -> None:
-        if "eval_loss" in record:
-            self._losses[trial, int(record["epoch"])] = record["eval_loss"]
+    def log(self, trial: str, line: TrainingStep | Evaluation) -> None:
+        if isinstance(line, Evaluation):
+            self._losses[trial, line.epoch] = line.eval_loss
         with self._tolerating() as tracker:
-            tracker.log(trial, int(record["step"]), tracked_names(record))
+            tracker.log(trial, line.step, tracked_names(line))
 
-    def busy(self, trials: Sequence[str], what: str, done: int, total: int) -> None:
+    def on_progress(self, trials: Sequence[str], what: str, done: int, total: int) -> None:
         pass
 
     def finish(self, trial: str, status: str, best_epoch: int | None) -> None:
@@ -105,10 +104,11 @@ class TrackerSink:
         for trial in sorted(self._open):
             self.finish(trial, "interrupted", None)
 
-    def conclude(self, run: RunFolder, selection: Mapping[str, Any]) -> None:
+    def conclude(self, run: Run, selection: Selection) -> None:
         """Hand over the choice and the report."""
+        shown = selection.model_dump(include={"winner", "best_epoch", "metric", "value", "verdict"})
         with self._tolerating() as tracker:
-            tracker.conclude(run, {name: selection[name] for name in _CONCLUSION})
+            tracker.conclude(run, shown)
 
     @contextmanager
     def _tolerating(self) -> Iterator[Any]:
@@ -129,17 +129,16 @@ class _Silent:
     open = log = close = conclude = _nothing
 
 
-def tracked_names(record: Mapping[str, Any]) -> dict[str, float]:
-    """A record under the names of transformers' trackers: `train/…` and `eval/…`; what is no number is left out."""
-    evaluation, named = "eval_loss" in record, {}
-    for name, value in record.items():
-        if not isinstance(value, int | float) or name == "step":
-            continue
+def tracked_names(line: TrainingStep | Evaluation) -> dict[str, float]:
+    """A line under the names of transformers' trackers: `train/…` and `eval/…`."""
+    named = {}
+    for name, value in line.metrics().items():
         part = "eval/" + name.removeprefix("eval_") if name.startswith("eval_") else f"train/{name}"
-        if name == "loss" and evaluation:
+        if name == "loss" and isinstance(line, Evaluation):
             part = "train/epoch_loss"
-        named[part] = float(value)
-    return named | {"train/global_step": float(record["step"])}
+        if name != "step":
+            named[part] = float(value)
+    return named | {"train/global_step": float(line.step)}
 
 
 class WandbTracker:
@@ -149,11 +148,11 @@ class WandbTracker:
     at the start; once a run is open its own process retries.
     """
 
-    def __init__(self, run: RunFolder, say: Say) -> None:
+    def __init__(self, run: Run, say: Say) -> None:
         import wandb
 
         self._wandb, self._root, self._say = wandb, run.root.resolve(), say
-        self._started = run.environment.read_text(encoding="utf-8") if run.environment.is_file() else ""
+        self._started = run.environment.started if run.environment else ""
         self._mode: Any = None  # as the environment has it
         self._runs: dict[str, Any] = {}
 
@@ -168,10 +167,10 @@ class WandbTracker:
         tracked.summary.update(dict(summary))
         tracked.finish()
 
-    def conclude(self, run: RunFolder, summary: Mapping[str, Any]) -> None:
+    def conclude(self, run: Run, summary: Mapping[str, Any]) -> None:
         tracked = self._init("result", "result", {})
         tracked.summary.update(dict(summary))
-        tracked.log({"report": self._wandb.Html(run.report.read_text(encoding="utf-8"))})
+        tracked.log({"report": self._wandb.Html(run.paths.report.read_text(encoding="utf-8"))})
         tracked.finish()
 
     def _init(self, name: str, kind: str, config: dict[str, Any]) -> Any:
@@ -201,8 +200,8 @@ class WandbTracker:
 class TensorboardTracker:
     """Event files in the run folder's `tensorboard/`, a folder a trial."""
 
-    def __init__(self, run: RunFolder) -> None:
-        self._folder = run.tensorboard
+    def __init__(self, run: Run) -> None:
+        self._folder = run.paths.tensorboard
         self._writers: dict[str, Any] = {}
 
     def open(self, trial: TrialConfig, steps: int) -> None:
@@ -220,19 +219,19 @@ class TensorboardTracker:
         writer.add_text("summary", str(dict(summary)))
         writer.close()
 
-    def conclude(self, run: RunFolder, summary: Mapping[str, Any]) -> None:
+    def conclude(self, run: Run, summary: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(self._folder / "result"))
         writer.add_text("result", str(dict(summary)))
-        writer.add_text("report", run.report_text.read_text(encoding="utf-8"))
+        writer.add_text("report", run.paths.report_text.read_text(encoding="utf-8"))
         writer.close()
 
 
 class MlflowTracker:
     """MLflow, at `MLFLOW_TRACKING_URI` or where its own default is; a run's trials are children of one parent run."""
 
-    def __init__(self, run: RunFolder) -> None:
+    def __init__(self, run: Run) -> None:
         from mlflow import MlflowClient
 
         self._client = MlflowClient()
@@ -260,8 +259,8 @@ class MlflowTracker:
         status = {"finished": "FINISHED", "pruned": "KILLED", "interrupted": "KILLED"}
         self._client.set_terminated(tracked, status.get(summary["status"], "FAILED"))
 
-    def conclude(self, run: RunFolder, summary: Mapping[str, Any]) -> None:
+    def conclude(self, run: Run, summary: Mapping[str, Any]) -> None:
         for name, value in summary.items():
             self._client.set_tag(self._parent, name, value)
-        self._client.log_artifact(self._parent, str(run.report))
+        self._client.log_artifact(self._parent, str(run.paths.report))
         self._client.set_terminated(self._parent)

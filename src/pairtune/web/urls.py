@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from django.urls import path
 
-from pairtune.web import chat, pairs, runs
+from pairtune.web import chat, pair_browser, run_pages
 
 urlpatterns = [
     path("", chat.chat, name="chat"),
@@ -18,11 +18,11 @@ urlpatterns = [
     path("answers/<int:pk>/again", chat.again, name="again"),
     path("answers/<int:pk>/choose", chat.choose, name="choose"),
     path("turns/<int:pk>/branch", chat.branch, name="branch"),
-    path("runs/", runs.runs, name="runs"),
-    path("runs/new", runs.new, name="new-run"),
-    path("runs/<str:name>/", runs.run, name="run"),
-    path("runs/<str:name>/report", runs.report, name="report"),
-    path("runs/<str:name>/dismiss", runs.dismiss, name="dismiss"),
-    path("runs/<str:name>/pairs", pairs.pairs, name="pairs"),
-    path("runs/<str:name>/download/<str:what>", runs.download, name="download"),
+    path("runs/", run_pages.runs, name="runs"),
+    path("runs/new", run_pages.new, name="new-run"),
+    path("runs/<str:name>/", run_pages.run, name="run"),
+    path("runs/<str:name>/report", run_pages.report, name="report"),
+    path("runs/<str:name>/dismiss", run_pages.dismiss, name="dismiss"),
+    path("runs/<str:name>/pairs", pair_browser.pairs, name="pairs"),
+    path("runs/<str:name>/download/<str:what>", run_pages.download, name="download"),
 ]

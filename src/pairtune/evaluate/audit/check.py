@@ -3,44 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from pairtune.evaluate.audit import claims, learning, numbers, starts
 from pairtune.evaluate.audit.evidence import Evidence
-from pairtune.evaluate.audit.findings import LEVELS, Finding, Rule
+from pairtune.evaluate.audit.rule import Rule, finding_of
+from pairtune.run.records import LEVELS, AuditRecord, Finding
 
 RULES: tuple[Rule, ...] = starts.RULES + numbers.RULES + learning.RULES + claims.RULES
 
 
 def find(evidence: Evidence, rules: Sequence[Rule] = RULES) -> list[Finding]:
     """What the rules find, the worst first and otherwise in the order of the rules."""
-    found = [Finding.of(rule, hit) for rule in rules if not rule.needs(evidence) for hit in rule.check(evidence)]
+    found = [finding_of(rule, hit) for rule in rules if not rule.needs(evidence) for hit in rule.check(evidence)]
     return sorted(found, key=lambda finding: LEVELS.index(finding.level))
 
 
-def audit(evidence: Evidence) -> dict[str, Any]:
-    """The content of `audit.json`.
-
-    Returns:
-        `source`, `kind`, `trials` (names), `findings` (see `Finding`), `passed` (ids of rules that looked and found
-        nothing), `not_checked` (what a rule lacked, by its id), `partly_checked` (of rules that passed, what they
-        lacked, by trial), and `verdict`: the worst level found, or "clean".
-    """
+def audit(evidence: Evidence) -> AuditRecord:
+    """What the rules find, what passed, and what could not be checked."""
     findings = find(evidence)
     hit = {finding.rule for finding in findings}
     unseen = {rule.id: rule.unseen(evidence) for rule in RULES if rule.id not in hit}
     lacking = {name: missing for name, (missing, _) in unseen.items() if missing}
     worst = [level for level in LEVELS if any(finding.level == level for finding in findings)]
-    return {
-        "source": str(evidence.source),
-        "kind": evidence.kind,
-        "trials": [trial.name for trial in evidence.trials],
-        "findings": [finding.as_dict() for finding in findings],
-        "passed": [rule.id for rule in RULES if rule.id not in hit and rule.id not in lacking],
-        "not_checked": lacking,
-        "partly_checked": {name: trials for name, (missing, trials) in unseen.items() if trials and not missing},
-        "verdict": worst[0] if worst else "clean",
-    }
+    return AuditRecord(
+        source=str(evidence.source),
+        kind=evidence.kind,
+        trials=[trial.name for trial in evidence.trials],
+        findings=findings,
+        passed=[rule.id for rule in RULES if rule.id not in hit and rule.id not in lacking],
+        not_checked=lacking,
+        partly_checked={name: trials for name, (missing, trials) in unseen.items() if trials and not missing},
+        verdict=worst[0] if worst else "clean",
+    )
 
 
 def find_live(evidence: Evidence) -> list[Finding]:

@@ -8,7 +8,7 @@ from itertools import combinations
 
 from pairtune.config import source_name
 from pairtune.evaluate.audit.evidence import Evidence, TrialLog
-from pairtune.evaluate.audit.findings import Hit, Rule
+from pairtune.evaluate.audit.rule import Hit, Rule
 from pairtune.statistics import ALPHA, share_interval
 
 _FEW_ROWS = 100
@@ -65,7 +65,7 @@ def _accuracy(trial: TrialLog) -> float:
 
 
 def _ranked_across_betas(evidence: Evidence) -> Iterator[Hit]:
-    if evidence.selection.get("rule") == "accuracy":
+    if evidence.selection and evidence.selection.rule == "accuracy":
         return
     judged = _ranked(evidence)
     betas = {round(evidence.betas[trial.name], 3) for trial in judged}
@@ -89,9 +89,9 @@ def _order(trials: list[TrialLog]) -> str:
 
 def _unsettled(evidence: Evidence) -> Iterator[Hit]:
     if evidence.selection:
-        if not evidence.selection.get("settled", True) and evidence.selection.get("comparisons"):
-            alike = [entry["name"] for entry in evidence.selection["comparisons"] if not entry["differs"]]
-            yield Hit("note", (evidence.selection["winner"], *alike), evidence.selection["verdict"])
+        if not evidence.selection.settled and evidence.selection.comparisons:
+            alike = [entry.name for entry in evidence.selection.comparisons if not entry.differs]
+            yield Hit("note", (evidence.selection.winner, *alike), evidence.selection.verdict)
         return
     for rows, trials in _by_rows(evidence).items():
         judged = [trial for trial in trials if math.isfinite(_accuracy(trial))]
@@ -129,15 +129,17 @@ def _splits_overlap(evidence: Evidence) -> Iterator[Hit]:
 
 
 def _much_is_cut(evidence: Evidence) -> Iterator[Hit]:
-    limit = evidence.data.get("max_length")
-    for source in evidence.data.get("sources", []):
-        too_long = sum(rows for reason, rows in source["dropped"].items() if reason.startswith("longer than"))
-        cut, rows = source["shortened"] + too_long, source["rows_in"]
+    if evidence.data is None:
+        return
+    limit = evidence.data.max_length
+    for source in evidence.data.sources:
+        too_long = sum(rows for reason, rows in source.dropped.items() if reason.startswith("longer than"))
+        cut, rows = source.shortened + too_long, source.rows_in
         if rows and cut > _CUT_SHARE * rows:
             yield Hit(
                 "warning" if cut > _CUT_MUCH * rows else "note",
                 (),
-                f"{source_name(source['source'])} ({source['split']}): at {limit} tokens {source['shortened']} of "
+                f"{source_name(source.source)} ({source.split}): at {limit} tokens {source.shortened} of "
                 f"{rows} prompts lost their oldest turns, and {too_long} pairs were left out",
             )
 
@@ -161,7 +163,7 @@ def _ranked(evidence: Evidence) -> list[TrialLog]:
 
 def _no_comparison(evidence: Evidence) -> str:
     if evidence.selection:
-        return "" if evidence.selection.get("comparisons") else "two trials"
+        return "" if evidence.selection.comparisons else "two trials"
     by_rows = _by_rows(evidence).values()
     known = any(sum(math.isfinite(_accuracy(trial)) for trial in trials) > 1 for trials in by_rows)
     return "" if known else "two trials with accuracies, and the number of validation rows"
@@ -177,7 +179,8 @@ def _no_prompts(evidence: Evidence) -> str:
 
 
 def _no_data(evidence: Evidence) -> str:
-    return "" if any(source["rows_in"] for source in evidence.data.get("sources", [])) else "an account of the rows"
+    sources = evidence.data.sources if evidence.data else []
+    return "" if any(source.rows_in for source in sources) else "an account of the rows"
 
 
 RULES = (

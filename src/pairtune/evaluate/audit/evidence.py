@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from pairtune.run.records import DataRecord, Generations, Selection
 from pairtune.statistics import Numbers
 
 # A step or an evaluation: `epoch`, `step` where they are known, then metrics under TRL's names, without `eval_`.
@@ -155,18 +155,18 @@ class Evidence:
         source: what was read.
         kind: in words, for example "CSV".
         trials: in the order in which they were run.
-        selection: content of `selection.json`.
-        data: content of `data.json`.
-        generations: content of `generations.json`.
+        selection: the choice, where one is on record.
+        data: the account of the rows, where there is one.
+        generations: answers to held-out prompts, where there are some.
         prompts: hashes of the prompts of each split.
     """
 
     source: Path
     kind: str
     trials: Sequence[TrialLog]
-    selection: Mapping[str, Any] = field(default_factory=dict)
-    data: Mapping[str, Any] = field(default_factory=dict)
-    generations: Mapping[str, Any] = field(default_factory=dict)
+    selection: Selection | None = None
+    data: DataRecord | None = None
+    generations: Generations | None = None
     prompts: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 from pairtune.errors import BadInput, one_line
 from pairtune.evaluate.audit.evidence import Evidence, TrialLog
-from pairtune.evaluate.audit.runs import add_row
+from pairtune.evaluate.audit.own_runs import add_row
+from pairtune.extras import require
 
 STATE = "trainer_state.json"
 
@@ -234,11 +235,10 @@ _WHOLE, _FIRST, _LAST = 1, 2, 4
 
 def _wandb_records(file: Path) -> Iterator[Any]:
     """The records of a run's file; one whose writer was killed ends with its last whole record."""
-    try:
-        from google.protobuf.message import DecodeError
-        from wandb.proto.wandb_internal_pb2 import Record
-    except ImportError:
-        raise BadInput(f"{file}: reading W&B runs needs its package; pip install 'pairtune[wandb]'") from None
+    require("wandb", f"{file}: a W&B run")
+    from google.protobuf.message import DecodeError
+    from wandb.proto.wandb_internal_pb2 import Record
+
     content = file.read_bytes()
     if not content.startswith(_WANDB_HEADER):
         raise BadInput(f"{file}: is no W&B run")

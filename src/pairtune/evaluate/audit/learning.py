@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 from pairtune.evaluate.audit.evidence import Evidence, TrialLog
-from pairtune.evaluate.audit.findings import Hit, Level, Rule
+from pairtune.evaluate.audit.rule import Hit, Rule
+from pairtune.run.records import AnswerSummary, Level
 from pairtune.statistics import Numbers, share_interval
 
 # Likelihood displacement: the chosen answers lose this share of their log-prob, and at least so many nats.
@@ -98,7 +98,7 @@ def _interval(right: Numbers) -> tuple[float, float]:
 
 def _answers_change_length(evidence: Evidence) -> Iterator[Hit]:
     for name, base, tuned in _tuned_answers(evidence):
-        before, after = base["median_tokens"], tuned["median_tokens"]
+        before, after = base.median_tokens, tuned.median_tokens
         if before and (after > _LONGER * before or after < _SHORTER * before):
             yield Hit("note", (name,), f"median length of answers {after:.0f} tokens, the base's {before:.0f}")
 
@@ -106,35 +106,36 @@ def _answers_change_length(evidence: Evidence) -> Iterator[Hit]:
 def _answers_break(evidence: Evidence) -> Iterator[Hit]:
     for name, base, tuned in _tuned_answers(evidence):
         worse = [
-            (tuned["empty_share"] - base["empty_share"] > _EMPTY_SHARE, "empty_share", "empty answers"),
+            ("empty answers", tuned.empty_share, base.empty_share, _EMPTY_SHARE),
+            ("answers that end by themselves", tuned.ended_share, base.ended_share, -_FEWER_ENDED),
+            ("repeated phrases", tuned.repeated_share, base.repeated_share, _MORE_REPEATED),
             (
-                base["ended_share"] - tuned["ended_share"] > _FEWER_ENDED,
-                "ended_share",
-                "answers that end by themselves",
-            ),
-            (tuned["repeated_share"] - base["repeated_share"] > _MORE_REPEATED, "repeated_share", "repeated phrases"),
-            (
-                tuned["other_language_share"] - base["other_language_share"] > _EMPTY_SHARE,
-                "other_language_share",
                 "answers in another language than the prompt",
+                tuned.other_language_share,
+                base.other_language_share,
+                _EMPTY_SHARE,
             ),
         ]
-        said = [f"{words} {tuned[field]:.0%} (base {base[field]:.0%})" for found, field, words in worse if found]
+        said = [
+            f"{words} {after:.0%} (base {before:.0%})"
+            for words, after, before, room in worse
+            if (after - before > room if room > 0 else after - before < room)
+        ]
         if said:
-            level: Level = "error" if tuned["empty_share"] > 0.5 else "warning"
+            level: Level = "error" if tuned.empty_share > 0.5 else "warning"
             yield Hit(level, (name,), f"on {evidence_size(evidence)} held-out prompts: {', '.join(said)}")
 
 
 def evidence_size(evidence: Evidence) -> int:
     """How many prompts were answered."""
-    return len(evidence.generations["prompts"])
+    return len(evidence.generations.prompts) if evidence.generations else 0
 
 
-def _tuned_answers(evidence: Evidence) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    models = evidence.generations.get("models", {})
+def _tuned_answers(evidence: Evidence) -> Iterator[tuple[str, AnswerSummary, AnswerSummary]]:
+    models = evidence.generations.models if evidence.generations else {}
     for name, model in models.items():
         if name != "base":
-            yield name, models["base"]["summary"], model["summary"]
+            yield name, models["base"].summary, model.summary
 
 
 def _below_chance(evidence: Evidence) -> Iterator[Hit]:
@@ -185,7 +186,8 @@ def _no_answers(evidence: Evidence) -> str:
 
 
 def _no_answers_of(trial: TrialLog, evidence: Evidence) -> str:
-    return "" if trial.name in evidence.generations.get("models", {}) else "its answers to held-out prompts"
+    answered = evidence.generations.models if evidence.generations else {}
+    return "" if trial.name in answered else "its answers to held-out prompts"
 
 
 def _no_chance(trial: TrialLog, evidence: Evidence) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 
 from pairtune.evaluate.audit.evidence import RUN_FOLDER, Evidence, Row, TrialLog
-from pairtune.evaluate.audit.findings import Hit, Rule
+from pairtune.evaluate.audit.rule import Hit, Rule
 
 LN_2 = math.log(2)
 # Losses whose value at the base is ln 2, and that no finite margin brings to exactly 0.

@@ -12,7 +12,8 @@ from pairtune.evaluate.audit.foreign import (
     evidence_of_trainer_states,
     evidence_of_wandb,
 )
-from pairtune.evaluate.audit.runs import evidence_of_run
+from pairtune.evaluate.audit.own_runs import evidence_of_run
+from pairtune.run.folder import find_run, is_run
 
 _KINDS = "a run folder, a trainer_state.json (or a folder with some), a .csv, or a W&B offline run"
 
@@ -28,8 +29,8 @@ def read_evidence(path: Path) -> Evidence:
         if reader := readers.get(path.suffix.lower()):
             return reader(path)
     elif path.is_dir():
-        if (path / "config.yaml").is_file() and (path / "data.json").is_file():
-            return evidence_of_run(path)
+        if (found := find_run(path)) and is_run(found[0].root):
+            return evidence_of_run(found[0].root)
         if next(path.rglob(STATE), None):
             return evidence_of_trainer_states(path)
         if next(path.rglob("*.wandb"), None):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from pairtune.evaluate.audit.evidence import ANSWERS, BETA_SHARE, SAME_BASE_NATS, Evidence, Row, TrialLog
-from pairtune.evaluate.audit.findings import Hit, Rule
+from pairtune.evaluate.audit.rule import Hit, Rule
 
 # Nats that a mean log-prob may be off at the first step: rounding in bfloat16 is a few tenths for a single answer.
 _START_NATS = 1.0

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from django import template
 from django.utils.safestring import SafeString
 
+from pairtune.run.records import Measured
 from pairtune.web import text
 
 register = template.Library()
@@ -20,11 +18,9 @@ def markdown(value: str) -> SafeString:
 
 
 @register.filter
-def interval(entry: Mapping[str, Any], metric: str) -> str:
-    """A metric with its 95 % interval, where it has one."""
-    value = entry["metrics"][metric]
-    bounds = entry.get("intervals", {}).get(metric)
-    return f"{value:.4f}" + (f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else "")
+def interval(entry: Measured, metric: str) -> str:
+    """A metric with its 95 % interval."""
+    return entry.with_interval(metric)
 
 
 @register.filter

@@ -1,0 +1,239 @@
+"""The data doctor: what a source holds, what is wrong with it, and what a model would see of it.
+
+Reads every row once and stops at none. What is kept in memory per pair are hashes and lengths.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pairtune.chat_templates import special_tokens
+from pairtune.data.inspection import (
+    DataFinding,
+    DroppedRows,
+    Inspection,
+    LengthSummary,
+    LongerWins,
+    PromptCounts,
+    SpecialTokens,
+    Verdict,
+)
+from pairtune.data.preference import BadRow, LeftOut
+from pairtune.data.source_reader import SourceReader, describe_fault
+from pairtune.data.sources import SourceRow
+from pairtune.data.splits import Prompt, group_prompts
+from pairtune.data.tokens import PairTokenizer, TokenizedPair, decode_pair
+from pairtune.run.records import Level
+from pairtune.statistics import longer_wins
+
+# Upper bounds of the length histogram, in tokens; the last bin is open.
+BINS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+_PLACES = 5
+
+# When a count becomes a warning; a share of the pairs unless said otherwise.
+MANY_DUPLICATES = 0.01
+MANY_TOO_LONG = 0.05
+LENGTH_BIAS = 0.1  # distance of the accuracy of "the longer answer wins" from a half
+FEW_PAIRS = 100
+UNUSABLE = 0.5  # of the rows
+
+
+def inspect_source(
+    reader: SourceReader, tokenizer: Any, max_length: int, on_progress: Callable[[int], None] = lambda rows: None
+) -> Inspection:
+    """Examine a source.
+
+    Args:
+        reader: the opened source.
+        tokenizer: of the model that would be tuned.
+        max_length: as for training, in tokens.
+        on_progress: told how many rows have been read.
+
+    Raises:
+        BadInput: the source is damaged so that its rows cannot be told.
+    """
+    encoder = PairTokenizer(tokenizer, max_length)
+    seen = _Seen(_special_tokens(tokenizer))
+    for batch in reader.encoded(encoder.encode_whole):
+        whole = [result for _, result in batch]
+        for (row, _), result, used in zip(batch, whole, encoder.fit(whole), strict=True):
+            seen.take(row, result, used)
+        on_progress(seen.rows)
+    found = seen.summary(reader, tokenizer, encoder)
+    findings = list(_findings(found))
+    levels = {finding.level for finding in findings}
+    verdict: Verdict = "not usable" if "error" in levels else "ok with warnings" if "warning" in levels else "ok"
+    return found.model_copy(update={"findings": findings, "verdict": verdict})
+
+
+def _special_tokens(tokenizer: Any) -> re.Pattern[str]:
+    tokens = sorted((token for token in special_tokens(tokenizer) if len(token) > 1), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+
+
+@dataclass
+class _Seen:
+    """What has been seen of a source so far."""
+
+    special: re.Pattern[str]
+    rows: int = 0
+    kept: int = 0
+    dropped: dict[str, DroppedRows] = field(default_factory=dict)
+    lengths: list[tuple[int, int, int]] = field(default_factory=list)
+    prompts: list[Prompt] = field(default_factory=list)
+    answers: Counter[tuple[int, int, int]] = field(default_factory=Counter)
+    shortened: int = 0
+    with_special: list[str] = field(default_factory=list)
+    example: TokenizedPair | None = None
+
+    def take(self, row: SourceRow, whole: TokenizedPair | BadRow, used: TokenizedPair | BadRow) -> None:
+        """Note a row: its lengths as it stands in the source, everything else as it would be used."""
+        self.rows += 1
+        if isinstance(whole, TokenizedPair):
+            self.lengths.append((len(whole.prompt_ids), len(whole.chosen_ids), len(whole.rejected_ids)))
+        if isinstance(used, TokenizedPair):
+            self._keep(used)
+        else:
+            self._drop(row, used)
+
+    def _drop(self, row: SourceRow, fault: BadRow) -> None:
+        known = self.dropped.get(fault.reason)
+        places = known.places if known else []
+        if len(places) < _PLACES:
+            places = [*places, describe_fault(row, fault)]
+        rows = known.rows + 1 if known else 1
+        self.dropped[fault.reason] = DroppedRows(rows=rows, stops=not isinstance(fault, LeftOut), places=places)
+
+    def _keep(self, result: TokenizedPair) -> None:
+        pair = result.pair
+        self.kept += 1
+        self.example = self.example or result
+        self.shortened += result.turns_cut > 0
+        prompt = Prompt.of(pair.prompt)
+        self.prompts.append(prompt)
+        self.answers[prompt.whole[0], hash(pair.chosen), hash(pair.rejected)] += 1
+        texts = (*(turn["content"] for turn in pair.prompt), pair.chosen, pair.rejected)
+        if any(self.special.search(text) for text in texts):
+            self.with_special.append(pair.origin)
+
+    def summary(self, reader: SourceReader, tokenizer: Any, encoder: PairTokenizer) -> Inspection:
+        """Everything but what follows from it."""
+        lengths = np.array(self.lengths, dtype=np.int64).reshape(-1, 3)
+        prompt, chosen, rejected = lengths.T
+        longer = prompt + np.maximum(chosen, rejected)
+        of_parts = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "prompt and longer answer": longer}
+        swapped = {(asked, worse, better) for asked, better, worse in self.answers} & self.answers.keys()
+        return Inspection(
+            source=reader.source.name,
+            format=reader.format,
+            max_length=encoder.max_length,
+            rows_in=self.rows,
+            kept=self.kept,
+            dropped=self.dropped,
+            lengths={name: _length_summary(values) for name, values in of_parts.items()},
+            lengths_up_to=BINS,
+            longer_wins=_longer_wins(chosen, rejected),
+            shortened=self.shortened,
+            prompts=PromptCounts(
+                different=len({prompt.whole for prompt in self.prompts}),
+                unrelated=len(set(group_prompts(self.prompts))),
+            ),
+            duplicates=sum(times - 1 for times in self.answers.values()),
+            conflicts=sum(self.answers[key] for key in swapped),
+            special_tokens=SpecialTokens(pairs=len(self.with_special), places=self.with_special[:_PLACES]),
+            example=decode_pair(tokenizer, self.example) if self.example else None,
+            template_warnings=encoder.warnings,
+        )
+
+
+def _length_summary(values: np.ndarray) -> LengthSummary | None:
+    if not len(values):
+        return None
+    counts, _ = np.histogram(values, bins=[0, *(edge + 1 for edge in BINS), np.iinfo(np.int64).max])
+    middle, high = np.percentile(values, [50, 95])
+    return LengthSummary(
+        mean=round(float(values.mean()), 1),
+        median=round(float(middle), 1),
+        p95=round(float(high), 1),
+        max=int(values.max()),
+        histogram=counts.tolist(),
+    )
+
+
+def _longer_wins(chosen: np.ndarray, rejected: np.ndarray) -> LongerWins | None:
+    found = longer_wins(chosen, rejected)
+    if found.value is None:
+        return None
+    low, high = found.interval
+    return LongerWins(
+        accuracy=round(found.value, 4),
+        interval=(round(low, 4), round(high, 4)),
+        same_length=int((chosen == rejected).sum()),
+    )
+
+
+def _findings(found: Inspection) -> Iterator[DataFinding]:
+    """What a person should know before training, worst first within each kind."""
+
+    def finding(level: Level, message: str) -> DataFinding:
+        return DataFinding(level=level, message=message)
+
+    rows, kept = found.rows_in, found.kept
+    faulty = {reason: entry for reason, entry in found.dropped.items() if entry.stops}
+    left_out = {reason: entry for reason, entry in found.dropped.items() if not entry.stops}
+    if not kept:
+        yield finding("error", "no row is a usable pair" if rows else "it is empty")
+    faults = sum(entry.rows for entry in faulty.values())
+    if faults:
+        level: Level = "error" if faults > UNUSABLE * rows else "warning"
+        yield finding(level, f"{_share(faults, rows)} rows have faults; tune stops at the first, or --on-bad-row skip")
+    if left_out:
+        what = ", ".join(f"{entry.rows:,} {reason}" for reason, entry in left_out.items())
+        yield finding("note", f"rows that hold no usable preference are left out: {what}")
+    if not kept:
+        return
+    yield from (finding("warning", message) for message in found.template_warnings)
+    if kept < FEW_PAIRS:
+        yield finding("warning", f"{kept} pairs are few: what a tuned model gains on them will hardly show")
+    if found.conflicts:
+        yield finding("warning", f"{found.conflicts:,} pairs contradict another one: same answers, opposite choice")
+    if found.duplicates:
+        level = "warning" if found.duplicates > MANY_DUPLICATES * kept else "note"
+        yield finding(level, f"{_share(found.duplicates, kept)} pairs repeat another one")
+    if found.prompts.unrelated < found.prompts.different:
+        yield finding(
+            "note",
+            f"{found.prompts.different:,} different prompts are {found.prompts.unrelated:,} unrelated ones: some "
+            "continue a conversation or are nearly the same, and stay in one split",
+        )
+    limit = found.max_length
+    fitting = left_out.get(f"longer than {limit} tokens")
+    too_long, cut = fitting.rows if fitting else 0, found.shortened
+    if too_long + cut:
+        level = "warning" if too_long + cut > MANY_TOO_LONG * rows else "note"
+        what = f"{_share(cut, rows)} prompts lose their oldest turns, {_share(too_long, rows)} pairs do not fit"
+        yield finding(level, f"at --max-length {limit}, {what}")
+    if (longer := found.longer_wins) and abs(longer.accuracy - 0.5) > LENGTH_BIAS and not _spans(longer.interval, 0.5):
+        which = "longer" if longer.accuracy > 0.5 else "shorter"
+        better = max(longer.accuracy, 1 - longer.accuracy)
+        yield finding("warning", f"the {which} answer wins {better:.0%} of the time: a tuned model must beat that")
+    if found.special_tokens.pairs:
+        yield finding(
+            "warning",
+            f"{found.special_tokens.pairs:,} pairs hold the model's special tokens as text, first "
+            f"{found.special_tokens.places[0]}: the model will take them for turns",
+        )
+
+
+def _spans(interval: tuple[float, float], value: float) -> bool:
+    return interval[0] <= value <= interval[1]
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part:,} of {whole:,} ({part / whole:.1%})"

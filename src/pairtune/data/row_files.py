@@ -1,0 +1,183 @@
+"""Rows out of files: JSON lines, JSON arrays, CSV and Parquet, plain or compressed, one row in memory at a time.
+
+A row that is damaged by itself (a broken line, bytes that are not UTF-8) is handed on as a `BadRow` in its place, so
+that the reader of rows decides. Damage that hides how many rows follow (a truncated archive) stops the reading.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+from pairtune.data.preference import BadRow
+from pairtune.errors import BadInput, one_line
+
+# One row: its number (from 1; for JSON lines the line number) and its content, or what is wrong with it.
+Row = tuple[int, Any]
+
+_COMPRESSIONS = (".gz", ".zst")
+_BLOCK = 1 << 20
+# A row larger than this is taken for a file without an end to its first row.
+_LARGEST_ROW = 64 << 20
+
+
+def is_data_file(path: str | Path) -> bool:
+    """Whether the name's ending is one that `read_file` reads."""
+    return _reader(path) is not None
+
+
+def read_file(path: Path) -> Iterator[Row]:
+    """Rows of a file, in its order.
+
+    Raises:
+        BadInput: the file is damaged so that its other rows cannot be told; the message names file and row.
+    """
+    reader = _reader(path)
+    if reader is None:
+        raise BadInput(f"{path}: only {', '.join(ENDINGS)} files are read (also .gz and .zst); convert it to one")
+    number = 0
+    try:
+        for number, row in reader(path):
+            yield number, row
+    except (OSError, EOFError, zlib.error) as error:
+        raise BadInput(f"{path}: damaged after row {number} ({one_line(error)}); fetch the file again") from error
+
+
+def _reader(path: str | Path) -> Callable[[Path], Iterator[Row]] | None:
+    name = str(path).lower()
+    for ending in _COMPRESSIONS:
+        name = name.removesuffix(ending)
+    if name != str(path).lower() and name.endswith(".parquet"):
+        return None  # Parquet is compressed inside; its reader needs the file itself
+    return next((reader for ending, reader in _READERS.items() if name.endswith(ending)), None)
+
+
+def _open(path: Path) -> BinaryIO:
+    name = path.name.lower()
+    if name.endswith(".gz"):
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if name.endswith(".zst"):
+        import pyarrow as pa
+
+        return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"), _BLOCK)
+    return path.open("rb")
+
+
+def _read_json_lines(path: Path) -> Iterator[Row]:
+    with _open(path) as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield number, _parse_line(number, line)
+
+
+def _parse_line(number: int, line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        return BadRow("not UTF-8", "", f"is not UTF-8 (byte {error.start + 1}); save the file as UTF-8")
+    except (json.JSONDecodeError, RecursionError) as error:
+        return BadRow("not valid JSON", "", f"is not valid JSON ({one_line(error)}); one object a line is needed")
+
+
+def _read_json(path: Path) -> Iterator[Row]:
+    """A `.json` file is one array of rows, or, as many tools write it, JSON lines."""
+    with _open(path) as file:
+        start = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start[:1] != b"[":
+        yield from _read_json_lines(path)
+        return
+    with _open(path) as file:
+        try:
+            yield from enumerate(_array_items(path, io.TextIOWrapper(file, encoding="utf-8-sig")), 1)
+        except UnicodeDecodeError as error:
+            raise BadInput(f"{path}: is not UTF-8 ({one_line(error)}); save the file as UTF-8") from error
+
+
+def _array_items(path: Path, text: TextIO) -> Iterator[Any]:
+    """The items of a JSON array, read block by block.
+
+    The standard decoder takes one item off the front of what has been read so far; when that fails, the item may go on
+    in the next block. Streaming parsers exist, but the fast ones change lone surrogates into question marks.
+    """
+    decoder = json.JSONDecoder()
+    held, row = text.read(_BLOCK).lstrip()[1:], 0
+    while True:
+        while not (held := held.lstrip()):
+            held = text.read(_BLOCK)
+            if not held:
+                raise BadInput(f"{path}: ends after row {row} without a closing ]; fetch the file again")
+        if held[0] == "]":
+            return
+        row += 1
+        item, held = _take_item(f"{path}: row {row}", decoder, text, held[1:] if row > 1 else held)
+        yield item
+
+
+def _take_item(where: str, decoder: json.JSONDecoder, text: TextIO, held: str) -> tuple[Any, str]:
+    """The first item of what is held, and the text behind it, which begins with a comma or a ]."""
+    while True:
+        held = held.lstrip()
+        try:
+            item, end = decoder.raw_decode(held)
+            behind = held[end:].lstrip()
+            if behind[:1] in (",", "]"):  # else it may be the beginning of a longer number
+                return item, behind
+            fault = "a comma or ] is missing behind it"
+        except (json.JSONDecodeError, RecursionError) as error:
+            fault = one_line(error)
+        block = text.read(max(_BLOCK, len(held))) if len(held) < _LARGEST_ROW else ""
+        if not block:
+            raise BadInput(f"{where}: is not valid JSON ({fault}); the rows behind it cannot be told")
+        held += block
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses cells over 128 KB
+    with _open(path) as file:
+        # Bytes that are not UTF-8 become lone surrogates, which are refused row by row where texts are checked.
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        rows = csv.DictReader(text, restkey="", strict=True)
+        number = 0
+        while True:
+            number += 1
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                raise BadInput(f"{path}: row {number}: is not valid CSV ({one_line(error)})") from error
+            yield number, _whole_row(row, len(rows.fieldnames or []))
+
+
+def _whole_row(row: dict[str, Any], columns: int) -> Any:
+    if "" in row and isinstance(row[""], list):
+        return BadRow("too many cells", "", f"has more cells than the {columns} of the header; quote cells with commas")
+    if None in row.values():
+        return BadRow("too few cells", "", f"has fewer cells than the {columns} of the header")
+    return row
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (pa.ArrowException, OSError) as error:
+        raise BadInput(f"{path}: cannot be read as Parquet ({one_line(error)})") from error
+
+
+_READERS = {".jsonl": _read_json_lines, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+ENDINGS = tuple(_READERS)

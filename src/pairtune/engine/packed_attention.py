@@ -1,0 +1,234 @@
+"""Attention over packed pairs, for every model of transformers that goes through `AttentionInterface`.
+
+A model is switched to it by name (`ATTENTION`) and called with `segments=pack.segments`; transformers hands the keyword
+through to `packed_attention`. No mask over the whole row is ever built. Short pairs, which most are, take a few dense
+products each, with a backward pass of its own: on a CPU that is several times faster than the flash kernel, whose tiles
+are made for long sequences. Long pairs, and other devices, take PyTorch's kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from pairtune.engine.packing import Segment
+from pairtune.engine.softcap import soft_cap
+
+ATTENTION = "pairtune_packed"
+
+# Tokens of a pair up to which the dense way is taken: its memory grows with the square.
+DENSE_TOKENS = 640
+
+# Scores that a pair must save to be computed in blocks.
+_WORTH_SPLITTING = 16_000
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    segments: Sequence[Segment] | None = None,
+    by_trial: bool = False,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention in which every answer sees its prompt and itself.
+
+    Args:
+        module: the attention layer.
+        query: [trials, heads, T, size].
+        key: [trials, key heads, T, size]; fewer heads are shared by groups of query heads.
+        value: as key.
+        attention_mask: not used; the segments say everything.
+        segments: of the row.
+        by_trial: one trial at a time, where batched products depend on the size of the batch; see `engine.products`.
+        scaling: of the scores; 1 / sqrt(size) by default.
+        dropout: must be 0: models are tuned without.
+        sliding_window: a token sees this many tokens, itself included; None: all.
+        softcap: scores are bent below this value (Gemma 2); None: not.
+
+    Returns:
+        [trials, T, heads, size], and no weights.
+    """
+    if segments is None or dropout:
+        raise ValueError("packed attention needs segments, and no dropout")
+    if by_trial and len(query) > 1:
+        one = partial(
+            packed_attention, segments=segments, scaling=scaling, sliding_window=sliding_window, softcap=softcap
+        )
+        each = zip(query.split(1), key.split(1), value.split(1), strict=True)
+        return torch.cat([one(module, q, k, v, None)[0] for q, k, v in each]), None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    dense = [query.device.type == "cpu" and softcap is None and each.length <= DENSE_TOKENS for each in segments]
+    if all(dense):
+        result: Tensor = _DenseAttention.apply(query, key, value, tuple(segments), scale, sliding_window)
+        return result.transpose(1, 2), None
+    # One split for queries and one each for keys and values: its backward is one concatenation, where slices would each
+    # add a row of zeros as long as the whole.
+    parts = [tensor.split([segment.length for segment in segments], dim=2) for tensor in (query, key, value)]
+    results = [
+        # Each pair goes its own way: its numbers must not depend on how long its neighbours are.
+        _DenseAttention.apply(q, k, v, (segment,), scale, sliding_window)
+        if is_dense
+        else _attend(q, k, v, _visible(segment, sliding_window, query.device), scale, softcap)
+        for segment, is_dense, q, k, v in zip(segments, dense, *parts, strict=True)
+    ]
+    return torch.cat(results, dim=2).transpose(1, 2), None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float, softcap: float | None) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    if softcap is None:
+        return scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale)
+    scores = soft_cap(query @ key.mT * scale, softcap)
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1, dtype=torch.float32)
+    return weights.to(value.dtype) @ value
+
+
+@lru_cache(maxsize=64)  # the layers of a model ask for the same few masks one after the other
+def _visible(segment: Segment, window: int | None, device: torch.device) -> Tensor:
+    """Whether a token of a pair sees another, [length, length]."""
+    positions = torch.cat(
+        [
+            torch.arange(segment.prompt + segment.chosen, device=device),
+            torch.arange(segment.prompt, segment.prompt + segment.rejected, device=device),
+        ]
+    )
+    distance = positions[:, None] - positions
+    visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    chosen = slice(segment.prompt, segment.prompt + segment.chosen)
+    rejected = slice(segment.prompt + segment.chosen, segment.length)
+    visible[rejected, chosen] = visible[chosen, rejected] = False
+    return visible
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some queries of a pair, and the keys that any of them sees: places in the pair."""
+
+    queries: slice
+    keys: tuple[slice, ...]
+
+
+@lru_cache(maxsize=256)
+def _blocks(segment: Segment) -> tuple[_Block, ...]:
+    """A pair in three: the prompt sees itself, and each answer the prompt and itself. No other scores are computed.
+
+    A pair that would save few scores stays whole: products of a few more numbers are cheaper than more products.
+    """
+    prompt, chosen, rejected = (
+        slice(0, segment.prompt),
+        slice(segment.prompt, segment.prompt + segment.chosen),
+        slice(segment.prompt + segment.chosen, segment.length),
+    )
+    saved = segment.prompt * (segment.chosen + segment.rejected) + 2 * segment.chosen * segment.rejected
+    whole = slice(0, segment.length)
+    if saved < _WORTH_SPLITTING:
+        return (_Block(whole, (whole,)),)
+    blocks = (
+        _Block(prompt, (prompt,)),
+        _Block(chosen, (slice(0, chosen.stop),)),
+        _Block(rejected, (prompt, rejected) if segment.chosen else (whole,)),
+    )
+    return tuple(block for block in blocks if block.queries.stop > block.queries.start)
+
+
+@lru_cache(maxsize=256)
+def _bias(segment: Segment, place: int, window: int | None, groups: int, dtype: torch.dtype) -> Tensor:
+    """Of a block: 0 where a token sees another and -inf where not, once for each of the heads that share a key head."""
+    block = _blocks(segment)[place]
+    visible = _visible(segment, window, torch.device("cpu"))[block.queries]
+    visible = torch.cat([visible[:, keys] for keys in block.keys], dim=1)
+    bias = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf)
+    return bias.repeat(groups, 1)
+
+
+class _DenseAttention(Function):
+    """softmax(scale Q K' + bias) V, block by block; query heads that share keys are rows of one product."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        segments: tuple[Segment, ...],
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        groups = query.shape[1] // key.shape[1]
+        query = query * scale
+        result = torch.empty_like(query, memory_format=torch.contiguous_format)
+        weights = []
+        for segment, place, rows, columns in _places(segments):
+            q, k, v = _rows(query[:, :, rows], groups), _rows(_take(key, columns)), _rows(_take(value, columns))
+            scores = torch.bmm(q, k.mT).add_(_bias(segment, place, window, groups, query.dtype))
+            weights.append(scores.softmax(-1))
+            result[:, :, rows] = torch.bmm(weights[-1], v).view(*query.shape[:2], -1, v.shape[-1])
+        ctx.segments, ctx.scale, ctx.groups = segments, scale, groups
+        ctx.save_for_backward(query, key, value, *weights)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        query, key, value, *weights = ctx.saved_tensors
+        by_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+        by_key, by_value = (torch.zeros_like(each, memory_format=torch.contiguous_format) for each in (key, value))
+        for (_, _, rows, columns), weight in zip(_places(ctx.segments), weights, strict=True):
+            q, g = _rows(query[:, :, rows], ctx.groups), _rows(grad[:, :, rows], ctx.groups)
+            k, v = _rows(_take(key, columns)), _rows(_take(value, columns))
+            by_scores = torch._softmax_backward_data(torch.bmm(g, v.mT), weight, -1, weight.dtype)
+            by_query[:, :, rows] = torch.bmm(by_scores, k).view(*query.shape[:2], -1, q.shape[-1])
+            _add(by_key, columns, torch.bmm(by_scores.mT, q))  # q is scaled
+            _add(by_value, columns, torch.bmm(weight.mT, g))
+        return by_query.mul_(ctx.scale), by_key, by_value, None, None, None
+
+
+def _places(segments: Sequence[Segment]) -> Iterator[tuple[Segment, int, slice, tuple[slice, ...]]]:
+    """Every block of a row: its pair, its number there, and where its queries and keys lie in the row."""
+    start = 0
+    for segment in segments:
+        for number, block in enumerate(_blocks(segment)):
+            rows, *columns = (slice(start + place.start, start + place.stop) for place in (block.queries, *block.keys))
+            yield segment, number, rows, tuple(columns)
+        start += segment.length
+
+
+def _take(heads: Tensor, places: Sequence[slice]) -> Tensor:
+    parts = [heads[:, :, place] for place in places]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _add(total: Tensor, places: Sequence[slice], more: Tensor) -> None:
+    """Add [trials * heads, length, size] where its tokens came from."""
+    more, start = more.view(*total.shape[:2], -1, total.shape[-1]), 0
+    for place in places:
+        length = place.stop - place.start
+        total[:, :, place] += more[:, :, start : start + length]
+        start += length
+
+
+def _rows(heads: Tensor, groups: int = 1) -> Tensor:
+    """[trials, heads, length, size] to [trials * heads / groups, groups * length, size]."""
+    trials, number, length, size = heads.shape
+    return heads.reshape(trials * number // groups, groups * length, size)
+
+
+AttentionInterface.register(ATTENTION, packed_attention)

@@ -1,0 +1,99 @@
+"""Saved weights judged on held-out pairs, with the kernels that trained them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from pairtune.config import TrialConfig
+from pairtune.data.table import PairTable
+from pairtune.engine.divergence import BaseStates, base_states
+from pairtune.engine.kernels import Kernels
+from pairtune.engine.lora import LoraSettings, add_adapters, load_peft_tensors, settings_of
+from pairtune.engine.losses import Objective
+from pairtune.engine.policy import EVALUATION_TOKENS, Policy, cast_parameters
+from pairtune.engine.processes import Processes
+from pairtune.engine.reference import check_reference, reference_fingerprint, reference_logps
+from pairtune.engine.scoring import score_pairs
+from pairtune.models.load import LoadedBase, load_model, weights_fingerprint
+from pairtune.run.examples import ExampleRecord
+
+
+@dataclass(frozen=True)
+class SavedWeights:
+    """Weights on disk, and how they are judged.
+
+    Attributes:
+        folder: of an adapter, or of a whole model.
+        lora: the adapter's shape; None: a whole model.
+        objective: whose loss and rewards are reported.
+        dtype: in which they are evaluated; None: that of the base.
+    """
+
+    folder: Path
+    lora: LoraSettings | None
+    objective: Objective
+    dtype: torch.dtype | None = None
+
+    @classmethod
+    def of(cls, trial: TrialConfig, folder: Path) -> SavedWeights:
+        """Those that a trial has saved."""
+        dtype = getattr(torch, trial.eval_dtype) if trial.eval_dtype else None
+        lora = settings_of(trial) if trial.method == "lora" else None
+        return cls(folder, lora, Objective.of(trial), dtype)
+
+
+def evaluate_weights(
+    saved: SavedWeights,
+    base: LoadedBase,
+    pairs: PairTable,
+    reference_file: Path,
+    kernels: Kernels | None = None,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> list[ExampleRecord]:
+    """Records of pairs under saved weights.
+
+    Args:
+        saved: the weights.
+        base: that they were tuned from.
+        pairs: N of them.
+        reference_file: where the run keeps the base's log-probs of these pairs.
+        kernels: how products are computed on this machine; found out where they are not given.
+        on_progress: told how many pairs are done.
+
+    Returns:
+        N records, in the order of the pairs.
+    """
+    processes = Processes(base.device)
+    dtype = saved.dtype or base.dtype
+    model = load_model(base.source, base.dtype, base.device)
+    base_fingerprint = weights_fingerprint(model)
+    cast_parameters(model, dtype)
+    kernels = kernels or Kernels(model, base.device)
+    before = Policy(model, kernels=kernels)
+    name = reference_fingerprint(base_fingerprint, before, pairs)
+    reference = reference_logps(before, name, pairs, reference_file, processes).to(base.device)
+    check_reference(before, pairs, reference)
+    head = model.get_output_embeddings()
+    states = BaseStates(base_states(before, name, pairs, processes), head.weight, head.bias)
+    if saved.lora:
+        adapted = add_adapters(model, saved.lora, [0])  # what it draws is replaced at once
+        load_peft_tensors(adapted, 0, load_file(saved.folder / "adapter_model.safetensors"))
+        policy = Policy(model, adapted, kernels=kernels)
+    else:
+        tuned = load_model(saved.folder, base.dtype, base.device)
+        cast_parameters(tuned, dtype)
+        policy = Policy(tuned, kernels=kernels)
+    policy.train(False)
+    records: list[ExampleRecord] = []
+    with torch.no_grad():
+        rows = processes.shard(range(len(pairs)))
+        objectives = [saved.objective]
+        for (scored,) in score_pairs(policy, objectives, pairs, rows, reference, EVALUATION_TOKENS, base=states):
+            records += scored.records()
+            on_progress(len(records) * processes.count)
+    return processes.gather(records)

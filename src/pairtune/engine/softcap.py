@@ -1,0 +1,28 @@
+"""Soft-capping (Gemma 2, Gemma Team 2024, section 2): numbers are bent smoothly below a cap, `cap * tanh(x / cap)`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+
+def final_softcap(config: PretrainedConfig) -> float | None:
+    """The cap of a model's logits; None: they are not capped."""
+    cap: float | None = getattr(config, "final_logit_softcapping", None)
+    return cap
+
+
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    """The capped numbers; `x` itself where there is no cap."""
+    return x if cap is None else torch.tanh(x / cap) * cap
+
+
+def soft_cap_(x: Tensor, cap: float | None) -> Tensor | None:
+    """Cap in place, and give the derivative; None: there is no cap."""
+    if cap is None:
+        return None
+    capped = torch.tanh_(x.div_(cap))
+    derivative = 1 - capped**2
+    capped.mul_(cap)
+    return derivative

@@ -1,0 +1,51 @@
+"""The audit while trials run: a sink that speaks up as soon as a rule finds something."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from pairtune.config import TrialConfig
+from pairtune.evaluate.audit.check import find_live
+from pairtune.evaluate.audit.evidence import Evidence, TrialLog
+from pairtune.evaluate.audit.own_runs import add_lines
+from pairtune.run.folder import Run
+from pairtune.run.metrics import Evaluation, TrainingStep
+from pairtune.run.records import Finding
+
+
+class LiveAudit:
+    """Asks the rules after every evaluation; each says a thing once a trial.
+
+    Args:
+        run: whose metrics are read again where a trial goes on; their own sink must come before this one.
+        trial: gives a trial's settings by its name.
+        say: is told what is found.
+    """
+
+    def __init__(self, run: Run, trial: Callable[[str], TrialConfig], say: Callable[[Finding], None]) -> None:
+        self._run, self._trial, self._say = run, trial, say
+        self._logs: dict[str, TrialLog] = {}
+        self._said: set[tuple[str, str]] = set()
+
+    def start(self, trial: str, total_steps: int, steps: int, lines: int) -> None:
+        config = self._trial(trial)
+        log = TrialLog(trial, config.learning_rate, config.beta, config.loss, max_grad_norm=config.max_grad_norm)
+        written = self._run.log(trial)
+        add_lines(log, [*written.steps, *written.evaluations])
+        self._logs[trial] = log
+
+    def log(self, trial: str, line: TrainingStep | Evaluation) -> None:
+        log = self._logs[trial]
+        add_lines(log, [line])
+        if not isinstance(line, Evaluation):
+            return
+        for finding in find_live(Evidence(self._run.root, "run folder", [log])):
+            if (trial, finding.rule) not in self._said:
+                self._said.add((trial, finding.rule))
+                self._say(finding)
+
+    def on_progress(self, trials: Sequence[str], what: str, done: int, total: int) -> None:
+        pass
+
+    def finish(self, trial: str, status: str, best_epoch: int | None) -> None:
+        pass

@@ -1,0 +1,84 @@
+"""Flags of the command line, made from the settings of a run.
+
+Settings are pydantic models, and `pairtune --help` should answer before pydantic is imported: so commands learn about
+settings only when they are called.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperOption
+
+if TYPE_CHECKING:
+    from pairtune.options import Option
+
+
+class WithSettingsHelp(TyperCommand):
+    """A command some of whose options are named as settings are: they take help and metavar from these."""
+
+    def get_params(self, ctx: Any) -> Any:
+        """The command's parameters, described."""
+        from pairtune.options import OPTIONS
+
+        for param in self.params:
+            option = OPTIONS.get(param.name or "")
+            if option and isinstance(param, TyperOption) and not param.help:
+                param.help, param.metavar = option.help, option.metavar
+        return super().get_params(ctx)
+
+
+class WithSettings(WithSettingsHelp):
+    """A command that takes every setting; the callback finds those that were given, by name, in its context's `obj`."""
+
+    def get_params(self, ctx: Any) -> Any:
+        """The command's own parameters, and one for each setting."""
+        own = {param.name for param in self.params}
+        # Panels are shown in the order of their first option, so settings go before what the command adds to them.
+        self.params = [param for param in _settings() if param.name not in own] + self.params
+        return super().get_params(ctx)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options by their groups; what the command adds to the settings comes last."""
+        options = [param for param in self.get_params(ctx) if isinstance(param, TyperOption)]
+        for group in dict.fromkeys(param.rich_help_panel or "Other" for param in options):
+            with formatter.section(group):
+                records = [
+                    param.get_help_record(ctx) for param in options if (param.rich_help_panel or "Other") == group
+                ]
+                formatter.write_dl([record for record in records if record])
+
+    def invoke(self, ctx: Any) -> Any:
+        """Call the callback with the command's own parameters."""
+        given = {param.name: ctx.params.pop(param.name) for param in _settings()}
+        ctx.obj = {name: value for name, value in given.items() if value not in (None, [], ())}
+        return super().invoke(ctx)
+
+
+@cache
+def _settings() -> list[Any]:
+    """A parameter for each setting."""
+    from pairtune.options import in_groups
+
+    def settings(**_: Any) -> None:
+        """Only its signature counts."""
+
+    flags = [_flag(option) for options in in_groups().values() for option in options]
+    settings.__signature__ = inspect.Signature(flags)  # type: ignore[attr-defined]
+    app = typer.Typer(add_completion=False)
+    app.command()(settings)
+    return [param for param in typer.main.get_command(app).params if isinstance(param, TyperOption)]
+
+
+def _flag(option: Option) -> inspect.Parameter:
+    if option.type is bool:
+        names = (f"{option.flag}/--no-{option.flag[2:]}",)
+        info = typer.Option(*names, help=option.full_help, rich_help_panel=option.group)
+    else:
+        info = typer.Option(option.flag, metavar=option.metavar, help=option.full_help, rich_help_panel=option.group)
+    value: Any = list[option.type] if option.repeats else option.type  # type: ignore[name-defined]
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(option.name, kind, default=None, annotation=Annotated[value | None, info])

@@ -1,0 +1,88 @@
+"""What the audit found, for the terminal and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.text import Text
+
+from pairtune.config import source_name
+from pairtune.run.records import AuditRecord, Finding
+
+_STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
+
+
+def render_findings(audit: AuditRecord) -> RenderableType:
+    """One line a finding."""
+    lines = [("Audit\n", "bold")]
+    for finding in audit.findings:
+        lines += [(f"  {finding.level:8}", _STYLES[finding.level]), (f"{_line(finding)}\n", "")]
+    if not audit.findings:
+        lines.append(("  nothing was found\n", ""))
+    return Text.assemble(*lines)
+
+
+def render_audit(audit: AuditRecord) -> RenderableType:
+    """Everything: findings with why they matter and what to do, what passed, and what could not be checked."""
+    return Group(*_parts(audit))
+
+
+def _parts(audit: AuditRecord) -> Iterator[RenderableType]:
+    trials = len(audit.trials)
+    yield Text(f"{audit.source}: {audit.kind}, {trials} trial{'' if trials == 1 else 's'}\n", style="bold")
+    told = set()
+    for finding in audit.findings:
+        yield Text.assemble(
+            (f"{finding.level}  ", _STYLES[finding.level]), (finding.title, "bold"), f"  [{finding.rule}]"
+        )
+        yield _indented(_line(finding, title=False))
+        if finding.rule not in told:  # once a rule is enough
+            yield _indented(finding.explanation, "dim")
+            yield _indented(f"What to do: {finding.advice}", "dim")
+        told.add(finding.rule)
+        yield Text()
+    if audit.passed:
+        yield Text(f"passed: {', '.join(audit.passed)}", style="green")
+    for rule, lacking in audit.partly_checked.items():
+        yield Text(f"partly checked: {rule} ({_partly(lacking)})", style="dim")
+    for rule, missing in audit.not_checked.items():
+        yield Text(f"not checked: {rule} (the evidence lacks {missing})", style="dim")
+    yield Text(f"verdict: {audit.verdict}", style=_STYLES.get(audit.verdict, "bold green"))
+
+
+def _partly(trials: dict[str, str]) -> str:
+    """Which trials a rule could not look at, and what they lack."""
+    return "; ".join(f"{name} lacks {missing}" for name, missing in trials.items())
+
+
+def _indented(text: str, style: str = "") -> RenderableType:
+    return Padding(Text(text, style=style), (0, 0, 0, 2))
+
+
+def _line(finding: Finding, *, title: bool = True) -> str:
+    names = ", ".join(finding.trials)
+    said = f"{finding.title}: {finding.evidence}" if title else finding.evidence
+    return f"{names}: {said}" if names else said
+
+
+def audit_markdown(audit: AuditRecord) -> str:
+    """The same as a Markdown document, a section a rule."""
+    by_rule: dict[str, list[Finding]] = {}
+    for finding in audit.findings:
+        by_rule.setdefault(finding.rule, []).append(finding)
+    lines = [f"# Audit of {source_name(audit.source)}", ""]
+    lines += [f"{audit.kind}, {len(audit.trials)} trials. Verdict: {audit.verdict}.", ""]
+    for rule, findings in by_rule.items():
+        first = findings[0]
+        lines += [f"## {first.title} ({first.level}, `{rule}`)", ""]
+        lines += [f"- {_line(finding, title=False)}" for finding in findings]
+        lines += ["", first.explanation, "", f"**What to do:** {first.advice}", ""]
+    lines += [f"Passed: {', '.join(audit.passed) or 'nothing'}.", ""]
+    if partly := audit.partly_checked:
+        lines += ["Partly checked:", "", *(f"- {rule}: {_partly(trials)}" for rule, trials in partly.items()), ""]
+    if audit.not_checked:
+        lines += ["Not checked:", ""]
+        lines += [f"- {rule}: the evidence lacks {missing}" for rule, missing in audit.not_checked.items()]
+    return "\n".join(lines).rstrip() + "\n"

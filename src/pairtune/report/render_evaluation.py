@@ -1,0 +1,73 @@
+"""What `pairtune eval` found, for the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from pairtune.run.records import EvaluationReport, JudgedAnswers, Share
+
+_SHOWN = (
+    ("Loss", "eval_loss"),
+    ("Accuracy", "eval_rewards/accuracies"),
+    ("Margin", "eval_rewards/margins"),
+    ("Margin per token (nats)", "eval_logps/margins_per_token"),
+)
+_COUNTED = (
+    ("median tokens", "median_tokens", "{:.0f}"),
+    ("ended by themselves", "ended_share", "{:.0%}"),
+    ("empty", "empty_share", "{:.0%}"),
+    ("repeated phrases", "repeated_share", "{:.0%}"),
+    ("refused", "refused_share", "{:.0%}"),
+    ("another language", "other_language_share", "{:.0%}"),
+)
+
+
+def render_evaluation(found: EvaluationReport) -> RenderableType:
+    """Preferences with their intervals, and answers with who wins."""
+    rows = found.data
+    dropped = "".join(f", {count} dropped: {reason}" for reason, count in rows.dropped.items())
+    parts: list[RenderableType] = [
+        Text(f"{found.model} against {found.base}", style="bold"),
+        Text(f"{rows.source}: {rows.rows_in} rows, {rows.kept} pairs{dropped}\n"),
+        _preferences(found),
+    ]
+    if found.answers:
+        parts += [Text(), _answers(found.answers)]
+    return Group(*parts)
+
+
+def _preferences(found: EvaluationReport) -> Table:
+    table = Table(title=f"Preferences on {found.pairs} pairs, with 95 % intervals", title_justify="left")
+    table.add_column("")
+    table.add_column("", justify="right")
+    for title, metric in _SHOWN:
+        table.add_row(title, found.with_interval(metric))
+    shares: tuple[tuple[str, Share | None], ...] = (
+        ("KL from the base (nats per token)", found.examples.kl),
+        ("“The longer answer is better” is right", found.examples.longer_wins),
+        ("Accuracy where the longer answer is better", found.examples.accuracy_longer_chosen),
+        ("Accuracy where the shorter answer is better", found.examples.accuracy_shorter_chosen),
+    )
+    for title, share in shares:
+        if share and share.value is not None:
+            low, high = share.interval
+            table.add_row(title, f"{share.value:.3f} [{low:.3f}, {high:.3f}], {share.pairs} pairs")
+    return table
+
+
+def _answers(answers: JudgedAnswers) -> RenderableType:
+    table = Table(title=f"Answers to {answers.prompts} prompts", title_justify="left")
+    for heading in ("", "base", "tuned"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for title, name, form in _COUNTED:
+        table.add_row(title, form.format(getattr(answers.base, name)), form.format(getattr(answers.tuned, name)))
+    won = answers.win_rate
+    low, high = won.interval
+    low_same, high_same = won.length_controlled_interval
+    said = (
+        f"win rate {won.rate:.2f} [{low:.2f}, {high:.2f}]: {won.wins} wins, {won.ties} ties, {won.losses} losses; "
+        f"at equal lengths {won.length_controlled:.2f} [{low_same:.2f}, {high_same:.2f}]. Judge: {answers.judge}"
+    )
+    return Group(table, Text(said, style="cyan"))

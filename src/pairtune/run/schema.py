@@ -1,0 +1,71 @@
+"""The format of a run folder's records, and what brings those of earlier formats up to date.
+
+Format 1 had no number and grew while it was used: its older files lack what came later. Format 2 is what
+`pairtune.run.records` describes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from pairtune.errors import BadInput
+from pairtune.run.records import Record, dump
+
+FORMAT = 2
+_KEY = "format"
+
+Json = dict[str, Any]
+R = TypeVar("R", bound=Record)
+
+
+def to_json(record: Record) -> Json:
+    """The content of a record's file."""
+    return {_KEY: FORMAT, **dump(record)}
+
+
+def from_json(kind: type[R], content: object, where: str) -> R:
+    """The record that a file holds.
+
+    Args:
+        kind: of the record.
+        content: of the file, parsed.
+        where: the file, for messages.
+
+    Raises:
+        BadInput: it is no such record, or of a later format.
+    """
+    if not isinstance(content, dict):
+        raise BadInput(f"{where}: should hold a JSON object; the file is damaged")
+    version = content.get(_KEY, 1)
+    if not isinstance(version, int) or version > FORMAT:
+        raise BadInput(f"{where}: is of format {version}, which a later pairtune wrote; update pairtune to read it")
+    try:
+        return kind.model_validate(_from_1(kind.file, content) if version == 1 else content)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        place = ".".join(map(str, fault["loc"]))
+        raise BadInput(f"{where}: {place}: {fault['msg'].lower()}; the file is damaged") from error
+
+
+def _from_1(file: str, content: Json) -> Json:
+    migrate = _MIGRATIONS.get(file)
+    return migrate(dict(content)) if migrate else content
+
+
+def _trial(old: Json) -> Json:
+    """Cost came in steps: before trials ran side by side a trial's share of the time was all of it."""
+    return {"own_seconds": old.get("train_seconds", 0.0)} | old
+
+
+def _selection(old: Json) -> Json:
+    """Whether the winner differs from all others was in the comparisons alone."""
+    return {"settled": all(each.get("differs", True) for each in old.get("comparisons", []))} | old
+
+
+_MIGRATIONS: dict[str, Callable[[Json], Json]] = {
+    "trial.json": _trial,
+    "selection.json": _selection,
+}

@@ -1,0 +1,69 @@
+"""OpenAI's chat-completions request, as far as the protocol is spoken here."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pairtune.models.sampling import SamplingParams
+
+_MAX_TOKENS = 512  # of an answer, where the request does not say
+
+
+class _Part(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class _Message(BaseModel):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[_Part]
+
+    def turn(self) -> dict[str, str]:
+        """For the chat template."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+class _StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class _Extension(BaseModel):
+    queue: bool = False
+
+
+class ChatRequest(BaseModel):
+    """A request for an answer. Fields beyond these are ignored; those that would change the answer are refused."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str
+    messages: Annotated[list[_Message], Field(min_length=1)]
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.7
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=1, le=1000)] = 50
+    max_tokens: Annotated[int | None, Field(ge=1)] = None
+    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    seed: Annotated[int | None, Field(ge=0, lt=2**63)] = None
+    stream: bool = False
+    stream_options: _StreamOptions = _StreamOptions()
+    n: Literal[1] = 1
+    logprobs: Literal[False] | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    pairtune: _Extension = _Extension()
+
+    def params(self, room: int) -> SamplingParams:
+        """How to sample, with at most `room` tokens."""
+        wanted = self.max_completion_tokens or self.max_tokens or _MAX_TOKENS
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or ()
+        return SamplingParams(
+            max_tokens=min(wanted, room),
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            stop=tuple(filter(None, stop)),
+            seed=self.seed,
+        )
