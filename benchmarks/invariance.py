@@ -1,11 +1,11 @@
-"""What it costs that a pair's bits are its own: training with the library's products, the chosen ones, and tiles.
+"""The cost of batch invariance: training with the library's products, the chosen ones, and tiles.
 
     python benchmarks/invariance.py DATA [--pairs 16] [--rounds 3] [--model smollm2-135m] [--dtype bfloat16]
 
-In each round, in turn: `library` (products as PyTorch makes them), `chosen` (what the probe found that this machine
-needs) and `tiles` (128 rows a product, as machines need whose kernels depend on the number of rows, AMX for one), each
-with one trial and with four side by side. Printed are trial-pairs per second of training and ratios to `library`, and
-at the end by how much bfloat16 moves a pair's margin.
+Each round measures `library` (products as PyTorch computes them), `chosen` (what the probe chose for this machine) and
+`tiles` (128 rows per product, as needed on machines whose kernels depend on the number of rows, such as AMX), each with
+one trial and with four side by side. Prints trial-pairs per second of training and ratios to `library`, and at the end
+how much bfloat16 moves a pair's margin.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ GRID = ((3e-5, 0.1), (1e-5, 0.1), (3e-5, 0.2), (1e-5, 0.2))
 
 
 class Fixed(Kernels):
-    """Products that are not chosen but given."""
+    """Kernels with fixed products instead of probed ones."""
 
     def __init__(self, products: Products, name: str) -> None:
         self.given = Probe(products, (), name, 0.0)
@@ -41,12 +41,16 @@ class Fixed(Kernels):
 
 
 def train(inputs: TrialInputs, width: int) -> float:
-    """Trial-pairs per second of training, one epoch."""
+    """Trial-pairs per second of training, over one epoch."""
     trials = [TrialConfig(learning_rate=rate, beta=beta, epochs=1) for rate, beta in GRID[:width]]
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder))
         results = native.run_trials(trials, inputs, run, JsonlSink(run))
     return width * results[0].train_pairs / results[0].train_seconds
+
+
+def _trials(width: int) -> str:
+    return f"{width} trial{'' if width == 1 else 's'}"
 
 
 def main() -> None:
@@ -72,15 +76,15 @@ def main() -> None:
         for width in (1, len(GRID)):
             for name, kernels in ways.items():
                 inputs = TrialInputs(base, start, pairs, pairs[:1], "eval_loss", probed=kernels)
-                inputs.base_outputs.rounding = rounding  # once is enough
+                inputs.base_outputs.rounding = rounding  # measured once
                 speed = train(inputs, width)
                 rounding = inputs.base_outputs.rounding
                 speeds.setdefault((name, width), []).append(speed)
                 ratio = speed / speeds["library", width][-1]
-                print(f"round {number}: {name}, {width} trials: {speed:.3f} trial-pairs/s ({ratio:.3f})", flush=True)
+                print(f"round {number}: {name}, {_trials(width)}: {speed:.3f} trial-pairs/s ({ratio:.3f})", flush=True)
     for (name, width), found in speeds.items():
         ratios = [a / b for a, b in zip(found, speeds["library", width], strict=True)]
-        print(f"{name}, {width} trials: median {statistics.median(found):.3f}, ratio {statistics.median(ratios):.3f}")
+        print(f"{name}, {_trials(width)}: median {statistics.median(found):.3f}, ratio {statistics.median(ratios):.3f}")
     print(f"rounding: {rounding}")
 
 

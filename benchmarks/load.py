@@ -1,9 +1,9 @@
-"""Fifty people at once on a site that runs: each writes, follows the answer to its end, reads it, and writes again.
+"""Load test of a running site: fifty users chat at once, each following an answer to its end before writing again.
 
     pairtune serve runs/demo --waiting 100 &
     locust -f benchmarks/load.py --headless --users 50 --spawn-rate 5 --run-time 10m --host http://localhost:8000
 
-Prints how many answers were asked for, came whole, failed or were lost, and the memory of the processes by minute.
+Prints how many answers were requested, completed, failed or were lost, and the memory of the processes per minute.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ WORDS = "lighthouse gull ferry baker storm harbour map letter keeper tide rope l
 
 
 class Person(HttpUser):
-    """One open chat."""
+    """One user with an open chat."""
 
     wait_time = between(1, 10)
     path = ""
 
     @task(8)
     def say(self) -> None:
-        """Write, and follow the answer."""
+        """Send a prompt and follow the answer."""
         page = self.client.get(self.path or "/", name="a conversation")
         token = re.search(r'name="csrfmiddlewaretoken" value="([^"]+)"', page.text)
         if token is None:
@@ -44,11 +44,11 @@ class Person(HttpUser):
             "top_p": "1",
             "max_tokens": "40",
         }
-        where = f"{self.path}say" if self.path else "/chat/say"
+        url = f"{self.path}say" if self.path else "/chat/say"
         ASKED["asked"] += 1
-        said = self.client.post(where, form, headers={"Referer": self.host}, name="say")
-        self.path = re.sub(r"^https?://[^/]+", "", said.url)
-        answers = re.findall(r'data-stream="([^"]+)"', said.text)
+        reply = self.client.post(url, form, headers={"Referer": self.host}, name="say")
+        self.path = re.sub(r"^https?://[^/]+", "", reply.url)
+        answers = re.findall(r'data-stream="([^"]+)"', reply.text)
         if not answers:
             ASKED["ended at once"] += 1
             return
@@ -65,16 +65,16 @@ class Person(HttpUser):
                 request_type="SSE", name="first words", response_time=first * 1000, response_length=0, exception=None
             )
         if len(ASKED) and random.random() < 0.3:
-            self.path = ""  # a new conversation
+            self.path = ""  # start a new conversation
 
     @task(1)
     def look(self) -> None:
-        """At the runs."""
+        """Look at the runs."""
         self.client.get("/runs/", name="runs")
 
 
 def _watch(port: int) -> None:
-    """Resident memory of whoever listens on the port, and of its children, every ten seconds."""
+    """Record every ten seconds the resident memory of the process that listens on the port, and of its children."""
     owner = next(
         each.pid for each in psutil.net_connections("inet") if each.laddr.port == port and each.status == "LISTEN"
     )
@@ -94,4 +94,4 @@ def _start(environment, **_) -> None:
 @events.test_stop.add_listener
 def _stop(**_) -> None:
     print("answers:", dict(ASKED))
-    print("memory, MB by minute:", [round(size / 1e6) for at, size in MEMORY if at % 60 < 10])
+    print("memory, MB per minute:", [round(size / 1e6) for at, size in MEMORY if at % 60 < 10])

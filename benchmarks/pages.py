@@ -1,7 +1,7 @@
-"""Server time of every page but the chat's answers, with a thousand conversations and fifty runs.
+"""Server time of every page except the chat's answers, with a thousand conversations and fifty runs.
 
-The runs are copies of `--run` without its weights; the site runs in a process of its own, with no server of models
-behind it. Median and 95th percentile of 50 requests a page, one after another.
+The runs are copies of `--run` without its weights; the site runs in its own process, without a model server. Prints the
+median and 95th percentile of 50 sequential requests per page.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from pairtune.web.models import Answer, Conversation, Turn
 for number in range(1000):
     conversation = Conversation.objects.create(title=f"Conversation {number}", model_names=["demo"])
     turn = None
-    for place in range(4):
-        turn = Turn.objects.create(conversation=conversation, parent=turn, prompt=f"Word {number} and {place}? " * 5)
+    for depth in range(4):
+        turn = Turn.objects.create(conversation=conversation, parent=turn, prompt=f"Word {number} and {depth}? " * 5)
         Answer.objects.create(turn=turn, model="demo", text="Some **words**, and more. " * 20, state="done")
     Conversation.objects.filter(pk=conversation.pk).update(leaf=turn)
 """
 
 
 def main() -> None:
-    """Fill, measure, print."""
+    """Fill the site with data, measure its pages and print the times."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/demo"))
     asked = parser.parse_args()
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def measure(client: httpx.Client) -> None:
-    """A line a page."""
+    """Print one line per page."""
     pages = [
         "/runs/",
         "/runs/run-7/",
@@ -72,9 +72,7 @@ def measure(client: httpx.Client) -> None:
             client.get(page).raise_for_status()
             times.append((time.perf_counter() - started) * 1000)
         first, times = times[0], sorted(times[3:])
-        print(
-            f"{page:40} median {statistics.median(times):5.0f} ms, 95 % {times[47]:5.0f} ms, the first {first:5.0f} ms"
-        )
+        print(f"{page:40} median {statistics.median(times):5.0f} ms, 95 % {times[47]:5.0f} ms, first {first:5.0f} ms")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""Preparing preference data: this project against TRL's own preparation, on the same rows, side by side.
+"""Preparing preference data: this project against TRL's own preparation, on the same rows.
 
     python benchmarks/prepare.py DATA [--rows 76256] [--model smollm2-135m] [--trl-rows 4000] [--rounds 3]
 
-DATA is a file of rm-static rows. They are repeated with fresh ids in their last user turn until there are ROWS, the
-size of Dahoas/rm-static's train split. Each measurement is a process of its own, in turn:
+DATA is a file of rm-static rows. They are repeated with fresh ids in their last user turn up to ROWS rows, by default
+the size of Dahoas/rm-static's train split. Each measurement runs in its own process, one after another:
 
-- ours:    `prepare_data` of all rows from an empty cache, everything from the file to the written splits
-- encode:  the template and the tokenizer alone, over the same pairs in memory: what TRL's preparation also does
-- trl:     TRL's `DPOTrainer._prepare_dataset` of TRL_ROWS of the same pairs, in its conversational format
+- ours:    `prepare_data` for all rows with an empty cache, from the file to the written splits
+- encode:  the chat template and the tokenizer alone on TRL_ROWS pairs in memory, as in TRL's preparation
+- trl:     TRL's `DPOTrainer._prepare_dataset` on TRL_ROWS of the same pairs, in its conversational format
 - cached:  `prepare_data` again, from the cache
 
-Prints rows per second (imports and model files not counted), seconds of the cached start with and without imports, peak
-memory of each process, and the ratios of each round.
+Prints rows per second (without imports and loading the tokenizer), seconds of the cached start with and without
+imports, peak memory of each process, and the ratios of each round.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any
 
 
 def write_rows(data: Path, rows: int, out: Path) -> None:
-    """Repeat the rows of a file with fresh ids; rows without an answer are left out, since nothing reads them."""
+    """Repeat the rows of a file with fresh ids, without rows that lack an answer, since nothing reads them."""
     with gzip.open(data, "rt") if data.suffix == ".gz" else data.open() as lines:
         real = [row for row in map(json.loads, lines) if row["chosen"].strip() and row["rejected"].strip()]
     with out.open("w") as file:
@@ -42,7 +42,7 @@ def write_rows(data: Path, rows: int, out: Path) -> None:
 
 
 def measure(what: str, data: Path, model: str, rows: int | None) -> dict[str, Any]:
-    """One measurement, in this process."""
+    """Run one measurement in this process."""
     started = time.perf_counter()
     from pairtune.config import RunConfig, SourceConfig
     from pairtune.data.preference import PreferencePair
@@ -62,7 +62,7 @@ def measure(what: str, data: Path, model: str, rows: int | None) -> dict[str, An
     if what in ("ours", "cached"):
         prepared = prepare_data(config, tokenizer)
         if prepared.from_cache != (what == "cached"):
-            raise SystemExit(f"{what}: the cache was not as expected")
+            raise SystemExit(f"{what}: the cache was {'unexpectedly' if prepared.from_cache else 'not'} used")
         count = sum(source["rows_in"] for source in prepared.record["sources"])
     else:
         reader = SourceReader.open(SourceConfig(source=str(data)), "DATA", {}, rows)
@@ -89,7 +89,7 @@ def measure(what: str, data: Path, model: str, rows: int | None) -> dict[str, An
 
 
 def run(what: str, data: Path, model: str, rows: int | None, cache: str) -> dict[str, Any]:
-    """One measurement, in a process of its own."""
+    """Run one measurement in its own process."""
     command = [sys.executable, __file__, str(data), "--measure", what, "--model", model]
     environment = {**os.environ, "PAIRTUNE_CACHE": cache, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     done = subprocess.run(
@@ -128,7 +128,7 @@ def main() -> None:
             whole = ours["rows_per_second"] / trl["rows_per_second"]
             print(
                 f"round {number + 1}: template and tokenize {encode['rows_per_second'] / trl['rows_per_second']:.2f} "
-                f"times TRL's rate, all of the preparation {whole:.2f} times; "
+                f"times TRL's rate, whole preparation {whole:.2f} times; "
                 f"cached start {cached['seconds']} s ({cached['with_imports']} s with imports); "
                 f"peak {ours['peak_mb']} MB",
                 flush=True,

@@ -1,8 +1,8 @@
-"""Serving: eight chats at once through the worker, over one after another through transformers' `generate`.
+"""Serving: eight concurrent chats through the worker against sequential answers from transformers' `generate`.
 
-Both sides answer the same prompts with the same number of tokens, greedily and without an end token, on the same
-weights (base and adapter in turn), one after the other in one run, repeated. Then the time to the first token with
-eight at once over one alone. `--run` is a finished run; by default `runs/demo`.
+Both answer the same prompts with the same number of tokens, greedily and without an end token, on the same weights
+(adapter and base in turn), in several rounds. Also compares the time to the first token of eight concurrent chats with
+that of a single chat. `--run` is a finished run; by default `runs/demo`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PROMPTS = [
 
 
 def main() -> None:
-    """Measure, and print a line a round."""
+    """Measure, and print one line per round."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/demo"))
     parser.add_argument("--tokens", type=int, default=64)
@@ -58,7 +58,7 @@ def main() -> None:
         together, first = at_once(scheduler, base.tokenizer, ids, adapter, asked.tokens)
         alone = statistics.median(at_once(scheduler, base.tokenizer, [each], adapter, 4)[1][0] for each in ids)
         if number == 0:
-            continue  # warming up
+            continue  # warm-up
         ratios.append(one_by_one / together)
         waits.append(statistics.median(first) / alone)
         total = asked.tokens * len(ids)
@@ -72,25 +72,25 @@ def main() -> None:
 
 
 def sequential(tuned, ids: list[list[int]], tokens: int) -> float:
-    """Seconds for all answers one after another: the adapter's and the base's in turn."""
+    """Seconds for all answers one after another, from adapter and base in turn."""
     started = time.perf_counter()
     with torch.inference_mode():
         for number, each in enumerate(ids):
             row = torch.tensor([each])
-            how = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
-            how["attention_mask"] = torch.ones_like(row)
+            options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+            options["attention_mask"] = torch.ones_like(row)
             if number % 2:
                 with tuned.disable_adapter():
-                    tuned.generate(input_ids=row, **how)
+                    tuned.generate(input_ids=row, **options)
             else:
-                tuned.generate(input_ids=row, **how)
+                tuned.generate(input_ids=row, **options)
     return time.perf_counter() - started
 
 
 def at_once(scheduler: BatchScheduler, tokenizer, ids, adapter, tokens: int) -> tuple[float, list[float]]:
-    """Seconds until all answers have ended, and until the first token of each; no prefix of other rounds is reused.
+    """Seconds until all answers have ended, and until the first token of each; no prefix of another round is reused.
 
-    No token ends an answer, so that each has all its tokens.
+    No token ends an answer, so that all answers have full length.
     """
     scheduler._slots.clear()
     events: list[queue.SimpleQueue] = []

@@ -2,9 +2,9 @@
 
     python scripts/make_concise.py --samples samples.jsonl
 
-The rule is `pairtune.data.concise`; the samples come from `sample_concise.py`. A prompt with all its pairs goes to one
-split, chosen by the hash of the prompt. Terse answers are rejected for every other prompt only: with one for each, a
-model would hear as often that answers should be longer as that they should be shorter.
+The rule is `pairtune.data.concise`; the samples come from `sample_concise.py`. All pairs of a prompt go to one split,
+which the hash of the prompt decides. Only every other prompt gets a pair that rejects a terse answer: with one for
+each, a model would learn as often that answers should be longer as that they should be shorter.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pairtune.data.concise import Sample, make_pairs
 from pairtune.files import write_atomic
 
 FOLDER = Path(__file__).parents[1] / "src/pairtune/data/bundled/concise"
-# Of 20 parts of the prompts: train 12, validation 4, test 4.
+# Out of 20 parts of the prompts: 12 train, 4 validation, 4 test.
 PARTS = ("train",) * 12 + ("validation",) * 4 + ("test",) * 4
 
 
@@ -34,7 +34,7 @@ def main() -> None:
         answers[row["prompt"]].append(Sample(row["answer"], row["tokens"], row["ended"]))
     rows: dict[str, list[str]] = {split: [] for split in dict.fromkeys(PARTS)}
     flaws: Counter[tuple[str, str]] = Counter()
-    # In the order of the prompts' hashes, so that the first rows of a file (--limit) are a fair sample of it.
+    # In order of the prompts' hashes, so that the first rows of a file (--limit) are a fair sample of it.
     for digest, prompt in sorted((hashlib.sha256(prompt.encode()).digest(), prompt) for prompt in answers):
         split = PARTS[digest[0] % len(PARTS)]
         for pair in make_pairs(prompt, answers[prompt]):

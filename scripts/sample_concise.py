@@ -1,10 +1,10 @@
-"""Step 1 of making `bundled:concise`: sample answers to the project's own prompts from the bundled model.
+"""Step 1 of making `bundled:concise`: sample the bundled model's answers to the project's own prompts.
 
     python scripts/sample_concise.py --out samples.jsonl
 
-Each prompt is answered several times as it stands, and several times with a request to be brief or terse, since the
-small model rarely is so by itself; the request is not part of the pairs. Seeds are fixed; the same machine and the same
-pinned packages give the same file. About 20 minutes on 2 cores. `make_concise.py` is step 2.
+Each prompt is answered several times as it is, and several times with a request to be brief or terse, since the small
+model rarely is so by itself; the request is not part of the pairs. Seeds are fixed: the same machine and the same
+pinned packages give the same file. Takes about 20 minutes on 2 cores. `make_concise.py` is step 2.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pairtune.models.resolve import BUNDLED, resolve_model
 from pairtune.models.sampling import SamplingParams
 
 PROMPTS = Path(__file__).parents[1] / "src/pairtune/data/bundled/concise/prompts.txt"
-# (style, what is asked, answers per prompt, token limit)
+# (style, wording, answers per prompt, token limit)
 STYLES = (
     ("plain", "{}", 3, 96),
     ("brief", "{} Answer in one or two sentences.", 4, 96),
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def progress_line(style: str, total: int):
-    """A progress callback that prints how many answers are done and how long the rest will take."""
+    """A progress callback that prints the number of finished answers and the time left."""
     started = time.monotonic()
 
     def progress(done: int) -> None:

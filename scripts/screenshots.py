@@ -1,4 +1,4 @@
-"""The pictures of docs/site: every page of a site that runs, at 1440 and at 390 pixels.
+"""Takes the screenshots in docs/site: every page of a running site, 1440 and 390 pixels wide.
 
 pairtune serve --runs RUNS --port 8765 &
 python scripts/screenshots.py http://127.0.0.1:8765 --finished demo --live OTHER
@@ -19,45 +19,45 @@ SIZES = {1440: 900, 390: 844}
 
 
 def main() -> None:
-    """Talk to the finished run and its base, then take the pictures."""
+    """Chat with the finished run and its base, then take the screenshots."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("address")
     parser.add_argument("--finished", required=True)
     parser.add_argument("--live", required=True)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     browser_path = shutil.which("chromium") or shutil.which("google-chrome")
     FOLDER.mkdir(exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 1440, "height": 900})
-        page.goto(asked.address)
-        page.select_option("#model", asked.finished)
+        page.goto(args.address)
+        page.select_option("#model", args.finished)
         page.select_option("#compare", index=1)
-        for number, words in enumerate(("What is a lighthouse for?", "Who looks after it?")):
-            page.fill("#prompt", words)
+        for number, question in enumerate(("What is a lighthouse for?", "Who looks after it?")):
+            page.fill("#prompt", question)
             page.keyboard.press("Enter")
             page.wait_for_selector(f".answer.done >> nth={2 * number + 1}", timeout=180_000)
         pages = {
             "chat-empty": "/",
-            "chat": page.url.removeprefix(asked.address),
+            "chat": page.url.removeprefix(args.address),
             "runs": "/runs/",
-            "run": f"/runs/{asked.finished}/",
-            "run-live": f"/runs/{asked.live}/",
-            "pairs": f"/runs/{asked.finished}/pairs?disagrees=on",
+            "run": f"/runs/{args.finished}/",
+            "run-live": f"/runs/{args.live}/",
+            "pairs": f"/runs/{args.finished}/pairs?disagrees=on",
             "new-run": "/runs/new",
-            "report": f"/runs/{asked.finished}/report",
+            "report": f"/runs/{args.finished}/report",
             "missing": "/nowhere",
         }
         for width, height in SIZES.items():
             page.set_viewport_size({"width": width, "height": height})
             for name, path in pages.items():
-                page.goto(asked.address + path)
+                page.goto(args.address + path)
                 keep(page, FOLDER / f"{name}-{width}.png")
         browser.close()
 
 
 def keep(page: Page, file: Path) -> None:
-    """In few colours, which these pages have, so that the files stay small."""
+    """Save a screenshot with a palette of 64 colours, enough for these pages, so that the files stay small."""
     Image.open(io.BytesIO(page.screenshot())).convert("RGB").quantize(64).save(file, optimize=True)
 
 

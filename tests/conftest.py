@@ -1,4 +1,4 @@
-"""Shared pieces: a tiny model of random weights with a byte tokenizer, so that tests train for real in seconds."""
+"""Shared fixtures: a tiny model with random weights and a byte tokenizer, so that tests really train, in seconds."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 torch.set_num_threads(int(os.environ.get("PAIRTUNE_THREADS", "1")))  # test processes run side by side
 
-# Time is no property: the first draws of a fresh checkout build tables of all characters, on machines that are busy.
+# No deadline: the first draws in a fresh checkout build character tables, on busy machines.
 settings.register_profile("pairtune", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("pairtune")
 
 
-# As Gemma's: BOS before all, and a token of its own, which has no role in the tokenizer, behind every turn.
+# Like Gemma's: BOS first, and after every turn a special token without a role in the tokenizer.
 GEMMA = (
     "{{ bos_token }}{% for message in messages %}"
     "<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
@@ -52,12 +52,12 @@ GEMMA_SPECIALS = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte and ChatML around it."""
+    """A byte-level tokenizer with a ChatML template."""
     return _bytewise(SPECIALS, CHATML, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
 def gemma_tokenizer(template: str | None = GEMMA) -> PreTrainedTokenizerFast:
-    """One token a byte, `<bos>` before any plain text, and Gemma's special tokens."""
+    """A byte-level tokenizer with `<bos>` before plain text and Gemma's special tokens."""
     fast = _bytewise(GEMMA_SPECIALS, template, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
     fast.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", fast.bos_token_id)]
@@ -79,7 +79,7 @@ def _bytewise(specials: list[str], template: str | None, **roles: str) -> PreTra
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A user cache for the tests alone; only the bundled model, which takes a while to make, is the real one."""
+    """A user cache for the tests; only the bundled model, which is slow to create, comes from the real one."""
     models = user_cache() / "models"
     models.mkdir(parents=True, exist_ok=True)
     cache = tmp_path_factory.mktemp("cache")
@@ -91,13 +91,13 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random two-layer Llama and the byte tokenizer."""
+    """The folder of a random two-layer Llama with the byte tokenizer."""
     return save_tiny(tmp_path_factory.mktemp("models") / "tiny", byte_tokenizer(), "<|im_start|>")
 
 
 @pytest.fixture(scope="session")
 def bos_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same for a tokenizer that begins plain text with BOS and has no template, as Llama's and Gemma's bases do."""
+    """The same with a tokenizer that begins plain text with BOS and has no template, like Llama's and Gemma's bases."""
     return save_tiny(tmp_path_factory.mktemp("models") / "plain", gemma_tokenizer(None), "<bos>")
 
 
@@ -131,20 +131,20 @@ def tiny_base(tiny_model: Path) -> LoadedBase:
 def make_pair(
     number: int, chosen: str = "Yes, {} of them.", rejected: str = "No idea about {}, sorry."
 ) -> PreferencePair:
-    """A small pair; different numbers make different prompts."""
+    """Make a small pair; different numbers give different prompts."""
     prompt = ({"role": "user", "content": f"Are there {number} apples?"},)
     return PreferencePair(prompt, chosen.format(number), rejected.format(number), f"test:{number}")
 
 
 def write_pairs(path: Path, numbers) -> Path:
-    """Small pairs in a JSONL file."""
+    """Write small pairs to a JSONL file."""
     rows = (make_pair(number, rejected="No {0}" * (number % 3 + 1)).conversational() for number in numbers)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def small_run(model: Path, folder: Path, **more) -> Run:
-    """A finished run of the tiny model over a handful of pairs; `more` are settings under their names in the config."""
+    """Run the tiny model on a handful of pairs to the end; `more` are settings by their names in the config."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
         "model": str(model),
@@ -165,7 +165,7 @@ def small_run(model: Path, folder: Path, **more) -> Run:
 
 
 def pairtune(*arguments, **environment) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own, with nobody to answer its questions."""
+    """Run the command line in its own process, with no standard input."""
     return subprocess.run(
         [sys.executable, "-m", "pairtune", *map(str, arguments)],
         capture_output=True,
@@ -177,13 +177,13 @@ def pairtune(*arguments, **environment) -> subprocess.CompletedProcess[str]:
 
 
 def evaluation(**numbers) -> Evaluation:
-    """An evaluation with these numbers; those that a test does not look at are 0."""
+    """An evaluation with these metrics; all others are 0."""
     required = [name for name, field in Evaluation.model_fields.items() if field.is_required()]
     return Evaluation(**{**dict.fromkeys(required, 0), **numbers})
 
 
 class Lines:
-    """A sink that keeps what trials log, by name."""
+    """A sink that keeps the trials' log lines by name."""
 
     def __init__(self) -> None:
         self.of: dict[str, list[dict]] = {}
@@ -202,7 +202,7 @@ class Lines:
 
 
 def train_one(engine, config, inputs, folder: Path):
-    """Run one trial; its result, its lines and its folder."""
+    """Run one trial and return its result, log lines and folder."""
     lines, run = Lines(), Run(folder)
     (result,) = engine.run_trials([config], inputs, run, lines)
     return result, lines.of[config.name], run.paths.trial(config.name)
@@ -212,7 +212,7 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
 def shared_file(name: str) -> Path:
-    """A file of real pairs that lies beside the project on the developers' machines."""
+    """A file of real pairs that developers' machines have next to the project."""
     path = SHARED / name
     if not path.is_file():
         pytest.skip(f"{name} is not here: real pairs are kept beside the project, not in it")

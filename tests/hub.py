@@ -1,4 +1,4 @@
-"""A stand-in for the Hub on the loopback: enough of its API for the real client libraries to read one data set."""
+"""A fake Hub on the loopback: enough of its API for the real client libraries to read one dataset."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 @contextmanager
 def serve_dataset(name: str, revisions: dict[str, dict[str, bytes]]) -> Iterator[str]:
-    """Serve a data set's files by revision (the first one is `main`); gives the endpoint's address."""
+    """Serve a dataset's files by revision (the first is `main`); yields the endpoint's URL."""
     commits = {revision: hashlib.sha1(revision.encode()).hexdigest() for revision in revisions}
     main = next(iter(revisions))
     by_commit = {commits[revision]: files for revision, files in revisions.items()}
@@ -96,7 +96,7 @@ def serve_dataset(name: str, revisions: dict[str, dict[str, bytes]]) -> Iterator
 
 
 def entry(files: dict[str, bytes], path: str) -> dict[str, object]:
-    """A file or folder as the Hub's tree lists it."""
+    """A file or folder as the Hub's tree API lists it."""
     identity = hashlib.sha1(files.get(path, path.encode())).hexdigest()
     if path not in files:
         return {"type": "directory", "path": path, "oid": identity}

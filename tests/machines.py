@@ -1,4 +1,4 @@
-"""Machines that are not here: matrix products whose last bits depend on what other machines' kernels depend on."""
+"""Simulated machines: matrix products whose last bits depend on the same things as other machines' kernels."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ def _odd(rows: int, inner: int, batch: int, place: torch.Tensor) -> int:
 
 
 def _every(rows: int, inner: int, batch: int, place: torch.Tensor) -> int:
-    """Every number of rows is summed in its own way."""
+    """Each number of rows has its own summation order."""
     return 1 + rows % 7
 
 
 def _few(rows: int, inner: int, batch: int, place: torch.Tensor) -> int:
-    """Like float32 products almost everywhere: few rows take another kernel."""
+    """Like float32 products almost everywhere: few rows use another kernel."""
     return 3 if rows < 13 else 1
 
 
 def _edges(rows: int, inner: int, batch: int, place: torch.Tensor) -> torch.Tensor:
-    """Micro-kernels of eight rows, and another one for the rest of them."""
+    """Micro-kernels of eight rows, and another one for the remaining rows."""
     return torch.where(place >= rows - rows % 8, 3, 1)
 
 
 def _batches(rows: int, inner: int, batch: int, place: torch.Tensor) -> int:
-    """Batched products are summed by how many there are, and by their rows: as split-k heuristics on a GPU do."""
+    """The summation order depends on the batch size and the rows, as with split-k heuristics on a GPU."""
     return 1 + (batch + rows // 50) % 3
 
 
 def _hopeless(rows: int, inner: int, batch: int, place: torch.Tensor) -> torch.Tensor:
-    """A row's place decides: no tile helps."""
+    """The row's position decides, so no tiling helps."""
     return 1 + (place * 5 + rows) % 11 % 4
 
 
@@ -62,7 +62,7 @@ KERNELS: dict[str, Split] = {
 
 
 class Machine(TorchDispatchMode):
-    """While this is on, products are computed as `split` says; backward passes on a CPU included."""
+    """While active, products are computed as `split` says, including backward passes on a CPU."""
 
     def __init__(self, split: Split) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class Machine(TorchDispatchMode):
 
 
 def same_shape(a, b, rows=64):
-    """A product in which this machine's own kernels have no part: they only ever see so many rows."""
+    """A product independent of this machine's kernels, which always see the same number of rows."""
     if a.dim() == 3:
         return torch.stack([same_shape(*two) for two in zip(a, b, strict=True)])
     padded = torch.cat([a, a.new_zeros(-len(a) % rows, a.shape[1])])

@@ -1,5 +1,5 @@
-"""A stand-in for the Hub on the loopback that stores models: what the real client needs to make a repository, upload to
-it in one commit, and read it again. Faults can be planted before any answer.
+"""A fake Hub on the loopback that stores models: what the real client needs to create a repository, upload to it in one
+commit, and read it again. Faults can be planted before any response.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Fault = Callable[[str, str], tuple[int, dict[str, str]] | str | None]
 
 @dataclass
 class ModelHub:
-    """What the stand-in has: repositories with their branches, large objects that have arrived, who asked for what."""
+    """The fake Hub's state: repositories with their branches, uploaded large objects, and the requests."""
 
     repositories: dict[str, dict[str, Files]] = field(default_factory=dict)
     private: dict[str, bool] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class ModelHub:
 
 
 def online(hub: ModelHub, home: Path) -> dict[str, str]:
-    """An environment in which the Hub's client talks to the stand-in and keeps its cache in `home`."""
+    """Environment variables that point the Hub's client to the fake Hub, with its cache in `home`."""
     return {
         "HF_ENDPOINT": hub.address,
         "HF_HUB_OFFLINE": "0",
@@ -49,7 +49,7 @@ def online(hub: ModelHub, home: Path) -> dict[str, str]:
 
 @contextmanager
 def serve_models() -> Iterator[ModelHub]:
-    """A running stand-in."""
+    """A running fake Hub."""
     hub = ModelHub()
 
     class Handler(BaseHTTPRequestHandler):
@@ -209,5 +209,5 @@ def serve_models() -> Iterator[ModelHub]:
 
 
 def sha(content: bytes) -> str:
-    """A commit's or file's identity."""
+    """A commit's or file's hash."""
     return hashlib.sha1(content, usedforsecurity=False).hexdigest()

@@ -1,4 +1,4 @@
-"""What is counted about answers, by hand, and who wins how often."""
+"""Answer statistics and win rates, checked by hand."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_win_rate_by_hand():
 
 
 def test_wins_that_length_explains_are_taken_out():
-    """Longer answers win, whoever gives them: at equal lengths nobody is ahead."""
+    """Longer answers win whichever model gives them: at equal lengths neither is ahead."""
     drawn = np.random.default_rng(0)
     differences = drawn.integers(-50, 100, 400)
     scores = [float(drawn.random() < 1 / (1 + np.exp(-0.06 * d))) for d in differences]

@@ -1,4 +1,4 @@
-"""The audit of other people's logs: what is read, what is found, and what is said where it cannot be read."""
+"""The audit of foreign logs: what it reads, what it finds, and its errors for unreadable files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BASE = {"chosen": -120.0, "rejected": -140.0}
 
 
 def evaluation(beta: float, chosen: float, rejected: float, **more) -> dict[str, float]:
-    """A row of a trial whose log-probs have moved so many nats."""
+    """A row of a trial whose log-probs have moved by this many nats."""
     margin = beta * (chosen - rejected)
     return {
         "eval_loss": math.log1p(math.exp(-margin)),
@@ -84,18 +84,20 @@ def test_the_assignments_tables_give_themselves_away(assignment):
     evidence = " ".join(each.evidence for each in found)
     assert "-137.299118 and -137.299698" in evidence
     assert "-149.098358 and -149.098358" in evidence
-    assert "labelled beta 0.1, it behaves as beta 0.202" in evidence
-    assert "labelled beta 0.2, it behaves as beta 0.1 " in evidence
+    assert "labelled beta 0.1, but its rewards over its log-prob changes give beta 0.202" in evidence
+    assert "labelled beta 0.2, but its rewards over its log-prob changes give beta 0.1," in evidence
     assert by_rule["beta-mislabelled"] == {"run 2", "run 3"}
     assert "0.8333 cannot come from 5 rows" in evidence
     assert by_rule["train-loss-zero"] == {"run 2", "run 3", "run 4"}
-    assert "the winner cannot be told from the others" in evidence
+    assert "the winner cannot be distinguished from the others" in evidence
 
 
 def test_with_the_number_of_rows_the_accuracies_are_wrong(assignment):
     wrong = [each for each in findings(assignment, eval_rows=5) if each.rule == "accuracy-impossible"]
     assert {each.level for each in wrong} == {"error"}
-    assert "0.833333 cannot come from 5 rows; averages over batches of 2 can be that" in wrong[-1].evidence
+    assert (
+        "0.833333 cannot come from 5 rows; averaging over batches of 2 with a smaller last batch" in wrong[-1].evidence
+    )
 
 
 def test_the_command_prints_the_findings_and_fails(assignment, tmp_path):
@@ -236,9 +238,9 @@ def test_prefixed_and_titled_columns_are_the_same(tmp_path):
         ("", "has no rows"),
         ("epoch,accuracy\n1,0.5\n", "neither eval_loss nor rewards/chosen among its columns"),
         ("epoch,eval_loss\n1,high\n", "row 2, eval_loss: 'high' is not a number"),
-        ("epoch,eval_loss,rewards/accuracies\n1,0.5,60\n", "row 2, rewards/accuracies: 60 is no share"),
-        ("epoch,eval_loss\n1,0.5,7\n", "row 2: has another number of cells"),
-        ("epoch,eval_loss\n1\n", "row 2: has another number of cells"),
+        ("epoch,eval_loss,rewards/accuracies\n1,0.5,60\n", "row 2, rewards/accuracies: 60 is not between 0 and 1"),
+        ("epoch,eval_loss\n1,0.5,7\n", "row 2: has more or fewer cells"),
+        ("epoch,eval_loss\n1\n", "row 2: has more or fewer cells"),
         (b"\xff\xfe\x00", "cannot be read as CSV"),
     ],
 )
@@ -258,7 +260,7 @@ def test_what_cannot_be_audited_is_said(tmp_path):
     ):
         with pytest.raises(BadInput, match=message):
             read_evidence(path)
-    with pytest.raises(BadInput, match="2 given for 1 trials"):
+    with pytest.raises(BadInput, match="2 given for 1 trial;"):
         with_options(read_evidence(write_csv(tmp_path / "a.csv", [evaluation(0.1, 1.0, 0.0)])), None, None, [0.1, 0.2])
 
 
@@ -288,7 +290,7 @@ def test_a_trainer_state_tells_which_weights_were_saved(tmp_path):
     other = trainer_state(
         tmp_path / "other", rows, global_step=30, best_model_checkpoint="out/checkpoint-30", best_metric=0.65
     )
-    assert "the best checkpoint is of step 30" in str(findings(other))
+    assert "the best checkpoint is from step 30" in str(findings(other))
 
 
 def test_of_a_trainings_checkpoints_the_last_counts_and_trainings_are_trials(tmp_path):
@@ -310,7 +312,7 @@ def test_nan_in_a_trainer_state_is_found(tmp_path):
 
 
 def test_a_real_offline_run_of_wandb_is_read(tmp_path):
-    """W&B's own client writes it, in a process of its own, as a training script would."""
+    """W&B's own client writes it in a separate process, as a training script would."""
     script = (
         "import wandb\n"
         "run = wandb.init(project='p', name='first', mode='offline', config={'beta': 0.1, 'learning_rate': 3e-5})\n"
@@ -368,7 +370,7 @@ def rewards(step, chosen, rejected, **more):
 
 
 def test_losses_without_a_reference_are_not_accused_of_their_start():
-    """CPO, SimPO and ORPO log beta times the log-probs themselves: -8 and -9 before anything was learned."""
+    """CPO, SimPO and ORPO log beta times the log-probs themselves: -8 and -9 before any training."""
     steps = [
         {"step": n, "loss": 0.9, "logps/chosen": -80.0 - n, "logps/rejected": -90.0 - 2 * n}
         | {"rewards/chosen": -8.0 - n / 10, "rewards/rejected": -9.0 - n / 5}
@@ -383,7 +385,7 @@ def test_losses_without_a_reference_are_not_accused_of_their_start():
 
 
 def test_a_first_row_at_step_ten_far_from_the_base_is_found():
-    """Rewards of +3 and -4 in the mean of ten steps, and no further later, did not come from 0 in between."""
+    """Mean rewards of +3 and -4 over ten steps that then stay there cannot have started at 0."""
     later = [rewards(20, 3.05, -4.1), rewards(30, 3.0, -4.0)]
     found, passed, _ = verdicts(log(rewards(10, 3.0, -4.0), *later))
     assert "start-not-base" in found
@@ -402,7 +404,7 @@ def test_a_first_mean_that_leaves_no_room_for_ln_2_is_found():
 @pytest.mark.parametrize("every", [10, 20, 25])
 @pytest.mark.parametrize("pace", [0.002, 0.02, 0.2, 1.0, 3.0])
 def test_sound_logs_of_every_pace_are_not_accused(every, pace):
-    """Rewards that grow from 0 straight, saturating, or after a warm-up, with the noise of small batches."""
+    """Rewards that grow from 0 linearly, saturating, or after a warm-up, with the noise of small batches."""
     generator = np.random.default_rng(int(1000 * pace) + every)
     steps = np.arange(200)
     for shape in (steps, 40 * (1 - np.exp(-steps / 8)), 3 * (1 - np.exp(-steps / 3)), np.maximum(0, steps - 20)):
@@ -419,7 +421,7 @@ def test_sound_logs_of_every_pace_are_not_accused(every, pace):
 
 
 def test_no_rule_passes_what_it_has_not_seen():
-    """Evidence of nothing, of single numbers, and of this project's own kind without any file: nothing is passed."""
+    """Empty evidence, single numbers, and this project's own kind without files: no rule may pass."""
     nothing = {"loss": math.nan}
     for trials in ([], [log()], [log(nothing)], [log(evaluations=[nothing]), log(evaluations=[nothing], name="two")]):
         _, passed, missing = verdicts(*trials)
@@ -432,7 +434,7 @@ INPUTS = ("loss", "grad_norm", "rewards", "logps", "accuracies", "examples", "ev
 
 @pytest.mark.parametrize("removed", INPUTS)
 def test_what_a_rule_needs_is_what_it_says(removed):
-    """Two full logs: most rules pass or find; without one of the inputs those that need it say so."""
+    """Two full logs: most rules pass or find; without an input, the rules that need it report so."""
     generator = np.random.default_rng(3)
 
     def one(name, beta):

@@ -27,7 +27,7 @@ FALSE_ALARMS = 0.05
 
 
 def clean_run(tiny_model, folder: Path, seed: int, **more) -> Run:
-    """A run of two trials of the tiny model, on pairs that it can learn."""
+    """A run with two trials of the tiny model on learnable pairs."""
     folder.mkdir(parents=True, exist_ok=True)
     pairs = {"data": (0, 10), "eval_data": (200, 224), "test_data": (300, 304)}
     first = 1000 * seed
@@ -45,7 +45,7 @@ def clean(tiny_model, tmp_path_factory):
 
 
 def found(run: Run) -> dict[str, str]:
-    """The worst level of what each rule finds."""
+    """The worst level that each rule finds."""
     levels: dict[str, str] = {}
     for finding in audit(read_evidence(run.root)).findings:
         levels.setdefault(finding.rule, finding.level)
@@ -100,7 +100,7 @@ def starts_elsewhere(run):
 
 
 def goes_on(run):
-    """The second trial begins where the first one ended, far from the base."""
+    """The second trial starts where the first one ended, far from the base."""
     one, other = (run.paths.trial(entry["name"]) for entry in json.loads(run.paths.sweep.read_text())["trials"])
     base = next(json.loads(line) for line in one.metrics.read_text().splitlines())  # its first step is at the base
 
@@ -293,7 +293,7 @@ FAULTS = {
 
 
 def cured(run: Run) -> Run:
-    """Take away what the small run itself has: few rows, betas ranked by loss, a winner that is not settled."""
+    """Remove the findings of the small run itself: few rows, betas ranked by loss, an unsettled winner."""
     change_json(run.paths.data, lambda data: data["splits"]["validation"].update(pairs=2400))
     change_json(run.paths.selection, lambda selection: selection.update(rule="accuracy", settled=True))
     return run
@@ -301,7 +301,7 @@ def cured(run: Run) -> Run:
 
 @pytest.fixture
 def copied(clean, tmp_path):
-    """The clean run, to be spoilt."""
+    """A copy of the clean run to plant faults in."""
     shutil.copytree(clean.root, tmp_path / "run")
     return cured(Run(tmp_path / "run"))
 
@@ -327,7 +327,7 @@ def test_a_planted_fault_is_found(copied, name):
 
 
 def test_clean_runs_raise_no_false_alarm(tiny_model, tmp_path):
-    """Of errors, which say that what is reported is wrong. Seeds are fixed, so that the answer stays the same."""
+    """No errors, which would mean wrong results. Seeds are fixed, so the outcome stays the same."""
     accused = {}
     for seed in range(1, CLEAN_RUNS + 1):
         rates = [[1e-3], [3e-3, 1e-3], [1e-4]][seed % 3]

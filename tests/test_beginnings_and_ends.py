@@ -1,4 +1,4 @@
-"""A model is asked as it was trained, BOS and all, and stops at the token that its template ends answers with."""
+"""Models are prompted as they were trained, BOS included, and stop at their template's end-of-answer token."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ ASKED = [
 
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory):
-    """A folder with a random model whose tokenizer is shaped like Gemma's."""
+    """The folder of a random model with a tokenizer like Gemma's."""
     return save_tiny(tmp_path_factory.mktemp("gemma") / "base", gemma_tokenizer(), "<bos>")
 
 
 @pytest.fixture(scope="module")
 def plain_run(bos_model, tmp_path_factory):
-    """Of a base without a template, whose tokenizer begins text with BOS."""
+    """A run on a base without a template, whose tokenizer begins text with BOS."""
     return small_run(bos_model, tmp_path_factory.mktemp("plain"))
 
 
 def says(model, token):
-    """Make the model say one token only: its last hidden state is all ones, and one row of the head meets that."""
+    """Make the model generate only one token: its last hidden state is all ones, which one row of the head matches."""
     with torch.no_grad():
         for weight in model.model.layers.parameters():
             weight.zero_()

@@ -1,4 +1,4 @@
-"""The command line as a person uses it: real processes, exit codes, one line for what they can mend."""
+"""The command line as users run it: real processes, exit codes, one-line errors for what they can fix."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def flags(tiny_model, pairs):
 
 @pytest.fixture(scope="module")
 def run(flags, tmp_path_factory) -> Path:
-    """A finished run of a 1 x 2 grid."""
+    """A finished run with a 1 x 2 grid."""
     out = tmp_path_factory.mktemp("runs") / "small"
     done = pairtune("tune", *flags, "--out", out, "--json")
     assert done.returncode == 0, done.stderr
@@ -158,7 +158,7 @@ def test_a_full_run_saves_a_full_model_and_chats(flags, tmp_path):
         (["--frob"], "No such option: --frob"),
         (["--data", "missing.jsonl"], "--data missing.jsonl: no such file"),
         (["--model", "missing.gguf"], "--model missing.gguf: no such file"),
-        (["--model", "nobody/nothing"], "not to be had from the Hub"),
+        (["--model", "nobody/nothing"], "cannot be loaded from the Hub"),
         (["--out", "taken"], "--out taken: already exists"),
         (["--data", "bad.jsonl"], "bad.jsonl: row 2: field chosen is missing"),
         (["--data", "empty.jsonl"], "empty.jsonl: row 1: field rejected is empty"),
@@ -201,7 +201,7 @@ def test_one_ctrl_c_stops_a_run_with_a_checkpoint_and_resume_ends_it(flags, tmp_
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "stopping after this step" in errors
-    assert f"`pairtune resume {out}` goes on from there" in errors
+    assert f"`pairtune resume {out}` continues from there" in errors
     assert "Traceback" not in errors
     assert not (out / "COMPLETE").exists()
     refused = pairtune("chat", out, input="")
@@ -221,11 +221,11 @@ def test_one_ctrl_c_stops_a_run_with_a_checkpoint_and_resume_ends_it(flags, tmp_
 def test_resuming_what_is_no_run_is_bad_input(tmp_path):
     done = pairtune("resume", tmp_path / "none")
     assert done.returncode == 2
-    assert "no run folder" in done.stderr
+    assert "not a run folder" in done.stderr
 
 
 def test_pairs_that_have_changed_since_are_bad_input(flags, pairs, run, tmp_path):
-    """A run without COMPLETE whose data file has another row now."""
+    """A run without COMPLETE whose data file has gained a row."""
     copy, data = tmp_path / "run", tmp_path / "pairs.jsonl"
     shutil.copytree(run, copy)
     (copy / "COMPLETE").unlink()

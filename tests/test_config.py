@@ -1,4 +1,4 @@
-"""Settings: where they come from, what is refused, and that a run's file repeats it."""
+"""Settings: their origins, what is refused, and that a run's file reproduces it."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_written_file_reads_back_to_the_same_configuration(tmp_path):
         ({"epochs": 0}, "--epochs: must be greater than 0, not 0"),
         ({"batch_size": -2}, "--batch-size: must be greater than 0"),
         ({"method": "qlora"}, "--method: should be 'lora' or 'full'"),
-        ({"data": None}, "--data: is needed"),
+        ({"data": None}, "--data: is required"),
         ({"data": ""}, "--data: "),
         ({"seed": -1}, "--seed: "),
     ],
@@ -88,7 +88,7 @@ def test_a_value_that_is_not_allowed_names_its_flag(flags, message):
     [
         ("epochs: many\ndata: x", "c.yaml: epochs: "),
         ("lr: 3\ndata: x", "c.yaml: lr: is not a setting; the settings are .*learning_rate"),
-        ("- a", "c.yaml: should hold settings"),
+        ("- a", "c.yaml: should contain settings"),
         ("a: [", "c.yaml: is not valid YAML"),
     ],
 )
@@ -110,7 +110,7 @@ def test_flag_names():
 
 
 def test_points_of_a_grid_are_checked_too(tmp_path):
-    """Each value is allowed, but not together: one line, and no traceback."""
+    """Each value is allowed, but not the combination: a one-line error, no traceback."""
     file = tmp_path / "run.yaml"
     file.write_text("data: bundled:concise\nloss: [sigmoid, exo_pair]\nlabel_smoothing: [0.0, 0.1]\n")
     with pytest.raises(BadInput, match=r"label_smoothing: must be above 0 for the loss exo_pair"):

@@ -1,4 +1,4 @@
-"""Tensors on the wrong device, found without a GPU: real code over tensors that have a device, and no numbers.
+"""Tensors on the wrong device, found without a GPU: real code on tensors with a device but no data.
 
 Where PyTorch is built with CUDA they are fake CUDA tensors (`FakeTensorMode`). Its CPU build cannot index those, so
 they lie on the meta device there, which refuses tensors of the CPU in the same way.
@@ -46,7 +46,7 @@ FAMILIES = {
 
 @contextmanager
 def elsewhere(monkeypatch):
-    """Everything is made on a device that is not there; what reads numbers gets zeros of the right shape."""
+    """Create everything on an absent device; reads of values give zeros of the right shape."""
 
     monkeypatch.setattr(torch.Tensor, "tolist", _nested)
     monkeypatch.setattr(torch.Tensor, "item", _nested)
@@ -64,7 +64,7 @@ def _drawn(rand, *shape, generator, **how):
 
 
 def _nested(tensor):
-    """Zeros in lists, as deep as the tensor."""
+    """Nested lists of zeros in the tensor's shape."""
     nested = 0.0
     for size in reversed(tensor.shape):
         nested = [nested] * size
@@ -97,7 +97,7 @@ def model_of(family, dtype):
 
 
 def step(policy, config, pairs, weights, trials):
-    """Forward, loss, backward, clipping, update: as `native` does a step."""
+    """Forward, loss, backward, clipping, update: a step as in `native`."""
     policy.train(True)
     reference = torch.zeros(len(pairs), 2, device=DEVICE)
     for scored in score_pairs(policy, [Objective.of(config)] * trials, pairs, [0, 2, 3], reference, 512, (1,)):
@@ -140,7 +140,7 @@ def test_full_training_stays_on_the_device(monkeypatch, pairs, dtype):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_evaluation_stays_on_the_device(monkeypatch, pairs, family):
-    """With the divergence from the base, and in float32 for a while."""
+    """With the KL divergence from the base, and temporarily in float32."""
     with elsewhere(monkeypatch), torch.no_grad():
         model = model_of(family, torch.bfloat16)
         policy = Policy(model)
@@ -160,7 +160,7 @@ def test_an_evaluation_stays_on_the_device(monkeypatch, pairs, family):
 
 @pytest.mark.parametrize("part", ["positions", "reference"])
 def test_a_tensor_on_the_wrong_device_is_found(monkeypatch, pairs, part):
-    """The tests above can fail: positions or a reference that were left on the CPU."""
+    """The tests above can fail: with positions or a reference left on the CPU."""
     with elsewhere(monkeypatch), torch.no_grad():
         policy = Policy(model_of("llama", torch.bfloat16))
         pack = next(policy.rows(pairs.tokens([0, 1]), 512))

@@ -1,4 +1,4 @@
-"""KL from the base: against the plain way, and what evaluations put on record."""
+"""KL from the base: against a plain implementation, and as evaluations record it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_evaluations_have_the_kl_of_their_first_pairs(tiny_base, tmp_path, monke
 
 @torch.no_grad()
 def plain_kl(tuned, base, ids):
-    """The same places, each model in a row of its own for each answer."""
+    """The same positions, with a separate row per model and answer."""
     found = []
     for answer in (ids.chosen, ids.rejected):
         row = torch.tensor([ids.prompt + answer])

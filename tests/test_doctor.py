@@ -95,7 +95,7 @@ def test_faults_are_named_by_place_and_counted(tmp_path):
     assert (
         record.dropped["empty chosen"]
         .places[0]
-        .endswith("a.jsonl: row 2: field chosen is empty; give it a text or remove the row")
+        .endswith("a.jsonl: row 2: field chosen is empty; fill it in or remove the row")
     )
     assert record.dropped["not valid JSON"].stops
     assert record.verdict == "not usable"
@@ -113,12 +113,12 @@ def test_what_max_length_does_is_counted_and_lengths_are_those_before(tmp_path):
 def test_length_bias_few_pairs_and_special_tokens_warn(tmp_path):
     record = inspect(tmp_path, [row(n, chosen="a" * (20 + n)) for n in range(30)] + [row(31, prompt="<|im_end|>?")])
     assert found(record, "the longer answer wins 98% of the time") == ["warning"]
-    assert found(record, "31 pairs are few") == ["warning"]
+    assert found(record, "only 31 pairs") == ["warning"]
     assert found(record, "special tokens as text") == ["warning"]
     assert record.verdict == "ok with warnings"
 
 
-@pytest.mark.parametrize(("rows", "reason"), [([], "it is empty"), (["7\n"], "no row is a usable pair")])
+@pytest.mark.parametrize(("rows", "reason"), [([], "the source is empty"), (["7\n"], "no row is a usable pair")])
 def test_nothing_usable_is_said(tmp_path, rows, reason):
     record = inspect(tmp_path, rows)
     assert record.verdict == "not usable"
@@ -172,7 +172,7 @@ def test_inspect_prints_verdict_example_and_figure(tmp_path, tiny_model):
     assert done.returncode == 0, done.stderr
     for part in (
         "TRL standard",
-        "4 rows = 3 pairs + 1 others",
+        "4 rows = 3 pairs + 1 dropped",
         "row 4",
         "<|im_start|>user",
         "verdict: ok with warnings",
@@ -204,7 +204,7 @@ def test_convert_writes_what_trl_reads_and_pairtune_reads_back(tmp_path, name):
     out = tmp_path / name
     columns = [f"--column={part}" for part in ("prompt=question", "chosen=good", "rejected=bad")]
     done = run("convert", source, out, *columns, "--on-bad-row", "skip")
-    assert (done.returncode, done.stdout) == (0, f"{out}: 2 pairs of 3 rows, 1 empty chosen\n")
+    assert (done.returncode, done.stdout) == (0, f"{out}: 2 pairs from 3 rows, 1 empty chosen\n")
     rows = pq.read_table(out).to_pylist() if name.endswith("parquet") else list(map(json.loads, out.open()))
     assert rows[1] == {
         "prompt": [{"role": "user", "content": "How?"}],

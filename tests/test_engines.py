@@ -1,4 +1,4 @@
-"""One trial through each engine: pristine start, exact per-example numbers, and the best epoch's weights on disk."""
+"""One trial with each engine: pristine start, exact per-example numbers, and the best epoch's weights on disk."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def run(engine):
 
 
 def sequence_logps(model, tokenizer, pair: PreferencePair) -> tuple[float, float]:
-    """Log-probs of chosen and rejected, summed over the answer's tokens: the slow way, one sequence at a time."""
+    """Log-probs of chosen and rejected, summed over the answer's tokens, computed one sequence at a time."""
     values = []
     prompt = tokenizer.apply_chat_template(list(pair.prompt), add_generation_prompt=True, return_dict=True)["input_ids"]
     for answer in (pair.chosen, pair.rejected):
@@ -74,7 +74,7 @@ def test_the_first_step_is_the_base_model_itself(run, inputs, tmp_path, method):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_shared_reference_is_the_base_to_the_last_bit(run, inputs, tmp_path, dtype):
-    """With hardly any learning, every pair of every epoch has margin 0, in whatever order it comes."""
+    """With a negligible learning rate, every pair of every epoch has margin 0, in any order."""
     base = replace(inputs.base, dtype=getattr(torch, dtype))
     start = weights_fingerprint(load_start(trial(), base))
     inputs = replace(inputs, base=base, base_fingerprint=start, base_outputs=BaseOutputs())
@@ -128,13 +128,13 @@ def test_a_policy_that_is_not_the_reference_at_the_start_stops_the_run(engine, r
             return adapted
 
         monkeypatch.setattr(native, "add_adapters", wrong)
-    with pytest.raises(RunFailed, match="its adapter is not zero before|policy and reference are not the same model"):
+    with pytest.raises(RunFailed, match="an adapter is not zero before|policy and reference are not the same model"):
         run(trial(), inputs, tmp_path)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_what_is_saved_is_the_epoch_that_the_table_names(run, inputs, tmp_path, method):
-    """Validation answers are swapped, so that every step of training makes them worse: the last epoch is not best."""
+    """Validation answers are swapped, so that training makes them worse: the last epoch is not the best."""
     swapped = [replace(pair, chosen=pair.rejected, rejected=pair.chosen) for pair in HELD]
     config = trial(method=method, learning_rate=2e-3 if method == "lora" else 2e-4, epochs=3, beta=1.0)
     result, _, folder = run(config, replace(inputs, validation=PairTable.of(swapped, inputs.base.tokenizer)), tmp_path)

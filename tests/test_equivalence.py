@@ -47,7 +47,7 @@ def made(tiny_base):
 
 @pytest.fixture
 def real(tiny_base):
-    """60 short pairs of rm-static: 30 steps."""
+    """60 short pairs from rm-static: 30 steps."""
     reader = SourceReader.open(SourceConfig(source=str(shared_file("rm_static_train.jsonl.gz"))), "--data", {}, 1500)
     encoder = PairTokenizer(tiny_base.tokenizer, 400)
     short = [
@@ -72,7 +72,7 @@ def trajectory(tmp_path):
 
 
 def assert_equal(one, other, tolerance):
-    """Point by point, and without a drift to one side."""
+    """Compare point by point, and check that there is no systematic drift."""
     assert len(one) == len(other)
     for name in ("loss", "grad_norm", "learning_rate", "rewards/margins", "logps/chosen", "logits/rejected"):
         pairs = [(a[name], b[name]) for a, b in zip(one, other, strict=True) if name in a and "eval_loss" not in a]
@@ -96,7 +96,7 @@ def test_thirty_steps_on_real_pairs_are_trls(real, trajectory, loss, method):
 
 @pytest.mark.parametrize("loss", sorted(LOSSES.keys() - {"simpo", "orpo"}))
 def test_every_loss_that_trl_has_is_trls(made, trajectory, loss):
-    """With settings that are not the defaults, where a loss has some; and with rsLoRA's scale."""
+    """With non-default loss settings where a loss has some, and with rsLoRA's scale."""
     smoothing = {"robust": 0.1, "exo_pair": 0.01}.get(loss, 0.0)
     config = trial(loss=loss, epochs=2, label_smoothing=smoothing, discopop_tau=0.3, rslora=True, learning_rate=1e-3)
     inputs = made()
@@ -126,7 +126,7 @@ def test_unshared_rows_are_the_same_trajectory(made, trajectory, monkeypatch):
 
 
 def test_padded_rows_are_the_same_trajectory(made, trajectory, monkeypatch):
-    """What models take whose attention cannot be told about segments."""
+    """The path of models whose attention does not support segments."""
     expected = trajectory(native, trial(), made())
     monkeypatch.setattr("pairtune.engine.policy.PACKED_FAMILIES", frozenset())
     assert_equal(trajectory(native, trial(), made()), expected, SAME)

@@ -1,4 +1,4 @@
-"""The test split is looked at once, after the choice, and saved weights give the numbers that they were kept for."""
+"""The test split is evaluated once, after the selection, and saved weights reproduce their recorded metrics."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pairtune.sweep.select import best_examples, install_best, select_best
 
 @pytest.fixture(params=["lora", "full"])
 def finished(request, tiny_base, tmp_path):
-    """A run of one trial, before the choice."""
+    """A run with one trial, before the selection."""
     config = TrialConfig(learning_rate=1e-3, beta=0.1, epochs=2, method=request.param, dtype="float32")
     pairs = [make_pair(number, rejected="No {0}" * (number % 3 + 1)) for number in range(12)]
     train, held, test = (PairTable.of(each, tiny_base.tokenizer) for each in (pairs[:6], pairs[6:9], pairs[9:]))
@@ -55,7 +55,7 @@ def test_the_test_pairs_are_looked_at_once_and_after_the_choice(finished):
     run, results, _, test, base = finished
     selection = select_best(results, records_of(run, results), "eval_loss")
     trial = results[0].trial
-    with pytest.raises(RunFailed, match="the choice comes first"):
+    with pytest.raises(RunFailed, match="no choice is on record"):
         evaluate_test(trial, selection, test, base, run)
     assert not run.paths.test.exists()
     selection = choose(run, results)
@@ -64,7 +64,7 @@ def test_the_test_pairs_are_looked_at_once_and_after_the_choice(finished):
     assert (written["pairs"], written["trial"]) == (3, trial.name)
     losses = Examples.read(run.paths.test_examples).metric("loss")
     assert written["metrics"]["eval_loss"] == pytest.approx(losses.mean())
-    with pytest.raises(RunFailed, match="have been looked at"):
+    with pytest.raises(RunFailed, match="have already been used"):
         evaluate_test(trial, selection, test, base, run)
 
 

@@ -1,4 +1,4 @@
-"""Rows of every format become the same pair, or are refused with the field at fault."""
+"""Rows of every format become the same pair, or are refused with the name of the faulty field."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_columns_can_be_named():
 def test_a_source_keeps_its_first_format():
     parser = RowParser()
     parser.parse({"prompt": "Name a fish.", "chosen": "A carp.", "rejected": "No."}, "f:1")
-    with pytest.raises(BadRow, match="is in the format alpaca, the rows before it in TRL standard") as caught:
+    with pytest.raises(BadRow, match="is in the format alpaca, but earlier rows are in TRL standard") as caught:
         parser.parse({"instruction": "Name a fish.", "chosen": "A carp.", "rejected": "No."}, "f:2")
     assert caught.value.reason == "mixed formats"
     with pytest.raises(BadRow, match="is missing") as caught:

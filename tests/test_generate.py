@@ -1,4 +1,4 @@
-"""Answers: order, ends, seeds, streaming, and what is counted about them."""
+"""Answers: order, endings, seeds, streaming, and their statistics."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_held_out_prompts_are_different_and_in_order():
 
 
 def tuned_adapter(base, folder, seed):
-    """An adapter that changes what the model says."""
+    """An adapter that changes the model's answers."""
     model = load_model(base.source, base.dtype)
     layers = add_adapters(model, LoraSettings(), [seed])
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""GGUF files: what transformers and llama.cpp read out of them is the model that was written."""
+"""GGUF files: transformers and llama.cpp read back the model that was written."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ DEFAULT_SYSTEM = (
 
 
 def bpe_tokenizer(cut: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with merges, cutting text as one of the families does."""
+    """A byte-level BPE with merges that splits text like one of the families."""
     tokenizer = Tokenizer(models.BPE())
     steps = CUTS[cut]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
@@ -88,7 +88,7 @@ def bpe_tokenizer(cut: str) -> PreTrainedTokenizerFast:
 
 
 def begin_with(tokenizer: PreTrainedTokenizerFast, bos: str) -> None:
-    """Let the tokenizer begin every plain text with its BOS."""
+    """Make the tokenizer begin plain text with BOS."""
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
     )
@@ -116,7 +116,7 @@ FAMILIES = {
 
 
 def family(name: str):
-    """A random model, large enough in its weights that rounding shows, and its tokenizer."""
+    """A random model with weights large enough to show rounding, and its tokenizer."""
     cut, make = FAMILIES[name]
     torch.manual_seed(11)
     model = make().eval()
@@ -161,7 +161,7 @@ def test_fewer_bits_are_smaller_and_coarser(quantisation, tmp_path):
 
 
 def test_what_cannot_be_written_is_refused(tmp_path):
-    with pytest.raises(BadInput, match="not for gpt2"):
+    with pytest.raises(BadInput, match="not gpt2"):
         write_gguf(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2)), None, tmp_path, "a", "f16")
     with pytest.raises(BadInput, match="Llama 3, Qwen, SmolLM2 and GPT-2"):
         write_gguf(family("llama")[0], byte_tokenizer(), tmp_path, "a", "f16")
@@ -277,7 +277,7 @@ def test_a_gguf_that_is_not_the_trained_model_is_refused(run, tmp_path, monkeypa
     from pairtune.errors import RunFailed
     from pairtune.publish.export import export_run
 
-    with pytest.raises(RunFailed, match="is not the trained one"):
+    with pytest.raises(RunFailed, match="does not match the trained one"):
         export_run(run, "gguf", tmp_path / "out", "f16")
     assert not list(tmp_path.iterdir())
 
@@ -298,7 +298,7 @@ def test_a_pushed_gguf_is_taken_by_its_name(run, tmp_path):
         environment = online(hub, tmp_path / "home2")
         done = pairtune(*evaluate, **environment)
         assert done.returncode == 2
-        assert "holds model.gguf, other.gguf; download one of them" in done.stderr
+        assert "has several GGUF files (model.gguf, other.gguf); download one" in done.stderr
 
 
 # llama.cpp itself, an extra that compiles for minutes: make test-gguf.

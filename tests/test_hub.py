@@ -1,4 +1,4 @@
-"""Data sets from the Hub: the real client libraries against a stand-in on the loopback."""
+"""Datasets from the Hub: the real client libraries against a fake Hub on the loopback."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def lines(*prompts):
 
 
 def read(endpoint, home, *wanted, offline=False):
-    """What a fresh process reads; the libraries take the endpoint from the environment when they are imported."""
+    """Read in a fresh process, since the libraries take the endpoint from the environment at import."""
     environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": str(int(offline))}
     done = subprocess.run(
         [sys.executable, "-c", READ, json.dumps(wanted)], env=environment, capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""Judges that need a model: a tiny reward model, and a chat model behind an endpoint on loopback."""
+"""Judges that need a model: a tiny reward model, and a chat model behind a loopback endpoint."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def prompts(*texts: str):
 
 @pytest.fixture
 def reward_model(tmp_path):
-    """A random reward model of one output."""
+    """A random reward model with one output."""
     tokenizer = byte_tokenizer()
     torch.manual_seed(3)
     config = LlamaConfig(
@@ -60,7 +60,7 @@ def test_a_reward_model_prefers_what_it_scores_higher(reward_model):
 
 
 def test_what_is_no_reward_model_is_said(reward_model, tiny_model, tmp_path):
-    with pytest.raises(BadInput, match=r"is no reward model: it has no weights for score\.weight"):
+    with pytest.raises(BadInput, match=r"is not a reward model: it has no weights for score\.weight"):
         open_judge(str(tiny_model), None)
     model = LlamaForSequenceClassification.from_pretrained(reward_model, num_labels=2, ignore_mismatched_sizes=True)
     model.save_pretrained(reward_model)
@@ -68,13 +68,13 @@ def test_what_is_no_reward_model_is_said(reward_model, tiny_model, tmp_path):
         open_judge(str(reward_model), None)
     with pytest.raises(BadInput, match="--judge .*nothing"):
         open_judge(str(tmp_path / "nothing"), None)
-    with pytest.raises(BadInput, match="--judge-model: is needed"):
+    with pytest.raises(BadInput, match="--judge-model: is required"):
         open_judge("http://127.0.0.1:1/v1", None)
     assert isinstance(open_judge("rule", None), RuleJudge)
 
 
 class Endpoint(BaseHTTPRequestHandler):
-    """Prefers the answer that says yes; of two alike, whichever stands first."""
+    """Prefers the answer that says yes; if both are alike, the first one."""
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -141,7 +141,7 @@ def test_an_endpoint_is_asked_in_both_orders_and_once(endpoint):
 
 @pytest.mark.parametrize(("said", "score"), [("**A**", TIE), ("Answer B.", TIE), ("a, because it is", TIE)])
 def test_verdicts_are_read_as_judges_write_them(endpoint, said, score):
-    """The same letter in both orders is a preference for a place."""
+    """The same letter in both orders is a position bias."""
     endpoint.says = said
     judge = EndpointJudge(f"http://127.0.0.1:{endpoint.server_port}/v1", f"talks {said}")
     assert judge.judge(prompts("one?"), answers("yes"), answers("no"), lambda done: None) == [score]
@@ -150,7 +150,7 @@ def test_verdicts_are_read_as_judges_write_them(endpoint, said, score):
 def test_a_judge_that_gives_no_verdict_is_none(endpoint):
     endpoint.says = "<think>Let me see"
     url = f"http://user:{SECRET}@127.0.0.1:{endpoint.server_port}/v1"
-    with pytest.raises(RunFailed, match="2 of 2 replies are no verdict") as failure:
+    with pytest.raises(RunFailed, match=r"no verdict \(A, B or T\) in 2 of 2 replies") as failure:
         EndpointJudge(url, "thinks").judge(prompts("one?"), answers("yes"), answers("no"), lambda done: None)
     assert SECRET not in str(failure.value)
     assert SECRET not in EndpointJudge(url, "thinks").name

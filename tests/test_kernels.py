@@ -1,4 +1,4 @@
-"""The engine's parts against the plain way of doing the same: packing, attention, log-probs, adapters, references."""
+"""The engine's parts against plain implementations: packing, attention, log-probs, adapters, references."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ PAIRS = [
 
 
 def slow_logps(model, pairs):
-    """One sequence at a time, through the model's own attention and head."""
+    """Log-probs one sequence at a time, through the model's own attention and head."""
     values = []
     for pair in pairs:
         for answer in (pair.chosen, pair.rejected):
@@ -311,7 +311,7 @@ def test_an_adapter_of_other_layers_is_refused(tiny_base):
     adapted = add_adapters(load_model(tiny_base.source, torch.float32), LoraSettings(rank=2), [0])
     tensors = peft_tensors(adapted, 0)
     name = next(iter(tensors))
-    with pytest.raises(ValueError, match="adapters of other layers"):
+    with pytest.raises(ValueError, match="adapter layers and model layers differ"):
         load_peft_tensors(adapted, 0, {key: value for key, value in tensors.items() if key != name})
     with pytest.raises(ValueError, match="shape"):
         load_peft_tensors(adapted, 0, {**tensors, name: torch.zeros(1, 1)})
@@ -349,9 +349,9 @@ def test_references_are_computed_once_and_refused_for_other_pairs(tiny_base, tmp
     assert torch.equal(reference_logps(policy, name, table, run, alone), first)
     assert torch.equal(reference_logps(policy, name, table, another, alone), first)
     assert len(computed) == passes
-    with pytest.raises(RunFailed, match="are of another model or other pairs"):
+    with pytest.raises(RunFailed, match="belong to another model or other pairs"):
         load_reference(run, "another", 5)
-    with pytest.raises(RunFailed, match="are of another model or other pairs"):
+    with pytest.raises(RunFailed, match="belong to another model or other pairs"):
         reference_logps(policy, reference_fingerprint("base", policy, other), table, run, alone)
     run.write_bytes(b"short")
     with pytest.raises(RunFailed, match="are damaged"):
@@ -397,7 +397,7 @@ def test_references_of_no_pairs_are_none(tiny_base):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "phi3", "smollm3"])
 def test_norms_are_transformers_own(family, dtype):
-    """Forward to the last digit of the type, backward to its rounding; also for the weights."""
+    """The forward pass to the dtype's last digit, the backward pass to its rounding; also for the weights."""
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=dtype)
     norm = model.base_model.layers[0].input_layernorm
@@ -421,7 +421,7 @@ def test_norms_are_transformers_own(family, dtype):
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("parts", [(9, 6, 7), (9, 0, 7), (9, 6, 0), (1, 5, 5)])
 def test_attention_in_blocks_is_attention_with_a_mask(monkeypatch, parts, window):
-    """Forward and all gradients, with pairs cut into blocks and left whole."""
+    """Forward pass and all gradients, with pairs in blocks and whole."""
     torch.manual_seed(4)
     segments = (Segment(*parts), Segment(4, 3, 2))
     total = sum(segment.length for segment in segments)

@@ -44,7 +44,7 @@ def test_without_a_terminal_each_evaluation_is_a_line_with_the_time_left():
 
 
 class Clock:
-    """Time that goes on when it is told to."""
+    """A clock that advances on command."""
 
     def __init__(self, monkeypatch):
         self.now = 0.0

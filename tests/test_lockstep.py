@@ -1,4 +1,4 @@
-"""Trials side by side are the trials one by one: the same steps, the same choices, the same adapters."""
+"""Trials side by side equal the trials one by one: the same steps, the same best epochs, the same adapters."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_trial_that_fails_leaves_the_others_alone(train):
 
 
 def test_a_trial_stops_when_its_patience_is_over(train, inputs):
-    """Validation answers are swapped, so that every epoch is worse than the one before."""
+    """Validation answers are swapped, so that every epoch is worse than the previous one."""
     swapped = [replace(p, chosen=p.rejected, rejected=p.chosen) for p in inputs.validation]
     worse = PairTable.of(swapped, inputs.base.tokenizer)
     trials = [trial(epochs=6, patience=2, beta=1.0), trial(epochs=4, beta=1.0, learning_rate=2e-3)]

@@ -1,4 +1,4 @@
-"""Losses by hand: every number below was worked out on paper from the papers' formulas."""
+"""Losses by hand: all numbers below were calculated on paper from the papers' formulas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`pairtune doctor`: what it says of machines, this one and others."""
+"""`pairtune doctor`: its output for this machine and others."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_the_command_prints_one_object_or_a_page(tiny_model, tmp_path):
     assert {choice["name"] for choice in record["choices"]} >= {"dtype", "threads"}
     page = pairtune("doctor", "--model", tiny_model)
     assert page.stdout.rstrip().splitlines()[-1].startswith("ready")
-    assert "chosen for it" in page.stdout
+    assert "settings chosen for" in page.stdout
     (tmp_path / "file").write_text("")
     spoilt = pairtune("doctor", "--model", tiny_model, PAIRTUNE_CACHE=str(tmp_path / "file" / "cache"))
     assert spoilt.returncode == 1

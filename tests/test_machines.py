@@ -1,4 +1,4 @@
-"""The same truth on every machine: under kernels of other machines a pair's numbers are still the pair's own."""
+"""Batch invariance on every machine: with other machines' kernels, a pair's numbers are still its own."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @pytest.fixture
 def own_machine(tmp_path, monkeypatch):
-    """A cache of its own: what is known of this machine is not known of another one."""
+    """A separate cache: probes of this machine do not hold for another one."""
     models, cache = user_cache() / "models", tmp_path / "cache"
     cache.mkdir()
     (cache / "models").symlink_to(models)
@@ -75,7 +75,7 @@ def dtype(request):
 
 
 def on(machines, few=None):
-    """Machines that a test is run on, in both types; of what takes long only these few, unless all are asked for."""
+    """Parametrize a test by machine and dtype; slow tests run on these few, unless all are requested."""
     both = list(product(machines, sorted(DTYPES)))
     return pytest.mark.parametrize(("machine", "dtype"), both if ALL or few is None else few, indirect=True)
 
@@ -137,7 +137,7 @@ def logps(policy, pairs, max_tokens):
 @on(MENDED)
 @pytest.mark.parametrize("name", FAMILIES if ALL else ["llama", "gemma2", "gpt2"])
 def test_a_pairs_bits_are_its_own(machine, dtype, name):
-    """Alone or in company, in short and long rows, in any order, beside other trials, packed or padded."""
+    """Alone or with others, in short and long rows, in any order, beside other trials, packed or padded."""
     model = family(name, dtype)
     kernels = Kernels(model, CPU)
     policy = adapted(model, 1, kernels)
@@ -179,7 +179,7 @@ def trial(**changes):
 
 @pytest.fixture
 def inputs(tiny_base, dtype):
-    """Answers of one token and of many; in the training split two pairs go into one row and others do not."""
+    """Answers of one token and of many; in the training split two pairs share a row and others do not."""
     words = ["Y", "Yes, {}.", "Yes. " * 20 + "{}", "{}? Of course, there are exactly that many.", "Why not {}?"]
     pairs = [make_pair(n, chosen=words[n % 5], rejected="No {0}" * (n % 3 + 1) if n % 4 else "N") for n in range(11)]
     base = replace(tiny_base, dtype=dtype)
@@ -247,7 +247,7 @@ def test_sound_trials_train_on_every_machine(machine, inputs, tmp_path):
 
 
 def faulty_adapter(monkeypatch, inputs):
-    """An adapter that has learned something."""
+    """An adapter that is already trained."""
     real = native.add_adapters
 
     def learned(*arguments):
@@ -259,7 +259,7 @@ def faulty_adapter(monkeypatch, inputs):
 
 
 def faulty_base(monkeypatch, inputs):
-    """One weight in a thousand is a per mille off, or the next number there is, behind the check of fingerprints."""
+    """One weight in a thousand is off by 0.1 % or by one step, after the fingerprint check."""
     real = native.start_trials
 
     def other_weights(*arguments):
@@ -274,7 +274,7 @@ def faulty_base(monkeypatch, inputs):
 
 
 def swapped_reference(monkeypatch, inputs):
-    """Chosen and rejected answers are confused in what is kept."""
+    """Chosen and rejected answers are swapped in the stored reference."""
     inputs.base_outputs.logps["train"] = inputs.base_outputs.logps["train"].flip(1)
 
 
@@ -293,7 +293,7 @@ def test_true_faults_are_found_on_every_machine(machine, inputs, tmp_path, monke
 
 
 def test_the_guard_says_what_was_measured(inputs, tmp_path, own_machine, monkeypatch):
-    """A first step that is off by more than rounding is refused, and the message has the figures."""
+    """A first step off by more than rounding is refused, and the message has the figures."""
     with Machine(KERNELS["hopeless"]):
         train(inputs, tmp_path / "sound", trial(epochs=1))
         inputs.base_outputs.logps["train"] += torch.tensor([50.0, 0.0])

@@ -25,7 +25,7 @@ from pairtune.models.resolve import BUNDLED, bundled_gguf, resolve_model
     ("name", "message"),
     [
         ("none.gguf", "--model none.gguf: no such file"),
-        ("nobody/nothing", "not a local folder, and not to be had from the Hub .* or use --model smollm2-135m"),
+        ("nobody/nothing", "not a local folder, and cannot be loaded from the Hub .* or use --model smollm2-135m"),
         ("no folder and no id", "no such folder, and not a Hub id"),
     ],
 )
@@ -120,5 +120,5 @@ def test_the_bundled_model_is_dequantised_once_into_a_plain_folder(tmp_path, mon
 
 def test_without_the_package_the_bundled_name_means_the_hub(monkeypatch):
     monkeypatch.setattr(resolving, "bundled_gguf", lambda: None)
-    with pytest.raises(BadInput, match="HuggingFaceTB/SmolLM2-135M-Instruct: .*not to be had from the Hub"):
+    with pytest.raises(BadInput, match="HuggingFaceTB/SmolLM2-135M-Instruct: .*cannot be loaded from the Hub"):
         resolve_model(BUNDLED)

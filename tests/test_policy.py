@@ -1,4 +1,4 @@
-"""What the engine takes a model for: its head, its buffers, its layers, whatever its family."""
+"""The engine's view of a model: its head, its buffers, its layers, whatever its family."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def made(config, **more):
 )
 def test_a_head_that_is_more_than_a_product_is_refused(config):
     """A transform, a multiplier, a scale: log-probs without them would be another model's."""
-    with pytest.raises(BadInput, match=r"by more than its output embedding; use --engine trl"):
+    with pytest.raises(BadInput, match=r"are not hidden states times output embedding; use --engine trl"):
         Policy(made(config))
 
 
@@ -122,7 +122,7 @@ def trial(**changes):
     ids=lambda config: config.model_type,
 )
 def test_families_without_packed_attention_train_side_by_side(config, tmp_path):
-    """The default grid has two betas; GPT-2's layers are Conv1D. PEFT loads what comes out."""
+    """The default grid has two betas; GPT-2's layers are Conv1D. PEFT loads the result."""
     base = base_of(tmp_path / "model", config)
     trials, lines, run = [trial(), trial(beta=0.2)], Lines(), Run(tmp_path / "run")
     results = native.run_trials(trials, inputs_of(base, trials[0]), run, lines)
@@ -165,7 +165,7 @@ def test_a_wider_type_for_a_while_leaves_every_bit(tiny_base):
 
 
 def test_evaluations_in_float32_are_those_of_float32(tiny_base, tmp_path):
-    """Trained in bfloat16, judged in float32: before anything is learned every margin is 0 in both."""
+    """Trained in bfloat16, evaluated in float32: before training, every margin is 0 in both."""
     base = replace(tiny_base, dtype=torch.bfloat16)
     configs = [trial(learning_rate=1e-12, eval_dtype=each) for each in (None, "float32")]
     rows = []
@@ -179,7 +179,7 @@ def test_evaluations_in_float32_are_those_of_float32(tiny_base, tmp_path):
 
 
 def test_gradients_of_full_training_add_up_in_float32():
-    """1 and 256 times 1/512, by hand: in bfloat16, whose next number after 1 is 1 1/128, they stay 1."""
+    """1 plus 256 times 1/512, by hand: in bfloat16, whose next number after 1 is 1 1/128, the sum stays 1."""
     layer = nn.Linear(1, 1, bias=False)
     weights = FullWeights(layer, torch.bfloat16)
     layer.to(torch.bfloat16)
@@ -192,7 +192,7 @@ def test_gradients_of_full_training_add_up_in_float32():
 
 
 def test_a_later_peak_is_not_an_earlier_one():
-    """Linux can measure the peak of the resident size anew."""
+    """Linux can reset the peak resident size."""
     block = torch.ones(64 << 20)
     before = peak_memory_mb(CPU)
     del block

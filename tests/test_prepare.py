@@ -1,4 +1,4 @@
-"""The data of a run: limits, splits, mixes, lengths, the cache, and books that balance."""
+"""A run's data: limits, splits, mixes, lengths, the cache, and row counts that add up."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_prompts_under_one_long_system_message_are_split_by_their_questions(tmp_
 def test_one_question_under_every_document_cannot_be_split_and_the_reason_is_said(tmp_path):
     rows = [row(0, system=f"Document {number}: {'word ' * number}") for number in range(20)]
     with pytest.raises(
-        BadInput, match=r"no pair is left for validation \(system messages aside, all prompts belong together\)"
+        BadInput, match=r"no pair is left for validation \(apart from system messages, all prompts are related\)"
     ):
         prepared(data=write(tmp_path / "t.jsonl", rows))
 

@@ -1,4 +1,4 @@
-"""Two processes that share each batch make the steps of one."""
+"""Two processes that share each batch make the same steps as one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def free_port() -> int:
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_two_processes_are_the_same_trajectory(tiny_model, tmp_path, method):
-    """Nine pairs in batches of two: of the last batch the second process has no share."""
+    """Nine pairs in batches of two: the second process gets no share of the last batch."""
     data, held = write_pairs(tmp_path / "train.jsonl", range(9)), write_pairs(tmp_path / "held.jsonl", range(20, 25))
     command = ["tune", "--model", tiny_model, "--data", data, "--eval-data", held, "--lr", 1e-3, "--lr", 5e-4]
     command += ["--beta", 0.1, "--epochs", 2, "--dtype", "float32", "--samples", 1, "--method", method, "--json"]

@@ -1,4 +1,4 @@
-"""Exports that are checked, and pushes to a Hub on the loopback with the real client."""
+"""Checked exports, and pushes with the real client to a fake Hub on the loopback."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_what_is_not_the_trained_model_does_not_leave(run, tmp_path, monkeypatch
 
     monkeypatch.setattr(export, "_write", spoilt)
     for kind in ("adapter", "merged"):
-        with pytest.raises(RunFailed, match="the exported model is not the trained one"):
+        with pytest.raises(RunFailed, match="the exported model does not match the trained one"):
             export_run(run, kind, tmp_path / kind)
         assert not (tmp_path / kind).exists()
 
@@ -92,7 +92,7 @@ def test_another_chat_template_does_not_leave(run, tmp_path, monkeypatch):
 def test_the_command_says_what_the_check_found(run, tmp_path):
     done = pairtune("export", run.root, "--format", "merged", "--to", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert "2 of 2 greedy answers are the same" in done.stdout
+    assert "identical greedy answers: 2 of 2" in done.stdout
     again = pairtune("export", run.root, "--format", "merged", "--to", tmp_path / "out")
     assert (again.returncode, "already exists" in again.stderr) == (2, True)
     wrong = pairtune("export", run.root, "--format", "onnx", "--to", tmp_path / "other")
@@ -133,7 +133,7 @@ def test_what_is_pushed_arrives_whole_in_one_commit(run, hub, tmp_path):
 
 
 def test_an_adapter_from_the_hub_answers_as_the_runs_best(tiny_model, hub, tmp_path):
-    """Base and adapter both come from the Hub: tuned from a Hub id, pushed, and loaded by PEFT from what arrived."""
+    """Base and adapter both come from the Hub: tuned from a Hub id, pushed, and loaded by PEFT from the upload."""
     hub.repositories["someone/tiny"] = {"main": {file.name: file.read_bytes() for file in tiny_model.iterdir()}}
     hub.private["someone/tiny"] = False
     environment = online(hub, tmp_path / "home")
@@ -179,7 +179,7 @@ def test_an_adapter_from_the_hub_answers_as_the_runs_best(tiny_model, hub, tmp_p
 def test_a_push_that_could_not_be_loaded_is_refused_before_training(tiny_model, tmp_path):
     rows = write_pairs(tmp_path / "pairs.jsonl", range(12))
     done = pairtune("tune", "--model", tiny_model, "--data", rows, "--push", "someone/demo", "--out", tmp_path / "run")
-    assert (done.returncode, "--push someone/demo: the base model lies on this machine only" in done.stderr) == (
+    assert (done.returncode, "--push someone/demo: the base model exists only on this machine" in done.stderr) == (
         2,
         True,
     )
@@ -224,7 +224,7 @@ def test_what_may_not_be_published_is_refused(run, hub, tmp_path):
     push = ("push", tmp_path / "run", "--repo", "someone/demo", "--what")
     shutil.copytree(run.root, tmp_path / "run")
     refused = pairtune(*push, "adapter", **environment)
-    assert "the adapter's base lies on this machine only" in refused.stderr
+    assert "the adapter's base model exists only on this machine" in refused.stderr
     audit = json.loads(run.paths.audit.read_text())
     wrong = {**audit["findings"][0], "level": "error", "rule": "start-not-base"}
     (tmp_path / "run" / "audit.json").write_text(json.dumps({**audit, "findings": [wrong]}))
@@ -246,9 +246,9 @@ def test_what_may_not_be_published_is_refused(run, hub, tmp_path):
         (401, 2, "log in first"),
         (403, 2, "may not write there"),
         (404, 1, "no such repository"),
-        (409, 1, "somebody else is writing"),
+        (409, 1, "someone else is writing"),
         (429, 1, "(wait 7 s)"),
-        (500, 1, "the Hub answers 500; try again"),
+        (500, 1, "the Hub answered 500; try again"),
     ],
 )
 def test_the_hubs_refusals_are_said(run, hub, tmp_path, status, code, message):

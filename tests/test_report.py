@@ -1,4 +1,4 @@
-"""The report, the model card and `pairtune eval`, over real small runs."""
+"""The report, the model card and `pairtune eval` on real small runs."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def test_answers_on_validation_prompts_can_choose(tiny_model, tmp_path):
     assert generations["prompts"][0][-1]["content"] == "Are there 40 apples?"
     rates = {name: model["win_rate"]["rate"] for name, model in choosing["models"].items() if name != "base"}
     assert selection["value"] == max(rates.values()) == rates[selection["winner"]]
-    assert "validation prompts: 3" in selection["why"]
+    assert "on 3 validation prompts" in selection["why"]
 
 
 class Page(HTMLParser):
-    """What a page is made of."""
+    """The parts of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ def test_the_report_tells_what_a_stranger_asks(run):
     said = " ".join(" ".join(Page(run.paths.report.read_text()).text).split())
     selection, test = (json.loads(path.read_text()) for path in (run.paths.selection, run.paths.test))
     for expected in (
-        "2 trials of tuning tiny on 8 preference pairs",
+        "2 trials tuning tiny on 8 preference pairs",
         selection["why"],
         selection["verdict"][1:],
         f"On {test['pairs']} test pairs",
@@ -213,13 +213,13 @@ def test_eval_takes_a_foreign_adapter_and_a_whole_model(run, tiny_model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["MODEL", "--data", "HELD"], "--base: is needed with"),
+        (["MODEL", "--data", "HELD"], "--base: is required with"),
         (["MODEL", "--data", "nothing.jsonl"], "--data nothing.jsonl"),
         (["nothing", "--base", "MODEL", "--data", "HELD"], "MODEL nothing: not a local folder"),
-        (["RUN", "--data", "HELD", "--judge", "http://127.0.0.1:9/v1"], "--judge-model: is needed"),
+        (["RUN", "--data", "HELD", "--judge", "http://127.0.0.1:9/v1"], "--judge-model: is required"),
         (
             ["RUN", "--data", "HELD", "--judge", "http://127.0.0.1:9/v1", "--judge-model", "x", "--samples", "1"],
-            "--yes: is needed where nobody can be asked; 2 calls",
+            "--yes: is required if standard input is not a terminal; this would make 2 calls",
         ),
         (["RUN", "--data", "HELD", "--beta", "0"], "--beta: must be greater than 0"),
         (["RUN", "--data", "HELD", "--dtype", "int8"], "--dtype: should be auto"),

@@ -1,4 +1,4 @@
-"""A run that was stopped goes on to the same bits: from any point between two steps, and from any moment at all."""
+"""A stopped run resumes to the same bits: from any point between two steps, and from any moment at all."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def inputs(tiny_base):
 
 
 def content(root: Path) -> dict[str, str]:
-    """A hash of every file that a trial leaves, but for those that hold times."""
+    """Hash all files that a trial leaves, except those that contain times."""
     kept = [path for path in root.rglob("*") if path.is_file() and path.name not in ("trial.json", "sweep.json")]
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
 
 
 def stopping_at(call: int):
-    """Wants the run to stop from the so-manieth time on that it is asked."""
+    """A stop callback that returns true from the n-th call on."""
     calls = count(1)
     return lambda: next(calls) >= call
 
@@ -119,22 +119,22 @@ def test_a_damaged_checkpoint_is_never_trusted(inputs, tmp_path):
 def test_a_checkpoint_of_other_settings_is_refused(inputs, tmp_path):
     run = Run(tmp_path)
     interrupted(inputs, run, [trial()])
-    with pytest.raises(RunFailed, match="is of other settings, other pairs or another base model"):
+    with pytest.raises(RunFailed, match="belongs to other settings, other pairs or another base model"):
         native.run_trials([trial(max_grad_norm=0.5)], inputs, run, Lines())
     (run.paths.reference / "train.safetensors").unlink()  # it would be refused first
-    with pytest.raises(RunFailed, match="is of other settings, other pairs or another base model"):
+    with pytest.raises(RunFailed, match="belongs to other settings, other pairs or another base model"):
         native.run_trials([trial()], replace(inputs, train=inputs.train[:4], base_outputs=BaseOutputs()), run, Lines())
 
 
 def test_a_full_disk_stops_the_run_with_the_last_checkpoint_intact(inputs, tmp_path):
-    """A limit on the size of files stands in for the disk: a write beyond it fails as on a full disk."""
+    """A file size limit simulates the disk: a write beyond it fails as on a full disk."""
     run = Run(tmp_path)
     interrupted(inputs, run, [trial()])
     before = run.paths.checkpoint.read_bytes()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) - 1000, limit[1]))
-        with pytest.raises(RunFailed, match="the checkpoint cannot be written .*; make room, then `pairtune resume`"):
+        with pytest.raises(RunFailed, match="the checkpoint cannot be written .*; free some disk space, then"):
             native.run_trials([trial()], inputs, run, Lines())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -149,14 +149,14 @@ def test_the_first_ctrl_c_asks_and_the_second_stops_at_once():
         assert not stopping()
         os.kill(os.getpid(), signal.SIGINT)
         assert stopping()
-        assert "once more stops at once" in said.getvalue()
+        assert "interrupt again to stop at once" in said.getvalue()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
 
 
 def carry_on(out: Path, settings: dict) -> None:
-    """What a child process does: start the run, or go on with it."""
+    """The child process: start the run, or resume it."""
     import torch
 
     from pairtune.config import resolve
@@ -172,14 +172,14 @@ def carry_on(out: Path, settings: dict) -> None:
 
 @pytest.fixture(scope="module")
 def children():
-    """Starts children that have everything imported: a kill is then a kill of the work, not of the imports."""
+    """Start children with all imports done, so that a kill hits the work, not the imports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pairtune.pipeline", "pairtune.engine.native", "transformers.models.llama"])
     return context
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(children, tiny_model, tmp_path):
-    """SIGKILL at random moments; whatever was being written, the run that goes on ends as the one left alone."""
+    """SIGKILL at random moments; whatever was being written, the resumed run ends like the undisturbed one."""
     settings = {
         "model": str(tiny_model),
         "data": str(write_pairs(tmp_path / "train.jsonl", range(8))),
@@ -227,7 +227,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(children, tiny_model, tmp_path):
 
 
 def swept(inputs, folder, stopping):
-    """A grid of four in two groups, of which successive halving stops some."""
+    """A grid of four trials in two groups, some of them stopped by successive halving."""
     folder.mkdir(exist_ok=True)
     settings = {"data": "x", "learning_rate": [1e-5, 3e-3, 1e-4, 3e-2], "beta": [0.1], "epochs": 3, "lora_rank": 2}
     config = RunConfig(**settings, prune=True, side_by_side=2, dtype="float32")
@@ -238,7 +238,7 @@ def swept(inputs, folder, stopping):
 
 
 def test_a_pruned_grid_ends_as_if_it_had_not_been_interrupted(inputs, tmp_path):
-    """What a trial is compared with are those judged before it, also where that was before the interruption."""
+    """A trial is compared with those judged before it, including those before the interruption."""
     expected = swept(inputs, tmp_path / "whole", lambda: False)
     assert {status for _, status, *_ in expected} == {"finished", "pruned"}
     for call in range(1, 200):

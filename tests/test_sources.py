@@ -1,4 +1,4 @@
-"""Sources are found, files are read as they are, and damage is named with file and row."""
+"""Sources are found, files are read unchanged, and damage is reported with file and row."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_a_csv_row_with_other_cells_than_the_header_is_a_bad_row(tmp_path, conte
 
 def test_csv_that_is_not_utf_8_is_refused_row_by_row(tmp_path):
     (_, row), _ = read(write(tmp_path / "a.csv", b"prompt,chosen,rejected\np,\xff,r\np,c,r\n"))
-    with pytest.raises(BadRow, match="half a character"):
+    with pytest.raises(BadRow, match="not valid Unicode"):
         parse_row(row, "a.csv:1")
 
 
@@ -206,10 +206,10 @@ def test_a_folder_is_its_files_in_name_order_and_a_split_is_a_word_of_their_name
         ("bundled:other", "the bundled pairs are bundled:concise"),
         ("bundled:concise@dev", "splits train, validation, test"),
         ("empty", r"--data empty: no \.jsonl, \.json, \.csv, \.parquet file in this folder"),
-        ("full@dev", r"--data full@dev: no file here is named for the split dev \(there are a\.csv\)"),
-        ("full/a.csv@train", "a file has no splits; leave @train away"),
-        ("a.txt", r"only .*\.parquet files are read"),
-        ("a.parquet.gz", r"only .*\.parquet files are read"),
+        ("full@dev", r"--data full@dev: no file in this folder is named after the split dev \(found a\.csv\)"),
+        ("full/a.csv@train", "a file has no splits; omit @train"),
+        ("a.txt", r"only .*\.parquet files can be read"),
+        ("a.parquet.gz", r"only .*\.parquet files can be read"),
         ("what is this?", "neither a file nor a Hub id"),
     ],
 )
@@ -224,7 +224,9 @@ def test_a_source_that_does_not_exist(tmp_path, monkeypatch, source, message):
 
 
 def test_a_hub_id_without_a_network_is_one_clear_line():
-    with pytest.raises(BadInput, match="--data nobody/nothing@train: neither a file here nor to be had") as caught:
+    with pytest.raises(
+        BadInput, match="--data nobody/nothing@train: not a local file, and cannot be loaded from the Hub"
+    ) as caught:
         rows_of("nobody/nothing@train")
     assert "\n" not in str(caught.value)
 

@@ -1,4 +1,4 @@
-"""What belongs together never stands in two splits."""
+"""Prompts that belong together are never in two splits."""
 
 from __future__ import annotations
 
@@ -80,12 +80,12 @@ def test_one_question_under_two_system_messages_belongs_together():
 
 
 def test_a_prompt_of_a_system_message_alone_is_known_by_it():
-    """No sketch is of nothing, which all such prompts would have in common."""
+    """No sketch is empty, or all such prompts would share it."""
     assert relation(under("Be brief."), under("Answer in French.")) is None
 
 
 def test_a_long_text_that_all_questions_begin_with_makes_them_near():
-    """Not wanted, but documented: the sketch cannot tell what all prompts share from what makes one of them."""
+    """Undesirable, but documented: a sketch cannot tell shared text from text that sets a prompt apart."""
     assert relation(prompt(f"{RULES} Why is the sky blue?"), prompt(f"{RULES} Who wrote Faust?")) == NEAR
 
 
@@ -124,7 +124,7 @@ def test_other_questions_in_a_script_without_spaces_stay_apart(one, other):
 
 
 def test_words_with_spaces_are_whole_also_beside_other_scripts():
-    """One letter makes another word: 12 words of which the middle one differs share 7 of 13 shingles."""
+    """One letter makes a different word: 12 words with a different middle one share 7 of 13 shingles."""
     korean = "일곱 살 아이에게 낮 하늘이 왜 파란지 아주 쉬운 말로 설명해 주세요"
     assert relation(prompt(korean), prompt(korean.replace("파란지", "빨간지"))) is None
 
@@ -137,7 +137,7 @@ def test_groups_reach_over_others():
 
 
 def test_leaks_are_judged_against_what_was_kept():
-    """The middle split's prompt leaks and is gone, so the last split's may stay."""
+    """The middle split's prompt leaks and is dropped, so the last split's may stay."""
     train, middle, last = prompt("Hi"), prompt("Hi", "Yes.", "Why?"), prompt("Hi", "Yes.", "Why?", "So.", "Oh?")
     assert find_leaks([[train], [middle], [last]]) == [{}, {0: CONTINUED}, {0: CONTINUED}]
     other = prompt(LONG)

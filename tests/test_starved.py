@@ -1,4 +1,4 @@
-"""A run that waits for processors says so, once."""
+"""A run that waits for processors warns, once."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def spin(seconds):
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux's account of threads")
 def test_a_really_starved_process_notices():
-    """Two processes on one processor: each waits about half of its time."""
+    """Two processes on one processor: each waits about half of the time."""
     bound = os.sched_getaffinity(0)
     said, one = [], {min(bound)}
     os.sched_setaffinity(0, one)

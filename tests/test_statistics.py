@@ -1,4 +1,4 @@
-"""Intervals and tests keep what they promise: by hand, and over many simulated grids."""
+"""Intervals and tests have their nominal properties: by hand, and over many simulated grids."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pairtune.statistics import (
 
 
 def test_an_interval_by_hand():
-    """Of 0, 0, 0 and 1 the mean is 1/4, its standard error 1/4, t 3.182, and the skewness 3/4 moves the upper end.
+    """For 0, 0, 0 and 1 the mean is 1/4, its standard error 1/4, t 3.182, and the skewness 3/4 moves the upper end.
 
     The latter by 3/4 / (6 * 2) * (1 + 2 * 3.182^2) = 1.328 standard errors.
     """
@@ -52,13 +52,13 @@ def test_intervals_cover_the_truth_of_few_values(kind, count):
 
 
 def clustered(generator, groups, size, columns, share=0.9):
-    """Pairs of which most of what varies is their conversation's."""
+    """Pairs whose variance is mostly between conversations."""
     own = generator.normal(size=(groups * size, columns)) * np.sqrt(1 - share)
     return own + np.repeat(generator.normal(size=(groups, columns)), size, axis=0) * np.sqrt(share)
 
 
 def test_pairs_of_one_conversation_are_not_pairs_of_many():
-    """Five pairs of each of 20 conversations: taken for a hundred they alarm in a third of cases, grouped in 5 %."""
+    """Five pairs of each of 20 conversations: treated as a hundred they alarm in a third of cases, grouped in 5 %."""
     values, groups = clustered(np.random.default_rng(5), 20, 5, 800), np.repeat(np.arange(20), 5)
     naive = (paired_p_values(values) < ALPHA).mean()
     assert naive > 0.3
@@ -78,7 +78,7 @@ def test_groups_of_one_are_no_groups():
 
 
 def test_a_design_effect_by_hand():
-    """Copies of a pair say nothing new; four of each make four times as many needed, and three and one 2.5 times."""
+    """Copies of a pair add no information; four of each need four times as many, three and one 2.5 times."""
     values = np.repeat([1.0, 3.0, 2.0, 5.0], 4)
     assert design_effect(values, np.repeat([0, 1, 2, 3], 4)) == 4
     assert design_effect(np.ones(4), np.array([0, 0, 0, 1])) == (9 + 1) / 4
@@ -86,7 +86,7 @@ def test_a_design_effect_by_hand():
 
 
 def test_five_of_five_are_not_said_to_need_one_pair():
-    """All five differences have one sign, p = 2 / 32 at the least: six pairs could settle it, one could not."""
+    """All five differences have one sign, so p = 2 / 32 at least: six pairs could settle it, one could not."""
     difference = np.array([1.0, 1.1, 0.9, 1.0, 1.05])
     (p_value,) = paired_p_values(difference[:, None])
     assert p_value == pytest.approx(2 / 32, abs=0.006)
@@ -97,7 +97,7 @@ def test_five_of_five_are_not_said_to_need_one_pair():
 
 
 def test_a_sign_flip_test_by_hand():
-    """Of the 2^6 signs of 1..6 four reach a sum of 19 or -19: those with sums 21 and 19 and their mirrors."""
+    """Of the 2^6 sign patterns of 1..6, four reach a sum of 19 or -19: those with sums 21 and 19 and their mirrors."""
     values = np.arange(1.0, 7)
     sums = [abs(sum(s * v for s, v in zip(signs, values, strict=True))) for signs in product((1, -1), repeat=6)]
     exact = sum(total >= 19 for total in sums) / 64
@@ -116,7 +116,7 @@ def test_holm_by_hand():
 
 
 def simulated(generator, trials=4, pairs=64, epochs=3, better=0.0):
-    """A grid's losses at each trial's best epoch: pairs are hard for all trials; the first one may be better."""
+    """A grid's losses at each trial's best epoch: difficulty is shared by all trials; the first may be better."""
     hard = generator.gamma(2, 0.3, size=(pairs, 1, 1))
     own = generator.normal(0, 0.1, size=(pairs, trials, 1))
     losses = hard + own + generator.normal(0, 0.03, size=(pairs, trials, epochs))
@@ -125,7 +125,7 @@ def simulated(generator, trials=4, pairs=64, epochs=3, better=0.0):
 
 
 def test_grids_of_equal_trials_raise_a_false_alarm_in_at_most_one_of_twenty():
-    """Of 200 grids; at a true rate of 5 % more than 20 alarms come in 1 of 1,000 such tests (binomial)."""
+    """200 grids; at a true rate of 5 %, more than 20 alarms occur in 1 of 1,000 such tests (binomial)."""
     generator = np.random.default_rng(2)
     alarms = sum(min(compare_all(simulated(generator)).values()) < ALPHA for _ in range(200))
     assert alarms <= 20
@@ -143,7 +143,7 @@ def test_a_truly_better_trial_is_nearly_always_found():
 
 
 def test_the_number_of_pairs_that_is_named_is_the_one_that_settles():
-    """With as many pairs as named for one comparison the test finds the difference in about 80 % of 200 samples."""
+    """With the stated number of pairs for one comparison, the test finds it in about 80 % of 200 samples."""
     generator = np.random.default_rng(4)
     needed = pairs_needed(np.tile([1.1, -0.9], 50_000), 1)
     assert needed == pytest.approx(785, abs=2)  # ((1.960 + 0.842) / 0.1)^2

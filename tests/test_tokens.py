@@ -1,4 +1,4 @@
-"""Pairs become the ids that TRL would make, too-long prompts lose their oldest turns, and answers keep their end."""
+"""Pairs get the same ids as in TRL, too-long prompts lose their oldest turns, and answers keep their end."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TEMPLATES = {"ChatML": CHATML, "Qwen": QWEN, "thinking": THINKING, "bare": BARE,
 
 
 def trl_ids(pairs, tokenizer):
-    """What TRL's own preparation makes of the pairs."""
+    """The ids from TRL's own preparation of the pairs."""
     settings = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
     rows = Dataset.from_list([pair.conversational() for pair in pairs])
     return DPOTrainer._prepare_dataset(None, rows, tokenizer, settings, "train")

@@ -1,4 +1,4 @@
-"""Trackers, with the real libraries: what they have of a run, what they never have, and that they stop nothing."""
+"""Trackers, with the real libraries: what they record of a run, what they never record, and that they stop nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SECRETS = {
 
 @pytest.fixture(scope="module")
 def tracked(tiny_model, tmp_path_factory):
-    """A run that all trackers follow, in a process of its own; the folder, and what it printed."""
+    """Run with all trackers in a separate process; returns the folder and the output."""
     folder = tmp_path_factory.mktemp("tracked")
     environment = os.environ | SECRETS | {"WANDB_MODE": "offline", "WANDB_DIR": str(folder), "HOME": str(folder)}
     environment |= {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
@@ -155,11 +155,11 @@ def test_a_tracker_that_fails_is_given_up_with_one_line(monkeypatch, tmp_path):
         sink.log("a", TrainingStep(step=step, epoch=1, loss=0.5))
     sink.finish("a", "finished", None)
     assert broken.logged == 2
-    assert said == ["wandb: the network is gone; the run goes on without it, all is in metrics.jsonl"]
+    assert said == ["wandb: the network is gone; the run continues without it, all is in metrics.jsonl"]
 
 
 def test_wandb_without_a_network_is_tracked_offline(tmp_path):
-    """The real client, a key, and a server that is not there."""
+    """The real client, a key, and an unreachable server."""
     script = (
         "import sys; from pathlib import Path\n"
         "from pairtune.config import TrialConfig\n"
@@ -189,7 +189,7 @@ def test_wandb_without_a_network_is_tracked_offline(tmp_path):
         timeout=200,
     )
     assert done.returncode == 0, done.stderr
-    assert "tracked offline, `wandb sync` sends it later" in done.stdout
+    assert "tracking offline, upload with `wandb sync`" in done.stdout
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     (log,) = read_evidence(file).trials
     assert [row["loss"] for row in log.steps] == [0.5]

@@ -1,4 +1,4 @@
-"""The walls of docs/architecture.md hold, and the check that says so can fail."""
+"""The layers of docs/architecture.md hold, and the check can fail."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a tokenizer and its chat template put around a conversation: how it begins, and what ends an answer.
+"""What a tokenizer and its chat template add to a conversation: how it begins, and what ends an answer.
 
-Conversations are rendered to text, which is tokenized without further special tokens, as transformers'
-`apply_chat_template` does: the template alone decides what stands around the turns.
+Conversations are rendered to text and tokenized without adding special tokens, as transformers'
+`apply_chat_template` does: the template alone decides what surrounds the turns.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-# What no template writes of itself.
+# Markers that no chat template writes on its own.
 _ASKED, _ANSWERED = "asked0", "answered0"
 
 
@@ -22,7 +22,7 @@ def adds_bos(tokenizer: Any) -> bool:
 
 
 def leaves_out_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer begins plain text with BOS, and the chat template begins no conversation with it.
+    """Whether the tokenizer begins plain text with BOS, but the chat template does not begin conversations with it.
 
     Raises:
         TemplateError: the template refuses a plain question and answer.
@@ -31,28 +31,28 @@ def leaves_out_bos(tokenizer: Any) -> bool:
 
 
 def special_tokens(tokenizer: Any) -> set[str]:
-    """All special tokens, also those that were added without a role, which `all_special_tokens` leaves out."""
+    """All special tokens, including those added without a role, which `all_special_tokens` omits."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return added | set(tokenizer.all_special_tokens)
 
 
 def answer_end(tokenizer: Any) -> str | None:
-    """The special token with which the chat template ends an answer (ChatML: `<|im_end|>`); None where it writes none.
+    """The special token with which the chat template ends an answer (ChatML: `<|im_end|>`); None if it writes none.
 
     Raises:
         TemplateError: the template refuses a plain question and answer.
     """
     longest_first = sorted(special_tokens(tokenizer), key=len, reverse=True)
-    behind = _rendered(tokenizer).rpartition(_ANSWERED)[2]
-    found = re.search("|".join(map(re.escape, longest_first)), behind)
+    after = _rendered(tokenizer).rpartition(_ANSWERED)[2]
+    found = re.search("|".join(map(re.escape, longest_first)), after)
     return found and found[0]
 
 
 def end_token(tokenizer: Any) -> str:
-    """The token that ends an answer: the chat template's, else the tokenizer's end token."""
+    """The token that ends an answer: the chat template's if it writes one, else the tokenizer's end token."""
     try:
         end = answer_end(tokenizer)
-    except TemplateError:  # one that wants a system message, say: then its end is not known
+    except TemplateError:  # for example, it requires a system message; its end token is then unknown
         end = None
     return end or str(tokenizer.eos_token)
 

@@ -1,4 +1,4 @@
-"""The command line: wiring only. Heavy imports happen inside commands, so that `--help` answers at once."""
+"""The command line: wiring only. Heavy imports happen inside the commands, so that `--help` answers at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from pairtune import __version__
-from pairtune.errors import BadInput, RunFailed
+from pairtune.errors import BadInput, RunFailed, plural
 from pairtune.extras import require
 from pairtune.flags import WithSettings, WithSettingsHelp
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     from pairtune.data.source_reader import SourceReader
     from pairtune.run.folder import Run
 
-# The base of every usage error. Typer carries its own copy of click and names only some of its exceptions.
+# The base class of usage errors. Typer bundles its own copy of click and exports only some of its exceptions.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
-_INTERRUPTED = 130  # what Typer makes of Ctrl-C
+_INTERRUPTED = 130  # Typer's exit code after Ctrl-C
 
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # importing rich takes as long as all the rest of `--help`
+    rich_markup_mode=None,  # importing rich takes as long as the rest of `--help`
     help="Tune a small language model to people's preferences, on the machine you have.",
 )
 
 data_app = typer.Typer(
-    help="Look at preference data before training on it.", no_args_is_help=True, rich_markup_mode=None
+    help="Inspect and convert preference data before training on it.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(data_app, name="data")
 
@@ -52,19 +52,19 @@ pairtune tune settings.yaml --data Dahoas/rm-static@train --eval-data Dahoas/rm-
 """
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
-# Options without help of their own are settings of a run; see `pairtune.flags`.
+# Options without a help text of their own are settings of a run; see `pairtune.flags`.
 Columns = Annotated[list[str] | None, typer.Option("--column")]
 SourceArgument = Annotated[
     str,
-    typer.Argument(metavar="SRC", help="As tune's --data: a file, a folder, a Hub id, bundled:concise."),
+    typer.Argument(metavar="SRC", help="As for tune's --data: a file, a folder, a Hub id, or bundled:concise."),
 ]
 FinishedRun = Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")]
 ExportedRun = Annotated[
-    Path, typer.Argument(metavar="RUN[/TRIAL]", help="A finished run folder: its winner, or one trial of it.")
+    Path, typer.Argument(metavar="RUN[/TRIAL]", help="A finished run folder (its winner), or one of its trials.")
 ]
 _FORMATS = ("adapter", "merged", "gguf")
 _QUANTISATIONS = ("f16", "q8_0", "q4_1")
-Quant = Annotated[str, typer.Option(help="Of a GGUF file: f16, q8_0 or q4_1.")]
+Quant = Annotated[str, typer.Option(help="Quantization of a GGUF file: f16, q8_0 or q4_1.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -86,23 +86,23 @@ def _app(
 
 @app.command(cls=WithSettingsHelp)
 def demo(out: Path = Path("runs/demo"), as_json: Json = False) -> None:
-    """The main job on the bundled model and pairs: no network, no data of your own."""
+    """Run a small tuning job on the bundled model and pairs: needs no network and no data of your own."""
     _tune(DEMO, {"out": out}, as_json)
 
 
 @app.command(cls=WithSettings, epilog=EXAMPLES)
 def tune(
     context: typer.Context,
-    config: Annotated[Path | None, typer.Argument(help="YAML file with settings; flags win over it.")] = None,
+    config: Annotated[Path | None, typer.Argument(help="YAML file with settings; flags override it.")] = None,
     weight: Annotated[
         list[float] | None,
-        typer.Option(metavar="FLOAT", help="Of each --data, in their order; sets the mix.", rich_help_panel="Data"),
+        typer.Option(metavar="FLOAT", help="Mixing weight of each --data, in the same order.", rich_help_panel="Data"),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Train every trial of a grid from pristine weights and keep the best epoch of the best trial.
 
-    Every setting has a flag, and its name in a YAML file; docs/settings.md explains each.
+    Every setting is a flag, and a key in the YAML file; docs/settings.md explains each.
     """
     given = context.obj
     _tune(config, given | _weighted(given.get("data"), weight) | _columns(given.get("columns")), as_json)
@@ -110,18 +110,18 @@ def tune(
 
 @app.command(cls=WithSettingsHelp)
 def doctor(
-    model: Annotated[str, typer.Option(help="Whose shapes are tried.")] = "smollm2-135m",
+    model: Annotated[str, typer.Option(help="Model whose shapes are tested.")] = "smollm2-135m",
     max_length: Annotated[int, typer.Option(min=16)] = 1024,
     as_json: Json = False,
 ) -> None:
-    """What this machine is, what is chosen for it and why, and what is missing: the first thing for a bug report."""
+    """Describe this machine, what is chosen for it and why, and what is missing: the first thing for a bug report."""
     from rich.console import Console
 
     from pairtune.doctor import diagnose
     from pairtune.report.render_diagnosis import render_diagnosis
     from pairtune.run.records import dump
 
-    with Console(stderr=True).status("looking") as status:
+    with Console(stderr=True).status("examining this machine") as status:
         found = diagnose(model, max_length, status.update)
     typer.echo(json.dumps(dump(found))) if as_json else _output().print(render_diagnosis(found), highlight=False)
     if not found.usable:
@@ -132,7 +132,7 @@ def doctor(
 def resume(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder without COMPLETE.")], as_json: Json = False
 ) -> None:
-    """Go on with a run that was interrupted or killed, from its last checkpoint."""
+    """Continue an interrupted or killed run from its last checkpoint."""
     from pairtune.run.folder import Run
 
     Run.started(run)  # before torch is imported
@@ -151,15 +151,19 @@ def audit(
     path: Annotated[
         Path, typer.Argument(metavar="PATH", help="Run folder, trainer_state.json, .csv, or W&B offline run.")
     ],
-    eval_rows: Annotated[int | None, typer.Option(min=1, help="Validation rows, where the log does not say.")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Of the evaluation, where the log does not say.")
+    eval_rows: Annotated[
+        int | None, typer.Option(min=1, help="Number of validation rows, if the log does not state it.")
     ] = None,
-    beta: Annotated[list[float] | None, typer.Option(help="DPO's beta, where the log does not say; repeat.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Evaluation batch size, if the log does not state it.")
+    ] = None,
+    beta: Annotated[
+        list[float] | None, typer.Option(help="DPO's beta, if the log does not state it; repeat for several.")
+    ] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the findings to this file as well.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Find in a run's own numbers what is wrong with it. Exit code 1 when an error is found."""
+    """Find what is wrong with a run from its own numbers. Exit code 1 if there is an error."""
     from pairtune.evaluate.audit.check import audit
     from pairtune.evaluate.audit.foreign import with_options
     from pairtune.evaluate.audit.read import read_evidence
@@ -182,12 +186,12 @@ def audit(
 @app.command()
 def export(
     run: ExportedRun,
-    to: Annotated[Path, typer.Option(help="Folder for it; must not exist yet.")],
+    to: Annotated[Path, typer.Option(help="Folder to write; must not exist yet.")],
     form: Annotated[str, typer.Option("--format", help="adapter (PEFT), merged (transformers) or gguf (llama.cpp).")],
     quant: Quant = "q8_0",
     as_json: Json = False,
 ) -> None:
-    """Write a run's model for other tools, load it again, and check that it is the trained one."""
+    """Export a run's model for other tools, load the export, and check that it matches the trained model."""
     _check_choice("--format", form, _FORMATS)
     _check_choice("--quant", quant, _QUANTISATIONS)
     finished, trial = _finished(run)
@@ -198,23 +202,25 @@ def export(
         typer.echo(json.dumps({"to": str(to), **vars(parity)}))
         return
     typer.echo(
-        f"{to}: same prompt tokens; a token's log-prob differs by {parity.logp_difference:.2g} nats "
-        f"({parity.tolerance:g} allowed); {parity.same_answers} of {parity.prompts} greedy answers are the same"
+        f"{to}: same prompt tokens; log-probs differ by {parity.logp_difference:.2g} nats per token "
+        f"({parity.tolerance:g} allowed); identical greedy answers: {parity.same_answers} of {parity.prompts}"
     )
 
 
 @app.command()
 def push(
     run: FinishedRun,
-    repo: Annotated[str, typer.Option(metavar="USER/NAME", help="On the Hub; made where it is not there.")],
-    private: Annotated[bool, typer.Option("--private", help="Where the repository is made.")] = False,
-    what: Annotated[str, typer.Option(help="adapter (default), merged or gguf.")] = "adapter",
+    repo: Annotated[
+        str, typer.Option(metavar="USER/NAME", help="Repository on the Hub; created if it does not exist.")
+    ],
+    private: Annotated[bool, typer.Option("--private", help="Create the repository as private.")] = False,
+    what: Annotated[str, typer.Option(help="What to publish: adapter, merged or gguf.")] = "adapter",
     quant: Quant = "q8_0",
-    revision: Annotated[str | None, typer.Option(help="Branch (main).")] = None,
-    anyway: Annotated[bool, typer.Option("--anyway", help="Also what the audit calls wrong.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List every file and its size, and send nothing.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to (default main).")] = None,
+    anyway: Annotated[bool, typer.Option("--anyway", help="Publish even if the audit reports errors.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List every file and its size, upload nothing.")] = False,
 ) -> None:
-    """Publish a run's model with card, report and figures on the Hugging Face Hub, in one commit."""
+    """Publish a run's model with its card, report and figures on the Hugging Face Hub, in one commit."""
     _check_choice("--what", what, _FORMATS)
     _check_choice("--quant", quant, _QUANTISATIONS)
     finished = _whole_run(run)
@@ -232,7 +238,8 @@ def push(
     )
     for name, size in pushed.files.items():
         typer.echo(f"{size:>13,}  {name}", err=not dry_run)
-    typer.echo(pushed.url or f"{sum(pushed.files.values()):>13,}  in {len(pushed.files)} files; nothing was sent")
+    files = plural(len(pushed.files), "file")
+    typer.echo(pushed.url or f"{sum(pushed.files.values()):>13,}  in {files}; nothing was uploaded")
 
 
 @app.command("eval", cls=WithSettingsHelp)
@@ -240,13 +247,13 @@ def evaluate(
     target: Annotated[
         str, typer.Argument(metavar="RUN|MODEL", help="A finished run, a LoRA adapter, or a model with --base.")
     ],
-    data: Annotated[str, typer.Option(metavar="SRC", help="Pairs to judge it on.")],
-    base: Annotated[str | None, typer.Option(help="What to compare with; an adapter names its own.")] = None,
-    beta: Annotated[float, typer.Option(help="For losses and rewards of a model not tuned here.")] = 0.1,
+    data: Annotated[str, typer.Option(metavar="SRC", help="Pairs to evaluate on.")],
+    base: Annotated[str | None, typer.Option(help="Base model to compare with; an adapter names its own.")] = None,
+    beta: Annotated[float, typer.Option(help="Beta for losses and rewards, unless a run sets it.")] = 0.1,
     judge: Annotated[str, typer.Option(help="rule, a reward model, or an OpenAI-style endpoint (http...).")] = "rule",
-    judge_model: Annotated[str | None, typer.Option(help="The judge's name at the endpoint.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Ask the endpoint without showing the cost first.")] = False,
-    samples: Annotated[int, typer.Option(min=0, help="Prompts answered by both and judged; 0: none.")] = 32,
+    judge_model: Annotated[str | None, typer.Option(help="Name of the judge model at the endpoint.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Call the endpoint without confirming the cost first.")] = False,
+    samples: Annotated[int, typer.Option(min=0, help="Prompts answered by both models and judged; 0 for none.")] = 32,
     limit: Annotated[int | None, typer.Option(min=1)] = None,
     columns: Columns = None,
     on_bad_row: str = "stop",
@@ -254,7 +261,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     as_json: Json = False,
 ) -> None:
-    """Judge a model on pairs: what it prefers, what it answers, and how often it wins over its base."""
+    """Evaluate a model on pairs: what it prefers, what it answers, and how often it wins against its base."""
     _check_choice("--on-bad-row", on_bad_row, ("stop", "skip"))
     _check_choice("--dtype", dtype, ("auto", "float32", "bfloat16"))
     if not 0 < beta < float("inf"):
@@ -295,18 +302,18 @@ def evaluate(
 
 
 def _confirm(cost: dict[str, int], judge: str) -> None:
-    """Show what an endpoint will be asked, and go on only with a yes."""
-    asked = f"{cost['calls']} calls with about {cost['tokens']:,} tokens go to {judge}"
+    """Show the cost of calling an endpoint, and continue only if the user agrees."""
+    asked = f"{plural(cost['calls'], 'call')} with about {plural(cost['tokens'], 'token')} to {judge}"
     if not cost["calls"]:
         return
     if not sys.stdin.isatty():
-        raise BadInput(f"--yes: is needed where nobody can be asked; {asked}")
-    typer.confirm(f"{asked}. Go on?", abort=True, err=True)
+        raise BadInput(f"--yes: is required if standard input is not a terminal; this would make {asked}")
+    typer.confirm(f"This makes {asked}. Continue?", abort=True, err=True)
 
 
 @app.command()
 def report(run: FinishedRun) -> None:
-    """Write report.html, report.md and the model card of a run again."""
+    """Write a run's report.html, report.md and model card again."""
     from pairtune.report.write import write_report
 
     finished = _whole_run(run)
@@ -318,7 +325,7 @@ def report(run: FinishedRun) -> None:
 def chat(
     target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A finished run folder, or a model.")],
 ) -> None:
-    """Talk to a tuned model in the terminal; /base and /tuned switch."""
+    """Chat with a tuned model in the terminal; /base and /tuned switch between models."""
     from rich.console import Console
 
     from pairtune.serve.terminal import chat
@@ -328,12 +335,12 @@ def chat(
 
 Served = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[RUN|MODEL]...", help="Finished runs, adapters, models; else every run in --runs."),
+    typer.Argument(metavar="[RUN|MODEL]...", help="Finished runs, adapters or models; default: every run in --runs."),
 ]
-RunsRoot = Annotated[Path, typer.Option("--runs", help="Folder of the runs that the site shows.")]
-Concurrency = Annotated[int, typer.Option(min=1, help="Requests answered at once, by one model.")]
-Waiting = Annotated[int, typer.Option(min=1, help="Requests that may wait beyond these.")]
-Context = Annotated[int, typer.Option(min=64, help="Tokens of a conversation with its answer.")]
+RunsRoot = Annotated[Path, typer.Option("--runs", help="Folder of the runs to show.")]
+Concurrency = Annotated[int, typer.Option(min=1, help="Requests that one model answers at once.")]
+Waiting = Annotated[int, typer.Option(min=1, help="Further requests that may wait in the queue.")]
+Context = Annotated[int, typer.Option(min=64, help="Maximum tokens of a conversation, answer included.")]
 
 
 @app.command()
@@ -341,13 +348,13 @@ def worker(
     targets: Served = None,
     runs: RunsRoot = Path("runs"),
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Of the API.")] = 8001,
+    port: Annotated[int, typer.Option(help="Port of the API.")] = 8001,
     concurrency: Concurrency = 8,
     waiting: Waiting = 64,
     context: Context = 4096,
-    attached: Annotated[bool, typer.Option("--attached", hidden=True, help="End with standard input.")] = False,
+    attached: Annotated[bool, typer.Option("--attached", hidden=True, help="Exit when standard input closes.")] = False,
 ) -> None:
-    """Only the models, behind OpenAI's API (/v1/chat/completions); `serve` starts one of its own."""
+    """Serve only the models, over OpenAI's API (/v1/chat/completions); `serve` starts a worker of its own."""
     require("serve", "pairtune worker")
     _share_processors(give_way=False)
 
@@ -363,18 +370,18 @@ def worker(
 def serve(
     targets: Served = None,
     runs: RunsRoot = Path("runs"),
-    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine see what you serve.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(help="Of the site.")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any but the default lets other machines see what you serve.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port of the site.")] = 8000,
     backend: Annotated[
-        str | None, typer.Option(help="An OpenAI-style server instead: vLLM, llama.cpp, Ollama.")
+        str | None, typer.Option(help="OpenAI-style server to use instead: vLLM, llama.cpp, Ollama.")
     ] = None,
     concurrency: Concurrency = 8,
     waiting: Waiting = 64,
     context: Context = 4096,
 ) -> None:
-    """The site: chat with what was tuned, watch runs, look at pairs. At http://localhost:8000/."""
+    """Start the site at http://localhost:8000/: chat with tuned models, watch runs, look at pairs."""
     require("serve", "pairtune serve")
     from pairtune.web.server import serve
 
@@ -386,14 +393,14 @@ def serve(
 @data_app.command("inspect", cls=WithSettingsHelp)
 def inspect(
     source: SourceArgument,
-    model: Annotated[str, typer.Option(help="Whose tokenizer and chat template are used.")] = "smollm2-135m",
+    model: Annotated[str, typer.Option(help="Model whose tokenizer and chat template are used.")] = "smollm2-135m",
     max_length: Annotated[int, typer.Option(min=16)] = 1024,
     limit: Annotated[int | None, typer.Option(min=1)] = None,
     columns: Columns = None,
-    figures: Annotated[Path | None, typer.Option(help="Folder for the histograms as PNG.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Folder for histograms as PNG.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a source holds, what is wrong with it, and what a model would see. Exit code 2 when it is not usable."""
+    """Report what a source contains, what is wrong with it, and what a model would see. Exit code 2 if not usable."""
     reader = _open_reader(source, columns, limit)
 
     from rich.console import Console
@@ -423,13 +430,13 @@ def inspect(
 @data_app.command("convert", cls=WithSettingsHelp)
 def convert(
     source: SourceArgument,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new .jsonl or .parquet file.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New .jsonl or .parquet file to write.")],
     limit: Annotated[int | None, typer.Option(min=1)] = None,
     columns: Columns = None,
     on_bad_row: str = "stop",
     as_json: Json = False,
 ) -> None:
-    """Write a source in TRL's conversational format."""
+    """Convert a source to TRL's conversational format."""
     _check_choice("--on-bad-row", on_bad_row, ("stop", "skip"))
     reader = _open_reader(source, columns, limit)
 
@@ -441,11 +448,11 @@ def convert(
         typer.echo(json.dumps({"out": str(out), **dump(account)}))
         return
     dropped = "".join(f", {rows:,} {reason}" for reason, rows in account.dropped.items())
-    typer.echo(f"{out}: {account.kept:,} pairs of {account.rows_in:,} rows{dropped}")
+    typer.echo(f"{out}: {plural(account.kept, 'pair')} from {plural(account.rows_in, 'row')}{dropped}")
 
 
 def _finished(path: Path) -> tuple[Run, str | None]:
-    """The finished run in a folder, and the trial where one of its trials was named."""
+    """The finished run that a path names, and the trial if it names one of its trials."""
     from pairtune.run.folder import Run, find_run
 
     run, trial = find_run(path) or (Run(path), None)
@@ -455,7 +462,7 @@ def _finished(path: Path) -> tuple[Run, str | None]:
 def _whole_run(path: Path) -> Run:
     run, trial = _finished(path)
     if trial:
-        raise BadInput(f"{path}: is one trial; give its run, {run.root}")
+        raise BadInput(f"{path}: is a single trial; give its run, {run.root}")
     return run
 
 
@@ -472,16 +479,18 @@ def _open_reader(source: str, columns: list[str] | None, limit: int | None, flag
 
 
 def _weighted(data: list[str] | None, weights: list[float] | None) -> dict[str, Any]:
-    """The setting `data` where sources have weights, in their order."""
+    """The setting `data` with its weights, matched by order; empty if no weights are given."""
     if not weights:
         return {}
     if len(weights) != len(data or []):
-        raise BadInput(f"--weight: {len(weights)} given for {len(data or [])} --data; give one for each, or none")
+        raise BadInput(
+            f"--weight: {len(weights)} given for {len(data or [])} --data; give one weight per --data, or none"
+        )
     return {"data": [{"source": name, "weight": weight} for name, weight in zip(data or [], weights, strict=True)]}
 
 
 def _columns(given: list[str] | None) -> dict[str, Any]:
-    """The setting `columns` out of `PART=NAME` texts."""
+    """The setting `columns` from `PART=NAME` arguments."""
     columns = {}
     for text in given or []:
         part, equals, name = text.partition("=")
@@ -502,7 +511,7 @@ def _tune(file: Path | None, flags: dict[str, Any], as_json: bool) -> None:
 
     from pairtune.config import resolve
 
-    resolved = resolve(file, flags)  # before torch is imported: a mistyped flag is answered at once
+    resolved = resolve(file, flags)  # before importing torch, so that a mistyped flag is reported at once
     from pairtune.run.folder import check_new
 
     check_new(resolved.config.out)
@@ -514,12 +523,12 @@ def _tune(file: Path | None, flags: dict[str, Any], as_json: bool) -> None:
 
 
 def _share_processors(*, give_way: bool) -> None:
-    """Settle before torch is imported, which reads it, how threads wait for each other, and who goes first.
+    """Set how threads wait for each other, which torch reads when it is imported, and this process's priority.
 
-    Threads that spin are a third faster alone, and many times slower beside another program that computes (LOG.md).
+    Spinning threads are a third faster on an idle machine, and many times slower beside another busy program (LOG.md).
 
     Args:
-        give_way: to what people wait for: a chat beside a training is answered, and the training loses little.
+        give_way: lower the priority, so that a chat beside a training run stays responsive; training loses little.
     """
     from pairtune.environment import others_are_busy
 
@@ -545,7 +554,7 @@ def _show(run: Run | None, as_json: bool) -> None:
 
 
 def main() -> NoReturn:
-    """Run the command line. Exit codes: 0 done, 1 failed, 2 bad input (one line, never a traceback)."""
+    """Run the command line. Exit codes: 0 success, 1 failure, 2 bad input (one line, never a traceback)."""
     try:
         code = app(standalone_mode=False)
     except BadInput as error:
@@ -557,7 +566,7 @@ def main() -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     if code == _INTERRUPTED:
-        _fail("interrupted; `pairtune resume RUN` goes on with a run folder without COMPLETE", 1)
+        _fail("interrupted; `pairtune resume RUN` continues a run folder that has no COMPLETE", 1)
     sys.exit(code or 0)
 
 

@@ -1,7 +1,7 @@
-"""The configuration of a run: typed, checked, YAML in and out, every default with its reason.
+"""The configuration of a run: typed, validated, read from and written to YAML, every default with its reason.
 
-A `RunConfig` is what a person asks for; a `TrialConfig` is one point of its grid. Values come from the
-defaults, a YAML file and flags, in this order; `Resolved.origins` remembers which, and the run's `config.yaml` says it.
+A `RunConfig` is what the user asks for; a `TrialConfig` is one point of its grid. Values come from the defaults, a YAML
+file and flags; the later ones override. `Resolved.origins` records which it was, and the run's `config.yaml` states it.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ Columns = dict[Literal["prompt", "chosen", "rejected", "system"], str]
 
 
 class SourceConfig(_Strict):
-    """One source of pairs: what a person types after `--data`, and how it is read and mixed."""
+    """One source of pairs: what the user types after `--data`, and how it is read and mixed."""
 
     source: str = Field(min_length=1)
     weight: Positive | None = None
@@ -108,11 +108,11 @@ def _as_sources(value: Any) -> Any:
 
 def _all_weighted_or_none(sources: list[SourceConfig]) -> list[SourceConfig]:
     if len({source.weight is None for source in sources}) > 1:
-        raise ValueError("some sources have a weight and some have none; give each one or none")
+        raise ValueError("some sources have a weight and some have none; give a weight to all or to none")
     return sources
 
 
-# One source or several; a text, or a mapping with source, weight and columns.
+# One or more sources, each a string or a mapping with source, weight and columns.
 Sources = Annotated[
     list[SourceConfig], Field(min_length=1), BeforeValidator(_as_sources), AfterValidator(_all_weighted_or_none)
 ]
@@ -122,13 +122,13 @@ _FILES = (".jsonl", ".json", ".csv", ".parquet", ".gz", ".zst")
 
 
 def source_name(source: str) -> str:
-    """A source of pairs without the folders of the machine that it lay on; a Hub id stays whole."""
-    path = re.sub(r":\d+$", "", source.partition("@")[0])  # without the row of an origin
+    """The name of a source without the folders of the local machine; a Hub id stays whole."""
+    path = re.sub(r":\d+$", "", source.partition("@")[0])  # without the row number that ends an origin
     local = path.startswith(("/", ".", "~")) or path.count("/") > 1 or Path(path).suffix in _FILES
     return PurePath(source).name if local or Path(path).exists() else source
 
 
-# Groups of settings, in the order in which they are shown.
+# Groups of settings, in display order.
 COMMON, DATA, LOSS, TRAINING, SELECTION, MACHINE, RESULTS = GROUPS = (
     "Common",
     "Data",
@@ -143,16 +143,16 @@ COMMON, DATA, LOSS, TRAINING, SELECTION, MACHINE, RESULTS = GROUPS = (
 def setting(
     default: Any, help: str, why: str = "", *, group: str, flag: str = "", metavar: str = "", **more: Any
 ) -> Any:
-    """A field that a person sets; `pairtune.options` makes flags, forms and documentation of it.
+    """A field that the user sets; `pairtune.options` generates flags, forms and documentation from it.
 
     Args:
-        default: its value where it is not given; `...`: it has to be.
-        help: what it is, in a sentence.
-        why: the reason for the default, or what no value stands for.
+        default: the value if none is given; `...` if one is required.
+        help: what it does, in one sentence.
+        why: the reason for the default, or what happens if no value is given.
         group: one of `GROUPS`.
-        flag: its spelling on the command line, where that is not its name.
-        metavar: what stands for its value in help texts.
-        more: for pydantic's `Field`.
+        flag: its spelling on the command line, if it differs from the name.
+        metavar: the placeholder for its value in help texts.
+        more: further arguments of pydantic's `Field`.
     """
     described: JsonDict = {"why": why, "group": group, "flag": flag, "metavar": metavar}
     if "default_factory" in more:
@@ -161,25 +161,27 @@ def setting(
 
 
 class _Training(_Strict):
-    """What one trial shares with all others of its grid."""
+    """The settings of a trial besides its learning rate and beta."""
 
-    epochs: PositiveInt = setting(
-        3, "Passes over the training pairs.", "the assignment's; small pair sets take a few", group=COMMON
-    )
-    batch_size: PositiveInt = setting(2, "Pairs per step.", "the assignment's; fits a 6 GB card", group=COMMON)
+    epochs: PositiveInt = setting(3, "Passes over the training pairs.", "small sets of pairs need a few", group=COMMON)
+    batch_size: PositiveInt = setting(2, "Pairs per optimizer step.", "fits a 6 GB card", group=COMMON)
     method: Method = setting(
         "lora",
         "Train LoRA adapters, or all weights.",
-        "trains 4 % of the weights, so optimizer state stays small",
+        "trains 4 % of the weights, so the optimizer state stays small",
         group=TRAINING,
     )
     loss: Loss = setting(
-        "sigmoid", "Loss; sigmoid is DPO.", "DPO as published (Rafailov et al. 2023, eq. 7)", group=LOSS, metavar="LOSS"
+        "sigmoid",
+        "Loss function; sigmoid is DPO.",
+        "DPO as published (Rafailov et al. 2023, eq. 7)",
+        group=LOSS,
+        metavar="LOSS",
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = setting(
         0.0,
-        "Share of labels taken as wrong.",
-        "labels are taken as they are",
+        "Share of labels assumed to be flipped.",
+        "labels are taken to be correct",
         group=LOSS,
         metavar="SHARE",
         validate_default=True,
@@ -191,13 +193,13 @@ class _Training(_Strict):
         group=LOSS,
     )
     simpo_gamma: Annotated[float, Field(ge=0)] = setting(
-        0.5, "Target margin of the loss simpo, as a share of beta.", "as SimPO was published", group=LOSS
+        0.5, "Target reward margin of the simpo loss, as a fraction of beta.", "as in the SimPO paper", group=LOSS
     )
-    discopop_tau: Positive = setting(0.05, "Temperature of the loss discopop.", "as DiscoPOP was published", group=LOSS)
+    discopop_tau: Positive = setting(0.05, "Temperature of the discopop loss.", "as in the DiscoPOP paper", group=LOSS)
     lora_targets: tuple[str, ...] | None = setting(
         None,
         "Name of a linear layer that gets an adapter; repeat for several.",
-        "every linear layer but the output embedding",
+        "every linear layer except the output embedding",
         group=TRAINING,
         flag="--lora-target",
         metavar="LAYER",
@@ -206,54 +208,58 @@ class _Training(_Strict):
         16, "Rank of the adapters.", "common for LoRA on every linear layer", group=TRAINING
     )
     lora_alpha: Positive = setting(
-        32, "Adapters are scaled by alpha over rank.", "twice the rank, as usual: scale 2", group=TRAINING
+        32, "Adapters are scaled by alpha over rank.", "twice the rank, as usual: a scale of 2", group=TRAINING
     )
     rslora: bool = setting(
         False,
         "Scale adapters by alpha over the square root of the rank (rsLoRA).",
-        "scale by alpha over the rank, as LoRA was published",
+        "scale by alpha over the rank, as in the LoRA paper",
         group=TRAINING,
     )
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = setting(
-        0.0, "Dropout before the adapters.", "keeps step 0 exactly at the base", group=TRAINING, metavar="SHARE"
+        0.0,
+        "Dropout on the adapters' inputs.",
+        "none, so that step 0 is exactly the base model",
+        group=TRAINING,
+        metavar="SHARE",
     )
     max_grad_norm: Positive = setting(1.0, "Gradients are clipped to this norm.", "TRL's default", group=TRAINING)
     patience: PositiveInt | None = setting(
         None,
-        "Stop a trial after this many epochs without a better one.",
-        "no; every trial runs all its epochs; the best one is kept",
+        "Stop a trial after this many epochs without improvement.",
+        "off: every trial runs all its epochs, and the best one is kept",
         group=TRAINING,
         metavar="EPOCHS",
     )
     max_length: Annotated[int, Field(ge=16)] = setting(
         MAX_LENGTH,
-        "Tokens of a pair; longer prompts lose their oldest turns, answers are never cut.",
-        "TRL's default; longer prompts lose turns",
+        "Maximum tokens of a pair; longer prompts lose their oldest turns, answers are never cut.",
+        "TRL's default",
         group=DATA,
         metavar="TOKENS",
     )
     checkpointing: Checkpointing = setting(
         "auto",
-        "Recompute activations in the backward pass, to save memory.",
-        "on an accelerator, where memory is short; not on a CPU",
+        "Recompute activations in the backward pass to save memory.",
+        "on for an accelerator, where memory is scarce; off on a CPU",
         group=MACHINE,
     )
     dtype: DType = setting(
         "auto",
-        "Type of the base weights.",
-        "bfloat16 where this machine multiplies it faster than float32",
+        "Data type of the base weights.",
+        "bfloat16 if this machine multiplies it faster than float32",
         group=MACHINE,
     )
     eval_dtype: Literal["float32"] | None = setting(
         None,
         "Evaluate in float32 what is trained in bfloat16.",
-        "that of the base; float32 takes rounding out of evaluations",
+        "the type of the base weights; float32 keeps bfloat16 rounding out of evaluations",
         group=MACHINE,
     )
     seed: NonNegativeInt = setting(
         0,
-        "Seed of everything that is drawn.",
-        "adapter initialisation, order of pairs, splits, samples",
+        "Seed of everything random: adapter initialisation, order of pairs, splits, samples.",
+        "any fixed seed makes a run repeatable",
         group=MACHINE,
         metavar="SEED",
     )
@@ -267,9 +273,9 @@ class _Training(_Strict):
 
 
 class TrialConfig(_Training):
-    """One trial: one learning rate, one beta, and one value of whatever else the grid varies.
+    """One trial: one learning rate, one beta, and one value of every other setting that the grid varies.
 
-    `varied` names the latter, in the order in which they stand in the trial's name.
+    `varied` names these other settings, in the order in which they appear in the trial's name.
     """
 
     learning_rate: Positive
@@ -281,11 +287,11 @@ class TrialConfig(_Training):
         """The trial's folder name, for example `lr-3e-05-beta-0.1-loss-ipo`."""
         values = {"lr": self.learning_rate, "beta": self.beta}
         values |= {name.replace("_", "-"): getattr(self, name) for name in self.varied}
-        # All digits, so that different values have different folders.
+        # All digits, so that different values get different folders.
         return "-".join(f"{name}-{value if isinstance(value, str) else repr(value)}" for name, value in values.items())
 
 
-# Settings of a trial that have one value in the whole run: they decide how pairs are tokenized, what the base model is
+# Trial settings that are the same in the whole run, because they decide how pairs are tokenized, what the base model is
 # and which of its layers have adapters.
 _RUN_WIDE = {"method", "lora_targets", "max_length", "dtype", "eval_dtype", "checkpointing"}
 
@@ -295,147 +301,154 @@ class RunConfig(_Training):
 
     model: str = setting(
         "smollm2-135m",
-        "Hub id, folder, .gguf file, or smollm2-135m.",
+        "Base model: a Hub id, a folder, a .gguf file, or smollm2-135m.",
         "bundled, needs no network, trains on a laptop's CPU",
         group=COMMON,
         metavar="MODEL",
     )
-    data: Sources = setting(..., f"Pairs to train on: {SOURCES}; repeat to mix.", group=COMMON, metavar="SRC")
+    data: Sources = setting(..., f"Pairs to train on: {SOURCES}; repeat to mix several.", group=COMMON, metavar="SRC")
     eval_data: Sources | None = setting(
         None,
-        "Validation pairs, by which the epoch and the trial are selected.",
-        "held out from the training pairs when not given",
+        "Validation pairs, which select the epoch and the trial.",
+        "held out from the training pairs",
         group=COMMON,
         metavar="SRC",
     )
     test_data: Sources | None = setting(
         None,
-        "Test pairs, looked at once, after the selection.",
-        "held out like eval_data, unless that is given",
+        "Test pairs, evaluated once, after the selection.",
+        "held out from the training pairs; none if --eval-data is given",
         group=DATA,
         metavar="SRC",
     )
     columns: Columns = setting(
         {},
-        "Which column holds prompt, chosen, rejected or system; repeat for each.",
-        "the format is told by the rows' own keys",
+        "Column that holds prompt, chosen, rejected or system; repeat for each.",
+        "detected from the keys of the rows",
         group=DATA,
         flag="--column",
         metavar="PART=NAME",
     )
     validation_share: Share = setting(
         0.1,
-        "Share of the prompts held out for validation, where no --eval-data is given.",
-        "a tenth of the prompts chooses epoch and trial",
+        "Share of the prompts held out for validation if --eval-data is not given.",
+        "a tenth of the prompts selects epoch and trial",
         group=DATA,
         metavar="SHARE",
     )
     test_share: Share = setting(
         0.1,
-        "Share of the prompts held out for the test, where neither --eval-data nor --test-data is given.",
-        "a tenth of the prompts has no part in the choice",
+        "Share of the prompts held out for the test if neither --eval-data nor --test-data is given.",
+        "a tenth of the prompts has no part in the selection",
         group=DATA,
         metavar="SHARE",
     )
     learning_rate: Grid = setting(
-        [3e-5, 1e-5], "Peak learning rate.", "the assignment's grid", group=COMMON, flag="--lr"
+        [3e-5, 1e-5], "Peak learning rate.", "with two betas, a grid of four trials", group=COMMON, flag="--lr"
     )
     beta: Grid = setting(
         [0.1, 0.2],
-        "DPO's beta: how strongly the policy is held to the base model.",
-        "the assignment's grid",
+        "DPO's beta: how strongly the policy is kept close to the base model.",
+        "TRL's default, and twice that",
         group=COMMON,
     )
     engine: Engine = setting(
         "pairtune",
-        "Training engine; trl runs TRL's DPOTrainer, slower, to compare with.",
-        "this project's; trl is the oracle that it is compared with",
+        "Training engine; trl runs TRL's DPOTrainer, which is slower, for comparison.",
+        "this project's own; trl is the reference that it is tested against",
         group=MACHINE,
     )
     limit: PositiveInt | None = setting(
         None, "Read at most this many rows of each source.", "all rows", group=COMMON, metavar="ROWS"
     )
     eval_limit: PositiveInt | None = setting(
-        None, "The same for validation and test sources.", "as limit", group=DATA, metavar="ROWS"
+        None,
+        "Read at most this many rows of each validation and test source.",
+        "the same as --limit",
+        group=DATA,
+        metavar="ROWS",
     )
     sanity_check: bool = setting(
         False,
-        f"Use {SANITY_ROWS} rows, to see that everything works.",
-        f"when true: the first {SANITY_ROWS} rows, as in the assignment",
+        f"Use only the first {SANITY_ROWS} rows, to check that everything works.",
+        "all rows are used",
         group=COMMON,
     )
     on_bad_row: OnBadRow = setting(
         "stop",
-        "Stop at the first row with a fault, or skip and count such rows.",
-        "a fault in the data is seen before it is trained on",
+        "Stop at the first faulty row, or skip and count such rows.",
+        "faults in the data are seen before it is trained on",
         group=DATA,
     )
     search: Search = setting(
         "grid",
-        "Try every combination, or draw trials from between the values given.",
-        "every combination of the values given",
+        "Try every combination, or draw trials from the range between the given values.",
+        "every combination of the given values",
         group=SELECTION,
     )
     trial_count: PositiveInt | None = setting(
         None,
-        "Number of trials that random and tpe try.",
-        "grid: all; random and tpe need a number",
+        "Number of trials for random and tpe.",
+        "every combination for grid; required for random and tpe",
         group=SELECTION,
         flag="--trials",
         validate_default=True,
     )
     prune: bool = setting(
         False,
-        "Stop hopeless trials after an epoch (successive halving).",
+        "Stop unpromising trials after an epoch (successive halving).",
         "all trials run to their end, so that all can be compared",
         group=SELECTION,
     )
     side_by_side: PositiveInt | None = setting(
         None,
-        "Trials trained at once over one copy of the base.",
-        "as many trials at once as memory allows, at most 4 on a CPU",
+        "Trials trained at once over one copy of the base model.",
+        "as many as memory allows, at most 4 on a CPU",
         group=MACHINE,
         metavar="TRIALS",
     )
     checkpoint_steps: PositiveInt = setting(
         50,
-        "Steps from one checkpoint to the next.",
-        "minutes of work lost at most, seconds spent on writing",
+        "Optimizer steps from one checkpoint to the next.",
+        "a crash costs minutes of work at most, writing costs seconds",
         group=MACHINE,
         metavar="STEPS",
     )
     select: Select = setting(
-        "eval_loss", "Rule that selects epoch and trial.", "the assignment's rule", group=SELECTION
+        "eval_loss",
+        "Rule that selects epoch and trial.",
+        "the training objective, on held-out pairs",
+        group=SELECTION,
     )
     track: tuple[Track, ...] = setting(
         (),
         "Log to this tracker as well; repeat for several.",
-        "none; everything is in metrics.jsonl in any case",
+        "none; everything is in metrics.jsonl anyway",
         group=RESULTS,
     )
     push: str | None = setting(
         None,
-        "Publish the result on the Hugging Face Hub at the end.",
-        "no; nothing leaves this machine",
+        "Publish the result in this repository on the Hugging Face Hub at the end.",
+        "none; nothing leaves this machine",
         group=RESULTS,
         metavar="USER/NAME",
     )
     samples: NonNegativeInt | None = setting(
         None,
-        "Held-out prompts answered before and after tuning; 0: none.",
-        "4 to 32, a tenth of the run's time",
+        "Held-out prompts answered before and after tuning; 0 for none.",
+        "4 to 32, to take about a tenth of the run's time",
         group=RESULTS,
         metavar="PROMPTS",
     )
     out: Path = setting(
         ...,
         "Folder for the run; must not exist yet.",
-        "runs/ and the time",
+        "runs/ and a timestamp",
         group=COMMON,
         metavar="DIR",
         default_factory=lambda: Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}",
     )
-    _vary: dict[str, list[Any]] = PrivateAttr({})  # more of the grid: settings given as a list, by name
+    _vary: dict[str, list[Any]] = PrivateAttr({})  # further dimensions of the grid: settings given as a list, by name
 
     @field_validator("engine")
     @classmethod
@@ -443,13 +456,15 @@ class RunConfig(_Training):
         loss, smoothing = info.data.get("loss"), info.data.get("label_smoothing")
         beyond = loss in ("simpo", "orpo") or info.data.get("sft_weight") or (smoothing and loss == "sigmoid")
         if value == "trl" and beyond:
-            raise ValueError("has no simpo, no orpo, no SFT weight and no label smoothing of sigmoid; use pairtune")
+            raise ValueError(
+                "has no simpo or orpo, no SFT weight, and no label smoothing of sigmoid; use --engine pairtune"
+            )
         if value == "trl" and info.data.get("eval_dtype"):
-            raise ValueError("evaluates in the type that it trains in; leave out --eval-dtype")
+            raise ValueError("evaluates in the dtype it trains in; omit --eval-dtype")
         return value
 
     def row_limit(self, split: str) -> int | None:
-        """At most this many rows are read of the source of a split (train, validation or test)."""
+        """The most rows to read from each source of a split (train, validation or test); None for all."""
         if self.sanity_check:
             return SANITY_ROWS
         return self.limit if split == "train" or self.eval_limit is None else self.eval_limit
@@ -457,7 +472,7 @@ class RunConfig(_Training):
     @model_validator(mode="wrap")
     @classmethod
     def _lists_are_grids(cls, data: Any, build: ModelWrapValidatorHandler[RunConfig]) -> RunConfig:
-        """Take a list for any setting of a trial; each value is checked as if it had been given alone."""
+        """Accept a list for any setting of a trial; each value is validated as if it had been given alone."""
         lists = {
             name: values
             for name, values in (data.items() if isinstance(data, dict) else ())
@@ -478,19 +493,19 @@ class RunConfig(_Training):
     @classmethod
     def _answers_that_choose(cls, value: int | None, info: ValidationInfo) -> int | None:
         if value == 0 and info.data.get("select") == "win_rate":
-            raise ValueError("must not be 0 with --select win_rate, which chooses by answers")
+            raise ValueError("must not be 0 with --select win_rate, which needs answers to select by")
         return value
 
     @field_validator("trial_count")
     @classmethod
     def _search_needs_a_number(cls, value: int | None, info: ValidationInfo) -> int | None:
         if (info.data.get("search") != "grid") != (value is not None):
-            raise ValueError("belongs to --search random and --search tpe, and they need it")
+            raise ValueError("is required with --search random or tpe, and only allowed with these")
         return value
 
     @property
     def dimensions(self) -> dict[str, list[Any]]:
-        """What the grid varies, and the values given for it."""
+        """The settings that the grid varies, each with its values."""
         return {"beta": self.beta, "learning_rate": self.learning_rate, **self._vary}
 
     def trial(self, **values: Any) -> TrialConfig:
@@ -499,7 +514,7 @@ class RunConfig(_Training):
         return TrialConfig(**{**shared, **values, "varied": tuple(self._vary)})
 
     def trials(self) -> list[TrialConfig]:
-        """The grid: every combination, betas outermost, as in the assignment."""
+        """The grid: every combination, with beta as the outermost loop."""
         names = list(self.dimensions)
         return [self.trial(**dict(zip(names, point, strict=True))) for point in product(*self.dimensions.values())]
 
@@ -512,7 +527,7 @@ class Resolved:
     origins: dict[str, str]
 
     def to_yaml(self) -> str:
-        """YAML that `pairtune tune` reads back; a comment behind each value says where it came from."""
+        """YAML that `pairtune tune` reads back; a comment after each value states where it came from."""
         lines = ["# Resolved configuration; `pairtune tune THIS_FILE --out NEW` repeats the run."]
         for name, value in (self.config.model_dump(mode="json") | self.config.dimensions).items():
             text = yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=10_000).strip()
@@ -521,7 +536,7 @@ class Resolved:
 
 
 def resolve(file: Path | None, flags: Mapping[str, Any]) -> Resolved:
-    """Put defaults, an optional YAML file and the flags that were given (not None) together.
+    """Combine the defaults, an optional YAML file and the flags that were given (not None).
 
     Raises:
         BadInput: the file cannot be read, or a value is not allowed; the message names the flag or field.
@@ -536,7 +551,7 @@ def resolve(file: Path | None, flags: Mapping[str, Any]) -> Resolved:
         )
     try:
         config = RunConfig(**{**written, **given})
-        config.trials()  # each point of the grid is allowed, not only each value
+        config.trials()  # validates every combination, not only every value
         return Resolved(config, origins)
     except ValidationError as error:
         first = error.errors()[0]
@@ -546,27 +561,27 @@ def resolve(file: Path | None, flags: Mapping[str, Any]) -> Resolved:
 
 
 def flag_of(name: str) -> str:
-    """How a field is called on the command line."""
+    """The command-line flag of a field."""
     field = RunConfig.model_fields.get(name)
     return (described(field)["flag"] if field else "") or "--" + name.replace("_", "-")
 
 
 def described(field: FieldInfo) -> dict[str, str]:
-    """What `setting` was told of a field."""
+    """The arguments that `setting` stored with a field."""
     extra = field.json_schema_extra
-    assert isinstance(extra, dict)  # noqa: S101 - every field of RunConfig is made by `setting`
+    assert isinstance(extra, dict)  # noqa: S101 - `setting` makes every field of RunConfig
     return {name: str(value) for name, value in extra.items()}
 
 
 def may_vary(name: str) -> bool:
-    """Whether a list of values of a setting makes a grid of trials."""
+    """Whether a list of values for a setting makes a grid of trials."""
     return name in ("learning_rate", "beta") or (name in _Training.model_fields and name not in _RUN_WIDE)
 
 
 def _explain(error: Any) -> str:
     value, kind, context = error["input"], error["type"], error.get("ctx", {})
     if kind == "missing":
-        return "is needed; name a file, a Hub id or bundled:concise"
+        return "is required; give a file, a Hub id or bundled:concise"
     if kind == "extra_forbidden":
         return f"is not a setting; the settings are {', '.join(RunConfig.model_fields)}"
     shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
@@ -585,5 +600,5 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadInput(f"{file}: is not valid YAML ({one_line(error)})") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise BadInput(f"{file}: should hold settings, one `name: value` a line")
+        raise BadInput(f"{file}: should contain settings, one `name: value` per line")
     return content

@@ -1,4 +1,4 @@
-"""The shape of a conversation, which data, models and records share."""
+"""The type of a conversation, shared by data, models and records."""
 
 from __future__ import annotations
 

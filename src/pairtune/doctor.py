@@ -1,4 +1,4 @@
-"""`pairtune doctor`: what this machine is, what is chosen for it and why, and what is missing."""
+"""`pairtune doctor`: what this machine is, which settings suit it and why, and what is missing."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ _LEAST_DISK, _LEAST_MEMORY = 2 << 30, 2 << 30
 
 
 def diagnose(model: str, max_length: int, say: Callable[[str], None] = lambda what: None) -> Diagnosis:
-    """Look at the machine, try its products with a model's shapes, and say what a run would do.
+    """Inspect the machine, probe its matrix products with a model's shapes, and report what a run would use.
 
     Args:
-        model: what a person types after `--model`.
-        max_length: of the longest conversations, in tokens.
-        say: told what is going on.
+        model: as given to `--model`.
+        max_length: length of the longest conversations, in tokens.
+        say: called with the current activity.
     """
     device = pick_device()
-    say("looking at the machine")
+    say("inspecting the machine")
     parts = [_cache(), _disk(), *_programs()]
     choices: list[Choice] = []
     probes: dict[str, KernelChoice] = {}
     try:
         source = resolve_model(model)
         parts.insert(0, Component(name=f"model {model}", there=True, says=_home(source.folder), needed=True))
-        say("trying its products")
+        say("probing its matrix products")
         choices, probes = _choices(blank_model(source), device, max_length)
     except (BadInput, OSError, ValueError) as error:
         parts.insert(0, Component(name=f"model {model}", there=False, says=one_line(error), needed=True))
@@ -78,14 +78,14 @@ def _choices(model: Any, device: torch.device, max_length: int) -> tuple[list[Ch
         Choice(
             name="dtype",
             value=name,
-            why=f"one product: {times}" if measured else "what this accelerator is made for",
+            why=f"time of one matrix product: {times}" if measured else "the best type that this accelerator supports",
         ),
         _products(probe.products, probe.differing, device),
-        Choice(name="threads", value=str(torch.get_num_threads()), why="OMP_NUM_THREADS sets another number"),
+        Choice(name="threads", value=str(torch.get_num_threads()), why="set OMP_NUM_THREADS to change it"),
         Choice(
             name="checkpointing",
             value="on" if checkpointing else "off",
-            why="memory is what an accelerator lacks" if checkpointing else "time is what a CPU lacks",
+            why="on an accelerator memory is the limit" if checkpointing else "on a CPU time is the limit",
         ),
         Choice(
             name="trials side by side",
@@ -97,22 +97,25 @@ def _choices(model: Any, device: torch.device, max_length: int) -> tuple[list[Ch
 
 
 def _products(products: Products, differing: tuple[int, ...], device: torch.device) -> Choice:
-    """What is done about the rows of products, and why."""
-    value, why = _said_of_products(products, differing, device)
+    """How matrix products are computed, and why."""
+    value, why = _describe_products(products, differing, device)
     return Choice(name="products", value=value, why=why)
 
 
-def _said_of_products(products: Products, differing: tuple[int, ...], device: torch.device) -> tuple[str, str]:
+def _describe_products(products: Products, differing: tuple[int, ...], device: torch.device) -> tuple[str, str]:
     if device.type != "cpu":
-        return "the library's own", "not tried on an accelerator; the first step's guard measures instead"
+        return "the library's own", "not probed on an accelerator; the check at the first step measures instead"
     if not products.exact:
-        return "the library's own", "their bits depend on the row, and no tile helps; the guard measures instead"
-    some = f"{len(differing)} of the tried numbers of rows gave other bits (the largest: {max(differing, default=0)})"
+        return (
+            "the library's own",
+            "a row's bits depend on its place, and no tile size helps; the check at the first step measures instead",
+        )
+    some = f"row counts that gave different bits: {len(differing)} (the largest: {max(differing, default=0)})"
     if products.tile:
         return f"in tiles of {products.tile} rows", some
     if products.least > 1:
-        return f"whole, from {products.least} rows on", some
-    return "whole", "the same bits for every number of rows that was tried"
+        return f"whole, padded to at least {products.least} rows", some
+    return "whole", "the same bits for every row count that was probed"
 
 
 def _cache() -> Component:
@@ -139,7 +142,7 @@ def _disk() -> Component:
 def _programs() -> list[Component]:
     browser = next((path for name in _BROWSERS if (path := shutil.which(name))), None)
     parts = [
-        Component(name="browser", there=browser is not None, says=browser or "none; only the site's own tests need one")
+        Component(name="browser", there=browser is not None, says=browser or "none; needed only by the site's tests")
     ]
     for extra in EXTRAS:
         there = missing(extra) is None
@@ -151,9 +154,9 @@ def _programs() -> list[Component]:
 def _notes(machine: Machine, free: int) -> list[str]:
     notes = []
     if free < _LEAST_MEMORY:
-        notes.append(f"only {free / 2**30:.1f} GB of memory are free")
+        notes.append(f"only {free / 2**30:.1f} GB of memory is free")
     if machine.limits:
-        notes.append("limits are set in the environment: " + ", ".join(f"{k}={v}" for k, v in machine.limits.items()))
+        notes.append("the environment sets limits: " + ", ".join(f"{k}={v}" for k, v in machine.limits.items()))
     return notes
 
 
@@ -165,7 +168,7 @@ def _verdict(missing: list[Component], notes: list[str], choices: list[Choice]) 
 
 
 def _home(path: Path) -> str:
-    """A path without the name of the person whose home it is in."""
+    """A path with the user's home folder shown as `~`."""
     try:
         return str(Path("~") / path.absolute().relative_to(Path.home()))
     except (ValueError, RuntimeError):

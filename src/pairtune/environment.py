@@ -1,4 +1,4 @@
-"""What a run was made with: versions and machine, so that a report can say how to do it again."""
+"""Versions and machine of a run, so that its report tells how to reproduce it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pydantic import Field
 from pairtune.run.records import BaseModelRecord, Environment, KernelChoice, Machine, Part
 
 _PACKAGES = ("pairtune", "torch", "transformers", "trl", "peft", "tokenizers", "accelerate")
-# Sets of instructions that decide which kernels a library takes, as Linux names them.
+# CPU instruction sets that decide which kernels a library uses, under their Linux names.
 _INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
-# Settings of the environment that change what a machine computes, or how fast.
+# Environment variables that change the results or the speed of computation.
 _LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS")
 
 
 class Choice(Part):
-    """Something that is chosen for a machine, and why, with what was measured."""
+    """A setting chosen for the machine, and why, with the measurements behind it."""
 
     name: str
     value: str
@@ -29,7 +29,7 @@ class Choice(Part):
 
 
 class Component(Part):
-    """Something that may be there or not: `says` is where it is, or what to do."""
+    """An optional or required component: `says` tells where it is, or how to get it."""
 
     name: str
     there: bool
@@ -38,19 +38,20 @@ class Component(Part):
 
 
 class Diagnosis(Part):
-    """Everything that a bug report needs to know of a machine.
+    """Everything that a bug report needs to know about a machine.
 
     Attributes:
-        machine: what it is.
-        device: that models compute on.
-        device_memory_gb: what it has left.
-        versions: of the libraries.
-        model: that was asked about.
-        choices: what is chosen for it.
-        probes: what was found out about products, by type.
-        parts: what is there.
-        verdict: in one line.
+        machine: the machine.
+        device: the device that models compute on.
+        device_memory_gb: free memory of the device.
+        versions: versions of Python and the libraries.
+        model: the model that was asked about.
+        choices: the settings chosen for the machine.
+        probes: results of probing its matrix products, by dtype.
+        parts: the components and whether they are installed.
+        verdict: the conclusion in one line.
         usable: whether a run could start.
+        notes: warnings about the machine.
     """
 
     machine: Machine
@@ -67,11 +68,11 @@ class Diagnosis(Part):
 
 
 def describe_machine(device: str = "cpu", root: Path = Path("/")) -> Machine:
-    """The machine that this runs on.
+    """The machine that this process runs on.
 
     Args:
         device: the accelerator's name, or "cpu".
-        root: of the system's files.
+        root: root folder of the system's files.
     """
     memory = psutil.virtual_memory()
     allowed = _number(root / "sys/fs/cgroup/memory.max") or memory.total
@@ -91,21 +92,21 @@ def describe_machine(device: str = "cpu", root: Path = Path("/")) -> Machine:
 
 
 def others_are_busy(share: float = 0.25, seconds: float = 0.2) -> bool:
-    """Whether other programs are using more than a share of this machine's processors, looked at for a moment."""
+    """Whether other programs use more than `share` of this machine's CPUs, measured for `seconds`."""
     return float(psutil.cpu_percent(interval=seconds)) > 100 * share
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the libraries that numbers depend on."""
+    """Versions of Python and of the libraries that results depend on."""
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
 
 
 def describe_environment(device: str, base: BaseModelRecord) -> Environment:
-    """What a run that starts now is made with.
+    """The environment of a run that starts now.
 
     Args:
         device: the accelerator's name, or "cpu".
-        base: the model that it starts from.
+        base: the base model.
     """
     machine = describe_machine(device)
     return Environment(
@@ -125,7 +126,7 @@ def _instructions(root: Path) -> list[str]:
 
 
 def _cores(root: Path) -> float:
-    """Cores that this process may use: those it is bound to, and of them a container's share of time."""
+    """Cores that this process may use: those it is bound to, limited by the container's CPU quota."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, _, period = next(iter(_lines(root / "sys/fs/cgroup/cpu.max")), "max").partition(" ")
     return min(bound, round(int(quota) / int(period), 1)) if quota.isdigit() and period.strip().isdigit() else bound
@@ -144,6 +145,6 @@ def _lines(file: Path) -> list[str]:
 
 
 def processor(root: Path = Path("/")) -> str:
-    """The processor's name; Python knows it on few systems."""
+    """The CPU's name, from /proc/cpuinfo if possible: `platform` knows it on few systems."""
     names = (line.partition(":")[2].strip() for line in _lines(root / "proc/cpuinfo") if line.startswith("model name"))
     return next(names, platform.processor()) or platform.machine()

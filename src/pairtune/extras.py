@@ -1,4 +1,4 @@
-"""Extras of the package: what is installed only where it is wanted, and one line for what is missing."""
+"""The package's optional extras, and the one-line error for one that is missing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 from pairtune.errors import BadInput
 
-# The modules of each extra that tell whether it is installed.
+# For each extra, the modules whose presence means that it is installed.
 EXTRAS: dict[str, tuple[str, ...]] = {
     "serve": ("django", "uvicorn", "starlette", "openai"),
     "search": ("optuna",),
@@ -22,19 +22,19 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 
 
 def missing(extra: str) -> str | None:
-    """The first module of an extra that is not installed."""
+    """The first module of an extra that is not installed; None if all are."""
     return next((module for module in EXTRAS[extra] if find_spec(module) is None), None)
 
 
 def require(extra: str, what: str) -> None:
-    """Make sure that an extra is installed, before anything else is done.
+    """Make sure that an extra is installed, before any other work is done.
 
     Args:
         extra: one of `EXTRAS`.
-        what: needs it; the beginning of the message.
+        what: what needs the extra; the message begins with it.
 
     Raises:
-        BadInput: it is not installed.
+        BadInput: the extra is not installed.
     """
     if module := missing(extra):
         raise BadInput(f"{what}: needs the package {module}; pip install 'pairtune[{extra}]'")

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: atomic writes, fingerprints, and the user cache."""
+"""Atomic writes, fingerprints, and the user cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pairtune.errors import BadInput
 
 
 def user_cache() -> Path:
-    """The folder for what can be made again: dequantised models, later tokens and reference log-probs."""
+    """The folder for data that can be regenerated: dequantised models, tokenized pairs, reference log-probs."""
     if explicit := os.environ.get("PAIRTUNE_CACHE"):
         return Path(explicit).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pairtune"
@@ -24,7 +24,7 @@ def user_cache() -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends; after an error `path` is as it was."""
+    """A temporary file beside `path` that replaces it when the block ends; after an error `path` is unchanged."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
@@ -40,7 +40,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader sees the old content or the new one, never a part of it."""
+    """Write a file atomically: a reader sees either the old content or the new, never a part of it."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
@@ -49,7 +49,7 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file.
 
     Raises:
-        BadInput: it is missing, or not valid JSON.
+        BadInput: the file is missing or not valid JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -60,14 +60,14 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as readable JSON, atomically. NaN and infinity are refused: they are never a result."""
+    """Write `value` as readable JSON, atomically; NaN and infinity raise ValueError, since no result contains them."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def fill_folder(path: Path, fill: Callable[[Path], None]) -> Path:
-    """Replace the folder `path` by what `fill(temporary)` writes; a failure leaves `path` as it was.
+    """Replace the folder `path` with what `fill(temporary)` writes; on failure `path` is unchanged.
 
-    Where another process put the same folder there first, its folder is replaced by ours: both are complete.
+    If another process created the same folder in the meantime, ours replaces it: both are complete.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
@@ -76,7 +76,7 @@ def fill_folder(path: Path, fill: Callable[[Path], None]) -> Path:
         temporary.chmod(0o755)
         for file in temporary.rglob("*"):
             if file.is_file():
-                file.chmod(0o644)  # some libraries write weights that only their owner may read
+                file.chmod(0o644)  # some libraries write weights that only the owner can read
         if path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)
@@ -86,10 +86,10 @@ def fill_folder(path: Path, fill: Callable[[Path], None]) -> Path:
 
 
 def forget_oldest(folder: Path, keep_bytes: int) -> None:
-    """Remove the entries of a cache folder that were used longest ago until the rest holds at most `keep_bytes`.
+    """Remove the least recently used entries of a cache folder until the rest takes at most `keep_bytes`.
 
-    The last used entry stays, however large. An entry's time is that of its folder; see `mark_used`. Folders that are
-    being filled (see `fill_folder`) are left alone.
+    The most recently used entry stays, however large. The time of use is the folder's modification time; see
+    `mark_used`. Folders that are still being filled (see `fill_folder`) are left alone.
     """
     finished = (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     entries = sorted(finished, key=lambda path: path.stat().st_mtime)
@@ -102,13 +102,13 @@ def forget_oldest(folder: Path, keep_bytes: int) -> None:
 
 
 def mark_used(entry: Path) -> None:
-    """Note that a cache entry was used now."""
-    with suppress(OSError):  # a cache that cannot be written to can still be read
+    """Record that a cache entry has just been used."""
+    with suppress(OSError):  # a read-only cache can still be used
         os.utime(entry)
 
 
 def fingerprint(parts: Iterable[bytes | str]) -> str:
-    """A short name for a content: 16 hex digits of SHA-256 over the parts, each with its length before it."""
+    """A short identifier of some content: 16 hex digits of SHA-256 over the parts, each prefixed with its length."""
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
@@ -118,13 +118,13 @@ def fingerprint(parts: Iterable[bytes | str]) -> str:
 
 
 def hash_file(path: Path) -> str:
-    """64 hex digits of SHA-256 over a file's bytes."""
+    """SHA-256 of a file's bytes, as 64 hex digits."""
     with path.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def saved_fingerprint(folder: Path) -> str:
-    """16 hex digits of SHA-256 over the weight files of a saved model, in name order."""
+    """16 hex digits of SHA-256 over the weight files of a saved model, in order of their names."""
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
         digest.update(file.read_bytes())

@@ -1,7 +1,7 @@
-"""Flags of the command line, made from the settings of a run.
+"""Command-line flags, generated from the settings of a run.
 
-Settings are pydantic models, and `pairtune --help` should answer before pydantic is imported: so commands learn about
-settings only when they are called.
+Settings are pydantic models, and `pairtune --help` should answer without importing pydantic. Commands therefore look
+up the settings only when they are called.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class WithSettingsHelp(TyperCommand):
-    """A command some of whose options are named as settings are: they take help and metavar from these."""
+    """A command with options that are named like settings and take their help and metavar from them."""
 
     def get_params(self, ctx: Any) -> Any:
-        """The command's parameters, described."""
+        """The command's parameters, with help and metavar filled in."""
         from pairtune.options import OPTIONS
 
         for param in self.params:
@@ -32,17 +32,17 @@ class WithSettingsHelp(TyperCommand):
 
 
 class WithSettings(WithSettingsHelp):
-    """A command that takes every setting; the callback finds those that were given, by name, in its context's `obj`."""
+    """A command that takes every setting as a flag; its callback finds the given ones by name in `ctx.obj`."""
 
     def get_params(self, ctx: Any) -> Any:
-        """The command's own parameters, and one for each setting."""
+        """One parameter per setting, and the command's own."""
         own = {param.name for param in self.params}
-        # Panels are shown in the order of their first option, so settings go before what the command adds to them.
+        # Panels are shown in the order of their first option, so settings go before the command's own.
         self.params = [param for param in _settings() if param.name not in own] + self.params
         return super().get_params(ctx)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the options by their groups; what the command adds to the settings comes last."""
+        """Write the options by group; the command's own options come last."""
         options = [param for param in self.get_params(ctx) if isinstance(param, TyperOption)]
         for group in dict.fromkeys(param.rich_help_panel or "Other" for param in options):
             with formatter.section(group):
@@ -52,7 +52,7 @@ class WithSettings(WithSettingsHelp):
                 formatter.write_dl([record for record in records if record])
 
     def invoke(self, ctx: Any) -> Any:
-        """Call the callback with the command's own parameters."""
+        """Call the callback with the command's own parameters only."""
         given = {param.name: ctx.params.pop(param.name) for param in _settings()}
         ctx.obj = {name: value for name, value in given.items() if value not in (None, [], ())}
         return super().invoke(ctx)
@@ -60,11 +60,11 @@ class WithSettings(WithSettingsHelp):
 
 @cache
 def _settings() -> list[Any]:
-    """A parameter for each setting."""
+    """One parameter per setting."""
     from pairtune.options import in_groups
 
     def settings(**_: Any) -> None:
-        """Only its signature counts."""
+        """Only the signature of this function is used."""
 
     flags = [_flag(option) for options in in_groups().values() for option in options]
     settings.__signature__ = inspect.Signature(flags)  # type: ignore[attr-defined]

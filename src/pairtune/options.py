@@ -1,4 +1,4 @@
-"""Every setting of a run as command line, site and documentation show it; all of it comes from `pairtune.config`."""
+"""The settings of a run as command line, site and documentation show them; all of it comes from `pairtune.config`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic_core import PydanticUndefined
 
 from pairtune.config import GROUPS, RunConfig, SourceConfig, TrialConfig, described, flag_of, may_vary
 
-# How a limit of pydantic's is written.
+# How pydantic's constraints are displayed.
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
@@ -22,16 +22,16 @@ class Option:
     """One setting.
 
     Attributes:
-        name: in YAML and in code.
-        flag: on the command line.
-        help: what it is.
-        why: the reason for the default, or what no value stands for.
-        group: of settings shown together.
-        metavar: what stands for its value.
-        type: of one value, as typed: int, float, str, bool or Path.
-        choices: the values that it may have; empty: any of its type.
-        limits: of a number, for example `> 0`.
-        default: as YAML writes it; None: there is none.
+        name: its name in YAML and in code.
+        flag: its command-line flag.
+        help: what it does.
+        why: the reason for the default, or what happens if no value is given.
+        group: the group under which it is shown.
+        metavar: the placeholder for its value in help texts.
+        type: the type of a single value: int, float, str, bool or Path.
+        choices: the allowed values; empty if any value of the type is allowed.
+        limits: the range of a number, for example `> 0`.
+        default: the default as YAML writes it; None if there is none.
         repeats: whether it may be given several times.
         varies: whether several values make a grid of trials.
     """
@@ -58,10 +58,10 @@ class Option:
             self.limits,
             "repeat for a grid" if self.varies and self.repeats else "",
         ]
-        told = "; ".join(filter(None, notes))
+        details = "; ".join(filter(None, notes))
         listed = "|".join(self.choices) != self.metavar
         choices = f" One of {', '.join(self.choices)}." if self.choices and listed else ""
-        return f"{self.help}{choices}" + (f" ({told})" if told else "")
+        return f"{self.help}{choices}" + (f" ({details})" if details else "")
 
 
 def _option(name: str, field: FieldInfo) -> Option:
@@ -88,7 +88,7 @@ def _option(name: str, field: FieldInfo) -> Option:
 
 
 def _leaves(annotation: Any, checks: tuple[Any, ...] = ()) -> Iterator[tuple[Any, tuple[Any, ...]]]:
-    """Types of single values inside a type, with what is checked of them."""
+    """The types of single values within an annotation, each with its constraints."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         yield from _leaves(inner[0], (*checks, *inner[1:]))
@@ -103,7 +103,7 @@ def _leaves(annotation: Any, checks: tuple[Any, ...] = ()) -> Iterator[tuple[Any
 
 
 def _without_none(annotation: Any) -> Any:
-    """The type of a value that is given."""
+    """The annotation without `Annotated` and None."""
     if get_origin(annotation) is Annotated:
         return _without_none(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -112,7 +112,7 @@ def _without_none(annotation: Any) -> Any:
 
 
 def _limits(checks: list[Any]) -> str:
-    """Ranges, as pydantic's checks have them."""
+    """The range that pydantic's constraints allow."""
     found: dict[str, Any] = {}
     for check in checks:
         for each in (check, *getattr(check, "metadata", ())):
@@ -128,11 +128,11 @@ def _default(value: Any) -> str | None:
     return ", ".join(f"{each:g}" for each in value) if isinstance(value, list) else str(value)
 
 
-# By name, in the order of the settings.
+# Every setting by name, in the order of declaration.
 OPTIONS = {name: _option(name, field) for name, field in RunConfig.model_fields.items()}
 
 
 def in_groups() -> dict[str, list[Option]]:
-    """All of them by group, common ones first, and those of the whole run before those of a trial."""
+    """All settings by group, common ones first; within a group, those of the run before those of a trial."""
     options = sorted(OPTIONS.values(), key=lambda option: option.name in TrialConfig.model_fields)
     return {group: [each for each in options if each.group == group] for group in GROUPS}

@@ -1,4 +1,4 @@
-"""The stages of a run in their order. Each stage hands on through the run folder; `COMPLETE` is written last."""
+"""The stages of a run, in order. Stages communicate through the run folder; `COMPLETE` is written last."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pairtune.data.prepare import PreparedData, prepare_data
 from pairtune.engine.kernels import Kernels
 from pairtune.engine.processes import Processes
 from pairtune.environment import describe_environment
-from pairtune.errors import BadInput, RunFailed
+from pairtune.errors import BadInput, RunFailed, plural
 from pairtune.evaluate.audit.check import audit
 from pairtune.evaluate.audit.monitor import LiveAudit
 from pairtune.evaluate.audit.own_runs import evidence_of_run
@@ -62,24 +62,21 @@ R = TypeVar("R", bound=AnswersRecord)
 
 
 def tune(resolved: Resolved, console: Console) -> Run | None:
-    """Run everything from the data to the chosen model. Progress goes to `console`.
+    """Run the whole pipeline, from the data to the selected model. Progress goes to `console`.
 
     Returns:
-        The run; None in all but the first of several processes.
+        The run; None in every process but the first.
 
     Raises:
-        BadInput: something given cannot be used; nothing was trained.
-        RunFailed: the run stopped on one of its guards. The folder stays, without `COMPLETE`.
-        Interrupted: the run was asked to stop; `resume` goes on.
+        BadInput: an input cannot be used; nothing was trained.
+        RunFailed: a guard stopped the run. The folder is kept, without `COMPLETE`.
+        Interrupted: the run was asked to stop; `resume` continues it.
     """
-    check_trackers(resolved.config.track)
-    if resolved.config.engine == "trl":
-        require("trl", "--engine trl")
     base, data, processes, console = _open(resolved.config, console)
     if resolved.config.push and resolved.config.method == "lora" and base.source.hub_id is None:
         raise BadInput(
-            f"--push {resolved.config.push}: the base model lies on this machine only, so nobody else could load the "
-            "adapter; tune a model of the Hub, or push the merged model afterwards (pairtune push RUN --what merged)"
+            f"--push {resolved.config.push}: the base model exists only on this machine, so nobody else could load the "
+            "adapter; tune a model from the Hub, or push the merged model afterwards (pairtune push RUN --what merged)"
         )
     run = Run(processes.from_first(resolved.config.out))
 
@@ -90,13 +87,13 @@ def tune(resolved: Resolved, console: Console) -> Run | None:
         run.write(_environment(base))
 
     if processes.first:
-        Run.create(run.root, write)  # only now: bad input leaves nothing behind
+        Run.create(run.root, write)  # only now, so that bad input leaves nothing behind
     processes.wait()
     return _carry_out(resolved.config, base, data, run, processes, console)
 
 
 def resume(root: Path, console: Console) -> Run | None:
-    """Go on with a run that was interrupted or killed; one that is complete is given back as it is.
+    """Continue a run that was interrupted or killed; a complete run is returned as it is.
 
     Returns:
         As `tune`.
@@ -111,9 +108,9 @@ def resume(root: Path, console: Console) -> Run | None:
     config = resolve(run.paths.config, {"out": root}).config
     base, data, processes, console = _open(config, console, run)
     before, now = run.need(DataRecord), data.record
-    # The example tells whether pairs are still rendered as they were.
+    # The example shows whether pairs are still rendered the same way.
     if before.splits != now.splits or before.example not in (None, now.example):
-        raise BadInput(f"{run.paths.data}: the pairs have changed since; start a new run")
+        raise BadInput(f"{run.paths.data}: the pairs have changed since the run started; start a new run")
     if processes.first:
         run.forget_half_written()
     processes.wait()
@@ -123,23 +120,37 @@ def resume(root: Path, console: Console) -> Run | None:
 def _open(
     config: RunConfig, console: Console, run: Run | None = None
 ) -> tuple[LoadedBase, PreparedData, Processes, Console]:
-    """The base, the pairs, and the processes that share the work, of which the first one speaks.
+    """Open the base model and the pairs, and set up the processes, of which only the first one prints.
 
-    A run that goes on has the base in the type and with the threads that were chosen for it.
+    A resumed run keeps the dtype and the number of threads chosen for it.
     """
+    _check_extras(config)
     threads = run.choices.threads if run else None
     if threads and threads <= torch.get_num_threads():
         torch.set_num_threads(threads)
     base_device = pick_device()
     processes = Processes(base_device)
     if config.engine == "trl" and processes.count > 1:
-        raise BadInput("--engine trl: runs in one process; leave the launcher away, or use --engine pairtune")
+        raise BadInput(
+            "--engine trl: runs in a single process; start it without the launcher, or use --engine pairtune"
+        )
     console = console if processes.first else Console(quiet=True)
     console.print(f"opening {config.model}", highlight=False)
     with processes.first_before_others():
         base = open_base_of(run) if run else open_base(config.model, config.dtype)
         data = _prepare(config, base, console)
     return base, data, processes, console
+
+
+def _check_extras(config: RunConfig) -> None:
+    """Make sure that what the settings need is installed, before anything else is done."""
+    check_trackers(config.track)
+    if config.engine == "trl":
+        require("trl", "--engine trl")
+    if config.search != "grid":
+        require("search", f"--search {config.search}")
+    if config.prune:
+        require("search", "--prune")
 
 
 def _carry_out(
@@ -150,26 +161,27 @@ def _carry_out(
     processes: Processes,
     console: Console,
 ) -> Run | None:
-    """Everything after the data, or what is left of it."""
-    kernels = _choose(config, base, run, processes, console)
+    """Run every stage after the data, or those that are left."""
+    kernels = _choose_kernels(config, base, run, processes, console)
     search = open_search(config)
     steps = {each.name: math.ceil(len(data.train) / each.batch_size) * each.epochs for each in search.trials}
     shared = f" in {processes.count} processes" if processes.count > 1 else ""
     console.print(
-        f"{search.count} trials, {len(data.train)} training and {len(data.validation)} "
-        f"validation pairs, {str(base.dtype).removeprefix('torch.')} on {base.device.type}{shared}",
+        f"{plural(search.count, 'trial')}, {len(data.train):,} training and "
+        f"{plural(len(data.validation), 'validation pair')}, "
+        f"{str(base.dtype).removeprefix('torch.')} on {base.device.type}{shared}",
         highlight=False,
     )
     with stop_on_signals(console) as stopping, LiveView(steps, search.count, console) as live:
-        say = partial(console.print, style="yellow", highlight=False, soft_wrap=True)
-        watching = LiveAudit(run, search.trial, partial(_say_finding, console))
+        warn = partial(console.print, style="yellow", highlight=False, soft_wrap=True)
+        watching = LiveAudit(run, search.trial, partial(_print_finding, console))
         trackers = _trackers(config, search, run, processes, console)
-        sinks: list[Sink] = [JsonlSink(run), live, watching, StarvedSink(say), *trackers] if processes.first else []
+        sinks: list[Sink] = [JsonlSink(run), live, watching, StarvedSink(warn), *trackers] if processes.first else []
         try:
             results = run_sweep(config, search, data, base, run, Sinks(sinks), kernels, stopping)
         finally:
             for tracker in trackers:
-                tracker.interrupt()  # nothing, where all trials have ended
+                tracker.interrupt()  # does nothing once all trials have ended
     selection: Selection | None = None
     if processes.first:
         wins = _wins_on_validation(config, data, base, run, console) if config.select == "win_rate" else None
@@ -179,12 +191,12 @@ def _carry_out(
         chosen = select_best(results, records, config.select, wins, groups)
         warnings = chosen.warnings + rounding_warnings(run.need(SweepRecord), chosen)
         selection = chosen.model_copy(update={"examples": summarise_best(examples), "warnings": warnings})
-        if not run.paths.test.is_file():  # else a killed run had come further than this: the choice stands
+        if not run.paths.test.is_file():  # else a killed run had got past this point: its selection stands
             install_best(run, results, selection)
     selection = processes.from_first(selection)
-    assert selection is not None  # noqa: S101 - the first process has made it
+    assert selection is not None  # noqa: S101 - the first process sets it
     if len(data.test) and not processes.from_first(run.paths.test.is_file()):
-        with console.status("looking at the test pairs, once") as status:
+        with console.status("evaluating the test pairs") as status:
             total = len(data.test)
             evaluate_test(
                 search.trial(selection.winner),
@@ -193,7 +205,7 @@ def _carry_out(
                 base,
                 run,
                 kernels,
-                lambda done: status.update(f"looking at the test pairs, once: {done}/{total}"),
+                lambda done: status.update(f"evaluating the test pairs: {done}/{total}"),
             )
     if processes.first:
         if config.samples != 0:
@@ -209,10 +221,10 @@ def _carry_out(
     return run if processes.first else None
 
 
-def _choose(config: RunConfig, base: LoadedBase, run: Run, processes: Processes, console: Console) -> Kernels:
-    """What suits this machine, on record in the run: later parts of it do the same."""
+def _choose_kernels(config: RunConfig, base: LoadedBase, run: Run, processes: Processes, console: Console) -> Kernels:
+    """Choose how this machine computes matrix products, and record it so that a resumed run does the same."""
     kernels = Kernels(blank_model(base.source), base.device, run.choices.kernels)
-    with console.status("trying this machine's matrix products"):
+    with console.status("probing this machine's matrix products"):
         for dtype in {base.dtype, getattr(torch, config.eval_dtype or str(base.dtype).removeprefix("torch."))}:
             kernels.probe(dtype)
     if processes.first:
@@ -227,10 +239,10 @@ def _choose(config: RunConfig, base: LoadedBase, run: Run, processes: Processes,
 
 @contextmanager
 def stop_on_signals(console: Console) -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C or SIGTERM asks the run to stop after its step, with a checkpoint; the second stops at once.
+    """Let the first Ctrl-C or SIGTERM stop the run after its step, with a checkpoint, and a second one at once.
 
     Yields:
-        Says whether the run was asked to stop.
+        A function that tells whether the run was asked to stop.
     """
     asked = threading.Event()
 
@@ -238,9 +250,9 @@ def stop_on_signals(console: Console) -> Iterator[Callable[[], bool]]:
         if asked.is_set():
             raise KeyboardInterrupt
         asked.set()
-        console.print("stopping after this step, with a checkpoint; once more stops at once", highlight=False)
+        console.print("stopping after this step, with a checkpoint; interrupt again to stop at once", highlight=False)
 
-    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
+    if threading.current_thread() is not threading.main_thread():  # signals can be handled only there
         yield asked.is_set
         return
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -262,9 +274,13 @@ def _prepare(config: RunConfig, base: LoadedBase, console: Console) -> PreparedD
         data = prepare_data(config, base.tokenizer, lambda rows: status.update(f"reading pairs: {rows:,} rows"))
     for source in data.record.sources:
         for reason, rows in source.dropped.items():
-            console.print(f"{source.source}: {rows} of {source.rows_in} rows dropped: {reason}", highlight=False)
+            console.print(
+                f"{source.source}: {rows:,} of {plural(source.rows_in, 'row')} dropped: {reason}", highlight=False
+            )
         if source.shortened:
-            console.print(f"{source.source}: {source.shortened} prompts lost their oldest turns", highlight=False)
+            console.print(
+                f"{source.source}: oldest turns removed from {plural(source.shortened, 'prompt')}", highlight=False
+            )
     for warning in data.record.template_warnings:
         console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
     return data
@@ -278,7 +294,7 @@ def _trackers(config: RunConfig, search: Search, run: Run, processes: Processes,
 
 
 def _push(config: RunConfig, repo: str, run: Run, console: Console) -> None:
-    """Publish the finished run; what goes wrong then leaves it as finished as it was."""
+    """Publish the finished run; a failure here leaves it complete."""
     what: Format = "adapter" if config.method == "lora" else "merged"
     try:
         with console.status(f"pushing to {repo}"):
@@ -290,7 +306,7 @@ def _push(config: RunConfig, repo: str, run: Run, console: Console) -> None:
     console.print(pushed.url, highlight=False)
 
 
-def _say_finding(console: Console, finding: Finding) -> None:
+def _print_finding(console: Console, finding: Finding) -> None:
     names = ", ".join(finding.trials)
     console.print(
         f"{finding.level}: {names}: {finding.title.lower()} ({finding.evidence})", highlight=False, soft_wrap=True
@@ -298,7 +314,7 @@ def _say_finding(console: Console, finding: Finding) -> None:
 
 
 def _write_generations(config: RunConfig, data: PreparedData, base: LoadedBase, run: Run, console: Console) -> None:
-    """Answer held-out prompts with every model; the test split's prompts where there are some."""
+    """Answer held-out prompts with every model: the test split's where there is one, else the validation split's."""
     if run.paths.generations.is_file():
         return
     prompts = held_out_prompts(data.test if len(data.test) else data.validation, config.samples or MOST)
@@ -312,7 +328,7 @@ def _write_generations(config: RunConfig, data: PreparedData, base: LoadedBase, 
 def _wins_on_validation(
     config: RunConfig, data: PreparedData, base: LoadedBase, run: Run, console: Console
 ) -> dict[str, list[float]]:
-    """Every finished trial's scores against the base on validation prompts, for the rule that chooses by answers."""
+    """Every finished trial's scores against the base on validation prompts, for `--select win_rate`."""
     if run.get(Choosing) is None:
         prompts = held_out_prompts(data.validation, config.samples or MOST)
         run.write(_answer(Choosing, _answering_models(base, run), prompts, config.seed, console))
@@ -321,7 +337,7 @@ def _wins_on_validation(
 
 
 def _answering_models(base: LoadedBase, run: Run) -> AnsweringModels:
-    """The base, and the best epoch of every finished trial."""
+    """The base model, and the best epoch of every finished trial."""
     trials = run.need(SweepRecord).trials
     return AnsweringModels(
         base, {each.name: run.paths.trial(each.name).best for each in trials if each.status == "finished"}

@@ -1,9 +1,9 @@
-"""What held-out pairs can tell: intervals for means, and tests of whether two trials differ.
+"""Statistics of held-out pairs: intervals for means, and tests of whether two trials differ.
 
-All of it rests on per-example numbers of the same pairs in the same order, so that what makes a pair hard for every
-trial cancels out. The unit is the conversation: pairs whose prompts belong together (`data.splits.group_prompts`) are
-resampled together and change their signs together (Miller 2024, "Adding Error Bars to Evals"). Epochs and seeds are not
-sampled.
+All of them use per-example metrics of the same pairs in the same order, so that a pair's difficulty, which all trials
+share, cancels out. The unit is the conversation: pairs whose prompts belong together (`data.splits.group_prompts`) are
+resampled together and change their signs together (Miller 2024, "Adding Error Bars to Evals"). The variance over epochs
+and seeds is not covered.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from pairtune.run.records import Share
 Numbers = NDArray[np.float64]
 Groups = NDArray[np.int64]
 
-# Half of this is the rate at which a test without any difference is wrong to either side.
+# Significance level, two-sided.
 ALPHA = 0.05
 _RESAMPLES = 2_000
 _FLIPS = 20_000
-# Rows of random numbers at a time, so that memory stays at tens of megabytes.
+# Random numbers drawn at a time, so that memory stays at tens of megabytes.
 _BLOCK = 4_000_000
 
 
 def bootstrap_intervals(values: Numbers, groups: Groups | None = None, seed: int = 0) -> Numbers:
-    """95 % intervals of column means: a cluster bootstrap, and Student's t where that is wider.
+    """95 % intervals of column means: a cluster bootstrap, widened to Student's t where that is wider.
 
     Groups are resampled whole (Cameron, Gelbach and Miller 2008, "Bootstrap-Based Improvements for Inference with
-    Clustered Errors"), since pairs of one conversation say less than as many pairs of different ones. The percentile
-    bootstrap of few values is too narrow (of five normal values it covers 83 %, of ten 89 %), so its ends are moved out
-    to those of Student's t over groups, and of t corrected for skewness (Johnson 1978, "Modified t Tests and Confidence
-    Intervals for Asymmetrical Populations"): 95 to 97 % of normal values, 92 % and more of skewed ones
-    (`tests/test_statistics.py`).
+    Clustered Errors"), since pairs of one conversation carry less information than as many pairs of different ones. The
+    percentile bootstrap is too narrow for few values (coverage 83 % for five normal values, 89 % for ten), so its ends
+    are moved out to those of Student's t over groups, corrected for skewness (Johnson 1978, "Modified t Tests and
+    Confidence Intervals for Asymmetrical Populations"): coverage is 95 to 97 % for normal values, and at least 92 % for
+    skewed ones (`tests/test_statistics.py`).
 
     Args:
         values: [pairs, metrics].
-        groups: the group of each pair, [pairs]; each its own where none are given.
-        seed: of the resampling.
+        groups: the group of each pair, [pairs]; by default each pair is its own group.
+        seed: seed of the resampling.
 
     Returns:
-        [metrics, 2]: low and high. A single group shows no spread: both are its mean.
+        [metrics, 2]: low and high. With a single group, which shows no spread, both are its mean.
     """
     sums, sizes = _by_group(values, groups)
     generator, count = np.random.default_rng(seed), len(sizes)
@@ -65,7 +65,7 @@ def _student_ends(sums: Numbers, sizes: Numbers) -> tuple[Numbers, Numbers]:
     """The ends of Student's t over groups, each moved outwards by Johnson's correction for skewness."""
     count = len(sizes)
     mean = sums.sum(0) / sizes.sum()
-    apart = (sums - sizes[:, None] * mean) * count / sizes.sum()  # a group's share in the mean's error
+    apart = (sums - sizes[:, None] * mean) * count / sizes.sum()  # each group's contribution to the error of the mean
     spread = apart.std(0, ddof=1)
     safe = np.where(spread > 0, spread, 1.0)
     quantile = student_quantile(count - 1)
@@ -76,10 +76,10 @@ def _student_ends(sums: Numbers, sizes: Numbers) -> tuple[Numbers, Numbers]:
 
 
 def student_quantile(freedom: int) -> float:
-    """The point above which Student's t lies with a chance of ALPHA / 2.
+    """The 1 - ALPHA / 2 quantile of Student's t.
 
-    Exact for one and two degrees of freedom, else Fisher and Cornish's expansion (Abramowitz and Stegun 26.7.5), which
-    is 0.4 % low for three and better for more.
+    Exact for one and two degrees of freedom, otherwise the Cornish-Fisher expansion (Abramowitz and Stegun 26.7.5),
+    which is 0.4 % low for three and more accurate for more.
     """
     share = 1 - ALPHA / 2
     if freedom == 1:
@@ -97,7 +97,7 @@ def student_quantile(freedom: int) -> float:
 
 
 def _by_group(values: Numbers, groups: Groups | None) -> tuple[Numbers, Numbers]:
-    """Sums over each group, [groups, metrics], and the groups' sizes, [groups]."""
+    """Sums over each group, [groups, metrics], and group sizes, [groups]."""
     if groups is None:
         return values, np.ones(len(values))
     _, member = np.unique(groups, return_inverse=True)
@@ -108,18 +108,20 @@ def _by_group(values: Numbers, groups: Groups | None) -> tuple[Numbers, Numbers]
 
 
 def design_effect(values: Numbers, groups: Groups | None) -> float:
-    """How many pairs of groups like these say as much as one pair of its own (Kish 1965): between 1 and their size.
+    """Design effect (Kish 1965): how many grouped pairs carry the information of one independent pair.
+
+    It lies between 1 and the size of the groups.
 
     Args:
-        values: of the pairs, [pairs].
-        groups: of the pairs, [pairs].
+        values: the value of each pair, [pairs].
+        groups: the group of each pair, [pairs].
     """
     sums, sizes = _by_group(values[:, None], groups)
     pairs, count = sizes.sum(), len(sizes)
     most = float((sizes**2).sum() / pairs)
     spread = float(values.var())
     if most == 1 or spread == 0 or count == 1:
-        return most  # where nothing varies nothing says that pairs of one group are worth more
+        return most  # without variance, assume the worst
     clustered = float(np.square(sums[:, 0] - sizes * values.mean()).sum()) * count / (count - 1) / pairs
     return float(min(max(clustered / spread, 1.0), most))
 
@@ -127,14 +129,14 @@ def design_effect(values: Numbers, groups: Groups | None) -> float:
 def paired_p_values(differences: Numbers, groups: Groups | None = None, seed: int = 0) -> Numbers:
     """Two-sided p-values of sign-flip permutation tests (Fisher 1935): is the mean of a column 0?
 
-    Without a difference between two trials it is a coin toss for each conversation which of them is ahead, so the mean
-    is compared with the means under random signs. Exact in size for symmetric differences, whatever their distribution.
+    If two trials do not differ, the sign of each conversation's difference is a coin toss, so the mean is compared with
+    means under random signs. The test has exact size for symmetric differences of any distribution.
 
     Args:
         differences: [pairs, comparisons].
-        groups: the group of each pair, [pairs]: pairs of one group change their signs together; each its own where
-            none are given.
-        seed: of the signs.
+        groups: the group of each pair, [pairs]; pairs of one group change their signs together. By default each pair
+            is its own group.
+        seed: seed of the signs.
 
     Returns:
         [comparisons].
@@ -142,7 +144,7 @@ def paired_p_values(differences: Numbers, groups: Groups | None = None, seed: in
     sums, _ = _by_group(differences, groups)
     generator, count = np.random.default_rng(seed), len(sums)
     found = np.abs(sums.sum(0))
-    room = 1e-9 * np.abs(sums).sum(0)  # sums of the same numbers in another order
+    room = 1e-9 * np.abs(sums).sum(0)  # tolerance for summing in another order
     as_large = np.zeros(sums.shape[1])
     for rows in _blocks(_FLIPS, count):
         signs = generator.integers(0, 2, size=(rows, count), dtype=np.int8).astype(np.float64) * 2 - 1
@@ -151,7 +153,7 @@ def paired_p_values(differences: Numbers, groups: Groups | None = None, seed: in
 
 
 def holm(p_values: Numbers) -> Numbers:
-    """P-values corrected for their number (Holm 1979): the chance of even one false alarm stays below ALPHA."""
+    """P-values corrected for their number (Holm 1979): the family-wise error rate stays below ALPHA."""
     order, count = np.argsort(p_values), len(p_values)
     stepped = np.maximum.accumulate(p_values[order] * np.arange(count, 0, -1))
     corrected = np.empty(count)
@@ -160,7 +162,7 @@ def holm(p_values: Numbers) -> Numbers:
 
 
 def compare_all(values: Numbers, groups: Groups | None = None, seed: int = 0) -> dict[tuple[int, int], float]:
-    """Corrected p-values of every two columns of [pairs, trials]: of all, since the best was picked for its numbers."""
+    """Corrected p-values for all pairs of columns of [pairs, trials], since the best was picked by its metrics."""
     two = list(combinations(range(values.shape[1]), 2))
     if not two:
         return {}
@@ -172,15 +174,15 @@ def compare_all(values: Numbers, groups: Groups | None = None, seed: int = 0) ->
 def pairs_needed(
     difference: Numbers, comparisons: int, groups: Groups | None = None, *, settled: bool = True
 ) -> int | None:
-    """How many pairs would show a difference like this one with a chance of 80 %; None: no number would.
+    """How many pairs would show a difference like this one with 80 % power; None if no number would.
 
     The usual normal approximation for a paired comparison, at ALPHA divided by the number of comparisons, times the
-    design effect of the groups. Never fewer than a sign-flip test needs to come below that at all, and where these
-    pairs did not settle it, always more than there are.
+    design effect of the groups. Never fewer than a sign-flip test needs to reach that level at all, and more than these
+    pairs if they did not settle it.
 
     Args:
-        difference: of two trials, pair by pair, [pairs].
-        comparisons: that are made at once.
+        difference: difference of two trials for each pair, [pairs].
+        comparisons: number of comparisons made at once.
         groups: the group of each pair, [pairs].
         settled: whether these pairs have shown the difference.
     """
@@ -191,12 +193,12 @@ def pairs_needed(
     quantiles = normal.inv_cdf(1 - alpha / 2) + normal.inv_cdf(0.8)
     needed = math.ceil((quantiles * spread / mean) ** 2 * design_effect(difference, groups))
     size = len(difference) / (len(difference) if groups is None else len(np.unique(groups)))
-    fewest = math.ceil((1 + math.log2(1 / alpha)) * size)  # of g groups the smallest p-value is 2 / 2^g
+    fewest = math.ceil((1 + math.log2(1 / alpha)) * size)  # with g groups the smallest p-value is 2 / 2^g
     return max(needed, fewest, 0 if settled else len(difference) + 1)
 
 
 def _blocks(rows: int, columns: int) -> Iterator[int]:
-    """Numbers of rows that add up to `rows`."""
+    """Split `rows` into blocks that fit in memory."""
     at_once = max(1, _BLOCK // columns)
     while rows > 0:
         yield min(rows, at_once)
@@ -213,20 +215,20 @@ def share_of(right: Numbers, groups: Groups | None = None) -> Share:
 
 
 def longer_wins(chosen: NDArray[np.int64], rejected: NDArray[np.int64], groups: Groups | None = None) -> Share:
-    """How often "the longer answer is the better one" is right; answers of one length count half.
+    """How often the longer answer is the chosen one; answers of equal length count half.
 
     Args:
-        chosen: lengths, [pairs].
-        rejected: lengths, [pairs].
-        groups: of the pairs, [pairs].
+        chosen: lengths of the chosen answers, [pairs].
+        rejected: lengths of the rejected answers, [pairs].
+        groups: the group of each pair, [pairs].
     """
     return share_of((chosen > rejected) + (chosen == rejected) / 2, groups)
 
 
 def share_interval(count: float, total: float) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927): honest for few cases and near 0 and 1. `count` may hold halves.
+    """95 % interval of a share (Wilson 1927), reliable for few cases and near 0 and 1. `count` may include halves.
 
-    Of cases in groups both are to be divided by their `design_effect`.
+    For grouped cases, divide both by their `design_effect` first.
     """
     if not total:
         return 0.0, 1.0

@@ -1,1 +1,1 @@
-"""Data: from a source's name to typed preference pairs, with every row accounted for."""
+"""Data: from the name of a source to typed preference pairs, with every row accounted for."""

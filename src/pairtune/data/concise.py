@@ -1,11 +1,11 @@
 """The rule behind `bundled:concise`: direct, complete answers of a sensible length over rambling or cut-off ones.
 
-The rule is transparent on purpose: a person can read it, disagree with it and change it. It is no judge of truth; the
-bundled model is small, and its answers are often wrong in either column. It judges form alone.
+The rule is transparent on purpose: anyone can read it, disagree with it and change it. It judges form only, not truth:
+the bundled model is small, and both the chosen and the rejected answers are often wrong.
 
 "The shortest complete answer wins" is the obvious rule and a bad one: a model tuned on it learns that shorter is
-always better and ends at a few words. So an answer is preferred for lying in a range, and the pairs say both things: a
-sensible answer over a rambling one, and, where the model gave one, a sensible answer over a terse one.
+always better, and ends at a few words. So an answer is preferred if its length lies in a range, and the pairs point in
+both directions: a sensible answer over a rambling one and, if the model gave one, a sensible answer over a terse one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RAMBLING_TOKENS = 90
 TERSE_TOKENS = 15
 FEWEST_DIFFERENT_WORDS = 0.62
 
-# Ways to begin that put off the answer.
+# Openings that delay the answer.
 _CHATTY = re.compile(
     r"(what an? |i'm |i am |i'd |i've |i would |i think |as an? |sure|certainly|of course|great |that's |let's |hello|"
     r"hi |dear |here's |here is |here are |imagine |my |we )",
@@ -43,7 +43,7 @@ Flaw = Literal["rambling", "cut off", "terse"]
 
 @dataclass(frozen=True)
 class Sample:
-    """One answer of the bundled model: its text, its length in tokens, and whether the model ended it itself."""
+    """One answer of the bundled model: its text, its length in tokens, and whether the model ended it by itself."""
 
     text: str
     tokens: int
@@ -73,9 +73,9 @@ def is_sensible(prompt: str, answer: Sample) -> bool:
 
 
 def flaw_of(answer: Sample) -> Flaw | None:
-    """What is wrong with an answer's form, if it is wrong enough to be the rejected one.
+    """The flaw in an answer's form, if it is bad enough for the answer to be the rejected one.
 
-    A short answer that was cut off has no flaw of its own: the sampling script stopped it, not the model's rambling.
+    A short answer that was cut off has no flaw: the sampling script stopped it, and the model was not rambling.
     """
     if answer.tokens >= RAMBLING_TOKENS:
         return "rambling" if answer.ended else "cut off"
@@ -83,18 +83,18 @@ def flaw_of(answer: Sample) -> Flaw | None:
 
 
 def is_repetitive(text: str) -> bool:
-    """Whether few words are different, or three words in a row come back."""
+    """Whether too few of the words are distinct, or any three consecutive words recur."""
     words = re.findall(r"[\w']+", text.lower())
     triples = list(zip(words, words[1:], words[2:], strict=False))
     return not words or len(set(words)) / len(words) < FEWEST_DIFFERENT_WORDS or len(set(triples)) < len(triples)
 
 
 def make_pairs(prompt: str, answers: Sequence[Sample]) -> list[ConcisePair]:
-    """Up to two pairs of one prompt's answers: sensible over long, and sensible over terse.
+    """Up to two pairs from one prompt's answers: sensible over long, and sensible over terse.
 
-    The chosen answer is the sensible one that shares most content words with the prompt, then the one nearest to the
-    ideal length. Of long answers the shortest is rejected (it is the hardest to tell apart, and the cheapest to train
-    on), of terse ones the first.
+    The chosen answer is the sensible one that shares the most content words with the prompt; ties go to the one nearest
+    to the ideal length. The rejected answer is the shortest of the long ones (the hardest to tell apart, and the
+    cheapest to train on), or the first of the terse ones.
     """
     sensible = [answer for answer in answers if is_sensible(prompt, answer)]
     if not sensible:
@@ -110,6 +110,6 @@ def make_pairs(prompt: str, answers: Sequence[Sample]) -> list[ConcisePair]:
 
 
 def _content_words(text: str) -> set[str]:
-    """First five letters of each longer word: enough to match `apples` with `apple`."""
+    """The first five letters of each longer word, enough to match `apples` with `apple`."""
     words = re.findall(r"[^\W\d_]{4,}", text.lower())
     return {word[:5].rstrip("s") for word in words if word not in _SMALL_WORDS}

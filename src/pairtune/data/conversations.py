@@ -1,4 +1,4 @@
-r"""Conversations out of what rows hold: texts, HH transcripts (`\n\nHuman: … \n\nAssistant: …`), lists of turns."""
+r"""Reads conversations from row fields: texts, HH transcripts (`\n\nHuman: … \n\nAssistant: …`), lists of turns."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _ROLES = {
 
 
 def is_transcript(text: Any) -> bool:
-    """Whether a text is an HH transcript."""
+    """Whether a value is the text of an HH transcript."""
     return isinstance(text, str) and text.lstrip().startswith(("Human:", "Assistant:"))
 
 
 def read_text(row: Mapping[str, Any], field: str) -> str:
-    """A field's text, outer white space stripped, as in the assignment.
+    """A field's text, with surrounding whitespace stripped.
 
     Raises:
-        BadRow: the field is missing, not text, empty, or holds what is no Unicode text.
+        BadRow: the field is missing, not text, empty, or not valid Unicode.
     """
     return check_text(need(row, field), field)
 
@@ -48,28 +48,27 @@ def need(row: Mapping[str, Any], field: str) -> Any:
 
 
 def field_names(row: Mapping[str, Any]) -> str:
-    """The names of a row's fields for a message: on one line, whatever they hold."""
+    """The names of a row's fields for a message, always on one line."""
     return one_line_of(", ".join(map(str, row)), 200) or "no fields"
 
 
 def check_text(value: Any, field: str) -> str:
-    """A value as text, outer white space stripped.
+    """A value as text, with surrounding whitespace stripped.
 
     Raises:
-        BadRow: it is not text, empty, or no valid Unicode.
+        BadRow: the value is not text, empty, or not valid Unicode.
     """
     if not isinstance(value, str):
         raise BadRow(f"{field} is not text", field, f"should be text, but is {kind_of(value)}")
     text = value.strip()
     if not text:
-        raise BadRow(f"empty {field}", field, "is empty; give it a text or remove the row")
+        raise BadRow(f"empty {field}", field, "is empty; fill it in or remove the row")
     if not text.isascii():
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise BadRow(
-                f"{field} is not valid Unicode", field, f"holds half a character (at {error.start + 1}); save it anew"
-            ) from None
+            fault = f"is not valid Unicode at character {error.start + 1}; save the file as UTF-8"
+            raise BadRow(f"{field} is not valid Unicode", field, fault) from None
     return text
 
 
@@ -77,7 +76,7 @@ def read_prompt(value: Any, field: str) -> list[Message]:
     """The conversation before the answer: a transcript's turns, one user turn, or a list of turns.
 
     Raises:
-        BadRow: the value is neither, or a transcript does not end with `Assistant:`.
+        BadRow: the value is none of these, or a transcript does not end with `Assistant:`.
     """
     if not is_transcript(value):
         return read_turns(value, field) if isinstance(value, list) else user_turn(check_text(value, field))
@@ -88,12 +87,12 @@ def read_prompt(value: Any, field: str) -> list[Message]:
 
 
 def user_turn(text: str) -> list[Message]:
-    """A prompt of one user turn."""
+    """A prompt that consists of one user turn."""
     return [{"role": "user", "content": text}]
 
 
 def system_turn(row: Mapping[str, Any], field: str = "system") -> list[Message]:
-    """The system message of a row that has one; empty ones are left away, as they are common."""
+    """The system message of a row that has one; empty ones are common and are omitted."""
     value = row.get(field)
     if value is None or (isinstance(value, str) and not value.strip()):
         return []
@@ -101,16 +100,16 @@ def system_turn(row: Mapping[str, Any], field: str = "system") -> list[Message]:
 
 
 def read_turns(value: Any, field: str) -> list[Message]:
-    """Turns out of a list of `{role, content}` or ShareGPT's `{from, value}`, or out of one such turn.
+    """Turns from a list of `{role, content}` or ShareGPT's `{from, value}`, or from one such turn.
 
     Raises:
-        BadRow: a turn has another shape or an unknown role.
+        BadRow: a turn has a different shape or an unknown role.
     """
     turns = [value] if isinstance(value, Mapping) else value
     if not isinstance(turns, list):
         raise BadRow(f"{field} is not turns", field, f"should be a list of turns, but is {kind_of(value)}")
     if not turns:
-        raise BadRow(f"empty {field}", field, "is empty; give it a turn or remove the row")
+        raise BadRow(f"empty {field}", field, "is empty; add a turn or remove the row")
     return [_read_turn(turn, field, number) for number, turn in enumerate(turns, 1)]
 
 
@@ -118,16 +117,16 @@ def _read_turn(turn: Any, field: str, number: int) -> Message:
     if not isinstance(turn, Mapping):
         raise BadRow(f"{field} is not turns", field, f"turn {number} should be an object, but is {kind_of(turn)}")
     name = next((key for key in ("role", "from") if key in turn), "role")
-    said = turn.get(name)
-    role = _ROLES.get(said.lower()) if isinstance(said, str) else None
+    speaker = turn.get(name)
+    role = _ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
     if role is None:
-        shown = one_line_of(said)
+        shown = one_line_of(speaker)
         raise BadRow("unknown role", field, f"turn {number} has the {name} {shown}; use system, user or assistant")
     if turn.get("tool_calls"):
         raise BadRow("tool calls", field, f"turn {number} calls tools, which is not supported")
     content = turn.get("content", turn.get("value"))
     if isinstance(content, list) and content and all(_is_text_part(part) for part in content):
-        content = "".join(part["text"] for part in content)  # the API form of a text: a list of parts
+        content = "".join(part["text"] for part in content)  # how chat APIs represent text: a list of parts
     if isinstance(content, str) and not content.strip():
         raise BadRow("empty turn", field, f"turn {number} is empty; remove the row")
     return {"role": role, "content": check_text(content, field)}
@@ -141,21 +140,21 @@ def read_transcript(value: Any, field: str) -> list[Message]:
     """The turns of a whole HH transcript, the last of which is the answer.
 
     Raises:
-        BadRow: it does not end with an `Assistant:` turn that says something.
+        BadRow: it does not end with an `Assistant:` turn that has text.
     """
     turns = _read_transcript(check_text(value, field), field)
     if turns[-1]["role"] != "assistant":
         raise BadRow("no answer at the end", field, "should end with an Assistant turn")
     if not turns[-1]["content"]:
-        raise BadRow(f"empty {field}", field, "has an empty answer at its end; remove the row")
+        raise BadRow(f"empty {field}", field, "ends with an empty answer; remove the row")
     return turns
 
 
 def _read_transcript(text: str, field: str) -> list[Message]:
     _, *parts = _TURN.split(text)
     turns: list[Message] = [
-        {"role": _ROLES[speaker.lower()], "content": said.strip()}
-        for speaker, said in zip(parts[::2], parts[1::2], strict=True)
+        {"role": _ROLES[speaker.lower()], "content": content.strip()}
+        for speaker, content in zip(parts[::2], parts[1::2], strict=True)
     ]
     if not all(turn["content"] for turn in turns[:-1]):
         raise BadRow(f"empty turn in {field}", field, "has a turn without text; remove the row")
@@ -163,36 +162,35 @@ def _read_transcript(text: str, field: str) -> list[Message]:
 
 
 def check_prompt(turns: Sequence[Message], field: str) -> None:
-    """Make sure that an answer is due: an optional system message, then user and assistant in turn, a user last.
+    """Make sure that a prompt can be answered: an optional system message, then alternating turns, a user last.
 
     Raises:
         BadRow: the roles do not alternate.
     """
     start = 1 if turns and turns[0]["role"] == "system" else 0
     for number, turn in enumerate(turns[start:], 1):
-        due = "user" if number % 2 else "assistant"
-        if turn["role"] != due:
-            raise BadRow(
-                "roles do not alternate", field, f"turn {start + number} should be the {due}'s, but is {turn['role']}'s"
-            )
+        expected = "user" if number % 2 else "assistant"
+        if turn["role"] != expected:
+            fault = f"turn {start + number} should have the role {expected}, but has {turn['role']}"
+            raise BadRow("roles do not alternate", field, fault)
     if (len(turns) - start) % 2 == 0:
-        raise BadRow("prompt has no open turn", field, "should end with a user turn, to which the answer belongs")
+        raise BadRow("prompt has no open turn", field, "should end with a user turn, which the answers respond to")
 
 
 def split_answers(
     prompt: list[Message], chosen: list[Message], rejected: list[Message], fields: tuple[str, str]
 ) -> tuple[list[Message], str, str]:
-    """Part two conversations into the prompt that they share and their last turns, the answers.
+    """Split two conversations into the prompt that they share and their last turns, the answers.
 
     Args:
-        prompt: what stands before both; empty where the conversations hold it themselves.
+        prompt: what precedes both; empty if the conversations include it.
         chosen: one or more turns. They may repeat the prompt, as UltraFeedback's do.
-        rejected: the same.
-        fields: the names of the two, for messages.
+        rejected: likewise.
+        fields: the field names of the two, for messages.
 
     Raises:
-        BadRow: an answer is not the assistant's, or the conversations differ before their last turns, so that the
-            preference is not about one answer.
+        BadRow: an answer is not from the assistant, or the conversations differ before their last turns, so that the
+            preference is not about a single answer.
     """
     contexts = []
     for turns, field in zip((chosen, rejected), fields, strict=True):
@@ -200,21 +198,21 @@ def split_answers(
             raise BadRow("no answer at the end", field, f"should end with an assistant turn, not {turns[-1]['role']}")
         contexts.append(_context(prompt, turns[:-1]))
     if contexts[0] != contexts[1]:
-        raise BadRow("prompts differ", fields[1], f"answers another conversation than {fields[0]}; remove the row")
+        raise BadRow("prompts differ", fields[1], f"answers a different conversation than {fields[0]}; remove the row")
     return contexts[0], chosen[-1]["content"], rejected[-1]["content"]
 
 
 def _context(prompt: list[Message], before: list[Message]) -> list[Message]:
-    """What an answer follows: the prompt and what stands before the answer, which may repeat the prompt."""
+    """The turns before an answer: the prompt and the turns in `before`, which may repeat the prompt."""
     system = [turn for turn in prompt if turn["role"] == "system"]
-    spoken = prompt[len(system) :]
+    dialogue = prompt[len(system) :]
     if before[: len(prompt)] == prompt:
         return before
-    return system + before if before[: len(spoken)] == spoken else prompt + before
+    return system + before if before[: len(dialogue)] == dialogue else prompt + before
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, in words for a message."""
+    """The type of a value, in words for a message."""
     names = {type(None): "null", dict: "an object", list: "a list", bool: "true/false", int: "a number"}
     return {**names, float: "a number", str: "text"}.get(type(value), type(value).__name__)
 

@@ -1,4 +1,4 @@
-"""Any source as a file in TRL's conversational format, which every trainer of the field reads."""
+"""Converts any source to a file in TRL's conversational format, which all common trainers read."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ _BATCH = 1024
 
 
 def convert_source(reader: SourceReader, out: Path, on_bad_row: OnBadRow) -> RowCount:
-    """Write a source's pairs to `out`, whole or not at all.
+    """Write a source's pairs to `out`, atomically.
 
     Returns:
-        The account of the rows.
+        The count of rows kept and dropped.
 
     Raises:
-        BadInput: `out` is no `.jsonl` or `.parquet` file or exists, or a row cannot be used and `on_bad_row` is stop.
+        BadInput: `out` is not a `.jsonl` or `.parquet` file or already exists, or a row cannot be used and
+            `on_bad_row` is stop.
     """
     write = {".jsonl": _write_json_lines, ".parquet": _write_parquet}.get(out.suffix.lower())
     if write is None:
@@ -36,7 +37,7 @@ def convert_source(reader: SourceReader, out: Path, on_bad_row: OnBadRow) -> Row
     if out.exists():
         raise BadInput(f"{out}: already exists; choose another name or remove it first")
     if not out.parent.is_dir():
-        raise BadInput(f"{out}: there is no folder {out.parent}")
+        raise BadInput(f"{out}: there is no folder {out.parent}; create it first")
     count = RowCount(reader.source.name, "all")
 
     def pairs() -> Iterator[dict[str, Any]]:
@@ -55,10 +56,10 @@ def convert_source(reader: SourceReader, out: Path, on_bad_row: OnBadRow) -> Row
 def tokenize_source(
     reader: SourceReader, tokenizer: Any, max_length: int, on_bad_row: OnBadRow, path: Path
 ) -> RowCount:
-    """Write all pairs of a source to a table (see `table.write_table`): what is evaluated needs no splits.
+    """Write all pairs of a source to one table (see `table.write_table`), for evaluations, which need no splits.
 
     Returns:
-        The account of the rows.
+        The count of rows kept and dropped.
 
     Raises:
         BadInput: a row cannot be used and `on_bad_row` is stop.

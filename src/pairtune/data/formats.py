@@ -1,7 +1,7 @@
-"""From one row of a file to a preference pair: the formats, told apart by their keys.
+"""From one row of a file to a preference pair: the formats, detected by their keys.
 
-Each format is one entry of `FORMATS`: a name, the keys that a row of it has, and how its prompt and answers are read.
-The first entry that fits decides, so the ones with rarer keys stand first.
+Each format is one entry of `FORMATS`: a name, the keys that its rows have, and how its prompt and answers are read.
+The first entry that fits is used, so formats with rarer keys come first.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class Format:
     """A shape of rows.
 
     Attributes:
-        name: as shown to people and written to `data.json`.
-        keys: a row has all of them.
-        read: prompt, chosen and rejected of a row.
-        fits: what besides the keys tells the format.
-        prompt_field: the field that messages about the prompt name.
+        name: as shown to the user and written to `data.json`.
+        keys: the keys that every row of this format has.
+        read: returns the prompt, chosen and rejected of a row.
+        fits: a further check, for formats that the keys alone do not identify.
+        prompt_field: the field to name in messages about the prompt.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Format:
 
 
 def detect_format(row: Row) -> Format | None:
-    """The format of a row, by its keys and the kinds of their values."""
+    """The format of a row, by its keys and the types of their values."""
     return next((known for known in FORMATS if known.has_keys(row) and known.fits(row)), None)
 
 
@@ -67,8 +67,8 @@ class RowParser:
     """Turns the rows of one source into pairs; the first pair sets the source's format.
 
     Args:
-        columns: where the parts of a pair stand in the rows, by `prompt`, `chosen`, `rejected` and `system`. The
-            format is then told by what those fields hold.
+        columns: the names of the fields that hold `prompt`, `chosen`, `rejected` and `system`. The format is then
+            detected from the content of these fields.
     """
 
     def __init__(self, columns: Columns | None = None) -> None:
@@ -76,11 +76,11 @@ class RowParser:
         self.format: Format | None = None
 
     def parse(self, row: Any, origin: str) -> PreferencePair:
-        """Make a pair of a row.
+        """Convert a row to a pair.
 
         Raises:
-            BadRow: the row is none, is of another format than those before, or its parts cannot be used.
-            LeftOut: the row is sound, but holds no preference between two answers.
+            BadRow: the row is not a pair, is in a different format than earlier rows, or its parts cannot be used.
+            LeftOut: the row is valid, but expresses no preference between two answers.
         """
         if isinstance(row, BadRow):
             raise row
@@ -97,13 +97,13 @@ class RowParser:
         return PreferencePair(tuple(prompt), chosen, rejected, origin)
 
     def _format_of(self, row: Row) -> Format:
-        """The format to read a row by; where none fits, the one whose reader will name the field at fault."""
+        """The format to read a row with; if none fits, the one whose reader will name the faulty field."""
         found = detect_format(row)
         if self.format is None:
             return found or _nearest(row)
         if found in (None, self.format) or set(found.keys) < set(self.format.keys):
             return self.format
-        raise BadRow("mixed formats", "", f"is in the format {found.name}, the rows before it in {self.format.name}")
+        raise BadRow("mixed formats", "", f"is in the format {found.name}, but earlier rows are in {self.format.name}")
 
 
 def _nearest(row: Row) -> Format:
@@ -115,20 +115,20 @@ def _nearest(row: Row) -> Format:
 
 
 def parse_row(row: Any, origin: str) -> PreferencePair:
-    """Make a pair of one row by itself; see `RowParser.parse`."""
+    """Convert a single row to a pair; see `RowParser.parse`."""
     return RowParser().parse(row, origin)
 
 
 def _same_answers() -> BadRow:
     return BadRow(
-        "chosen equals rejected", "rejected", "is the same as chosen and nothing is preferred; remove the row"
+        "chosen equals rejected", "rejected", "is the same as chosen, so nothing is preferred; remove the row"
     )
 
 
 def _unknown(row: Row) -> BadRow:
     present = field_names(row)
     if {"completion", "label"} <= row.keys():
-        return BadRow("not a pair", "", "has one answer with a label (KTO's format); pairs of two answers are needed")
+        return BadRow("not a pair", "", "has one answer with a label (KTO's format); give two answers per row")
     missing = [name for name in ("chosen", "rejected") if name not in row]
     if len(missing) == 1:
         return BadRow(f"no {missing[0]}", missing[0], f"is missing; the row has {present}")
@@ -141,7 +141,7 @@ def _unknown(row: Row) -> BadRow:
 
 
 def _texts(prompt: str, chosen: str = "chosen", rejected: str = "rejected") -> Callable[[Row], Parts]:
-    """Three fields of text; the prompt may be an HH transcript, and a `system` column is heeded."""
+    """Three fields of text; the prompt may be an HH transcript, and a `system` column is used."""
 
     def read(row: Row) -> Parts:
         return (
@@ -154,7 +154,7 @@ def _texts(prompt: str, chosen: str = "chosen", rejected: str = "rejected") -> C
 
 
 def _turns(prompt: str | None, chosen: str = "chosen", rejected: str = "rejected") -> Callable[[Row], Parts]:
-    """Answers as turns, with or without the conversation before them."""
+    """Answers as lists of turns, with or without the conversation before them."""
 
     def read(row: Row) -> Parts:
         before = read_prompt(need(row, prompt), prompt) if prompt else []
@@ -170,7 +170,7 @@ def _hh(row: Row) -> Parts:
 
 
 def _implicit_text(row: Row) -> Parts:
-    """Two texts that begin alike; the answers start at the word in which they first differ."""
+    """Two texts with a common beginning; the answers start at the word in which they first differ."""
     chosen, rejected = read_text(row, "chosen"), read_text(row, "rejected")
     if chosen == rejected:
         raise _same_answers()
@@ -180,7 +180,11 @@ def _implicit_text(row: Row) -> Parts:
     while shared and not chosen[shared - 1].isspace():
         shared -= 1
     if not chosen[:shared].strip():
-        raise BadRow("no common prefix", "rejected", "does not begin as chosen does, so there is no prompt to both")
+        raise BadRow(
+            "no common prefix",
+            "rejected",
+            "has no beginning in common with chosen, so there is no prompt; give a prompt field",
+        )
     answers = (check_text(text[shared:], field) for text, field in ((chosen, "chosen"), (rejected, "rejected")))
     return (user_turn(chosen[:shared].strip()), *answers)  # type: ignore[return-value]
 
@@ -189,12 +193,12 @@ def _alpaca(chosen: str, rejected: str) -> Callable[[Row], Parts]:
     def read(row: Row) -> Parts:
         text = read_text(row, "instruction")
         if isinstance(row.get("input"), str) and row["input"].strip():
-            text += "\n" + check_text(row["input"], "input")  # LLaMA-Factory joins the two by a line break
+            text += "\n" + check_text(row["input"], "input")  # LLaMA-Factory joins the two with a line break
         past: list[Message] = []
         for number, turn in enumerate(row.get("history") or [], 1):
             if not isinstance(turn, list) or len(turn) != 2:
                 raise BadRow("history is not turns", "history", f"turn {number} should be [question, answer]")
-            question, answer = (check_text(said, "history") for said in turn)
+            question, answer = (check_text(each, "history") for each in turn)
             past += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         prompt = system_turn(row) + past + user_turn(text)
         return prompt, read_text(row, chosen), read_text(row, rejected)
@@ -213,23 +217,22 @@ def _ms_swift(row: Row) -> Parts:
     answer = need(row, "rejected_response")
     if isinstance(answer, list):
         if len(answer) != 1:
-            raise BadRow(
-                "several rejected answers", "rejected_response", f"has {len(answer)} answers; write a row each"
-            )
+            fault = f"has {len(answer)} answers; write one row for each"
+            raise BadRow("several rejected answers", "rejected_response", fault)
         (answer,) = answer
     rejected_turn: Message = {"role": "assistant", "content": check_text(answer, "rejected_response")}
     return split_answers([], whole, [*whole[:-1], rejected_turn], ("messages", "rejected_response"))
 
 
 def _openai(row: Row) -> Parts:
-    asked = need(row, "input")
-    if not isinstance(asked, Mapping) or "messages" not in asked:
+    request = need(row, "input")
+    if not isinstance(request, Mapping) or "messages" not in request:
         raise BadRow("no messages", "input", "should be an object with messages")
-    if asked.get("tools"):
+    if request.get("tools"):
         raise BadRow("tool calls", "input", "names tools, which are not supported")
     fields = ("preferred_output", "non_preferred_output")
     preferred, other = (read_turns(need(row, field), field) for field in fields)
-    return split_answers(read_turns(asked["messages"], "input"), preferred, other, fields)
+    return split_answers(read_turns(request["messages"], "input"), preferred, other, fields)
 
 
 def _shp(row: Row) -> Parts:
@@ -251,8 +254,10 @@ def _arena(row: Row) -> Parts:
     fields = order[winner]
     chosen, rejected = (read_turns(need(row, field), field) for field in fields)
     if chosen[:-1] != rejected[:-1]:
-        # Common in arenas: after different first answers people go on differently; the vote is on no single answer.
-        raise LeftOut("conversations part before the last answer", fields[1], "differs before its last turn")
+        # Common in arenas: different first answers lead to different conversations; the vote is on no single answer.
+        raise LeftOut(
+            "conversations part before the last answer", fields[1], f"differs from {fields[0]} before its last turn"
+        )
     return split_answers([], chosen, rejected, fields)
 
 
@@ -264,7 +269,7 @@ _SCORES = (
 
 
 def _untied(read: Callable[[Row], Parts]) -> Callable[[Row], Parts]:
-    """The same reader for formats with scores: where both are equal, which answer is "chosen" is an accident."""
+    """A reader for formats with scores; equal scores are a tie, in which the choice of "chosen" is arbitrary."""
 
     def checked(row: Row) -> Parts:
         for better, worse in _SCORES:

@@ -1,6 +1,6 @@
-"""The data doctor: what a source holds, what is wrong with it, and what a model would see of it.
+"""Data inspection: what a source contains, what is wrong with it, and what a model would see of it.
 
-Reads every row once and stops at none. What is kept in memory per pair are hashes and lengths.
+Reads every row once, and does not stop at faulty ones. Only hashes and lengths of the pairs are kept in memory.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from pairtune.data.source_reader import SourceReader, describe_fault
 from pairtune.data.sources import SourceRow
 from pairtune.data.splits import Prompt, group_prompts
 from pairtune.data.tokens import PairTokenizer, TokenizedPair, decode_pair
+from pairtune.errors import plural
 from pairtune.run.records import Level
 from pairtune.statistics import longer_wins
 
@@ -36,10 +37,10 @@ from pairtune.statistics import longer_wins
 BINS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 _PLACES = 5
 
-# When a count becomes a warning; a share of the pairs unless said otherwise.
+# Thresholds of the warnings, as a share of the pairs unless noted.
 MANY_DUPLICATES = 0.01
 MANY_TOO_LONG = 0.05
-LENGTH_BIAS = 0.1  # distance of the accuracy of "the longer answer wins" from a half
+LENGTH_BIAS = 0.1  # distance from 0.5 of the accuracy of "the longer answer wins"
 FEW_PAIRS = 100
 UNUSABLE = 0.5  # of the rows
 
@@ -47,16 +48,16 @@ UNUSABLE = 0.5  # of the rows
 def inspect_source(
     reader: SourceReader, tokenizer: Any, max_length: int, on_progress: Callable[[int], None] = lambda rows: None
 ) -> Inspection:
-    """Examine a source.
+    """Inspect a source.
 
     Args:
         reader: the opened source.
-        tokenizer: of the model that would be tuned.
+        tokenizer: the tokenizer of the model that would be tuned.
         max_length: as for training, in tokens.
-        on_progress: told how many rows have been read.
+        on_progress: called with the number of rows read so far.
 
     Raises:
-        BadInput: the source is damaged so that its rows cannot be told.
+        BadInput: the source is so damaged that its rows cannot be separated.
     """
     encoder = PairTokenizer(tokenizer, max_length)
     seen = _Seen(_special_tokens(tokenizer))
@@ -79,7 +80,7 @@ def _special_tokens(tokenizer: Any) -> re.Pattern[str]:
 
 @dataclass
 class _Seen:
-    """What has been seen of a source so far."""
+    """What has been collected from a source so far."""
 
     special: re.Pattern[str]
     rows: int = 0
@@ -93,7 +94,7 @@ class _Seen:
     example: TokenizedPair | None = None
 
     def take(self, row: SourceRow, whole: TokenizedPair | BadRow, used: TokenizedPair | BadRow) -> None:
-        """Note a row: its lengths as it stands in the source, everything else as it would be used."""
+        """Record a row: its lengths as it is in the source, everything else as it would be used."""
         self.rows += 1
         if isinstance(whole, TokenizedPair):
             self.lengths.append((len(whole.prompt_ids), len(whole.chosen_ids), len(whole.rejected_ids)))
@@ -123,12 +124,12 @@ class _Seen:
             self.with_special.append(pair.origin)
 
     def summary(self, reader: SourceReader, tokenizer: Any, encoder: PairTokenizer) -> Inspection:
-        """Everything but what follows from it."""
+        """The inspection, still without findings and verdict."""
         lengths = np.array(self.lengths, dtype=np.int64).reshape(-1, 3)
         prompt, chosen, rejected = lengths.T
         longer = prompt + np.maximum(chosen, rejected)
         of_parts = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "prompt and longer answer": longer}
-        swapped = {(asked, worse, better) for asked, better, worse in self.answers} & self.answers.keys()
+        swapped = {(prompt_hash, worse, better) for prompt_hash, better, worse in self.answers} & self.answers.keys()
         return Inspection(
             source=reader.source.name,
             format=reader.format,
@@ -179,7 +180,7 @@ def _longer_wins(chosen: np.ndarray, rejected: np.ndarray) -> LongerWins | None:
 
 
 def _findings(found: Inspection) -> Iterator[DataFinding]:
-    """What a person should know before training, worst first within each kind."""
+    """What the user should know before training."""
 
     def finding(level: Level, message: str) -> DataFinding:
         return DataFinding(level=level, message=message)
@@ -188,37 +189,39 @@ def _findings(found: Inspection) -> Iterator[DataFinding]:
     faulty = {reason: entry for reason, entry in found.dropped.items() if entry.stops}
     left_out = {reason: entry for reason, entry in found.dropped.items() if not entry.stops}
     if not kept:
-        yield finding("error", "no row is a usable pair" if rows else "it is empty")
+        yield finding("error", "no row is a usable pair" if rows else "the source is empty")
     faults = sum(entry.rows for entry in faulty.values())
     if faults:
         level: Level = "error" if faults > UNUSABLE * rows else "warning"
-        yield finding(level, f"{_share(faults, rows)} rows have faults; tune stops at the first, or --on-bad-row skip")
+        yield finding(
+            level, f"faulty rows: {_share(faults, rows)}; tune stops at the first one unless --on-bad-row is skip"
+        )
     if left_out:
         what = ", ".join(f"{entry.rows:,} {reason}" for reason, entry in left_out.items())
-        yield finding("note", f"rows that hold no usable preference are left out: {what}")
+        yield finding("note", f"rows without a usable preference are left out: {what}")
     if not kept:
         return
     yield from (finding("warning", message) for message in found.template_warnings)
     if kept < FEW_PAIRS:
-        yield finding("warning", f"{kept} pairs are few: what a tuned model gains on them will hardly show")
+        yield finding("warning", f"only {plural(kept, 'pair')}: too few to measure what a tuned model gains")
     if found.conflicts:
         yield finding("warning", f"{found.conflicts:,} pairs contradict another one: same answers, opposite choice")
     if found.duplicates:
         level = "warning" if found.duplicates > MANY_DUPLICATES * kept else "note"
-        yield finding(level, f"{_share(found.duplicates, kept)} pairs repeat another one")
+        yield finding(level, f"pairs that repeat another one: {_share(found.duplicates, kept)}")
     if found.prompts.unrelated < found.prompts.different:
         yield finding(
             "note",
-            f"{found.prompts.different:,} different prompts are {found.prompts.unrelated:,} unrelated ones: some "
-            "continue a conversation or are nearly the same, and stay in one split",
+            f"{found.prompts.different:,} distinct prompts form {plural(found.prompts.unrelated, 'group')}: those that "
+            "continue a conversation or are nearly the same stay in one split",
         )
     limit = found.max_length
     fitting = left_out.get(f"longer than {limit} tokens")
     too_long, cut = fitting.rows if fitting else 0, found.shortened
     if too_long + cut:
         level = "warning" if too_long + cut > MANY_TOO_LONG * rows else "note"
-        what = f"{_share(cut, rows)} prompts lose their oldest turns, {_share(too_long, rows)} pairs do not fit"
-        yield finding(level, f"at --max-length {limit}, {what}")
+        what = f"prompts that lose their oldest turns: {_share(cut, rows)}"
+        yield finding(level, f"at --max-length {limit}, {what}; pairs that do not fit: {_share(too_long, rows)}")
     if (longer := found.longer_wins) and abs(longer.accuracy - 0.5) > LENGTH_BIAS and not _spans(longer.interval, 0.5):
         which = "longer" if longer.accuracy > 0.5 else "shorter"
         better = max(longer.accuracy, 1 - longer.accuracy)
@@ -226,8 +229,8 @@ def _findings(found: Inspection) -> Iterator[DataFinding]:
     if found.special_tokens.pairs:
         yield finding(
             "warning",
-            f"{found.special_tokens.pairs:,} pairs hold the model's special tokens as text, first "
-            f"{found.special_tokens.places[0]}: the model will take them for turns",
+            f"{plural(found.special_tokens.pairs, 'pair')} with the model's special tokens as text, first at "
+            f"{found.special_tokens.places[0]}: the model will read them as turn markers",
         )
 
 

@@ -1,4 +1,4 @@
-"""What `pairtune data inspect` finds, as records: light enough for reports, which load no tokenizer."""
+"""What `pairtune data inspect` finds, as records; light to import, since reports load no tokenizer."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Verdict = Literal["ok", "ok with warnings", "not usable"]
 
 
 class DroppedRows(Part):
-    """Rows that became no pair for one reason.
+    """Rows that were dropped for one reason.
 
     Attributes:
-        rows: how many.
+        rows: number of rows.
         stops: whether training would stop at the first of them.
-        places: of the first ones, with what is wrong there.
+        places: file, row and fault of the first few.
     """
 
     rows: int
@@ -26,7 +26,7 @@ class DroppedRows(Part):
 
 
 class LengthSummary(Part):
-    """Of token counts; `histogram` counts those up to each of `Inspection.lengths_up_to`, and last those above."""
+    """Token counts, summarized; `histogram` has a bin up to each of `Inspection.lengths_up_to`, and one above them."""
 
     mean: float
     median: float
@@ -36,7 +36,7 @@ class LengthSummary(Part):
 
 
 class LongerWins(Part):
-    """How well "the longer answer is the better one" predicts the labels; answers of one length count half."""
+    """How well "the longer answer is the better one" predicts the labels; equal lengths count half."""
 
     accuracy: float
     interval: Interval
@@ -44,28 +44,28 @@ class LongerWins(Part):
 
 
 class PromptCounts(Part):
-    """Prompts that differ, and groups of prompts that have nothing to do with one another."""
+    """The numbers of distinct prompts and of groups of related prompts."""
 
     different: int
     unrelated: int
 
 
 class SpecialTokens(Part):
-    """Pairs whose texts hold the model's special tokens, and the first places."""
+    """Pairs whose texts contain the model's special tokens, and the origins of the first few."""
 
     pairs: int
     places: list[str]
 
 
 class DataFinding(Part):
-    """Something that a person should know before training."""
+    """Something that the user should know before training."""
 
     level: Level
     message: str
 
 
 class Inspection(Part):
-    """A source, examined; `lengths` is by part, and None where there is no pair."""
+    """The result for one source; `lengths` is by part, with None if there are no pairs."""
 
     source: str
     format: str | None

@@ -1,4 +1,4 @@
-"""The one shape that every data format becomes, and the account of the rows that became it."""
+"""The preference pair that every data format is converted to, and the count of rows kept and dropped."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class BadRow(Exception):
     """A row that cannot become a pair.
 
     Attributes:
-        reason: a short name, the same for all rows with this fault; what `data.json` counts by.
-        field: the field at fault; empty when it is the row as a whole.
+        reason: a short name shared by all rows with this fault; `data.json` counts rows by it.
+        field: the faulty field; empty if the fault is in the row as a whole.
     """
 
     def __init__(self, reason: str, field: str, message: str) -> None:
@@ -25,7 +25,7 @@ class BadRow(Exception):
 
 
 class LeftOut(BadRow):
-    """A sound row of which no pair can be made, such as a tie: counted and left out, never a reason to stop."""
+    """A valid row that gives no pair, such as a tie: it is counted and left out, and never stops a run."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class PreferencePair:
         prompt: the conversation up to the answer; ends with a user turn.
         chosen: the preferred answer's text.
         rejected: the other answer's text.
-        origin: `file:row`, rows counted from 1.
+        origin: `file:row`, with rows counted from 1.
     """
 
     prompt: tuple[Message, ...]
@@ -55,7 +55,7 @@ class PreferencePair:
 
 @dataclass
 class RowCount:
-    """The account of one source and split: rows in = kept + dropped by reason, always.
+    """The row count of one source and split; `rows_in` always equals `kept` plus all of `dropped`.
 
     `shortened` counts kept pairs whose prompt lost its oldest turns.
     """
@@ -79,10 +79,10 @@ class RowCount:
         self.shortened += shortened
 
     def account(self) -> SourceAccount:
-        """For `data.json`.
+        """The counts as a record for `data.json`.
 
         Raises:
-            AssertionError: the books do not balance; this is a fault of the program, not of the data.
+            AssertionError: the counts do not add up, which is a bug in the program, not a fault of the data.
         """
         if self.rows_in != self.kept + self.dropped.total():
             raise AssertionError(

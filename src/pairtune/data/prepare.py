@@ -1,7 +1,7 @@
-"""The data of a run: read, checked, tokenized and split, with every row accounted for, and kept for the next run.
+"""The data of a run: read, checked, tokenized, split and cached, with every row accounted for.
 
-What was prepared lies in the user cache under a fingerprint of everything that it depends on: the sources' bytes, the
-settings, the tokenizer and its chat template. A second run only maps it into memory.
+Prepared data is kept in the user cache under a fingerprint of everything that it depends on: the bytes of the sources,
+the settings, the tokenizer and its chat template. A second run only memory-maps it.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ _PROMPTS = "prompts of "
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What trials train on, what they are judged by, and what is kept back until the choice is made.
+    """The training, validation and test splits of a run.
 
     Attributes:
         train: pairs to train on.
-        validation: pairs that choose epoch and trial; no conversation of theirs is in `train`.
-        test: pairs that have no part in the choice; empty where the source leaves none.
-        prompts: hashes of the splits' prompts, by the split's name, in the order of its pairs.
-        record: the account of every row read, the fingerprints of the splits and one decoded example; for `data.json`.
-        from_cache: whether an earlier run had prepared it.
+        validation: pairs that select epoch and trial; none of their conversations is in `train`.
+        test: pairs that have no part in the selection; empty if there are none.
+        prompts: hashes of the prompts of each split, by its name, in the order of its pairs.
+        record: row counts, fingerprints of the splits and one decoded example, for `data.json`.
+        from_cache: whether an earlier run prepared the data.
     """
 
     train: PairTable
@@ -58,7 +58,7 @@ class PreparedData:
     from_cache: bool
 
     def index(self) -> PairIndex:
-        """Which pairs are in which split."""
+        """An index of which pairs are in which split."""
         splits = zip(SPLITS, (self.train, self.validation, self.test), strict=True)
         return PairIndex.of(
             {name: (pairs.columns("origin")["origin"], self.prompts[name], pairs.lengths()) for name, pairs in splits}
@@ -66,7 +66,7 @@ class PreparedData:
 
     @classmethod
     def open(cls, folder: Path, *, from_cache: bool) -> PreparedData:
-        """What lies in a folder of the cache."""
+        """Open the prepared data in a cache folder."""
         with np.load(folder / _ROWS) as rows:
             train, validation, test = (PairTable.open(folder / _PAIRS, rows[name]) for name in SPLITS)
             prompts = {name: rows[_PROMPTS + name] for name in SPLITS}
@@ -80,12 +80,12 @@ def prepare_data(
     """Read, check, tokenize and split all data of a run.
 
     Args:
-        config: of the run.
-        tokenizer: of transformers, with a chat template.
-        on_progress: told how many rows have been read.
+        config: the settings of the run.
+        tokenizer: a transformers tokenizer with a chat template.
+        on_progress: called with the number of rows read so far.
 
     Raises:
-        BadInput: a source or row cannot be used, or nothing is left to train on or to judge by.
+        BadInput: a source or row cannot be used, or no pair is left for training or validation.
     """
     parts = _open_all(config)
     encoder = PairTokenizer(tokenizer, config.max_length)
@@ -100,12 +100,12 @@ def prepare_data(
 
 @dataclass(eq=False)
 class _SourcePart:
-    """What one source gives to the run.
+    """One source's part in the run.
 
     Attributes:
-        split: to which its pairs go; None: they are drawn for splits.
-        kept: how many of its rows became pairs.
-        dropped: its other rows by reason.
+        split: the split of its pairs; None if splits are drawn for them.
+        kept: number of its rows that became pairs.
+        dropped: counts of its other rows by reason.
     """
 
     reader: SourceReader
@@ -123,7 +123,7 @@ class _SourcePart:
 
 
 def pair_hash(pair: PreferencePair) -> bytes:
-    """8 bytes for a pair's content; where it came from does not count."""
+    """An 8-byte hash of a pair's content, independent of its origin."""
     digest = hashlib.blake2b(digest_size=8)
     for part in (*(f"{turn['role']}\0{turn['content']}" for turn in pair.prompt), pair.chosen, pair.rejected):
         data = part.encode()
@@ -162,7 +162,7 @@ def _cache_key(config: RunConfig, parts: Sequence[_SourcePart], encoder: PairTok
 
 @dataclass(frozen=True)
 class _Kept:
-    """What is remembered of a pair after its batch is written."""
+    """What is kept in memory of a pair after its batch is written."""
 
     part: _SourcePart
     prompt: Prompt
@@ -171,7 +171,7 @@ class _Kept:
 
 
 class _Preparation:
-    """Reads all sources once, writes the tokenized pairs, then decides who goes where."""
+    """Reads all sources once, writes the tokenized pairs, then assigns them to splits."""
 
     def __init__(
         self, config: RunConfig, encoder: PairTokenizer, parts: list[_SourcePart], on_progress: Callable[[int], None]
@@ -181,8 +181,8 @@ class _Preparation:
         self.parts = parts
         self.on_progress = on_progress
         self.kept: list[_Kept] = []
-        self.example: DecodedPair | None = None  # the first pair as the model sees it
-        self.left_out: dict[int, str] = {}  # kept pairs that are used in no split, with the reason
+        self.example: DecodedPair | None = None  # the first pair, as the model sees it
+        self.left_out: dict[int, str] = {}  # kept pairs that no split uses, each with the reason
 
     def write(self, target: Path) -> None:
         """Fill a cache folder."""
@@ -224,16 +224,16 @@ class _Preparation:
         return result
 
     def _splits(self) -> list[int]:
-        """The split of each kept pair; what is left out is noted."""
-        self._heed_weights()
+        """The split of each kept pair; pairs that no split uses are recorded in `left_out`."""
+        self._apply_weights()
         if any(each.part.split is None for each in self.kept):
             return self._drawn_splits()
         splits = [each.part.split or TRAIN for each in self.kept]
         self._drop_leaks(splits)
         return splits
 
-    def _heed_weights(self) -> None:
-        """Leave pairs out so that the numbers kept of a split's sources stand in the ratio of their weights."""
+    def _apply_weights(self) -> None:
+        """Leave pairs out so that the sources of a split contribute pairs in the ratio of their weights."""
         for split in {part.split for part in self.parts}:
             weights = {part: part.weight for part in self.parts if part.split == split and part.weight}
             unit = min((part.kept / weight for part, weight in weights.items()), default=0)
@@ -247,7 +247,7 @@ class _Preparation:
         return hashlib.sha256(b"%d\0%s\0%d" % (self.config.seed, content, number)).digest()
 
     def _drawn_splits(self) -> list[int]:
-        """Draw splits for the sources that come without; a test set that was given stays apart from all of them."""
+        """Draw splits for the sources without a fixed one; a given test set shares no prompts with the drawn splits."""
         drawn = [n for n, each in enumerate(self.kept) if each.part.split is None and n not in self.left_out]
         shares = (self.config.validation_share, 0.0 if self.config.test_data else self.config.test_share)
         splits = [each.part.split or TRAIN for each in self.kept]
@@ -275,7 +275,7 @@ class _Preparation:
             for split in (range(len(SPLITS)) if part.split is None else [part.split])
         }
         for part in self.parts:
-            count = counts[part, part.split or TRAIN]  # a row that is no pair has no other split
+            count = counts[part, part.split or TRAIN]  # a dropped row has no split of its own
             count.rows_in += part.dropped.total()
             count.dropped += part.dropped
         for number, (each, split) in enumerate(zip(self.kept, splits, strict=True)):
@@ -289,7 +289,7 @@ class _Preparation:
         dropped: Counter[str] = sum((count.dropped for count in counts if count.split == split), Counter())
         drawn = sum(each.part.split is None for each in self.kept)
         one_group = split != SPLITS[TRAIN] and drawn > 1
-        nothing = "system messages aside, all prompts belong together" if one_group else "it is empty"
+        nothing = "apart from system messages, all prompts are related" if one_group else "it is empty"
         reasons = ", ".join(f"{rows} {reason}" for reason, rows in dropped.items()) or nothing
         named = [count.source for count in counts if count.split == split] or [part.name for part in self.parts]
         raise BadInput(f"{', '.join(named)}: no pair is left for {split} ({reasons}); give more or other rows")

@@ -1,7 +1,7 @@
-"""Rows out of files: JSON lines, JSON arrays, CSV and Parquet, plain or compressed, one row in memory at a time.
+"""Reads rows from files: JSON lines, JSON arrays, CSV and Parquet, plain or compressed, without loading whole files.
 
-A row that is damaged by itself (a broken line, bytes that are not UTF-8) is handed on as a `BadRow` in its place, so
-that the reader of rows decides. Damage that hides how many rows follow (a truncated archive) stops the reading.
+A single damaged row (a broken line, bytes that are not UTF-8) is yielded as a `BadRow` in its place, so that the caller
+decides what to do. Damage that hides how many rows follow (a truncated archive) stops the reading.
 """
 
 from __future__ import annotations
@@ -24,30 +24,32 @@ Row = tuple[int, Any]
 
 _COMPRESSIONS = (".gz", ".zst")
 _BLOCK = 1 << 20
-# A row larger than this is taken for a file without an end to its first row.
+# Characters of an array item after which it is taken to be unterminated.
 _LARGEST_ROW = 64 << 20
 
 
 def is_data_file(path: str | Path) -> bool:
-    """Whether the name's ending is one that `read_file` reads."""
+    """Whether `read_file` supports the file's extension."""
     return _reader(path) is not None
 
 
 def read_file(path: Path) -> Iterator[Row]:
-    """Rows of a file, in its order.
+    """The rows of a file, in order.
 
     Raises:
-        BadInput: the file is damaged so that its other rows cannot be told; the message names file and row.
+        BadInput: the file is so damaged that further rows cannot be read; the message names file and row.
     """
     reader = _reader(path)
     if reader is None:
-        raise BadInput(f"{path}: only {', '.join(ENDINGS)} files are read (also .gz and .zst); convert it to one")
+        raise BadInput(
+            f"{path}: only {', '.join(ENDINGS)} files can be read (also .gz and .zst); convert it to one of them"
+        )
     number = 0
     try:
         for number, row in reader(path):
             yield number, row
     except (OSError, EOFError, zlib.error) as error:
-        raise BadInput(f"{path}: damaged after row {number} ({one_line(error)}); fetch the file again") from error
+        raise BadInput(f"{path}: damaged after row {number} ({one_line(error)}); download the file again") from error
 
 
 def _reader(path: str | Path) -> Callable[[Path], Iterator[Row]] | None:
@@ -55,7 +57,7 @@ def _reader(path: str | Path) -> Callable[[Path], Iterator[Row]] | None:
     for ending in _COMPRESSIONS:
         name = name.removesuffix(ending)
     if name != str(path).lower() and name.endswith(".parquet"):
-        return None  # Parquet is compressed inside; its reader needs the file itself
+        return None  # Parquet is compressed internally; its reader needs the plain file
     return next((reader for ending, reader in _READERS.items() if name.endswith(ending)), None)
 
 
@@ -83,11 +85,11 @@ def _parse_line(number: int, line: bytes) -> Any:
     except UnicodeDecodeError as error:
         return BadRow("not UTF-8", "", f"is not UTF-8 (byte {error.start + 1}); save the file as UTF-8")
     except (json.JSONDecodeError, RecursionError) as error:
-        return BadRow("not valid JSON", "", f"is not valid JSON ({one_line(error)}); one object a line is needed")
+        return BadRow("not valid JSON", "", f"is not valid JSON ({one_line(error)}); write one object per line")
 
 
 def _read_json(path: Path) -> Iterator[Row]:
-    """A `.json` file is one array of rows, or, as many tools write it, JSON lines."""
+    """A `.json` file holds one array of rows or, as many tools write it, JSON lines."""
     with _open(path) as file:
         start = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()
     if start[:1] != b"[":
@@ -103,8 +105,8 @@ def _read_json(path: Path) -> Iterator[Row]:
 def _array_items(path: Path, text: TextIO) -> Iterator[Any]:
     """The items of a JSON array, read block by block.
 
-    The standard decoder takes one item off the front of what has been read so far; when that fails, the item may go on
-    in the next block. Streaming parsers exist, but the fast ones change lone surrogates into question marks.
+    The standard decoder takes one item off the front of the text read so far; if that fails, the item may continue in
+    the next block. Streaming parsers exist, but the fast ones turn lone surrogates into question marks.
     """
     decoder = json.JSONDecoder()
     held, row = text.read(_BLOCK).lstrip()[1:], 0
@@ -112,7 +114,7 @@ def _array_items(path: Path, text: TextIO) -> Iterator[Any]:
         while not (held := held.lstrip()):
             held = text.read(_BLOCK)
             if not held:
-                raise BadInput(f"{path}: ends after row {row} without a closing ]; fetch the file again")
+                raise BadInput(f"{path}: ends after row {row} without a closing ]; download the file again")
         if held[0] == "]":
             return
         row += 1
@@ -121,27 +123,27 @@ def _array_items(path: Path, text: TextIO) -> Iterator[Any]:
 
 
 def _take_item(where: str, decoder: json.JSONDecoder, text: TextIO, held: str) -> tuple[Any, str]:
-    """The first item of what is held, and the text behind it, which begins with a comma or a ]."""
+    """The first item of the text in `held`, and the text after it, which begins with a comma or a ]."""
     while True:
         held = held.lstrip()
         try:
             item, end = decoder.raw_decode(held)
-            behind = held[end:].lstrip()
-            if behind[:1] in (",", "]"):  # else it may be the beginning of a longer number
-                return item, behind
-            fault = "a comma or ] is missing behind it"
+            rest = held[end:].lstrip()
+            if rest[:1] in (",", "]"):  # otherwise it may be the beginning of a longer number
+                return item, rest
+            fault = "a comma or ] is missing after it"
         except (json.JSONDecodeError, RecursionError) as error:
             fault = one_line(error)
         block = text.read(max(_BLOCK, len(held))) if len(held) < _LARGEST_ROW else ""
         if not block:
-            raise BadInput(f"{where}: is not valid JSON ({fault}); the rows behind it cannot be told")
+            raise BadInput(f"{where}: is not valid JSON ({fault}); correct it, since later rows cannot be read")
         held += block
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses cells over 128 KB
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default limit is 128 KB per cell
     with _open(path) as file:
-        # Bytes that are not UTF-8 become lone surrogates, which are refused row by row where texts are checked.
+        # Bytes that are not UTF-8 become lone surrogates, which are rejected row by row when texts are checked.
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         rows = csv.DictReader(text, restkey="", strict=True)
         number = 0

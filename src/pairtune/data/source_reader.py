@@ -1,4 +1,4 @@
-"""One source while it is read: its rows become pairs, and pairs become tokens, batch by batch."""
+"""Reads one source: rows become pairs, and pairs become tokens, batch by batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Encode = Callable[[Sequence[PreferencePair]], list[TokenizedPair | BadRow]]
 
 @dataclass(eq=False)
 class SourceReader:
-    """One source while it is read."""
+    """A source that is being read."""
 
     config: SourceConfig
     source: Source
@@ -28,7 +28,7 @@ class SourceReader:
 
     @classmethod
     def open(cls, config: SourceConfig, flag: str, columns: Columns, limit: int | None) -> SourceReader:
-        """Find the source; see `open_source`. Its own columns go before those for all sources."""
+        """Find the source; see `open_source`. Its own columns override those given for all sources."""
         return cls(config, open_source(config, flag), RowParser(config.columns or columns), limit)
 
     @property
@@ -37,7 +37,7 @@ class SourceReader:
         return self.parser.format.name if self.parser.format else None
 
     def parsed(self) -> Iterator[tuple[SourceRow, PreferencePair | BadRow]]:
-        """Each row with the pair that it holds, or why it holds none."""
+        """Each row with its pair, or with the reason why it has none."""
         for row in self.source.rows(self.limit):
             try:
                 yield row, self.parser.parse(row.content, f"{row.file}:{row.number}")
@@ -45,7 +45,7 @@ class SourceReader:
                 yield row, fault
 
     def encoded(self, encode: Encode) -> Iterator[list[tuple[SourceRow, TokenizedPair | BadRow]]]:
-        """Every row, tokenized by a method of `PairTokenizer`, in batches and in the source's order."""
+        """Every row with its pair tokenized by a method of `PairTokenizer`, in batches and in the source's order."""
         rows = self.parsed()
         while batch := list(islice(rows, _BATCH)):
             tokenized = iter(encode([pair for _, pair in batch if isinstance(pair, PreferencePair)]))
@@ -53,6 +53,6 @@ class SourceReader:
 
 
 def describe_fault(row: SourceRow, fault: BadRow) -> str:
-    """File, row and field of a fault, on one line."""
+    """The file, row, field and message of a fault, on one line."""
     named = f" field {fault.field}" if fault.field else ""
     return f"{row.file}: row {row.number}:{named} {fault}"

@@ -1,4 +1,4 @@
-"""From what a person types after `--data` to rows.
+"""From what the user types after `--data` to rows.
 
 A source is a file, a folder of files with an optional split (`pairs/@train`), `bundled:concise`, or a Hub id with an
 optional subset, split and revision (`Dahoas/rm-static@test#v1.0`, `org/name:subset@train`; without a split, `train`).
@@ -22,7 +22,7 @@ from pairtune.files import fingerprint, hash_file
 BUNDLED = "bundled:concise"
 BUNDLED_SPLITS = ("train", "validation", "test")
 
-# What other tools put beside the data: settings and descriptions, not rows.
+# Files that other tools put beside the data; they hold settings and descriptions, not rows.
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json"}
 
 
@@ -31,9 +31,9 @@ class SourceRow:
     """One row as it was read.
 
     Attributes:
-        file: or the source's name, where it is no file.
-        number: from 1; of JSON lines the line number.
-        content: the row, or a `BadRow` where it could not be read.
+        file: the name of the file, or of the source if it is not a file.
+        number: counted from 1; for JSON lines, the line number.
+        content: the row, or a `BadRow` if it could not be read.
     """
 
     file: str
@@ -46,9 +46,9 @@ class Source:
     """A source that was found to exist.
 
     Attributes:
-        name: as the person gave it.
-        files: what is read, with the name under which each file's rows are known; empty for a Hub data set.
-        hub: the Hub data set, or None.
+        name: as the user typed it.
+        files: the files to read, each with the name that its rows are reported under; empty for a Hub dataset.
+        hub: the Hub dataset, or None.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Source:
         """At most `limit` rows, in the order of the source.
 
         Raises:
-            BadInput: the source cannot be had or is damaged; the message names file and row.
+            BadInput: the source cannot be loaded or is damaged; the message names file and row.
         """
         yield from islice(self._all_rows(limit), limit)
 
@@ -72,7 +72,7 @@ class Source:
                 yield SourceRow(name, number, row)
 
     def fingerprint(self) -> str:
-        """Of the content: of every byte of its files, or of the Hub's revision."""
+        """A fingerprint of the content: of every byte of the files, or of the Hub revision."""
         if self.hub:
             return self.hub.fingerprint()
         return fingerprint(part for name, path in self.files for part in (name, hash_file(path)))
@@ -82,7 +82,7 @@ def open_source(config: SourceConfig, flag: str) -> Source:
     """Find a source.
 
     Raises:
-        BadInput: it does not exist, is of a kind that is not read, or has no such split; the message names `flag`.
+        BadInput: it does not exist, is of an unsupported kind, or has no such split; the message names `flag`.
     """
     name = config.source
     where = f"{flag} {name}"
@@ -91,7 +91,9 @@ def open_source(config: SourceConfig, flag: str) -> Source:
     path = Path(name).expanduser()
     if path.is_file():
         if not is_data_file(path):
-            raise BadInput(f"{where}: only {', '.join(ENDINGS)} files are read (also .gz and .zst); convert it to one")
+            raise BadInput(
+                f"{where}: only {', '.join(ENDINGS)} files can be read (also .gz and .zst); convert it to one of them"
+            )
         return Source(name, ((name, path),))
     folder, _, split = name.rpartition("@") if "@" in name else (name, "", "")
     if Path(folder).expanduser().is_dir():
@@ -99,7 +101,7 @@ def open_source(config: SourceConfig, flag: str) -> Source:
     if is_data_file(name) or name.startswith((".", "/", "~")):
         raise BadInput(f"{where}: no such file or folder")
     if Path(folder).expanduser().is_file():
-        raise BadInput(f"{where}: a file has no splits; leave @{split} away")
+        raise BadInput(f"{where}: a file has no splits; omit @{split}")
     return Source(name, hub=_HubData.parse(name, where))
 
 
@@ -126,18 +128,18 @@ def _open_folder(name: str, folder: Path, split: str, where: str) -> Source:
     )
     if not found:
         raise BadInput(f"{where}: no {', '.join(ENDINGS)} file in this folder")
-    # A split is a word of a file's or folder's name: train.jsonl, train-00000-of-00002.parquet, train/part.csv
+    # A split is a word in the name of a file or folder: train.jsonl, train-00000-of-00002.parquet, train/part.csv
     word = re.compile(rf"(^|[/._-]){re.escape(split)}([/._-]|$)")
     chosen = [path for path in found if not split or word.search(path.relative_to(folder).as_posix())]
     if not chosen:
         have = ", ".join(path.relative_to(folder).as_posix() for path in found[:5])
-        raise BadInput(f"{where}: no file here is named for the split {split} (there are {have})")
+        raise BadInput(f"{where}: no file in this folder is named after the split {split} (found {have})")
     return Source(name, tuple((os.path.join(folder, path.relative_to(folder)), path) for path in chosen))
 
 
 @dataclass(frozen=True)
 class _HubData:
-    """A data set of the Hub, through `datasets`."""
+    """A dataset on the Hub, loaded with `datasets`."""
 
     name: str
     subset: str | None
@@ -149,12 +151,12 @@ class _HubData:
     def parse(cls, name: str, where: str) -> _HubData:
         found = re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?)(?::([^@#]+))?(?:@([\w.-]+))?(?:#(.+))?", name)
         if not found:
-            raise BadInput(f"{where}: neither a file nor a Hub id; those look like org/name:subset@split#revision")
+            raise BadInput(f"{where}: neither a file nor a Hub id; Hub ids look like org/name:subset@split#revision")
         dataset, subset, split, revision = found.groups()
         return cls(dataset, subset, split or "train", revision, where)
 
     def rows(self, limit: int | None) -> Iterator[Any]:
-        # A few rows are streamed; the whole split is fetched once, and then memory-mapped from the cache.
+        # A few rows are streamed; a whole split is downloaded once and then memory-mapped from the cache.
         from huggingface_hub.constants import HF_HUB_OFFLINE
 
         yield from self._load(streaming=limit is not None and not HF_HUB_OFFLINE)
@@ -167,7 +169,7 @@ class _HubData:
         try:
             revision = HfApi().dataset_info(self.name, revision=self.revision).sha or ""
         except (OSError, ValueError, RuntimeError, HfHubHTTPError, OfflineModeIsEnabled):
-            revision = self._load(streaming=False)._fingerprint  # without a network: what the cache holds
+            revision = self._load(streaming=False)._fingerprint  # offline: what the cache holds
         return fingerprint([*parts, revision])
 
     def _load(self, *, streaming: bool) -> Any:
@@ -179,6 +181,6 @@ class _HubData:
             return load_dataset(self.name, self.subset, split=self.split, revision=self.revision, streaming=streaming)
         except (OSError, ValueError, RuntimeError) as error:  # what datasets and its HTTP layers raise
             raise BadInput(
-                f"{self.where}: neither a file here nor to be had from the Hub ({one_line(error, 160)}); "
+                f"{self.where}: not a local file, and cannot be loaded from the Hub ({one_line(error, 160)}); "
                 "check the name, the split after @ and the network"
             ) from error

@@ -1,13 +1,14 @@
-"""Which prompts belong together, and which pairs go to training, to validation and to the test.
+"""Which prompts are related, and which pairs go to the training, validation and test splits.
 
-Two prompts belong together when they are the same but for case and white space, when one conversation begins with the
-other, or when they are nearly the same: the estimated Jaccard similarity of their three-word shingles is 0.8 or more
-(MinHash; Broder 1997, "On the resemblance and containment of documents"). In scripts that are written without spaces a
-character takes the place of a word. What belongs together never stands in two splits.
+Two prompts are related if they are equal apart from case and whitespace, if one conversation begins with the other, or
+if they are nearly the same: the estimated Jaccard similarity of their three-word shingles is 0.8 or more (MinHash;
+Broder 1997, "On the resemblance and containment of documents"). In scripts that are written without spaces, characters
+take the place of words. Related prompts are never in different splits.
 
-System messages have no part in the similarity: a long one that all rows share would make all of them near. So the same
-question under two system messages is near, which is the safe side. A long text that all user turns share, such as an
-instruction with its examples, does make short questions near: a sketch is made before the other prompts are known.
+System messages do not count for the similarity, because a long one that all rows share would make all of them similar.
+The same question under two system messages is therefore related, which errs on the safe side. A long text that all
+user turns share, such as an instruction with examples, does relate short questions: a sketch is made before the other
+prompts are known.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ SAME, CONTINUED, NEAR = "prompt is in another split", "conversation is in anothe
 
 NEAR_SIMILARITY = 0.8
 _PERMUTATIONS = 128
-# 32 bands of 4: a pair at 0.8 is missed once in ten million times; candidates are verified.
+# 32 bands of 4: a pair with similarity 0.8 is missed once in ten million times; candidates are verified.
 _BANDS = 32
 _SHINGLE = 3
 
-# Written without spaces, so that only a dictionary could tell words: Thai, Lao, Tibetan, Myanmar, Khmer, the Tai
-# scripts, Balinese, Javanese; kana and bopomofo; Han. Korean has spaces.
+# Scripts without spaces, in which only a dictionary could find words: Thai, Lao, Tibetan, Myanmar, Khmer, the Tai
+# scripts, Balinese, Javanese; kana and bopomofo; Han. Korean uses spaces.
 _UNSPACED = (
     "\u0e00-\u109f\u1780-\u17ff\u1950-\u1aaf\u1b00-\u1b7f\ua980-\ua9ff\uaa60-\uaadf"
     "\u3041-\u312f\u31a0-\u31bf\u31f0-\u31ff\uff66-\uff9f"
@@ -41,12 +42,12 @@ _HAS_UNSPACED, _UNITS = re.compile(f"[{_UNSPACED}]"), re.compile(rf"[{_UNSPACED}
 
 @dataclass(frozen=True)
 class Prompt:
-    """What tells whether two prompts belong together.
+    """What decides whether two prompts are related.
 
     Attributes:
-        whole: hashes of the prompt, as it was read and, where it lost its oldest turns, as it is used.
+        whole: hashes of the prompt as it was read and, if it lost its oldest turns, as it is used.
         begun: hashes of the shorter conversations that it begins with.
-        sketch: MinHash of what user and assistant say in it.
+        sketch: MinHash of its user and assistant turns.
     """
 
     whole: tuple[int, ...]
@@ -55,7 +56,7 @@ class Prompt:
 
     @classmethod
     def of(cls, *prompts: Sequence[Message]) -> Prompt:
-        """Of a prompt, first as it was read, then in other forms in which it is used."""
+        """From a prompt as it was read, followed by any other forms in which it is used."""
         whole, begun = [], []
         for turns in prompts:
             digest = hashlib.blake2b(digest_size=8)
@@ -64,8 +65,8 @@ class Prompt:
                 if turn["role"] == "user" and number < len(turns):
                     begun.append(int.from_bytes(digest.digest()))
             whole.append(int.from_bytes(digest.digest()))
-        said = [turn for turn in prompts[0] if turn["role"] != "system"]
-        units = _units(said) or _units(prompts[0])
+        dialogue = [turn for turn in prompts[0] if turn["role"] != "system"]
+        units = _units(dialogue) or _units(prompts[0])
         sketch = RMinHash(num_perm=_PERMUTATIONS, seed=1)
         sketch.update([" ".join(units[at : at + _SHINGLE]) for at in range(max(1, len(units) - _SHINGLE + 1))])
         return cls(tuple(whole), tuple(begun), sketch)
@@ -76,20 +77,20 @@ def _words(turn: Message) -> str:
 
 
 def _units(turns: Sequence[Message]) -> list[str]:
-    """What shingles are made of: words, and characters of scripts that are written without spaces."""
+    """The units of shingles: words, and characters in scripts that are written without spaces."""
     text = " ".join(_words(turn) for turn in turns)
     unspaced = not text.isascii() and _HAS_UNSPACED.search(text)
     return _UNITS.findall(text) if unspaced else text.split()
 
 
 def prompt_key(turns: Sequence[Message]) -> int:
-    """What makes two prompts the same: roles and words; case and white space do not count."""
+    """A hash of a prompt's roles and words; case and whitespace do not count."""
     return Prompt.of(turns).whole[0]
 
 
 @dataclass
 class PromptIndex:
-    """Prompts, to be asked for those that belong to another one. Of equal prompts only the first is kept."""
+    """An index of prompts, for finding those related to another one. Of equal prompts only the first is kept."""
 
     _prompts: dict[int, Prompt] = field(default_factory=dict)
     _known: set[tuple[int, ...]] = field(default_factory=set)
@@ -100,7 +101,7 @@ class PromptIndex:
     )
 
     def add(self, number: int, prompt: Prompt) -> None:
-        """Take in a prompt under a number of its own."""
+        """Add a prompt under a unique number."""
         if prompt.whole in self._known:
             return
         self._known.add(prompt.whole)
@@ -112,7 +113,7 @@ class PromptIndex:
             self._begun.setdefault(key, []).append(number)
 
     def related(self, prompt: Prompt) -> Iterator[tuple[int, str]]:
-        """Numbers of the prompts that belong to this one, each with the reason, the plainest reasons first."""
+        """The numbers of prompts related to this one, each with the reason, the simplest reasons first."""
         for key in prompt.whole:
             yield from ((number, SAME) for number in self._whole.get(key, ()))
         for keys, index in ((prompt.begun, self._whole), (prompt.whole, self._begun)):
@@ -123,7 +124,7 @@ class PromptIndex:
 
 
 def group_prompts(prompts: Sequence[Prompt]) -> list[int]:
-    """The number of each prompt's group; prompts that belong together, directly or over others, share one."""
+    """The group number of each prompt; prompts that are related, directly or through others, share one."""
     parents = list(range(len(prompts)))
 
     def root(number: int) -> int:
@@ -140,15 +141,15 @@ def group_prompts(prompts: Sequence[Prompt]) -> list[int]:
 
 
 def draw_splits(prompts: Sequence[Prompt], shares: Sequence[float], seed: int) -> list[int]:
-    """Draw groups of prompts for splits 1, 2, …; what is left is split 0.
+    """Draw groups of prompts for splits 1, 2, …; the rest is split 0.
 
-    A group's draw depends on its own hash and the seed, so added prompts do not move the others about. A share above
-    0 gets at least one group, split 0 first.
+    A group's rank in the draw depends only on its own hash and the seed, so adding prompts does not reorder the others.
+    A split with a share above 0 gets at least one group, but split 0 comes first.
 
     Args:
-        prompts: of all pairs.
-        shares: of the groups, for split 1 and those after it.
-        seed: another seed draws other groups.
+        prompts: the prompts of all pairs.
+        shares: the shares of the groups for splits 1, 2, …
+        seed: a different seed draws different groups.
 
     Returns:
         The split of each prompt.
@@ -168,9 +169,9 @@ def draw_splits(prompts: Sequence[Prompt], shares: Sequence[float], seed: int) -
 
 
 def find_leaks(splits: Sequence[Sequence[Prompt]]) -> list[dict[int, str]]:
-    """For each split, its prompts that belong to one of an earlier split, each with the reason.
+    """For each split, its prompts that are related to one of an earlier split, each with the reason.
 
-    A prompt that leaks counts as removed: later splits are not compared with it.
+    A leaking prompt counts as removed: later splits are not compared with it.
     """
     index, leaks, added = PromptIndex(), [], 0
     for prompts in splits:

@@ -1,4 +1,4 @@
-"""Tokenized pairs on disk: one Arrow file, memory-mapped, so that its size is not the memory's."""
+"""Tokenized pairs on disk: one Arrow file, memory-mapped, so that it may be larger than memory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 class TokenIds(NamedTuple):
-    """The ids of one pair; what `TokenizedPair` says of them holds."""
+    """The token ids of one pair, as described in `TokenizedPair`."""
 
     prompt: list[int]
     chosen: list[int]
@@ -42,11 +42,11 @@ class TokenIds(NamedTuple):
 
 
 class PairTable(Sequence[PreferencePair]):
-    """A choice of the rows of a table of tokenized pairs, in the table's order.
+    """Selected rows of a table of tokenized pairs, in the table's order.
 
     Args:
-        table: with `SCHEMA`'s columns.
-        rows: the numbers of the chosen rows; all without.
+        table: a table with the columns of `SCHEMA`.
+        rows: the numbers of the selected rows; None for all.
     """
 
     def __init__(self, table: pa.Table, rows: np.ndarray | None = None) -> None:
@@ -60,10 +60,10 @@ class PairTable(Sequence[PreferencePair]):
 
     @classmethod
     def of(cls, pairs: Sequence[PreferencePair], tokenizer: Any) -> PairTable:
-        """Pairs at hand, tokenized in memory at their full length.
+        """A table of the given pairs, tokenized in memory at full length.
 
         Raises:
-            BadRow: a pair that the chat template refuses.
+            BadRow: the chat template refuses a pair.
         """
         encoded = PairTokenizer(tokenizer).encode(pairs)
         for result in encoded:
@@ -89,17 +89,17 @@ class PairTable(Sequence[PreferencePair]):
             yield from map(_pair, block.to_pylist())
 
     def columns(self, *names: str, start: int = 0, count: int | None = None) -> pa.Table:
-        """Some columns of some of the rows, copied into memory."""
+        """The named columns of `count` rows from `start`, copied into memory."""
         stop = None if count is None else start + count
         return self._table.select(list(names)).take(self._rows[start:stop])
 
     def tokens(self, rows: Sequence[int]) -> list[TokenIds]:
-        """The ids of some of the rows, by their place in this table."""
+        """The token ids of the given rows, numbered by position in this `PairTable`."""
         found = self._table.select(list(ID_COLUMNS)).take(self._rows[list(rows)]).to_pylist()
         return [TokenIds(*(row[name] for name in ID_COLUMNS)) for row in found]
 
     def ids_fingerprint(self) -> str:
-        """Of all ids in their order."""
+        """A fingerprint of all token ids, in order."""
         ids = self.ids()
         return fingerprint(
             chunk.flatten().to_numpy().tobytes() + chunk.value_lengths().to_numpy().tobytes()
@@ -109,16 +109,16 @@ class PairTable(Sequence[PreferencePair]):
 
     @cached_property
     def groups(self) -> np.ndarray:
-        """A number for each pair: those whose prompts belong together (`splits.group_prompts`) share one, [pairs]."""
+        """Group number of each pair; pairs with related prompts (see `splits.group_prompts`) share one, [pairs]."""
         prompts = [Prompt.of(prompt) for prompt in self.columns("prompt")["prompt"].to_pylist()]
         return np.array(group_prompts(prompts), np.int64)
 
     def longest(self) -> int:
-        """Tokens of the longest pair: its prompt and both answers."""
+        """Number of tokens of the longest pair: its prompt and both answers."""
         return int(np.max(sum(each.astype(np.int64) for each in self.lengths().values()), initial=0))
 
     def lengths(self) -> dict[str, np.ndarray]:
-        """Tokens of `prompt`, `chosen` and `rejected`, each as `tokens/…`, [pairs]; answers with their end token."""
+        """Token counts of each part as `tokens/prompt` and so on, [pairs]; answers include their end token."""
         ids = self.ids()
         return {
             f"tokens/{name.removesuffix('_ids')}": pc.list_value_length(ids[name]).to_numpy() for name in ID_COLUMNS
@@ -130,7 +130,7 @@ class PairTable(Sequence[PreferencePair]):
 
 
 def write_table(path: Path, batches: Iterable[Sequence[TokenizedPair]]) -> None:
-    """Write pairs batch by batch; no more than one is in memory."""
+    """Write pairs batch by batch; only one batch is in memory at a time."""
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
         for batch in batches:
             if batch:

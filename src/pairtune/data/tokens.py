@@ -1,7 +1,7 @@
-"""Pairs to token ids: the chat template applied once to whole conversations, cut where prompt and answers part.
+"""Pairs to token ids: the chat template is applied to whole conversations, which are then split into prompt and answer.
 
-Prompt and answers are never templated apart: many templates write a system prompt or a thinking block of their own, and
-would write it twice. Ids and cut equal TRL's for its conversational format.
+Prompt and answers are never templated separately: many templates write a system prompt or a thinking block of their
+own, and would write it twice. The ids and the split equal TRL's for its conversational format.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pairtune.errors import BadInput, one_line
 from pairtune.files import fingerprint
 from pairtune.run.records import DecodedPair
 
-# Rows whose quick ids are compared with the slow ones before the quick way is trusted.
+# Number of pairs whose ids are computed both ways before the quick way is trusted.
 _CHECKED = 16
-_LONG = 20_000  # characters; to check longer ones would take longer than it saves
+_LONG = 20_000  # characters; checking longer prompts would cost more time than it saves
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class TokenizedPair:
     """A pair as the model sees it: `prompt_ids + chosen_ids` and `prompt_ids + rejected_ids`; answers carry the loss.
 
     Attributes:
-        pair: as it was read.
+        pair: the pair as it was read.
         prompt: the turns of its prompt that are used.
-        prompt_ids: everything that both conversations begin with, the answer's header included.
-        chosen_ids: the answer, its end-of-turn token and what the template writes behind it.
-        rejected_ids: the same.
+        prompt_ids: the common beginning of both conversations, including the header of the answer.
+        chosen_ids: the answer, its end-of-turn token and what the template writes after it.
+        rejected_ids: likewise.
     """
 
     pair: PreferencePair
@@ -44,12 +44,12 @@ class TokenizedPair:
 
     @property
     def turns_cut(self) -> int:
-        """How many of the prompt's oldest turns are left away."""
+        """Number of the prompt's oldest turns that were removed."""
         return len(self.pair.prompt) - len(self.prompt)
 
     @property
     def length(self) -> int:
-        """Tokens of the longer of the two conversations."""
+        """Number of tokens of the longer of the two conversations."""
         return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
 
 
@@ -57,49 +57,49 @@ class PairTokenizer:
     """Renders and tokenizes pairs with a model's tokenizer and chat template.
 
     Args:
-        tokenizer: of transformers, with a chat template.
-        max_length: a longer conversation loses its oldest turns. None: no limit.
+        tokenizer: a transformers tokenizer with a chat template.
+        max_length: maximum tokens of a conversation, beyond which it loses its oldest turns; None for no limit.
     """
 
     def __init__(self, tokenizer: Any, max_length: int | None = None) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.template = _Template(tokenizer)
-        # No text of this many characters fits. Four: what a normaliser may at most make of one character.
-        self._hopeless = 4 * max_length * max(map(len, tokenizer.get_vocab())) if max_length else None
+        # No text with more characters can fit; the factor 4 allows for normalizers that merge characters.
+        self._max_characters = 4 * max_length * max(map(len, tokenizer.get_vocab())) if max_length else None
 
     @property
     def warnings(self) -> list[str]:
-        """What a person should know about the tokenizer and its template."""
+        """What the user should know about the tokenizer and its template."""
         if not self.template.bos_left_out:
             return []
         return [
             f"the tokenizer begins plain text with {self.tokenizer.bos_token}, but the model's chat template does not "
-            "write it, so that conversations are without it, in training (as with TRL) and afterwards; if the model "
-            "was made with it, put {{ bos_token }} at the beginning of its template"
+            "write it, so conversations lack it, in training (as in TRL) and afterwards; if the model was trained "
+            "with it, put {{ bos_token }} at the beginning of its template"
         ]
 
     def encode(self, pairs: Sequence[PreferencePair]) -> list[TokenizedPair | BadRow]:
-        """Tokenize pairs; a pair that the template refuses, or that cannot be made to fit, is a `BadRow` in its place.
+        """Tokenize pairs; one that is too long or that the template refuses is a `BadRow`.
 
-        A conversation over `max_length` tokens loses its oldest exchange, then the next, never the system message nor
-        the last user turn. Answers are never cut.
+        A conversation over `max_length` tokens loses its oldest exchange, then the next, but never the system message
+        or the last user turn. Answers are never cut.
         """
-        worthwhile = iter(self.encode_whole([pair for pair in pairs if not self._is_hopeless(pair)]))
-        return self.fit([self._too_long() if self._is_hopeless(pair) else next(worthwhile) for pair in pairs])
+        encoded = iter(self.encode_whole([pair for pair in pairs if not self._cannot_fit(pair)]))
+        return self.fit([self._too_long() if self._cannot_fit(pair) else next(encoded) for pair in pairs])
 
     def encode_whole(self, pairs: Sequence[PreferencePair]) -> list[TokenizedPair | BadRow]:
-        """The same without a limit on the length."""
+        """Tokenize pairs without a limit on the length."""
         try:
             return [*self.template.encode(pairs)] if pairs else []
         except TemplateError as error:
-            if len(pairs) > 1:  # find the pair at fault
+            if len(pairs) > 1:  # find the faulty pair
                 return [result for pair in pairs for result in self.encode_whole([pair])]
             reason = f"is refused by the model's chat template ({one_line(error, 120)})"
             return [BadRow("refused by the chat template", "prompt", reason)]
 
     def fit(self, whole: Sequence[TokenizedPair | BadRow]) -> list[TokenizedPair | BadRow]:
-        """Cut oldest turns off what `encode_whole` gave, until it fits; see `encode`."""
+        """Remove the oldest turns from the results of `encode_whole` until they fit; see `encode`."""
         results = list(whole)
         too_long = {
             at: each.pair for at, each in enumerate(results) if isinstance(each, TokenizedPair) and not self._fits(each)
@@ -117,12 +117,12 @@ class PairTokenizer:
         return results
 
     def fingerprint(self) -> str:
-        """Of everything that ids depend on besides the pairs."""
+        """A fingerprint of everything besides the pairs that the ids depend on."""
         tokenizer = self.tokenizer
         rules = (
             tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(sorted(tokenizer.get_vocab().items()))
         )
-        roles = sorted(tokenizer.special_tokens_map.items())  # templates may write any of them
+        roles = sorted(tokenizer.special_tokens_map.items())  # templates may use any of them
         return fingerprint(
             [rules, *map(str, (type(tokenizer).__name__, tokenizer.chat_template, roles, self.max_length))]
         )
@@ -130,16 +130,16 @@ class PairTokenizer:
     def _fits(self, result: TokenizedPair | BadRow) -> bool:
         return isinstance(result, BadRow) or self.max_length is None or result.length <= self.max_length
 
-    def _is_hopeless(self, pair: PreferencePair) -> bool:
+    def _cannot_fit(self, pair: PreferencePair) -> bool:
         answer = max(len(pair.chosen), len(pair.rejected))
-        return self._hopeless is not None and len(pair.prompt[-1]["content"]) + answer > self._hopeless
+        return self._max_characters is not None and len(pair.prompt[-1]["content"]) + answer > self._max_characters
 
     def _too_long(self) -> LeftOut:
         return LeftOut(f"longer than {self.max_length} tokens", "", "does not fit even without its older turns")
 
 
 def decode_pair(tokenizer: Any, pair: TokenizedPair) -> DecodedPair:
-    """A pair as the model sees it, special tokens included."""
+    """A pair as the model sees it, including special tokens."""
     return DecodedPair(
         origin=pair.pair.origin,
         prompt=_clip(tokenizer.decode(pair.prompt_ids)),
@@ -149,13 +149,13 @@ def decode_pair(tokenizer: Any, pair: TokenizedPair) -> DecodedPair:
 
 
 def _clip(text: str, limit: int = 3000) -> str:
-    """A long text without its middle: where a template opens and closes it is what matters."""
+    """A long text without its middle: what matters is how the template opens and closes it."""
     left_out = len(text) - limit
     return text if left_out <= 0 else f"{text[: limit // 2]}[… {left_out:,} characters …]{text[-limit // 2 :]}"
 
 
 def _without_oldest(pair: PreferencePair, count: int) -> PreferencePair | None:
-    """The pair without the `count` oldest turns behind the system message; None when the last turn would go."""
+    """The pair without the `count` oldest turns after the system message; None if no turn would be left."""
     system = 1 if pair.prompt[0]["role"] == "system" else 0
     kept = pair.prompt[:system] + pair.prompt[system + count :]
     return replace(pair, prompt=kept) if len(kept) > system else None
@@ -164,9 +164,9 @@ def _without_oldest(pair: PreferencePair, count: int) -> PreferencePair | None:
 class _Template:
     """The chat template of one tokenizer, applied to pairs.
 
-    Most templates open an answer with a special token, at which every tokenizer splits the text before all else. The
-    ids of a whole conversation are then the ids of its parts: the long prompt is tokenized once instead of three
-    times. This is only done where the tokenizer's own settings allow it, and where the first pairs prove it.
+    Most templates open an answer with a special token, and tokenizers split the text at special tokens first. The ids
+    of a whole conversation are then the ids of its parts, and the long prompt is tokenized once instead of three times.
+    This is done only if the tokenizer's settings allow it and the first pairs give equal ids.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -174,7 +174,7 @@ class _Template:
         question: Message = {"role": "user", "content": "question"}
         try:
             alone, opened = (self._render([[question]], header=header)[0] for header in (False, True))
-            # An answer whose end the template does not mark would teach the model never to end.
+            # Without an end token after the answers, the model would learn never to stop.
             self.end = [] if answer_end(tokenizer) else [tokenizer.eos_token_id]
             self.bos_left_out = leaves_out_bos(tokenizer)
         except TemplateError as error:
@@ -185,7 +185,7 @@ class _Template:
         self.checked = 0
 
     def encode(self, pairs: Sequence[PreferencePair]) -> list[TokenizedPair]:
-        """Ids of pairs, of any length."""
+        """Token ids of pairs of any length."""
         prompts = self._render([list(pair.prompt) for pair in pairs], header=True)
         chosen, rejected = (
             self._render([[*pair.prompt, {"role": "assistant", "content": answer}] for pair, answer in answered])
@@ -240,7 +240,7 @@ class _Template:
         return ids
 
     def _opens_with_special(self, text: str) -> bool:
-        """Whether a text opens with a token at which any text is split exactly, whatever stands before it."""
+        """Whether a text opens with a token at which any text is split exactly, whatever precedes it."""
         return self.tokenizer.is_fast and any(
             text.startswith(token.content)
             for token in self.tokenizer.added_tokens_decoder.values()
@@ -249,7 +249,7 @@ class _Template:
 
 
 def _part(prompt: list[int], chosen: list[int], rejected: list[int]) -> tuple[list[int], list[int], list[int]]:
-    """Cut both conversations where the first of them parts from the prompt, as TRL does."""
+    """Split both conversations where the first of them diverges from the prompt, as TRL does."""
     shared = min(_common(prompt, chosen), _common(prompt, rejected))
     return prompt[:shared], chosen[shared:], rejected[shared:]
 

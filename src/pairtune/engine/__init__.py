@@ -1,1 +1,1 @@
-"""The engine: one trial, from pristine weights to per-example evaluations and the best epoch's weights on disk."""
+"""The training engines: from pristine weights to per-example evaluations and the best epoch's weights on disk."""

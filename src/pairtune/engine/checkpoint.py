@@ -1,4 +1,4 @@
-"""The state of trials in training, in one file that is replaced as a whole: what a killed run goes on from."""
+"""The state of the trials being trained, in one file that is replaced atomically: what a killed run resumes from."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from pairtune.run.records import Part, TrialRecord, dump
 
 
 class CheckpointedTrial(Part):
-    """One trial in training.
+    """One trial being trained.
 
     Attributes:
-        result: as far as it is.
-        losses: of the epoch's training pairs so far.
-        lines: of its `metrics.jsonl`.
-        updates: of its weights.
+        result: the trial's record so far.
+        losses: losses of the training pairs seen in the current epoch.
+        lines: number of lines in its `metrics.jsonl`.
+        updates: number of optimizer steps made.
     """
 
     result: TrialRecord
@@ -33,14 +33,14 @@ class CheckpointedTrial(Part):
 
 
 class CheckpointState(Part):
-    """Where trials that are trained together stand.
+    """The progress of trials that are trained together.
 
     Attributes:
-        of: a fingerprint of settings, pairs and base model.
-        epoch: that is trained, counted from 1.
-        step: that was made last.
-        seen: pairs of the epoch.
-        members: the trials, in their order.
+        of: fingerprint of the settings, the pairs and the base model.
+        epoch: the current epoch, counted from 1.
+        step: the last completed step.
+        seen: number of training pairs seen in the current epoch.
+        members: the trials, in order.
     """
 
     of: str
@@ -54,20 +54,20 @@ def write_checkpoint(path: Path, state: CheckpointState, tensors: Mapping[str, T
     """Replace the checkpoint.
 
     Raises:
-        RunFailed: it cannot be written (a full disk, for one); the one before is untouched.
+        RunFailed: it cannot be written, for example because the disk is full; the previous checkpoint is untouched.
     """
     try:
         with replacing(path) as temporary:
             save_file(dict(tensors), temporary, metadata={"state": json.dumps(dump(state))})
     except (OSError, SafetensorError) as error:
         raise RunFailed(
-            f"{path}: the checkpoint cannot be written ({error}); make room, then `pairtune resume` goes on from the "
-            "one before"
+            f"{path}: the checkpoint cannot be written ({error}); free some disk space, then `pairtune resume` "
+            "continues from the previous checkpoint"
         ) from error
 
 
 def read_state(path: Path) -> CheckpointState | None:
-    """The state in a checkpoint, without its tensors; None: there is no checkpoint.
+    """The state in a checkpoint, without its tensors; None if there is no checkpoint.
 
     Raises:
         RunFailed: the file is damaged.
@@ -92,5 +92,5 @@ def _read(path: Path, *, tensors: bool) -> tuple[CheckpointState, dict[str, Tens
             return state, {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, ValidationError) as error:
         raise RunFailed(
-            f"{path}: the checkpoint is damaged; remove it, and `pairtune resume` trains its trials from their start"
+            f"{path}: the checkpoint is damaged; remove it, and `pairtune resume` restarts its trials from epoch 1"
         ) from error

@@ -1,7 +1,8 @@
-"""How far a tuned model is from its base: the KL divergence at some places of held-out answers.
+"""How far a tuned model is from its base model: the KL divergence at some positions of held-out answers.
 
-It needs both models' distributions over the whole vocabulary. The base's last hidden states are computed once for a set
-of pairs and kept, so that an evaluation costs one more product with the head at these places, and no pass of the base.
+It needs both models' distributions over the whole vocabulary. The base model's last hidden states are computed once for
+a set of pairs and cached, so that an evaluation costs one more product with the head at these positions, and no forward
+pass of the base model.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from pairtune.engine.policy import EVALUATION_TOKENS, Policy
 from pairtune.engine.processes import Processes
 from pairtune.files import user_cache, write_atomic
 
-# Pairs that are looked at: enough for a mean, and their states stay small (512 pairs of a 135M model are 9 MB).
+# Number of pairs measured: enough for a mean, and their states stay small (512 pairs of a 135M model take 9 MB).
 PAIRS = 512
 
 
 @dataclass(frozen=True)
 class BaseStates:
-    """The base at some places of the answers of the first pairs of a table.
+    """The base model's hidden states at some positions of the answers, for the first pairs of a table.
 
     Attributes:
-        states: last hidden states, [pairs, 2 * STATES, size]; first those of the chosen answer.
-        head: [vocabulary, size], the base's output embedding.
+        states: last hidden states, [pairs, 2 * STATES, size]; those of the chosen answer come first.
+        head: [vocabulary, size], the base model's output embedding.
         bias: [vocabulary], or None.
     """
 
@@ -40,20 +41,20 @@ class BaseStates:
     bias: Tensor | None
 
     def kl(self, policy: Policy, states: Tensor, rows: list[int]) -> Tensor:
-        """KL(policy || base) per token, in nats: the mean over a pair's places.
+        """KL(policy || base) per token, in nats: the mean over a pair's positions.
 
         Args:
-            policy: whose head is used.
-            states: the policy's, [pairs, 2 * STATES, size].
-            rows: the pairs' numbers.
+            policy: the policy, for its head.
+            states: the policy's last hidden states, [pairs, 2 * STATES, size].
+            rows: row numbers of the pairs.
 
         Returns:
-            [pairs]; NaN for pairs that have no states.
+            [pairs]; NaN for pairs without base states.
         """
         result = torch.full((len(rows),), torch.nan, device=states.device)
-        known = [place for place, row in enumerate(rows) if row < len(self.states)]
+        known = [index for index, row in enumerate(rows) if row < len(self.states)]
         if known:
-            base = self.states[[rows[place] for place in known]].to(states.device)
+            base = self.states[[rows[index] for index in known]].to(states.device)
             kl = token_kl(
                 (states[known].flatten(0, 1), policy.head.weight, policy.head.bias),
                 (base.flatten(0, 1), self.head, self.bias),
@@ -72,14 +73,14 @@ def base_states(
     processes: Processes,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
-    """The states that `BaseStates` holds, from the user cache or computed.
+    """The hidden states for `BaseStates`, from the user cache or newly computed.
 
     Args:
-        policy: the base, without adapters.
+        policy: the base model, without adapters.
         name: the fingerprint of weights, pairs and kernels, see `reference.reference_fingerprint`.
-        pairs: of which the first ones are taken.
-        processes: that share the work.
-        on_progress: told how many pairs are done.
+        pairs: the pairs, of which the first `PAIRS` are used.
+        processes: the processes that share the work.
+        on_progress: called with the number of pairs done.
 
     Returns:
         [pairs, 2 * STATES, size]

@@ -1,4 +1,4 @@
-"""What this machine's matrix products do with other numbers of rows, found by trying, and what follows from it."""
+"""Probes whether this machine's matrix products are batch-invariant, and chooses how to compute them accordingly."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from pairtune.environment import processor
 from pairtune.files import fingerprint, user_cache, write_json
 from pairtune.run.records import KernelChoice, dump
 
-# Numbers of rows that are compared with many: small ones, odd ones, and both sides of what kernels like as limits.
+# Row counts compared with a large one: small ones, odd ones, and both sides of typical kernel thresholds.
 _COUNTS = (1, 2, 3, 4, 5, 7, 8, 9, 11, 13, 15, 16, 17, 24, 31, 33, 63, 65, 96, 127, 129, 200, 257, 385, 513, 641, 1025)
 _MANY = 1536
-# Rows whose bits tell machines apart.
+# Number of rows whose products are hashed to tell machines apart.
 _TELLING = 200
-# Of the output embedding, which sees answer tokens alone, a chunk at a time.
+# The output embedding sees only answer tokens, one chunk at a time.
 _HEAD_MANY, _HEAD_WORDS = 192, 65_536
 _RANKS = (8, 16, 64)
 _LEAST = (16, 32, 64)
-# Tried in this order; the choice depends on bits alone, never on a clock, so that two runs make the same one.
+# Tried in this order; the choice depends on bits alone, never on timings, so that two runs choose the same tile.
 _TILES = (128, 96, 256, 192, 64, 32)
-# An attention's shape: rows, size, keys; of a pair of usual length with three query heads on each key head.
+# Shape of an attention product: heads, rows, size, keys; a pair of typical length, three query heads per key head.
 _ATTENTION = (3, 600, 64, 200)
 _TRIALS = 4
 
@@ -38,14 +38,14 @@ Layout = Literal["transposed", "plain"]
 
 @dataclass(frozen=True)
 class Probe:
-    """What was found out about products of one type, and what was chosen.
+    """The result of probing the products of one dtype.
 
     Attributes:
-        products: the choice.
-        differing: numbers of rows whose products have other bits than those of many rows.
-        bits: a fingerprint of what the chosen products give: machines, libraries and thread counts that agree in it
-            compute the same log-probs.
-        seconds: that it took.
+        products: the chosen way to compute them.
+        differing: row counts whose products differ in their bits from those of many rows.
+        bits: a fingerprint of the results of the chosen products: machines, libraries and thread counts with the same
+            fingerprint compute the same log-probs.
+        seconds: duration of the probe.
     """
 
     products: Products
@@ -54,21 +54,20 @@ class Probe:
     seconds: float
 
     def record(self) -> KernelChoice:
-        """For `environment.json`."""
+        """The entry for `environment.json`."""
         found = {"differing": list(self.differing), "bits": self.bits, "seconds": self.seconds}
         return KernelChoice(**asdict(self.products), **found)
 
 
 class Kernels:
-    """The products of one model on one machine, type by type; each type is probed when it is first asked for.
+    """The products of one model on one machine, by dtype; each dtype is probed on first use.
 
     Args:
-        model: whose layers' shapes count; its weights may be on the meta device.
-        device: that it computes on.
-        stored: what an earlier part of the run chose, by type.
+        model: the model whose layer shapes are probed; its weights may be on the meta device.
+        device: the device it computes on.
+        stored: what an earlier part of the run chose, by dtype.
 
-    What is stored, or was found on this machine before (in the user cache), is used again, not chosen again, as long as
-    it computes the same bits.
+    A stored choice, or one cached for this machine in the user cache, is reused as long as it computes the same bits.
     """
 
     def __init__(
@@ -79,21 +78,21 @@ class Kernels:
         self._probes: dict[torch.dtype, Probe] = {}
 
     def products(self, dtype: torch.dtype) -> Products:
-        """How products of this type are computed."""
+        """How products of this dtype are computed."""
         return self.probe(dtype).products
 
     def probe(self, dtype: torch.dtype) -> Probe:
-        """The same with what was found out. On an accelerator nothing is tried: tiles would cost too much there."""
+        """The same with the probe's findings. Accelerators are not probed: tiles would cost too much there."""
         if dtype not in self._probes:
             self._probes[dtype] = self._known(dtype, self._stored.get(_name(dtype))) or self._tried(dtype)
         return self._probes[dtype]
 
     def record(self) -> dict[str, KernelChoice]:
-        """What was chosen, by type, for `environment.json`."""
+        """The choices by dtype, for `environment.json`."""
         return self._stored | {_name(dtype): probe.record() for dtype, probe in self._probes.items()}
 
     def _known(self, dtype: torch.dtype, chosen: KernelChoice | None) -> Probe | None:
-        """What was chosen before, where this machine still computes the same bits with it."""
+        """An earlier choice, if this machine still computes the same bits with it."""
         if chosen is None:
             return None
         products = Products(chosen.tile, chosen.least, chosen.by_trial, chosen.exact)
@@ -104,7 +103,7 @@ class Kernels:
     def _tried(self, dtype: torch.dtype) -> Probe:
         if self.device.type != "cpu":
             return Probe(Products(), (), self._bits(dtype, Products()), 0.0)
-        cached = user_cache() / "kernels" / f"{self._place(dtype)}.json"
+        cached = user_cache() / "kernels" / f"{self._cache_name(dtype)}.json"
         if known := self._known(dtype, _read(cached)):
             return known
         started = time.perf_counter()
@@ -112,12 +111,12 @@ class Kernels:
         products = self._choose(dtype, differing)
         seconds = round(time.perf_counter() - started, 3)
         probe = Probe(products, tuple(differing), self._bits(dtype, products), seconds)
-        with suppress(OSError):  # a cache that cannot be written to: the next run tries again
+        with suppress(OSError):  # the cache is not writable: the next run probes again
             write_json(cached, dump(probe.record()))
         return probe
 
-    def _place(self, dtype: torch.dtype) -> str:
-        """A name for this machine, its libraries and settings, and what is multiplied on it."""
+    def _cache_name(self, dtype: torch.dtype) -> str:
+        """A fingerprint of this machine, its libraries and settings, and the shapes of the products."""
         limits = [f"{name}={os.environ.get(name)}" for name in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")]
         machine = (
             processor(),
@@ -147,7 +146,7 @@ class Kernels:
 
 @dataclass(frozen=True, order=True)
 class _Shape:
-    """A product's: how many numbers a row has before and after, how the matrix lies, and how many rows there may be."""
+    """The shape of a product: input and output size of a row, memory layout of the matrix, largest number of rows."""
 
     inner: int
     outer: int
@@ -156,7 +155,7 @@ class _Shape:
 
 
 def _shapes(model: nn.Module) -> list[_Shape]:
-    """Every product that a model makes, each once, and those of adapters of usual ranks."""
+    """The distinct shapes of a model's products, and those of adapters of common ranks."""
     sizes = {tuple(matrix_of(layer).shape) for _, layer in linear_layers(model)}
     sizes |= {two for inner, outer in set(sizes) for rank in _RANKS for two in ((inner, rank), (rank, outer))}
     shapes = set(_both_ways(sizes, _MANY))
@@ -174,11 +173,11 @@ def _both_ways(sizes: Iterable[tuple[int, ...]], many: int) -> Iterator[_Shape]:
 
 
 def _operands(shape: _Shape, dtype: torch.dtype, rows: int) -> tuple[Tensor, Tensor]:
-    """Rows and a matrix whose products are next to 0, so that every other order of summation shows.
+    """Rows and a matrix whose products are close to 0, so that any change in the order of summation shows.
 
-    Most numbers of a row stand there twice, shuffled, with weights of opposite signs, and differ in size; others are
-    small, so that a sum is much smaller than what it is made of. Ordinary numbers would hide most differences behind
-    the rounding of the result.
+    Most numbers of a row appear twice, shuffled, with weights of opposite signs and of varied magnitude; the others are
+    small, so that a sum is much smaller than its terms. With ordinary numbers, the rounding of the result would hide
+    most differences.
     """
     generator = torch.Generator().manual_seed(shape.inner)
     half = shape.inner * 7 // 16
@@ -202,17 +201,17 @@ def _differing(shape: _Shape, dtype: torch.dtype) -> list[int]:
 
 
 def _same_everywhere(shape: _Shape, dtype: torch.dtype, tile: int) -> bool:
-    """Whether a row has the same bits wherever in a tile it stands."""
+    """Whether a row's result has the same bits at every position in a tile."""
     x, matrix = _operands(shape, dtype, tile)
     full = x @ matrix
     return all(torch.equal(x.roll(by, 0) @ matrix, full.roll(by, 0)) for by in (1, 2, tile // 2 + 1, tile - 5))
 
 
 def _batches_differ(shapes: Iterable[_Shape], dtype: torch.dtype, least: int = 1) -> bool:
-    """Whether batched products of `least` rows and more depend on how many there are at once, or on their rows."""
+    """Whether batched products of at least `least` rows depend on the size of the batch or on the number of rows."""
     for shape in shapes:
         if min(shape.inner, shape.outer) > _LEAST[-1]:
-            continue  # of adapters, whose rank is small
+            continue  # not an adapter's product: those have a small rank
         x, matrix = _operands(shape, dtype, _HEAD_MANY)
         both = x.expand(_TRIALS, -1, -1).contiguous(), matrix.expand(_TRIALS, -1, -1)
         full = torch.bmm(*both)

@@ -1,7 +1,7 @@
 """Log-probs of answer tokens from hidden states, without ever holding a [tokens, vocabulary] matrix.
 
-With Qwen2's 151,936 words that matrix, in float32 and kept for the backward pass, is what fills a small card. Here
-hidden states go through the head a chunk at a time. The gradient of a log-prob by its hidden state,
+With Qwen2's vocabulary of 151,936 tokens, that matrix, in float32 and kept for the backward pass, fills a small GPU.
+Here hidden states go through the head one chunk at a time. The gradient of a log-prob with respect to its hidden state,
 W[y] - softmax(h W) W, needs the same softmax, so it is computed in the same pass and kept ([tokens, size], small) until
 the backward pass.
 """
@@ -17,7 +17,7 @@ from torch.autograd import Function
 from pairtune.engine.products import PLAIN, Products
 from pairtune.engine.softcap import soft_cap_
 
-# Numbers of logits at a time: a chunk in float32 is 32 MB, which stays near the processor.
+# Logits per chunk: 32 MB in float32, small enough to stay in the CPU's cache.
 _CHUNK_LOGITS = 8 << 20
 
 
@@ -30,14 +30,14 @@ def token_logps(
     softcap: float | None = None,
     products: Products = PLAIN,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs of target tokens, and the mean of the logits that they were picked from.
+    """Log-probs of target tokens, and the mean logit over the vocabulary at each of their positions.
 
     Args:
-        hidden: [N, size], of the places that predict the targets.
+        hidden: [N, size], hidden states at the positions that predict the targets.
         head: [vocabulary, size], the output embedding.
         bias: [vocabulary], or None.
         targets: [N].
-        softcap: logits are bent below this value (Gemma 2); None: not.
+        softcap: cap of the logits' soft-capping (Gemma 2); None: no capping.
         products: how products are computed.
 
     Returns:
@@ -63,7 +63,7 @@ class _TokenLogps(Function):
         wide = None
         for part in _chunks(len(targets), len(head), products):
             logits = products.matmul(hidden[part], head.T, bias)
-            if wide is None:  # one for all chunks: memory that is new is slower than memory that is used again
+            if wide is None:  # one buffer for all chunks: reusing memory is faster than allocating it
                 wide = torch.empty_like(logits, dtype=torch.float32)
             weights = wide[: len(logits)].copy_(logits)
             bend = soft_cap_(weights, softcap)
@@ -77,7 +77,7 @@ class _TokenLogps(Function):
                 if bend is not None:
                     target = target * bend.gather(1, targets[part, None])
                     weights.mul_(bend)
-                # Divided by their sum after the product, which is the same in fewer passes over the vocabulary.
+                # Normalised after the product: the same result with fewer passes over the vocabulary.
                 by_hidden[part] = target - products.matmul(logits.copy_(weights), head) / total
         ctx.softcap, ctx.products = softcap, products
         ctx.save_for_backward(by_hidden, hidden, head, bias, targets)
@@ -116,11 +116,11 @@ Head = tuple[Tensor, Tensor, Tensor | None]
 
 @torch.no_grad()
 def token_kl(ours: Head, base: Head, *, softcap: float | None = None, products: Products = PLAIN) -> Tensor:
-    """KL(ours || base) of two models' distributions over the next token.
+    """KL(ours || base) between two models' next-token distributions.
 
     Args:
         ours: hidden states [N, size], the output embedding [vocabulary, size] and its bias or None.
-        base: the same of the model that ours is compared with, at the same places.
+        base: the same for the model to compare with, at the same positions.
         softcap: see `token_logps`.
         products: see `token_logps`.
 
@@ -142,8 +142,8 @@ def _log_softmax(logits: Tensor, softcap: float | None) -> Tensor:
     return logits.log_softmax(1)
 
 
-def _chunks(tokens: int, words: int, products: Products) -> list[slice]:
-    """Whole tiles, so that only the last one is padded."""
+def _chunks(tokens: int, vocabulary: int, products: Products) -> list[slice]:
+    """Slices of whole tiles, so that only the last tile is padded."""
     least = products.tile or products.least
-    size = max(1, _CHUNK_LOGITS // words // least) * least
+    size = max(1, _CHUNK_LOGITS // vocabulary // least) * least
     return [slice(start, start + size) for start in range(0, tokens, size)]

@@ -1,7 +1,7 @@
-"""LoRA adapters, K of them side by side over one frozen base (Hu et al. 2021, "LoRA", eq. 3).
+"""K LoRA adapters side by side on one frozen base model (Hu et al. 2021, "LoRA", eq. 3).
 
-Activations are [K, tokens, size]: the base's product is one over K * tokens rows, the adapters' are batched. With K = 1
-this is plain LoRA; the numbers of each adapter do not depend on the others.
+Activations are [K, tokens, size]: the base model's product is a single one over K * tokens rows, the adapters' products
+are batched. With K = 1 this is plain LoRA; each adapter's results do not depend on the others.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from pairtune.errors import BadInput
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """What an adapter looks like.
+    """The hyperparameters of an adapter.
 
     Attributes:
-        rank: of the two factors.
+        rank: rank of the two factors.
         alpha: the update is scaled by alpha / rank (rsLoRA: by alpha / sqrt(rank), Kalajdzievski 2023).
-        dropout: share of the input that the adapter does not see in training.
-        rslora: whether to scale by the square root.
-        targets: last parts of the names of the layers that have adapters; None: all linear layers.
+        dropout: dropout probability on the adapter's input in training.
+        rslora: whether to scale by the square root of the rank.
+        targets: last parts of the names of the adapted layers; None: all linear layers.
     """
 
     rank: int = 16
@@ -42,12 +42,12 @@ class LoraSettings:
 
     @property
     def scale(self) -> float:
-        """Factor of the update."""
+        """Scaling factor of the update."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 def settings_of(trial: TrialConfig) -> LoraSettings:
-    """The adapter that a trial asks for."""
+    """The adapter settings of a trial."""
     return LoraSettings(trial.lora_rank, trial.lora_alpha, trial.lora_dropout, trial.rslora, trial.lora_targets)
 
 
@@ -55,8 +55,8 @@ class LoraLinear(nn.Module):
     """A frozen linear layer with K adapters.
 
     Args:
-        base: the frozen layer, weight [out, in]; of a Conv1D (GPT-2) [in, out].
-        settings: of the adapters.
+        base: the frozen layer, weight [out, in], or [in, out] for a Conv1D (GPT-2).
+        settings: the adapters' settings.
         trials: K.
     """
 
@@ -70,8 +70,8 @@ class LoraLinear(nn.Module):
         self.lora_a = nn.Parameter(torch.zeros(trials, settings.rank, self.in_features, device=device))
         self.lora_b = nn.Parameter(torch.zeros(trials, self.out_features, settings.rank, device=device))
         self.products = Products()
-        # What dropout is drawn from, pair by pair: a seed and the pair's tokens. The same in a layer that is computed
-        # twice, in every trial, and whatever other pairs are in the row.
+        # For each pair a dropout seed and the pair's number of tokens. The mask is therefore the same when a layer is
+        # recomputed, in every trial, and whatever other pairs are in the row.
         self.noise: Sequence[tuple[int, int]] = ()
 
     def keep(self, trials: list[int]) -> None:
@@ -80,7 +80,7 @@ class LoraLinear(nn.Module):
         self.lora_b = nn.Parameter(self.lora_b.detach()[trials])
 
     def forward(self, x: Tensor) -> Tensor:
-        """[K, tokens, in] to [K, tokens, out]; with one adapter the first dimension may be any."""
+        """[K, tokens, in] to [K, tokens, out]; with one adapter the first dimension may have any size."""
         shape, x = x.shape, x.reshape(len(self.lora_a), -1, self.in_features)
         matrix = self.weight if self.stored_as_matrix else self.weight.T
         mask = self._mask(x) if self.dropout and self.training else None
@@ -90,7 +90,7 @@ class LoraLinear(nn.Module):
         return result.view(*shape[:-1], self.out_features)
 
     def _mask(self, x: Tensor) -> Tensor:
-        """What the adapters see of their input, [tokens, in]: 0, or 1 over the share that is kept."""
+        """Dropout mask of the adapters' input, [tokens, in]: 0, or 1 / (1 - dropout) where the input is kept."""
         drawn = [
             torch.rand(tokens, self.in_features, generator=torch.Generator(x.device).manual_seed(seed), device=x.device)
             for seed, tokens in self.noise
@@ -99,7 +99,7 @@ class LoraLinear(nn.Module):
 
 
 class _LoraLinear(Function):
-    """y = x M + b + scale (x A') B', with a backward pass of its own: fewer copies than autograd's, nothing for M."""
+    """y = x M + b + scale (x A') B' with a custom backward pass: fewer copies than autograd, no gradient for M."""
 
     @staticmethod
     def forward(
@@ -128,7 +128,7 @@ class _LoraLinear(Function):
         products, trials = ctx.products, len(a)
         grad_inner = products.bmm(grad, b, trials).mul_(ctx.scale)
         grad_a = products.bmm(grad_inner.mT, seen, trials).float()
-        grad_b = products.bmm(inner.mT, grad, trials).float().mul_(ctx.scale).mT  # this way round is twice as fast
+        grad_b = products.bmm(inner.mT, grad, trials).float().mul_(ctx.scale).mT  # twice as fast in this order
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = products.matmul(grad.flatten(0, 1), matrix.T).view_as(seen)
@@ -140,28 +140,28 @@ class _LoraLinear(Function):
 
 
 def add_adapters(model: nn.Module, settings: LoraSettings, seeds: list[int]) -> dict[str, LoraLinear]:
-    """Freeze a model and put adapters on its linear layers: on all but the output embedding, as PEFT's "all-linear"
-    does, or on those that the settings name.
+    """Freeze a model and add adapters to its linear layers: to all but the output embedding, as PEFT's "all-linear"
+    does, or to those that the settings name.
 
-    A is drawn (see `draw_starts`), B is 0, so that each adapter starts exactly at the base.
+    A is random (see `draw_starts`) and B is 0, so that each adapter starts exactly at the base model.
 
     Args:
-        model: of transformers; changed in place.
-        settings: of the adapters.
-        seeds: one per trial; a trial's A depends on its seed alone.
+        model: a transformers model; changed in place.
+        settings: the adapters' settings.
+        seeds: one per trial; a trial's A depends only on its seed.
 
     Returns:
         The adapted layers by name.
 
     Raises:
-        BadInput: a target is no linear layer of this model.
+        BadInput: a target is not a linear layer of this model.
     """
     model.requires_grad_(False)
     layers = list(linear_layers(model))
     kinds = {name.rpartition(".")[2] for name, _ in layers}
     if unknown := set(settings.targets or ()) - kinds:
         raise BadInput(
-            f"--lora-target {min(unknown)}: no linear layer of this model; it has {', '.join(sorted(kinds))}"
+            f"--lora-target {min(unknown)}: not a linear layer of this model; use some of {', '.join(sorted(kinds))}"
         )
     adapted = {}
     for name, layer in layers:
@@ -178,9 +178,9 @@ def add_adapters(model: nn.Module, settings: LoraSettings, seeds: list[int]) -> 
 
 
 def draw_starts(factors: Iterable[Tensor], seed: int) -> Iterator[Tensor]:
-    """What the factors A, [rank, in] each, start as: drawn from U(-1/sqrt(in), 1/sqrt(in)), as in PEFT.
+    """Initial values of the factors A, [rank, in] each, drawn from U(-1/sqrt(in), 1/sqrt(in)) as in PEFT.
 
-    The draw depends on the seed and on the shapes in their order alone, so every engine starts from the same adapters.
+    They depend only on the seed and on the shapes in order, so every engine starts from the same adapters.
     """
     generator = torch.Generator().manual_seed(seed)
     for factor in factors:
@@ -189,12 +189,12 @@ def draw_starts(factors: Iterable[Tensor], seed: int) -> Iterator[Tensor]:
 
 
 def peft_tensors(adapted: Mapping[str, LoraLinear], trial: int) -> dict[str, Tensor]:
-    """One trial's adapter under the names that PEFT gives it."""
+    """One trial's adapter under PEFT's parameter names."""
     return {name: tensor.clone() for name, tensor in _named(adapted, trial)}
 
 
 def peft_config(adapted: Mapping[str, LoraLinear], settings: LoraSettings) -> LoraConfig:
-    """What PEFT needs to know to load an adapter of these layers."""
+    """The PEFT configuration for loading an adapter of these layers."""
     return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -208,14 +208,14 @@ def peft_config(adapted: Mapping[str, LoraLinear], settings: LoraSettings) -> Lo
 
 
 def load_peft_tensors(adapted: Mapping[str, LoraLinear], trial: int, tensors: Mapping[str, Tensor]) -> None:
-    """Set one trial's adapter from what `peft_tensors` or PEFT's own file holds.
+    """Set one trial's adapter from the tensors of `peft_tensors` or of a PEFT adapter file.
 
     Raises:
-        ValueError: a layer is missing or has another shape, or there is one more.
+        ValueError: a layer is missing, has another shape, or is unknown.
     """
     ours = dict(_named(adapted, trial))
     if ours.keys() != tensors.keys():
-        raise ValueError(f"adapters of other layers: {sorted(ours.keys() ^ tensors.keys())[:4]}")
+        raise ValueError(f"adapter layers and model layers differ: {sorted(ours.keys() ^ tensors.keys())[:4]}")
     for name, tensor in ours.items():
         if tensor.shape != tensors[name].shape:
             raise ValueError(f"{name}: shape {tuple(tensors[name].shape)} instead of {tuple(tensor.shape)}")

@@ -1,7 +1,7 @@
-"""Preference losses: pure functions of log-probs, one number a pair, so that every mean is a mean over pairs.
+"""Preference losses: pure functions of log-probs, one value per pair, so that every mean is a mean over pairs.
 
-All take `PairLogps` whose tensors have shape [..., pairs] and give the same shape, in nats; leading dimensions are
-trials side by side, each with its own `beta`. Ratios are policy minus reference, of log-probs summed over an answer.
+All take `PairLogps` with tensors of shape [..., pairs] and return the same shape, in nats; leading dimensions are
+trials side by side, each with its own `beta`. Log-ratios are policy minus reference log-probs, summed over an answer.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from pairtune.config import Loss, TrialConfig
 
 @dataclass(frozen=True)
 class PairLogps:
-    """What a loss sees of a batch of pairs.
+    """The inputs of a loss for a batch of pairs.
 
     Attributes:
         chosen: log-probs of the chosen answers under the policy, summed over their tokens, [..., pairs].
-        rejected: the same of the rejected answers.
-        ref_chosen: under the reference model, [pairs].
-        ref_rejected: the same of the rejected answers.
-        chosen_tokens: lengths of the answers in tokens, [pairs].
-        rejected_tokens: the same of the rejected answers.
+        rejected: the same for the rejected answers.
+        ref_chosen: log-probs of the chosen answers under the reference model, [pairs].
+        ref_rejected: the same for the rejected answers.
+        chosen_tokens: lengths of the chosen answers in tokens, [pairs].
+        rejected_tokens: the same for the rejected answers.
     """
 
     chosen: Tensor
@@ -49,21 +49,21 @@ class PairLogps:
 
     @property
     def delta(self) -> Tensor:
-        """Difference of the two ratios; the reward margin divided by beta."""
+        """Difference of the two log-ratios: the reward margin divided by beta."""
         return self.chosen_ratio - self.rejected_ratio
 
     @property
     def delta_per_token(self) -> Tensor:
-        """The same with each ratio divided by its answer's length."""
+        """The same with each log-ratio divided by its answer's length."""
         return self.chosen_ratio / self.chosen_tokens - self.rejected_ratio / self.rejected_tokens
 
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Numbers that losses depend on.
+    """Hyperparameters of the losses.
 
     Attributes:
-        beta: strength of the pull to the reference, one per trial in the leading dimensions, or a float.
+        beta: strength of the pull towards the reference, one per trial in the leading dimensions, or a float.
         label_smoothing: the assumed share of swapped labels (sigmoid, robust, exo_pair).
         simpo_gamma: SimPO's target margin, as a share of beta.
         discopop_tau: DiscoPOP's temperature.
@@ -79,14 +79,14 @@ class LossSettings:
 
 @dataclass(frozen=True)
 class Objective:
-    """What a trial minimises: a loss and the numbers it depends on."""
+    """What a trial minimises: a loss and its hyperparameters."""
 
     loss: Loss
     settings: LossSettings
 
     @classmethod
     def of(cls, trial: TrialConfig) -> Objective:
-        """A trial's own."""
+        """The objective of a trial."""
         return cls(
             trial.loss,
             LossSettings(
@@ -100,7 +100,7 @@ class Objective:
 
 
 def pair_loss(name: Loss, pairs: PairLogps, settings: LossSettings) -> Tensor:
-    """The loss called `name` of each pair, with the SFT term where one is wanted.
+    """The loss called `name` for each pair, plus the SFT term if its weight is not 0.
 
     The SFT term is that of RPO (Pang et al. 2024, "Iterative Reasoning Preference Optimization"), per token of
     the answer.
@@ -129,17 +129,17 @@ def hinge(pairs: PairLogps, settings: LossSettings) -> Tensor:
 
 
 def ipo(pairs: PairLogps, settings: LossSettings) -> Tensor:
-    """IPO (Azar et al. 2023, eq. 17) with ratios per token, as its authors confirmed and TRL computes it."""
+    """IPO (Azar et al. 2023, eq. 17) with log-ratios per token, as its authors confirmed and TRL computes it."""
     return (pairs.delta_per_token - 1 / (2 * settings.beta)) ** 2
 
 
 def sigmoid_norm(pairs: PairLogps, settings: LossSettings) -> Tensor:
-    """DPO with length-normalised ratios (Lambert et al. 2024, "Tulu 3")."""
+    """DPO with length-normalised log-ratios (Lambert et al. 2024, "Tulu 3")."""
     return -logsigmoid(settings.beta * pairs.delta_per_token)
 
 
 def exo_pair(pairs: PairLogps, settings: LossSettings) -> Tensor:
-    """EXO for pairs (Ji et al. 2024, "Towards Efficient Exact Optimization", eq. 16); needs label smoothing above 0."""
+    """EXO for pairs (Ji et al. 2024, "Towards Efficient Exact Optimization", eq. 16); needs label smoothing > 0."""
     logits = settings.beta * pairs.delta
     smooth = settings.label_smoothing
     towards_chosen = torch.sigmoid(logits) * (logsigmoid(logits) - math.log1p(-smooth))
@@ -164,7 +164,7 @@ def apo_zero(pairs: PairLogps, settings: LossSettings) -> Tensor:
 
 
 def apo_down(pairs: PairLogps, settings: LossSettings) -> Tensor:
-    """APO-down: both down, rejected more (D'Oosterlinck et al. 2024, eq. 8)."""
+    """APO-down: both down, rejected further (D'Oosterlinck et al. 2024, eq. 8)."""
     beta = settings.beta
     return torch.sigmoid(beta * pairs.chosen_ratio) + 1 - torch.sigmoid(beta * pairs.delta)
 
@@ -214,5 +214,5 @@ LOSSES: dict[Loss, Callable[[PairLogps, LossSettings], Tensor]] = {
     "orpo": orpo,
 }
 
-# These do without a reference; their rewards are not measured against one.
+# Losses without a reference model; their rewards are not measured against one.
 REFERENCE_FREE: frozenset[Loss] = frozenset({"simpo", "orpo"})

@@ -1,8 +1,8 @@
-"""`--engine pairtune`: trials trained by this project's own engine, several at a time.
+"""`--engine pairtune`: trains trials with this project's own engine, several at a time.
 
-The numbers are those of `--engine trl`, step by step (tests/test_equivalence.py); the work is less: reference log-probs
-are kept, prompts are shared by their two answers, only answer tokens meet the vocabulary, and LoRA trials that see the
-same pairs in the same order run in lockstep, their adapters side by side over one frozen base.
+The results match those of `--engine trl` step by step (tests/test_equivalence.py), with less work: reference log-probs
+are cached, the two answers of a pair share their prompt, only answer tokens go through the output embedding, and LoRA
+trials that see the same pairs in the same order run in lockstep, their adapters side by side on one frozen base model.
 """
 
 from __future__ import annotations
@@ -62,20 +62,20 @@ from pairtune.track.sinks import Sink
 
 
 def run_trials(trials: Sequence[TrialConfig], inputs: TrialInputs, run: Run, sink: Sink) -> list[TrialRecord]:
-    """Train trials side by side from pristine weights, evaluate them at every epoch and keep each one's best epoch.
+    """Train trials side by side from pristine weights, evaluate them after every epoch and keep each one's best epoch.
 
-    Where the run's checkpoint holds these trials they go on from it, to the same bits on a CPU.
+    If the run's checkpoint holds these trials, they resume from it, bit for bit on a CPU.
 
     Args:
-        trials: equal in all that `sweep.run.lockstep_key` compares; with `--method full` a single one.
-        inputs: of the run.
-        run: where everything of them is written.
-        sink: told of every step.
+        trials: trials with equal `sweep.run.lockstep_key`; with `--method full` a single one.
+        inputs: what the trials of the run share.
+        run: the run that their results are written to.
+        sink: receives every step and evaluation.
 
     Raises:
-        RunFailed: they did not start at the base model (the run's results would not be comparable), or a checkpoint
-            cannot be written or read.
-        Interrupted: the run was asked to stop; the checkpoint holds everything up to then.
+        RunFailed: the trials did not start at the base model (the run's results would not be comparable), or a
+            checkpoint cannot be written or read.
+        Interrupted: the run was asked to stop; the checkpoint holds everything up to that point.
     """
     lockstep = _TrialGroup(trials, inputs, run, sink)
     lockstep.run_to_end()
@@ -83,13 +83,13 @@ def run_trials(trials: Sequence[TrialConfig], inputs: TrialInputs, run: Run, sin
 
 
 def checkpointed(run: Run) -> list[TrialRecord]:
-    """The trials that the run's checkpoint holds, as they were then."""
+    """The records of the trials in the run's checkpoint, as of that checkpoint."""
     state = read_state(run.paths.checkpoint)
     return [member.result for member in state.members] if state else []
 
 
 def width(trial: TrialConfig, inputs: TrialInputs, asked: int | None) -> int:
-    """How many trials like this one run side by side: as asked, or as many as memory allows."""
+    """How many trials like this one run side by side: the number asked for, or as many as fit in memory."""
     if trial.method == "full":
         return 1
     return asked or inputs.processes.from_first(lockstep_width(trial, inputs))
@@ -97,14 +97,14 @@ def width(trial: TrialConfig, inputs: TrialInputs, asked: int | None) -> int:
 
 @dataclass(eq=False)
 class _TrialState:
-    """One trial of those that run together."""
+    """One of the trials that run together."""
 
     result: TrialRecord
     paths: TrialPaths
     weights: FullWeights | AdapterWeights
     optimizer: TrialOptimizer
-    losses: list[float] = field(default_factory=list)  # of the epoch's training pairs so far
-    lines: int = 0  # of its metrics.jsonl
+    losses: list[float] = field(default_factory=list)  # of the training pairs seen in the current epoch
+    lines: int = 0  # in its metrics.jsonl
 
     @property
     def trial(self) -> TrialConfig:
@@ -112,19 +112,19 @@ class _TrialState:
 
 
 class _TrialGroup:
-    """Trials while they are trained."""
+    """Trials that are trained together."""
 
     def __init__(self, trials: Sequence[TrialConfig], inputs: TrialInputs, run: Run, sink: Sink) -> None:
         self.inputs, self.run, self.sink = inputs, run, sink
-        self.shared = trials[0]  # for all settings in which the trials are equal
+        self.shared = trials[0]  # stands for the settings that all trials share
         self.device = inputs.base.device
         reset_peak_memory(self.device)
         self.model, self.results = start_trials(trials, inputs)
         self._pairs_fingerprint = fingerprint(pairs.ids_fingerprint() for pairs in inputs.splits.values())
-        self.epoch, self.step, self.seen = 1, 0, 0  # seen: pairs of the epoch
+        self.epoch, self.step, self.seen = 1, 0, 0  # seen: pairs of the current epoch
         self.members: list[_TrialState] = []
-        # The order counts: float32 masters are taken before the model is cast, and the base speaks before the model
-        # has adapters.
+        # Order matters: float32 master weights are taken before the model is cast, and the base outputs are computed
+        # before the model has adapters.
         masters = FullWeights(self.model, inputs.base.dtype) if self.shared.method == "full" else None
         cast_parameters(self.model, inputs.base.dtype)
         self.references, self.base_states = self._base_outputs()
@@ -148,18 +148,18 @@ class _TrialGroup:
         return adapted
 
     def run_to_end(self) -> None:
-        """All epochs of all trials."""
+        """Train all trials to their last epoch."""
         while self._retire():
             self._train_epoch()
             if self.members:
                 self._evaluate()
                 self.epoch, self.seen = self.epoch + 1, 0
-                self._pause(checkpoint=True)  # before a trial's end is on record: what is, is never run again
+                self._pause(checkpoint=True)  # before a finished trial is recorded: recorded trials are not run again
         if self.inputs.processes.first:
             self.run.paths.checkpoint.unlink(missing_ok=True)
 
     def _train_epoch(self) -> None:
-        """The rest of an epoch's steps."""
+        """Make the remaining steps of the epoch."""
         order = epoch_order(len(self.inputs.train), self.shared.seed, self.epoch)
         while self.seen < len(order) and self.members:
             started = time.perf_counter()
@@ -172,13 +172,13 @@ class _TrialGroup:
             self._pause(checkpoint=self.step % self.inputs.checkpoint_steps == 0)
 
     def _retire(self) -> bool:
-        """Finish the trials that have failed or come to their end.
+        """Record the trials that have failed or ended, and drop them from the group.
 
         Returns:
-            Whether any trial goes on.
+            Whether any trial is left.
         """
-        places = [place for place, member in enumerate(self.members) if not self._ended(member.result)]
-        staying = [self.members[place] for place in places]
+        kept = [index for index, member in enumerate(self.members) if not self._ended(member.result)]
+        staying = [self.members[index] for index in kept]
         for member in self.members:
             if member not in staying:
                 member.result.peak_memory_mb = peak_memory_mb(self.device)
@@ -186,9 +186,9 @@ class _TrialGroup:
                     self.run.write_trial(member.result)
                 self.sink.finish(member.trial.name, member.result.status, member.result.best_epoch)
         if 0 < len(staying) < len(self.members):
-            self.policy.keep(places)
-            for place, member in enumerate(staying):
-                member.weights.place(place)
+            self.policy.keep(kept)
+            for index, member in enumerate(staying):
+                member.weights.place(index)
         self.members = staying
         return bool(staying)
 
@@ -198,22 +198,24 @@ class _TrialGroup:
         return result.status != "finished" or (between_epochs and over)
 
     def _pause(self, *, checkpoint: bool) -> None:
-        """Between two steps: write a checkpoint where one is due, and stop where that is asked."""
+        """Between two steps: write a checkpoint if one is due, and stop if asked to."""
         stopping = self.inputs.processes.any(self.inputs.stopping())
         if self.members and (checkpoint or stopping) and self.inputs.processes.first:
             write_checkpoint(self.run.paths.checkpoint, *self._state())
         if stopping:
-            raise Interrupted(f"interrupted at step {self.step}; `pairtune resume {self.run.root}` goes on from there")
+            raise Interrupted(
+                f"interrupted at step {self.step}; `pairtune resume {self.run.root}` continues from there"
+            )
 
     def _state(self) -> tuple[CheckpointState, dict[str, Tensor]]:
         members, tensors = [], dict[str, Tensor]()
-        for place, member in enumerate(self.members):
+        for index, member in enumerate(self.members):
             members.append(
                 CheckpointedTrial(
                     result=member.result, losses=member.losses, lines=member.lines, updates=member.optimizer.step
                 )
             )
-            tensors |= {f"{place}.{name}": tensor for name, tensor in member.optimizer.state().items()}
+            tensors |= {f"{index}.{name}": tensor for name, tensor in member.optimizer.state().items()}
         state = CheckpointState(
             of=self._fingerprint(), epoch=self.epoch, step=self.step, seen=self.seen, members=members
         )
@@ -223,14 +225,14 @@ class _TrialGroup:
         state, tensors = read_checkpoint(self.run.paths.checkpoint)
         if state.of != self._fingerprint():
             raise RunFailed(
-                f"{self.run.paths.checkpoint}: is of other settings, other pairs or another base model than this "
-                "run's; remove it, and `pairtune resume` trains its trials from their start"
+                f"{self.run.paths.checkpoint}: belongs to other settings, other pairs or another base model than this "
+                "run's; remove it, and `pairtune resume` restarts its trials from epoch 1"
             )
         self.epoch, self.step, self.seen = state.epoch, state.step, state.seen
-        for place, (member, kept) in enumerate(zip(self.members, state.members, strict=True)):
-            member.result = self.results[place] = kept.result
+        for index, (member, kept) in enumerate(zip(self.members, state.members, strict=True)):
+            member.result = self.results[index] = kept.result
             member.losses, member.lines = kept.losses, kept.lines
-            start = f"{place}."
+            start = f"{index}."
             own = {name.removeprefix(start): each for name, each in tensors.items() if name.startswith(start)}
             member.optimizer.restore(kept.updates, own)
             member.weights.updated()
@@ -240,10 +242,10 @@ class _TrialGroup:
         return fingerprint([self.inputs.base_fingerprint, self._pairs_fingerprint, *trials])
 
     def _base_outputs(self) -> tuple[dict[str, Tensor], BaseStates]:
-        """What the base says of the pairs before anything is trained, checked; all trials of a run share it.
+        """The base model's outputs for the pairs, checked before anything is trained; all trials of a run share them.
 
         Returns:
-            Its log-probs of every split, and its states at some places of the validation answers.
+            Its log-probs for every split, and its hidden states at some positions of the validation answers.
         """
         base, outputs = Policy(self.model, kernels=self.inputs.kernels), self.inputs.base_outputs
         references = {"train": self._reference("train", base)}
@@ -264,7 +266,7 @@ class _TrialGroup:
         return reference_fingerprint(self.inputs.base_fingerprint, base, pairs)
 
     def _reference(self, split: str, base: Policy) -> Tensor:
-        """The base's log-probs of a split."""
+        """The base model's log-probs for a split."""
         pairs = self.inputs.splits[split]
         logps = self.inputs.base_outputs.logps
         if split not in logps:
@@ -280,7 +282,7 @@ class _TrialGroup:
         return logps[split].to(self.device)
 
     def _states_of(self, base: Policy) -> BaseStates:
-        """The base at some places of the validation answers, from which the trials' divergence is measured."""
+        """The base model's states for the validation pairs, from which the trials' KL divergence is measured."""
         pairs = self.inputs.validation
         outputs = self.inputs.base_outputs
         if outputs.states is None:
@@ -289,27 +291,27 @@ class _TrialGroup:
                 self._reference_name(base, pairs),
                 pairs,
                 self.inputs.processes,
-                lambda done: self._report_progress("the base on validation pairs", done, min(PAIRS, len(pairs))),
+                lambda done: self._report_progress("base model on validation pairs", done, min(PAIRS, len(pairs))),
             )
         head = self.model.get_output_embeddings()
         if self.shared.method == "full":
-            head = deepcopy(head)  # the base's, while the policy's is trained
+            head = deepcopy(head)  # keeps the base model's head while the policy's is trained
         return BaseStates(outputs.states, head.weight, head.bias)
 
     def _report_progress(self, what: str, done: int, total: int) -> None:
         self.sink.on_progress([member.trial.name for member in self.members], what, done, total)
-        if self.inputs.stopping() and self.inputs.processes.count == 1:  # several can only stop together
+        if self.inputs.stopping() and self.inputs.processes.count == 1:  # several processes can only stop together
             self._pause(checkpoint=False)
 
     def _train_step(self, rows: Sequence[int]) -> None:
-        """One update of every trial from the pairs of some rows; a batch's loss is its mean over pairs."""
+        """One optimizer step of every trial on the pairs of some rows; a batch's loss is the mean over its pairs."""
         self.step += 1
         self.policy.train(True)
-        weights = self.members[0].weights  # of adapters all trials' lie in the same stacks
+        weights = self.members[0].weights  # the adapters of all trials lie in the same stacks
         records: list[list[ExampleRecord]] = [[] for _ in self.members]
         for scored in self._scored("train", self.inputs.processes.shard(rows), TRAIN_TOKENS):
             losses = torch.stack([each.losses.sum() for each in scored])
-            (losses.sum() / len(rows)).backward()  # adapters do not meet in it
+            (losses.sum() / len(rows)).backward()  # the sum does not mix the adapters' gradients
             weights.collect_gradients()
             for mine, each in zip(records, scored, strict=True):
                 mine.extend(each.records())
@@ -324,7 +326,7 @@ class _TrialGroup:
         self.seen += len(rows)
 
     def _scored(self, split: str, rows: Sequence[int], max_tokens: int) -> Iterator[list[Scored]]:
-        """Some pairs of a split under every trial."""
+        """Score some pairs of a split under every trial."""
         return score_pairs(
             self.policy,
             [Objective.of(member.trial) for member in self.members],
@@ -337,7 +339,7 @@ class _TrialGroup:
         )
 
     def _update(self, member: _TrialState, records: list[ExampleRecord], rows: Sequence[int]) -> None:
-        """Take the gradients of a step, look at them, and update a trial's weights."""
+        """Check the gradients of a step, and update a trial's weights."""
         member.result.train_pairs += len(rows)
         means = {name: math.fsum(record[name] for record in records) / len(rows) for name in records[0]}
         if self.step == 1:
@@ -353,22 +355,22 @@ class _TrialGroup:
         member.losses += [record["loss"] for record in records]
 
     def _guard(self, member: _TrialState, loss: float, norm: float, rows: Sequence[int]) -> None:
-        """Stop a trial before an update that would ruin it, or that would do nothing; keep what led to it."""
+        """Stop a trial before an update that would ruin it or do nothing; save the weights before it."""
         if math.isfinite(loss) and math.isfinite(norm) and (norm > 0 or self.step > 1):
             member.result.steps_without_gradient += norm == 0
             return
-        origins = ", ".join(source_name(self.inputs.train[row].origin) for row in rows)  # it is published
+        origins = ", ".join(source_name(self.inputs.train[row].origin) for row in rows)  # published with the run
         self._save(member, member.paths.failed)
         if norm == 0:
             raise TrialFailed(f"the gradient of step {self.step} is 0 (pairs {origins}): nothing would be learned")
         raise TrialFailed(
             f"the loss became {loss} and the gradient norm {norm} at step {self.step} (pairs {origins}); lower the "
-            f"learning rate ({member.trial.learning_rate:g}), or use --dtype float32. The weights before it are in "
-            f"{member.paths.failed.relative_to(self.run.root)}"
+            f"learning rate ({member.trial.learning_rate:g}), or use --dtype float32. The weights before that step are "
+            f"in {member.paths.failed.relative_to(self.run.root)}"
         )
 
     def _evaluate(self) -> None:
-        """Judge every trial's weights on the validation pairs, and keep those that are the trial's best so far."""
+        """Evaluate every trial on the validation pairs, and save the weights that are the trial's best so far."""
         self.policy.train(False)
         records: list[list[ExampleRecord]] = [[] for _ in self.members]
         total = len(self.inputs.validation)
@@ -398,7 +400,7 @@ class _TrialGroup:
         member.lines += 1
 
     def _save(self, member: _TrialState, folder: Path) -> str:
-        """Write a trial's weights as they are; see `save_best`."""
+        """Save a trial's current weights; see `save_best`."""
         if not self.inputs.processes.first:
             return ""
         tokenizer, source = self.inputs.base.tokenizer, self.inputs.base.source

@@ -1,4 +1,4 @@
-"""RMSNorm with a backward pass of its own: fewer passes over the activations, and nothing kept in float32."""
+"""RMSNorm with a custom backward pass: fewer passes over the activations, and nothing kept in float32."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 # Classes of transformers that compute weight * (x / rms(x)), the quotient in float32 and rounded before the product.
-# Others (Gemma's adds 1 to the weight) keep their own way.
+# Others keep their own implementation (Gemma's adds 1 to the weight).
 _KNOWN = frozenset(f"{family}RMSNorm" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Phi3"))
 
 
 def replace_norms(model: nn.Module) -> None:
-    """Give the norms of a model the faster way; their numbers stay the same."""
+    """Switch a model's norms to the faster implementation; their results stay the same."""
     for module in model.modules():
         if type(module).__name__ in _KNOWN:
             module.forward = MethodType(_forward, module)

@@ -1,4 +1,4 @@
-"""One trial's optimizer: AdamW, gradient clipping and a linear decay, as TRL has them by default."""
+"""One trial's optimizer: AdamW, gradient clipping and linear learning-rate decay, with TRL's defaults."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class TrialOptimizer:
     """Updates the weights of one trial.
 
     Args:
-        trial: its learning rate and the norm to which gradients are clipped.
-        weights: float32 tensors that are updated in place; each has its gradient by the time of `clip`.
-        steps: after which the learning rate has come down to 0.
+        trial: sets the learning rate and the norm to which gradients are clipped.
+        weights: float32 tensors that are updated in place; their gradients must be set before `clip`.
+        steps: number of steps over which the learning rate decays to 0.
     """
 
     def __init__(self, trial: TrialConfig, weights: Sequence[Tensor], steps: int) -> None:
@@ -27,26 +27,26 @@ class TrialOptimizer:
 
     @property
     def learning_rate(self) -> float:
-        """Of the coming step."""
+        """The learning rate of the next step."""
         return self.trial.learning_rate * max(0.0, 1 - self.step / self.steps)
 
     def clip(self) -> float:
         """Clip the gradients.
 
         Returns:
-            Their norm before.
+            Their norm before clipping.
         """
         return torch.nn.utils.clip_grad_norm_(self.weights, self.trial.max_grad_norm).item()
 
     def update(self) -> None:
-        """Update the weights and drop the gradients."""
+        """Update the weights and clear the gradients."""
         self.adamw.param_groups[0]["lr"] = self.learning_rate
         self.adamw.step()
         self.adamw.zero_grad()
         self.step += 1
 
     def state(self) -> dict[str, Tensor]:
-        """Weights and moments by name."""
+        """Weights and AdamW moments by name."""
         tensors = {}
         for number, weights in enumerate(self.weights):
             tensors[f"{number}.weights"] = weights
@@ -54,7 +54,7 @@ class TrialOptimizer:
         return tensors
 
     def restore(self, step: int, state: Mapping[str, Tensor]) -> None:
-        """Go on after a step from what `state` gave then."""
+        """Restore the tensors that `state` returned after a step."""
         self.step = step
         for number, weights in enumerate(self.weights):
             weights.copy_(state[f"{number}.weights"])
@@ -75,37 +75,37 @@ class AdapterWeights:
         self.place(trial)
 
     def place(self, trial: int) -> None:
-        """Take this place in the stacks; the tensors stay the same objects, as views of it."""
+        """Move to this index of the stacks; the tensors stay the same objects, as views of it."""
         self.trial = trial
         for tensor, stack in zip(self.tensors, self._stacks(), strict=True):
             tensor.data = stack.detach()[trial]
 
     def collect_gradients(self) -> None:
-        """Nothing: the stacks add up in float32 what each row gives."""
+        """Do nothing: the float32 stacks accumulate the gradients of all rows."""
 
     @property
     def summed(self) -> Sequence[Tensor]:
-        """What has the gradients of a step: the stacks, which all trials share."""
+        """The tensors that hold a step's gradients: the stacks, which all trials share."""
         return self._stacks()
 
     def take_gradients(self) -> None:
-        """Give the optimizer's tensors this trial's gradients."""
+        """Assign this trial's gradients to the optimizer's tensors."""
         for tensor, stack in zip(self.tensors, self._stacks(), strict=True):
             tensor.grad = None if stack.grad is None else stack.grad[self.trial]
 
     def updated(self) -> None:
-        """Nothing: the layers' weights are the optimizer's tensors."""
+        """Do nothing: the optimizer's tensors are views of the layers' weights."""
 
     def _stacks(self) -> list[nn.Parameter]:
         return [stack for layer in self.adapted.values() for stack in (layer.lora_a, layer.lora_b)]
 
 
 class FullWeights:
-    """All weights of a model, in float32 where it will hold them in less: small updates would be rounded away.
+    """All weights of a model, with float32 masters if its dtype is narrower and would round small updates away.
 
     Args:
-        model: with float32 weights.
-        dtype: that it is going to compute in.
+        model: the model, still with float32 weights.
+        dtype: the dtype that it will compute in.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
@@ -114,7 +114,7 @@ class FullWeights:
         self.tensors = [master if dtype == torch.float32 else master.clone() for master in masters]
 
     def collect_gradients(self) -> None:
-        """Add a row's gradients to the masters', in float32: in bfloat16 what small rows give would be rounded away."""
+        """Accumulate a row's gradients in float32 masters: in bfloat16 small contributions would be rounded away."""
         for tensor, parameter in zip(self.tensors, self.parameters, strict=True):
             if parameter.grad is not None:
                 tensor.grad = parameter.grad.float() if tensor.grad is None else tensor.grad.add_(parameter.grad)
@@ -122,16 +122,16 @@ class FullWeights:
 
     @property
     def summed(self) -> Sequence[Tensor]:
-        """What has the gradients of a step: the masters."""
+        """The tensors that hold a step's gradients: the masters."""
         return self.tensors
 
     def take_gradients(self) -> None:
-        """Nothing: the masters have them."""
+        """Do nothing: the masters hold them."""
 
     def place(self, trial: int) -> None:
-        """Nothing: a model that is trained whole has one trial."""
+        """Do nothing: full training has a single trial."""
 
     def updated(self) -> None:
-        """Round the masters into the model."""
+        """Copy the masters to the model, rounded to its dtype."""
         for tensor, parameter in zip(self.tensors, self.parameters, strict=True):
             parameter.data.copy_(tensor)

@@ -1,9 +1,9 @@
-"""Attention over packed pairs, for every model of transformers that goes through `AttentionInterface`.
+"""Attention over packed pairs, for every transformers model that uses `AttentionInterface`.
 
-A model is switched to it by name (`ATTENTION`) and called with `segments=pack.segments`; transformers hands the keyword
-through to `packed_attention`. No mask over the whole row is ever built. Short pairs, which most are, take a few dense
-products each, with a backward pass of its own: on a CPU that is several times faster than the flash kernel, whose tiles
-are made for long sequences. Long pairs, and other devices, take PyTorch's kernel.
+A model is switched to it by name (`ATTENTION`) and called with `segments=pack.segments`, which transformers passes
+through to `packed_attention`. No mask over the whole row is ever built. Short pairs, the common case, take a few dense
+products each with a custom backward pass: on a CPU that is several times faster than the flash kernel, whose tiles are
+made for long sequences. Long pairs, and other devices, use PyTorch's kernel.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from pairtune.engine.softcap import soft_cap
 
 ATTENTION = "pairtune_packed"
 
-# Tokens of a pair up to which the dense way is taken: its memory grows with the square.
+# Longest pair, in tokens, for dense attention: its memory grows with the square of the length.
 DENSE_TOKENS = 640
 
-# Scores that a pair must save to be computed in blocks.
+# A pair is computed in blocks if that saves at least this many scores.
 _WORTH_SPLITTING = 16_000
 
 
@@ -46,26 +46,27 @@ def packed_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention in which every answer sees its prompt and itself.
+    """Attention in which every answer attends to its prompt and itself.
 
     Args:
         module: the attention layer.
         query: [trials, heads, T, size].
-        key: [trials, key heads, T, size]; fewer heads are shared by groups of query heads.
-        value: as key.
-        attention_mask: not used; the segments say everything.
-        segments: of the row.
-        by_trial: one trial at a time, where batched products depend on the size of the batch; see `engine.products`.
-        scaling: of the scores; 1 / sqrt(size) by default.
-        dropout: must be 0: models are tuned without.
-        sliding_window: a token sees this many tokens, itself included; None: all.
-        softcap: scores are bent below this value (Gemma 2); None: not.
+        key: [trials, key heads, T, size]; groups of query heads share a key head (grouped-query attention).
+        value: the same shape as key.
+        attention_mask: unused; the segments define what is visible.
+        segments: the pairs in the row.
+        by_trial: compute one trial at a time, because batched products depend on the size of the batch; see
+            `engine.products`.
+        scaling: factor of the scores; 1 / sqrt(size) by default.
+        dropout: must be 0.
+        sliding_window: number of tokens that a token attends to, itself included; None: all.
+        softcap: cap of the scores' soft-capping (Gemma 2); None: no capping.
 
     Returns:
-        [trials, T, heads, size], and no weights.
+        [trials, T, heads, size], and None for the attention weights.
     """
     if segments is None or dropout:
-        raise ValueError("packed attention needs segments, and no dropout")
+        raise ValueError("packed attention needs segments and supports no dropout")
     if by_trial and len(query) > 1:
         one = partial(
             packed_attention, segments=segments, scaling=scaling, sliding_window=sliding_window, softcap=softcap
@@ -77,11 +78,11 @@ def packed_attention(
     if all(dense):
         result: Tensor = _DenseAttention.apply(query, key, value, tuple(segments), scale, sliding_window)
         return result.transpose(1, 2), None
-    # One split for queries and one each for keys and values: its backward is one concatenation, where slices would each
-    # add a row of zeros as long as the whole.
+    # One split each for queries, keys and values: the backward of a split is one concatenation, whereas each slice
+    # would allocate zeros as long as the whole row.
     parts = [tensor.split([segment.length for segment in segments], dim=2) for tensor in (query, key, value)]
     results = [
-        # Each pair goes its own way: its numbers must not depend on how long its neighbours are.
+        # Chosen per pair: its results must not depend on the lengths of its neighbours.
         _DenseAttention.apply(q, k, v, (segment,), scale, sliding_window)
         if is_dense
         else _attend(q, k, v, _visible(segment, sliding_window, query.device), scale, softcap)
@@ -101,9 +102,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: f
     return weights.to(value.dtype) @ value
 
 
-@lru_cache(maxsize=64)  # the layers of a model ask for the same few masks one after the other
+@lru_cache(maxsize=64)  # all layers of a model use the same few masks
 def _visible(segment: Segment, window: int | None, device: torch.device) -> Tensor:
-    """Whether a token of a pair sees another, [length, length]."""
+    """Whether a token of a pair attends to another, [length, length]."""
     positions = torch.cat(
         [
             torch.arange(segment.prompt + segment.chosen, device=device),
@@ -120,7 +121,7 @@ def _visible(segment: Segment, window: int | None, device: torch.device) -> Tens
 
 @dataclass(frozen=True)
 class _Block:
-    """Some queries of a pair, and the keys that any of them sees: places in the pair."""
+    """Some queries of a pair, and the keys that any of them attends to, as positions in the pair."""
 
     queries: slice
     keys: tuple[slice, ...]
@@ -128,9 +129,9 @@ class _Block:
 
 @lru_cache(maxsize=256)
 def _blocks(segment: Segment) -> tuple[_Block, ...]:
-    """A pair in three: the prompt sees itself, and each answer the prompt and itself. No other scores are computed.
+    """A pair in three blocks: the prompt attends to itself, each answer to the prompt and itself; no other scores.
 
-    A pair that would save few scores stays whole: products of a few more numbers are cheaper than more products.
+    A pair that would save few scores stays whole: slightly larger products are cheaper than more products.
     """
     prompt, chosen, rejected = (
         slice(0, segment.prompt),
@@ -150,9 +151,9 @@ def _blocks(segment: Segment) -> tuple[_Block, ...]:
 
 
 @lru_cache(maxsize=256)
-def _bias(segment: Segment, place: int, window: int | None, groups: int, dtype: torch.dtype) -> Tensor:
-    """Of a block: 0 where a token sees another and -inf where not, once for each of the heads that share a key head."""
-    block = _blocks(segment)[place]
+def _bias(segment: Segment, number: int, window: int | None, groups: int, dtype: torch.dtype) -> Tensor:
+    """A block's bias: 0 where a token attends to another, else -inf; repeated for the heads that share a key head."""
+    block = _blocks(segment)[number]
     visible = _visible(segment, window, torch.device("cpu"))[block.queries]
     visible = torch.cat([visible[:, keys] for keys in block.keys], dim=1)
     bias = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf)
@@ -176,9 +177,9 @@ class _DenseAttention(Function):
         query = query * scale
         result = torch.empty_like(query, memory_format=torch.contiguous_format)
         weights = []
-        for segment, place, rows, columns in _places(segments):
+        for segment, number, rows, columns in _slices(segments):
             q, k, v = _rows(query[:, :, rows], groups), _rows(_take(key, columns)), _rows(_take(value, columns))
-            scores = torch.bmm(q, k.mT).add_(_bias(segment, place, window, groups, query.dtype))
+            scores = torch.bmm(q, k.mT).add_(_bias(segment, number, window, groups, query.dtype))
             weights.append(scores.softmax(-1))
             result[:, :, rows] = torch.bmm(weights[-1], v).view(*query.shape[:2], -1, v.shape[-1])
         ctx.segments, ctx.scale, ctx.groups = segments, scale, groups
@@ -191,37 +192,37 @@ class _DenseAttention(Function):
         query, key, value, *weights = ctx.saved_tensors
         by_query = torch.empty_like(query, memory_format=torch.contiguous_format)
         by_key, by_value = (torch.zeros_like(each, memory_format=torch.contiguous_format) for each in (key, value))
-        for (_, _, rows, columns), weight in zip(_places(ctx.segments), weights, strict=True):
+        for (_, _, rows, columns), weight in zip(_slices(ctx.segments), weights, strict=True):
             q, g = _rows(query[:, :, rows], ctx.groups), _rows(grad[:, :, rows], ctx.groups)
             k, v = _rows(_take(key, columns)), _rows(_take(value, columns))
             by_scores = torch._softmax_backward_data(torch.bmm(g, v.mT), weight, -1, weight.dtype)
             by_query[:, :, rows] = torch.bmm(by_scores, k).view(*query.shape[:2], -1, q.shape[-1])
-            _add(by_key, columns, torch.bmm(by_scores.mT, q))  # q is scaled
+            _add(by_key, columns, torch.bmm(by_scores.mT, q))  # q is already scaled
             _add(by_value, columns, torch.bmm(weight.mT, g))
         return by_query.mul_(ctx.scale), by_key, by_value, None, None, None
 
 
-def _places(segments: Sequence[Segment]) -> Iterator[tuple[Segment, int, slice, tuple[slice, ...]]]:
-    """Every block of a row: its pair, its number there, and where its queries and keys lie in the row."""
+def _slices(segments: Sequence[Segment]) -> Iterator[tuple[Segment, int, slice, tuple[slice, ...]]]:
+    """Every block of a row: its pair, its number within the pair, and the row's slices of its queries and keys."""
     start = 0
     for segment in segments:
         for number, block in enumerate(_blocks(segment)):
-            rows, *columns = (slice(start + place.start, start + place.stop) for place in (block.queries, *block.keys))
+            rows, *columns = (slice(start + part.start, start + part.stop) for part in (block.queries, *block.keys))
             yield segment, number, rows, tuple(columns)
         start += segment.length
 
 
-def _take(heads: Tensor, places: Sequence[slice]) -> Tensor:
-    parts = [heads[:, :, place] for place in places]
+def _take(heads: Tensor, slices: Sequence[slice]) -> Tensor:
+    parts = [heads[:, :, rows] for rows in slices]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def _add(total: Tensor, places: Sequence[slice], more: Tensor) -> None:
-    """Add [trials * heads, length, size] where its tokens came from."""
+def _add(total: Tensor, slices: Sequence[slice], more: Tensor) -> None:
+    """Add [trials * heads, length, size] to the slices that `_take` took it from."""
     more, start = more.view(*total.shape[:2], -1, total.shape[-1]), 0
-    for place in places:
-        length = place.stop - place.start
-        total[:, :, place] += more[:, :, start : start + length]
+    for rows in slices:
+        length = rows.stop - rows.start
+        total[:, :, rows] += more[:, :, start : start + length]
         start += length
 
 

@@ -1,8 +1,8 @@
-"""Pairs in one row, without padding: `[prompt | chosen | rejected]`, one pair after the other.
+"""Packs pairs into rows without padding: `[prompt | chosen | rejected]`, one pair after another.
 
-The rejected answer's positions go on from the prompt, and its attention does not see the chosen answer, so that every
-token sees what it would see in a row of its own (Wang and Hegde 2024, "Accelerating Direct Preference Optimization with
-Prefix Sharing"). An answer's last token predicts nothing and is left out.
+The rejected answer's positions continue from the prompt, and it does not attend to the chosen answer, so that every
+token attends to what it would attend to in a row of its own (Wang and Hegde 2024, "Accelerating Direct Preference
+Optimization with Prefix Sharing"). An answer's last token predicts nothing and is left out.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from pairtune.data.table import TokenIds
 
-# Padded rows are multiples of this many tokens.
+# Padded rows are a multiple of this many tokens long.
 _PADDING = 32
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Where one pair lies in a row, in tokens. `rejected` is 0 for an answer that has the prompt to itself."""
+    """One pair's lengths in a row, in tokens. `rejected` is 0 for an answer with its own copy of the prompt."""
 
     prompt: int
     chosen: int
@@ -29,7 +29,7 @@ class Segment:
 
     @property
     def length(self) -> int:
-        """Tokens of the row that the pair takes."""
+        """Number of tokens that the pair takes in the row."""
         return self.prompt + self.chosen + self.rejected
 
 
@@ -38,15 +38,15 @@ class Pack:
     """Several pairs in one row of T tokens.
 
     Attributes:
-        input_ids: [1, T]; of padded rows [rows, longest], see `pad_pairs`.
-        positions: the same shape; each answer's go on from its prompt's.
-        segments: the pairs, in their order in the row; empty for padded rows.
-        predicting: for each of the N answer tokens, the place whose hidden state predicts it, [N]. Places count through
-            padded rows.
-        targets: the answer tokens, [N]; first a pair's chosen, then its rejected.
-        answers: the number of the answer that each target belongs to, [N]: 2i chosen, 2i + 1 rejected of pair i.
-        answer_tokens: how many targets each answer has, [2 * pairs].
-        mask: of padded rows, 1 where there is a token, [rows, longest].
+        input_ids: [1, T]; for padded rows [rows, longest], see `pad_pairs`.
+        positions: position ids of the same shape; each answer's continue from its prompt's.
+        segments: the pairs, in row order; empty for padded rows.
+        predicting: for each of the N answer tokens, the index of the hidden state that predicts it, [N]; an index into
+            the flattened rows.
+        targets: the answer tokens, [N]; a pair's chosen answer comes before its rejected answer.
+        answers: the index of the answer that each target belongs to, [N]: 2i is pair i's chosen, 2i + 1 its rejected.
+        answer_tokens: number of targets of each answer, [2 * pairs].
+        mask: for padded rows, 1 where there is a token, [rows, longest].
     """
 
     input_ids: Tensor
@@ -60,32 +60,32 @@ class Pack:
 
     @property
     def places_of_pairs(self) -> list[int]:
-        """How many of the row's places each pair takes, in the order of the pairs."""
+        """Number of row positions that each pair takes, in the order of the pairs."""
         if self.mask is not None:
             return [2 * self.mask.shape[1]] * self.pairs
         lengths = [segment.length for segment in self.segments]
-        each = len(lengths) // self.pairs  # segments of a pair: two, where each answer has a prompt of its own
+        each = len(lengths) // self.pairs  # segments per pair: two if each answer has its own prompt
         return [sum(lengths[start : start + each]) for start in range(0, len(lengths), each)]
 
     @property
     def pairs(self) -> int:
-        """How many pairs the row holds."""
+        """Number of pairs in the row."""
         return len(self.answer_tokens) // 2
 
     def places(self, count: int) -> Tensor:
-        """For each answer the numbers of `count` evenly spaced targets, [2 * pairs * count]; of fewer some twice."""
+        """Indices of `count` evenly spaced targets per answer, [2 * pairs * count]; short answers repeat some."""
         starts = self.answer_tokens.cumsum(0) - self.answer_tokens
         steps = torch.arange(count, device=starts.device)
         return (starts[:, None] + steps * self.answer_tokens[:, None] // count).flatten()
 
 
 def pack_pairs(pairs: Sequence[TokenIds], device: torch.device, *, share_prompts: bool = True) -> Pack:
-    """Put pairs into one row.
+    """Pack pairs into one row.
 
     Args:
         pairs: each with a prompt and two answers of at least one token.
-        device: where the tensors go.
-        share_prompts: False gives each answer a prompt of its own: the plain layout, twice the prompts' tokens.
+        device: the device of the tensors.
+        share_prompts: False gives each answer its own copy of the prompt: the plain layout, twice the prompt tokens.
     """
     ids: list[int] = []
     positions: list[int] = []
@@ -97,7 +97,7 @@ def pack_pairs(pairs: Sequence[TokenIds], device: torch.device, *, share_prompts
         prompt = len(pair.prompt)
         for side, answer in enumerate((pair.chosen, pair.rejected)):
             if side == 0 or not share_prompts:
-                start = len(ids)  # of the prompt that this answer follows
+                start = len(ids)  # where this answer's prompt begins
                 ids += pair.prompt
                 positions += range(prompt)
             predicting += [start + prompt - 1, *range(len(ids), len(ids) + len(answer) - 1)]
@@ -126,7 +126,7 @@ def pack_pairs(pairs: Sequence[TokenIds], device: torch.device, *, share_prompts
 def pack_batches(
     pairs: Sequence[TokenIds], max_tokens: int, device: torch.device, *, share_prompts: bool = True
 ) -> Iterator[Pack]:
-    """Rows of at most `max_tokens` tokens, in the order of the pairs; a longer pair has a row of its own."""
+    """Rows of at most `max_tokens` tokens, in the order of the pairs; a longer pair gets a row of its own."""
     row: list[TokenIds] = []
     for pair in pairs:
         if row and sum(map(_row_tokens, row)) + _row_tokens(pair) > max_tokens:
@@ -138,10 +138,10 @@ def pack_batches(
 
 
 def pad_pairs(pairs: Sequence[TokenIds], max_tokens: int, device: torch.device) -> Iterator[Pack]:
-    """Pairs as padded rows, one answer a row: for models whose attention cannot be told about segments.
+    """Pairs as padded rows, one answer per row: for models whose attention does not support segments.
 
-    How far a pair is padded depends on its own length alone, since attention over other lengths has other last bits:
-    to the next multiple of 32. Neighbours that are padded alike go together.
+    A pair is padded to the next multiple of 32, depending on its own length alone, since attention over another length
+    differs in its last bits. Neighbours of the same padded length share a batch.
     """
     batch: list[TokenIds] = []
     for pair in pairs:
@@ -160,13 +160,13 @@ def _pad(pairs: Sequence[TokenIds], device: torch.device) -> Pack:
     longest = _padded_length(pairs[0])
     total = flat.input_ids.shape[1]
     row = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=total)
-    place = row * longest + flat.positions[0]
+    index = row * longest + flat.positions[0]
     padded = torch.zeros(2, len(lengths) * longest, dtype=torch.long, device=device)
-    padded[0, place], padded[1, place] = flat.input_ids[0], 1
+    padded[0, index], padded[1, index] = flat.input_ids[0], 1
     ids, mask = padded.view(2, len(lengths), longest)
-    # Padding has the last token's position: a model may have no more positions than the pair has tokens.
+    # Padding repeats the last token's position: the model may have no positions beyond the pair's length.
     positions = torch.arange(longest, device=device).minimum(lengths[:, None] - 1)
-    return replace(flat, input_ids=ids, positions=positions, segments=(), predicting=place[flat.predicting], mask=mask)
+    return replace(flat, input_ids=ids, positions=positions, segments=(), predicting=index[flat.predicting], mask=mask)
 
 
 def _padded_length(pair: TokenIds) -> int:

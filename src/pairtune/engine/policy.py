@@ -1,4 +1,4 @@
-"""A model with its adapters, as the engine sees it: packed pairs in, log-probs of their answers out."""
+"""A model with its adapters as the engine uses it: packed pairs in, log-probs of their answers out."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ from pairtune.engine.softcap import final_softcap, soft_cap
 from pairtune.errors import BadInput
 from pairtune.files import fingerprint
 
-# Families whose attention goes through transformers' AttentionInterface and hands keywords on; each has a test.
+# Model families whose attention uses transformers' AttentionInterface and passes keywords on; each has a test.
 PACKED_FAMILIES = frozenset(
     {"llama", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text", "mistral", "phi", "phi3"}
 )
 
-# Tokens of a row in training, of each trial: the same however many trials there are, so that gradients add up in the
-# same order. Larger rows keep more activations until the backward pass, and beyond this multiply no faster.
+# Tokens per row and trial in training: the same for any number of trials, so that gradients are accumulated in the same
+# order. Larger rows keep more activations for the backward pass, and beyond this size products get no faster.
 TRAIN_TOKENS = 512
-# Of all trials together, where nothing is kept.
+# Tokens per row for all trials together in evaluation, where no activations are kept.
 EVALUATION_TOKENS = 4096
 
-# Places of an answer, evenly spaced, whose last hidden states are kept where they are asked for.
+# Evenly spaced positions of an answer whose last hidden states are kept on request.
 STATES = 8
 
 
 @dataclass(frozen=True)
 class AnswerLogps:
-    """Of the answers of a row: 2i is the chosen, 2i + 1 the rejected answer of pair i.
+    """Outputs for the answers of a row: 2i is the chosen, 2i + 1 the rejected answer of pair i.
 
     Attributes:
         logps: summed over the answer's tokens, [trials, 2 * pairs], nats, float32.
         logits: mean over the answer's tokens and the vocabulary, [trials, 2 * pairs].
-        states: last hidden states at some places of the answers, where they were asked for, else empty:
-            [trials, pairs, 2 * STATES, size].
+        states: last hidden states at some positions of the answers, [trials, pairs, 2 * STATES, size]; empty unless
+            requested.
     """
 
     logps: Tensor
@@ -56,14 +56,14 @@ class AnswerLogps:
 
 
 class Policy:
-    """A causal language model, K adapters on it, and the way pairs go through them.
+    """A causal language model with K adapters, and the forward pass of pairs through them.
 
     Args:
-        model: of transformers; switched to packed attention where its family is known to work with it.
-        adapted: its layers with adapters; empty when the whole model is trained or only read.
+        model: a transformers model; switched to packed attention if its family supports it.
+        adapted: its layers with adapters; empty for full training and for evaluating the model as it is.
         trials: K; 1 without adapters.
-        kernels: how products are computed on this machine; the library's own way where none are given.
-        share_prompts: False lays each answer out with a prompt of its own.
+        kernels: how products are computed on this machine; by default as the library computes them.
+        share_prompts: False gives each answer its own copy of the prompt.
 
     Raises:
         BadInput: the model's logits are not its last hidden states times its output embedding.
@@ -81,7 +81,7 @@ class Policy:
         self.model, self.adapted, self.trials = model, adapted or {}, trials
         self.kernels, self.share_prompts = kernels, share_prompts
         self.head = model.get_output_embeddings()
-        if not self.adapted and model.config._attn_implementation != ATTENTION:  # else it was checked before
+        if not self.adapted and model.config._attn_implementation != ATTENTION:  # otherwise it has been checked already
             check_head(model)
         replace_norms(model)
         self.packed = model.config.model_type in PACKED_FAMILIES
@@ -90,7 +90,7 @@ class Policy:
         self._use_products()
 
     def _use_products(self) -> None:
-        """Let everything that multiplies do so as the model's type needs it on this machine."""
+        """Make all layers compute their products as the model's dtype requires on this machine."""
         self.products = self.kernels.products(self.model.dtype) if self.kernels else PLAIN
         replace_linears(self.model, self.products)
         for layer in self.adapted.values():
@@ -98,7 +98,7 @@ class Policy:
 
     @contextmanager
     def computing_in(self, dtype: torch.dtype) -> Iterator[None]:
-        """Let the base compute in a wider type for a while; its weights come back bit for bit."""
+        """Compute in a wider dtype within the context; the weights are restored bit for bit."""
         own = self.model.dtype
         widened = [each for each in self.model.parameters() if each.dtype == own] if dtype != own else []
         for parameter in widened:
@@ -112,39 +112,39 @@ class Policy:
             self._use_products()
 
     def checkpoint_activations(self) -> None:
-        """Keep only each layer's input for the backward pass and compute the rest again: less memory, more work."""
+        """Activation checkpointing: keep only each layer's input for the backward pass and recompute the rest."""
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
         for module in self.model.modules():
             if isinstance(module, GradientCheckpointingLayer):
-                module.training = True  # this layer's own flag alone: dropout inside it stays off
+                module.training = True  # only this module's flag: dropout inside it stays off
 
     @property
     def softcap(self) -> float | None:
-        """The value below which the model bends its logits, or None."""
+        """The cap of the model's logits (see `engine.softcap`), or None."""
         return final_softcap(self.model.config)
 
     def rows(self, pairs: Sequence[TokenIds], max_tokens: int) -> Iterator[Pack]:
-        """Pairs in rows for `answer_logps`."""
+        """Pack or pad pairs into rows for `answer_logps`."""
         if self.packed:
             return pack_batches(pairs, max_tokens, self.model.device, share_prompts=self.share_prompts)
         return pad_pairs(pairs, max_tokens, self.model.device)
 
     def train(self, training: bool) -> None:
-        """Switch the adapters' dropout on or off; the model's own is never used."""
+        """Switch the adapters' dropout on or off; the base model's own dropout is never used."""
         for layer in self.adapted.values():
             layer.train(training)
 
     def draw_dropout(self, pack: Pack, pairs: Sequence[int], *numbers: int) -> None:
-        """Say what the adapters' dropout is drawn from for the coming row.
+        """Set the seeds of the adapters' dropout for the next row.
 
         Args:
             pack: the row.
-            pairs: the numbers of its pairs; a pair's dropout depends on its own number alone.
-            numbers: what else it depends on.
+            pairs: the row numbers of its pairs in their table; a pair's dropout depends on no other pair.
+            numbers: further numbers that go into the seeds.
         """
-        for place, layer in enumerate(self.adapted.values()):
+        for index, layer in enumerate(self.adapted.values()):
             if layer.dropout:
-                seeds = (int(fingerprint(map(str, (*numbers, pair, place))), 16) >> 1 for pair in pairs)  # of 63 bits
+                seeds = (int(fingerprint(map(str, (*numbers, pair, index))), 16) >> 1 for pair in pairs)  # 63 bits
                 layer.noise = tuple(zip(seeds, pack.places_of_pairs, strict=True))
 
     def keep(self, trials: list[int]) -> None:
@@ -156,8 +156,8 @@ class Policy:
     def answer_logps(self, pack: Pack, *, keep_states: bool = False) -> AnswerLogps:
         """Log-probs of a row's answers under every trial's adapter."""
         hidden = self._hidden(pack)[:, pack.predicting]
-        counted = [self._count(pack, hidden[trial]) for trial in range(self.trials)]
-        logps, logits = (torch.stack(values) for values in zip(*counted, strict=True))
+        summed = [self._sum_by_answer(pack, hidden[trial]) for trial in range(self.trials)]
+        logps, logits = (torch.stack(values) for values in zip(*summed, strict=True))
         states = hidden[:, pack.places(STATES)] if keep_states else hidden[:, :0]
         shape = (self.trials, pack.pairs, 2 * STATES if keep_states else 0, hidden.shape[-1])
         return AnswerLogps(logps, logits, states.reshape(shape))
@@ -165,14 +165,14 @@ class Policy:
     def _hidden(self, pack: Pack) -> Tensor:
         """Last hidden states, [trials, tokens of the row, size]."""
         ids, positions = (each.repeat(self.trials, 1) for each in (pack.input_ids, pack.positions))
-        how: dict[str, Any] = {"segments": pack.segments, "by_trial": self.products.by_trial}
+        attention: dict[str, Any] = {"segments": pack.segments, "by_trial": self.products.by_trial}
         if pack.mask is not None:
-            how = {"attention_mask": pack.mask.repeat(self.trials, 1)}
-        states = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False, **how)
+            attention = {"attention_mask": pack.mask.repeat(self.trials, 1)}
+        states = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False, **attention)
         hidden: Tensor = states.last_hidden_state
         return hidden.reshape(self.trials, -1, hidden.shape[-1])
 
-    def _count(self, pack: Pack, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def _sum_by_answer(self, pack: Pack, hidden: Tensor) -> tuple[Tensor, Tensor]:
         logps, logits = token_logps(
             hidden, self.head.weight, self.head.bias, pack.targets, softcap=self.softcap, products=self.products
         )
@@ -184,21 +184,21 @@ class Policy:
 
 
 def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast a model's parameters in place, and no buffers: rotary frequencies stay exact."""
+    """Cast a model's parameters in place, but not its buffers: rotary frequencies stay exact."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
 
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
-    """Compare a model's logits with what the engine computes: last hidden states times the output embedding, bent.
+    """Check that a model's logits are its last hidden states times its output embedding, soft-capped if configured.
 
     Raises:
-        BadInput: they differ: there is a transform, a scale or nothing of the kind in between.
+        BadInput: they are not: the model transforms or scales them, or has no such output embedding.
     """
     head = model.get_output_embeddings()
     refused = BadInput(
-        f"--model: {type(model).__name__} computes its logits by more than its output embedding; use --engine trl"
+        f"--model: the logits of {type(model).__name__} are not hidden states times output embedding; use --engine trl"
     )
     if not isinstance(head, torch.nn.Linear):
         raise refused
@@ -215,5 +215,5 @@ def check_head(model: PreTrainedModel) -> None:
         raise refused
 
 
-# Tokens that a head is checked with, and the share of the largest logit by which rounding may move one.
+# Tokens for checking a head, and the fraction of the largest logit by which rounding may change one.
 _HEAD_TOKENS, _HEAD_ROOM = 16, 0.02

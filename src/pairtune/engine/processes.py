@@ -1,7 +1,7 @@
 """The processes that share a run's work: one, unless a launcher (`torchrun`) started several.
 
-Each batch is divided among them and gradients are added up, so that the result is that of one process. All take the
-same decisions from the same numbers; the first one writes.
+Each batch is divided among them and the gradients are summed, so that the result is that of one process. All processes
+make the same decisions from the same numbers; only the first one writes.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ T = TypeVar("T")
 
 
 class Processes:
-    """Accelerate's view of this process and its siblings.
+    """The current process and its siblings, through Accelerate.
 
     Args:
-        device: that the run computes on.
+        device: the device that the run computes on.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -32,11 +32,11 @@ class Processes:
         self.first = self._state.is_main_process
 
     def shard(self, items: Sequence[T]) -> Sequence[T]:
-        """Every `count`-th item, beginning with this process's own number."""
+        """The process's part of the work: every `count`-th item, starting at the process index."""
         return items[self._state.process_index :: self.count]
 
     def gather(self, shared: list[Any]) -> list[Any]:
-        """What all processes made of their shares, in the order of the items that were shared."""
+        """The results of all processes' shards, in the order of the sharded items."""
         if self.count == 1:
             return shared
         missing = object()
@@ -56,7 +56,7 @@ class Processes:
         return values[0]
 
     def add_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Replace each gradient by the sum over all processes; one that has none adds 0."""
+        """Replace each gradient by its sum over all processes; a missing gradient counts as 0."""
         if self.count == 1:
             return
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -66,10 +66,10 @@ class Processes:
 
     @contextmanager
     def first_before_others(self) -> Iterator[None]:
-        """What is inside is done by the first process first: it fills the caches that the others read."""
+        """Run the body in the first process first: it fills the caches that the others read."""
         with self._state.main_process_first():
             yield
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes have reached this call."""
         self._state.wait_for_everyone()

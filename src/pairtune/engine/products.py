@@ -1,10 +1,10 @@
-"""Matrix products whose rows do not depend on the other rows: batch-invariant on machines whose kernels are not.
+"""Batch-invariant matrix products, in which a row's result does not depend on the other rows, on every machine.
 
-A library picks another kernel, with another order of summation, for another number of rows: oneDNN's bfloat16 products
-do on AMX, float32 products of few rows do almost everywhere. A pair's log-probs would then depend on what else is in
-its row. Where a probe finds that (`engine.kernels`), products are cut into tiles of one number of rows, the last one
-padded, so that the library only ever sees one shape (He et al. 2025, "Defeating Nondeterminism in LLM Inference",
-calls it batch invariance). Elsewhere a product is one call of the library.
+A library may pick another kernel, with another order of summation, for another number of rows: oneDNN's bfloat16
+products do so on AMX, float32 products of few rows almost everywhere. A pair's log-probs would then depend on what else
+is in its row. Where a probe finds this (`engine.kernels`), products are cut into tiles with a fixed number of rows, the
+last one padded, so that the library only ever sees one shape (He et al. 2025, "Defeating Nondeterminism in LLM
+Inference"). Elsewhere a product is a single library call.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from transformers.pytorch_utils import Conv1D
 
 @dataclass(frozen=True)
 class Products:
-    """The way products are computed in one type on one machine.
+    """How products of one dtype are computed on one machine.
 
     Attributes:
-        tile: rows of every product; None: as many as there are.
-        least: a product of fewer rows is padded to this many; without tiles.
-        by_trial: batched products, too, depend on the number of rows or on the size of the batch, so that they are
-            computed one trial at a time and in tiles.
+        tile: number of rows per tile; None: no tiles.
+        least: without tiles, a product of fewer rows is padded to this many.
+        by_trial: whether batched products, too, depend on the number of rows or on the size of the batch, so that they
+            are computed one trial at a time and in tiles.
         exact: whether a row's bits are known not to depend on the other rows.
     """
 
@@ -40,7 +40,7 @@ class Products:
 
     @property
     def plain(self) -> bool:
-        """Whether the library's own calls will always do."""
+        """Whether the library's own calls always suffice."""
         return self.tile is None and self.least == 1
 
     def matmul(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -57,13 +57,13 @@ class Products:
         return result
 
     def batched(self, x: Tensor, matrices: Tensor) -> Tensor:
-        """Each trial's rows by its own matrix: [K, N, in] and [K, in, out] to [K, N, out]."""
+        """Each trial's rows times its own matrix: [K, N, in] and [K, in, out] to [K, N, out]."""
         if self._whole_batch(x.shape[1]):
             return torch.bmm(x, matrices)
         return torch.stack([self.matmul(rows, matrix) for rows, matrix in zip(x, matrices, strict=True)])
 
     def add_batched(self, y: Tensor, x: Tensor, matrices: Tensor, scale: float) -> Tensor:
-        """Add scale x matrices, as in `batched`, to y, [K, N, out], in place."""
+        """Add scale * x @ matrices, as in `batched`, to y, [K, N, out], in place."""
         if self._whole_batch(x.shape[1]):
             return y.baddbmm_(x, matrices, alpha=scale)
         for total, rows_of_trial, matrix in zip(y, x, matrices, strict=True):
@@ -74,13 +74,13 @@ class Products:
         return y
 
     def bmm(self, a: Tensor, b: Tensor, trials: int) -> Tensor:
-        """`torch.bmm` of products whose shapes depend on one pair alone: [trials * M, ., .] each."""
+        """`torch.bmm` for operands [trials * M, ., .] whose shapes depend on one pair alone."""
         if not self.by_trial or trials == 1:
             return torch.bmm(a, b)
         return torch.cat([torch.bmm(*two) for two in zip(a.chunk(trials), b.chunk(trials), strict=True)])
 
     def _whole(self, rows: int) -> bool:
-        """Whether one call of the library will do for so many rows."""
+        """Whether a single library call suffices for this number of rows."""
         return self.tile is None and rows >= self.least
 
     def _whole_batch(self, rows: int) -> bool:
@@ -92,7 +92,7 @@ class Products:
         return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
     def _padded(self, rows: Tensor) -> Tensor:
-        """These rows, or with rows of zeros behind them as many as a product must have."""
+        """The rows, padded with rows of zeros to the size of a tile or the least number of rows."""
         size = self.tile or self.least
         if len(rows) >= size:
             return rows
@@ -101,7 +101,7 @@ class Products:
         return padded
 
 
-# The library's own.
+# The library's own products.
 PLAIN = Products()
 
 
@@ -110,13 +110,13 @@ def _product(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor | None 
 
 
 def matrix_of(layer: nn.Module) -> Tensor:
-    """What a linear layer multiplies rows with, [in, out]: a view of its weight; GPT-2's Conv1D keeps it that way."""
+    """The matrix of a linear layer, [in, out]: a view of its weight, which GPT-2's Conv1D stores in this layout."""
     weight = cast(Tensor, layer.weight)
     return weight if isinstance(layer, Conv1D) else weight.T
 
 
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
-    """A model's linear layers by name, the output embedding left out."""
+    """A model's linear layers by name, without the output embedding."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     for name, module in model.named_modules():
         if type(module) in (nn.Linear, Conv1D) and module is not head:
@@ -124,7 +124,7 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
 
 
 def replace_linears(model: nn.Module, products: Products) -> None:
-    """Let a model's linear layers compute their products this way; with plain products they stay as they are."""
+    """Make a model's linear layers compute their products this way; plain products leave them unchanged."""
     for _, layer in linear_layers(model):
         layer.__dict__.pop("forward", None)
         if not products.plain:
@@ -137,22 +137,24 @@ def _forward(products: Products, layer: nn.Linear | Conv1D, x: Tensor) -> Tensor
 
 
 class _Linear(Function):
-    """y = x M + b in both directions, where M is the weight, [in, out], or its transpose."""
+    """y = x M + b, forward and backward, where M, [in, out], is the weight or its transpose."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, as_it_is: bool, products: Products) -> Tensor:
-        ctx.products, ctx.as_it_is = products, as_it_is
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, as_matrix: bool, products: Products
+    ) -> Tensor:
+        ctx.products, ctx.as_matrix = products, as_matrix
         ctx.save_for_backward(x, weight)
-        matrix = weight if as_it_is else weight.T
+        matrix = weight if as_matrix else weight.T
         return products.matmul(x.reshape(-1, len(matrix)), matrix, bias).view(*x.shape[:-1], matrix.shape[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, grads[0].shape[-1])
-        by_x = ctx.products.matmul(grad, weight.T if ctx.as_it_is else weight) if ctx.needs_input_grad[0] else None
+        by_x = ctx.products.matmul(grad, weight.T if ctx.as_matrix else weight) if ctx.needs_input_grad[0] else None
         by_weight = None
         if ctx.needs_input_grad[1]:
-            by_weight = rows.T @ grad if ctx.as_it_is else grad.T @ rows
+            by_weight = rows.T @ grad if ctx.as_matrix else grad.T @ rows
         by_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
         return None if by_x is None else by_x.view_as(x), by_weight, by_bias, None, None

@@ -1,7 +1,7 @@
-"""Reference log-probs: computed once for a base model and a set of pairs, and kept.
+"""Reference log-probs: computed once per base model and set of pairs, and cached.
 
-They depend on weights, tokens and kernels only, not on learning rate, beta, loss, epochs or seed, so that all trials,
-epochs, resumed and later runs share them.
+They depend only on weights, tokens and kernels, not on learning rate, beta, loss, epochs or seed, so that all trials
+and epochs, and resumed and later runs, share them.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from pairtune.engine.processes import Processes
 from pairtune.errors import RunFailed
 from pairtune.files import fingerprint, user_cache, write_atomic
 
-# Other arithmetic, other last bits: changed whenever the engine's changes.
+# Version of the engine's arithmetic: bumped whenever a change alters the last bits of log-probs.
 _ARITHMETIC = "3"
 _TABLE_ROWS = 256
-# The first pairs, up to so many tokens, have a row of their own, which can be computed again to the same bits.
+# The first pairs, up to this many tokens, get a row of their own, which can be recomputed to the same bits.
 _WITNESS_TOKENS = 512
-# What a model's configuration says of itself and not of its numbers.
-_NO_PART = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+# Entries of a model's configuration that do not affect its outputs.
+_IGNORED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
 
 def reference_fingerprint(base_fingerprint: str, policy: Policy, pairs: PairTable) -> str:
-    """Of everything that reference log-probs depend on, down to the last bit.
+    """Fingerprint of everything that reference log-probs depend on, down to the last bit.
 
-    Two parts: first the weights, their configuration and the pairs, then how they are computed.
+    It has two parts: the weights, their configuration and the pairs; and how the log-probs are computed.
     """
     model, dtype = policy.model, policy.model.dtype
-    config = {name: value for name, value in model.config.to_dict().items() if name not in _NO_PART}
+    config = {name: value for name, value in model.config.to_dict().items() if name not in _IGNORED}
     settings = json.dumps(config, sort_keys=True, default=str)
     bits = policy.kernels.probe(dtype).bits if policy.kernels else ""
     versions = (torch.__version__, transformers.__version__)
@@ -53,17 +53,18 @@ def reference_logps(
     processes: Processes,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
-    """The reference log-probs of pairs, from the run folder, from the user cache, or computed.
+    """The reference log-probs of pairs, from the run folder, from the user cache, or newly computed.
 
-    A run that goes on where kernels compute other bits has them computed anew: policy and reference must share them.
+    A run resumed on a machine whose kernels give other bits recomputes them: policy and reference must use the same
+    kernels.
 
     Args:
         policy: the base model.
         name: the fingerprint, see `reference_fingerprint`.
         pairs: N of them.
         run_file: the run's own copy.
-        processes: that share the work; the first one reads and writes.
-        on_progress: told how many pairs are done.
+        processes: the processes that share the work; the first one reads and writes.
+        on_progress: called with the number of pairs done.
 
     Returns:
         [N, 2], float32: chosen and rejected.
@@ -93,7 +94,7 @@ def _find(run_file: Path, cached: Path, name: str, pairs: int) -> Tensor | None:
 
 
 def _name_of(run_file: Path) -> str | None:
-    """The fingerprint of a run's own copy; None: there is none, or one of an engine before this one."""
+    """The fingerprint of a run's own copy; None if there is no copy, or an older engine wrote it."""
     if not run_file.is_file():
         return None
     try:
@@ -111,9 +112,9 @@ def compute_logps(
     """Log-probs of all pairs under a policy's first trial, [N, 2]."""
     first = witness(policy, pairs)
     results: list[list[float]] = []
-    share = processes.shard(range(len(first), len(pairs)))
-    for start in range(0, len(share), _TABLE_ROWS):
-        for pack in policy.rows(pairs.tokens(share[start : start + _TABLE_ROWS]), EVALUATION_TOKENS):
+    shard = processes.shard(range(len(first), len(pairs)))
+    for start in range(0, len(shard), _TABLE_ROWS):
+        for pack in policy.rows(pairs.tokens(shard[start : start + _TABLE_ROWS]), EVALUATION_TOKENS):
             results += policy.answer_logps(pack).logps[0].view(-1, 2).tolist()
             on_progress(len(first) + len(results) * processes.count)
     rest = torch.tensor(processes.gather(results), dtype=torch.float32).view(-1, 2)
@@ -122,7 +123,7 @@ def compute_logps(
 
 @torch.no_grad()
 def witness(policy: Policy, pairs: PairTable) -> Tensor:
-    """Log-probs of the first few pairs in a row of their own, [some, 2]: the same bits whenever they are computed."""
+    """Log-probs of the first few pairs in a row of their own, [some, 2]: the same bits at every computation."""
     pack = next(policy.rows(pairs.tokens(range(min(len(pairs), _TABLE_ROWS))), _WITNESS_TOKENS), None)
     if pack is None:
         return torch.zeros(0, 2)
@@ -130,10 +131,10 @@ def witness(policy: Policy, pairs: PairTable) -> Tensor:
 
 
 def check_reference(policy: Policy, pairs: PairTable, reference: Tensor) -> None:
-    """Whether these are the policy's own log-probs, before it has learned anything.
+    """Check that these are the base model's own log-probs.
 
-    The first pairs are computed again in the row in which they were computed for the reference, where nothing but
-    what the machine does to one and the same computation may change; that is measured by computing them twice.
+    The first pairs are recomputed in the same row as for the reference, so that only nondeterminism of the machine may
+    change them; that is measured by computing them twice.
 
     Args:
         policy: the base model.
@@ -141,7 +142,7 @@ def check_reference(policy: Policy, pairs: PairTable, reference: Tensor) -> None
         reference: [N, 2].
 
     Raises:
-        RunFailed: they are another model's, or of other pairs.
+        RunFailed: they belong to another model or to other pairs.
     """
     if not len(pairs):
         return
@@ -149,9 +150,9 @@ def check_reference(policy: Policy, pairs: PairTable, reference: Tensor) -> None
     apart, allowed = (once - reference[: len(once)].cpu()).abs().max().item(), 4 * (once - again).abs().max().item()
     if not apart <= allowed:
         raise RunFailed(
-            f"the reference log-probs are not this base model's: computed again in the same row, those of the first "
-            f"{len(once)} pairs differ by up to {apart:.6f} nats, where computing them twice moves them by "
-            f"{allowed / 4:.6f}; remove the run's reference folder, or start a new run"
+            f"the reference log-probs are not this base model's: recomputed in the same row, those of the first "
+            f"pairs ({len(once)} compared) differ by up to {apart:.6f} nats, while computing them twice changes them "
+            f"by {allowed / 4:.6f}; remove the run's reference folder, or start a new run"
         )
 
 
@@ -160,7 +161,7 @@ def load_reference(path: Path, name: str, pairs: int) -> Tensor:
 
     Raises:
         OSError: there is no such file.
-        RunFailed: it is damaged, or belongs to something else than `name` says.
+        RunFailed: it is damaged, or its fingerprint is not `name`.
     """
     if not path.is_file():
         raise FileNotFoundError(path)
@@ -168,11 +169,11 @@ def load_reference(path: Path, name: str, pairs: int) -> Tensor:
         with safe_open(path, framework="pt") as file:
             found, result = (file.metadata() or {}).get("fingerprint"), file.get_tensor("logps")
     except (SafetensorError, KeyError) as error:
-        raise RunFailed(f"{path}: the reference log-probs are damaged; remove the file to compute them anew") from error
+        raise RunFailed(f"{path}: the reference log-probs are damaged; remove the file to recompute them") from error
     if found != name or result.shape != (pairs, 2):
         raise RunFailed(
-            f"{path}: these reference log-probs ({found}) are of another model or other pairs than this run's "
-            f"({name}); start a new run, or remove the file to compute them anew"
+            f"{path}: these reference log-probs ({found}) belong to another model or other pairs than this run's "
+            f"({name}); start a new run, or remove the file to recompute them"
         )
     logps: Tensor = result
     return logps

@@ -1,4 +1,4 @@
-"""How much of a pair's margin is rounding on this machine: measured on a run's first pairs, and kept with the run."""
+"""How much rounding changes a pair's margin on this machine: measured on a run's first pairs, and recorded with it."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from pairtune.files import user_cache, write_json
 from pairtune.models.load import free_bytes
 from pairtune.run.records import Rounding
 
-# Pairs that are measured; where products are known not to depend on the row, two show whether attention does.
+# Number of pairs measured; where products are batch-invariant, two show whether attention is.
 _PAIRS, _PAIRS_WHERE_EXACT = 8, 2
-# The first step's mean margin is refused beyond so many times what one pair's margin differs between rows.
+# The first step's mean margin may be at most this many times the difference of a pair's margin between rows.
 _ROOM = 6.0
 
 
 def allowed_margin(rounding: Rounding) -> float:
-    """Nats that the mean margin of a first step may be off 0."""
+    """How far the mean margin of the first step may be from 0, in nats before beta."""
     return _ROOM * rounding.between_rows
 
 
 @torch.no_grad()
 def measure_rounding(policy: Policy, trials: int, pairs: PairTable, name: str) -> Rounding:
-    """Score the first pairs of a table alone and together, and in float32.
+    """Compare the margins of a table's first pairs scored alone, scored together, and scored in float32.
 
     Args:
         policy: the base model.
-        trials: that will be trained side by side.
-        pairs: of which the first ones are taken.
-        name: the fingerprint of model, pairs and kernels, under which the comparison with float32 is kept.
+        trials: number of trials that will be trained side by side.
+        pairs: the pairs, of which the first ones are used.
+        name: the fingerprint of model, pairs and kernels, under which the comparison with float32 is cached.
     """
     exact = policy.products.exact and policy.packed
     some = pairs.tokens(range(min(len(pairs), _PAIRS_WHERE_EXACT if exact else _PAIRS)))

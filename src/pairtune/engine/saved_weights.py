@@ -1,4 +1,4 @@
-"""Saved weights judged on held-out pairs, with the kernels that trained them."""
+"""Evaluates saved weights on held-out pairs, with the kernels that trained them."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from pairtune.run.examples import ExampleRecord
 
 @dataclass(frozen=True)
 class SavedWeights:
-    """Weights on disk, and how they are judged.
+    """Weights on disk, and how they are evaluated.
 
     Attributes:
-        folder: of an adapter, or of a whole model.
-        lora: the adapter's shape; None: a whole model.
-        objective: whose loss and rewards are reported.
-        dtype: in which they are evaluated; None: that of the base.
+        folder: the folder of an adapter or of a full model.
+        lora: the adapter's settings; None: a full model.
+        objective: the objective whose loss and rewards are reported.
+        dtype: the dtype for evaluation; None: that of the base model.
     """
 
     folder: Path
@@ -41,7 +41,7 @@ class SavedWeights:
 
     @classmethod
     def of(cls, trial: TrialConfig, folder: Path) -> SavedWeights:
-        """Those that a trial has saved."""
+        """The weights that a trial has saved."""
         dtype = getattr(torch, trial.eval_dtype) if trial.eval_dtype else None
         lora = settings_of(trial) if trial.method == "lora" else None
         return cls(folder, lora, Objective.of(trial), dtype)
@@ -55,15 +55,15 @@ def evaluate_weights(
     kernels: Kernels | None = None,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[ExampleRecord]:
-    """Records of pairs under saved weights.
+    """Per-example records of pairs under saved weights.
 
     Args:
         saved: the weights.
-        base: that they were tuned from.
+        base: the base model that they were tuned from.
         pairs: N of them.
-        reference_file: where the run keeps the base's log-probs of these pairs.
-        kernels: how products are computed on this machine; found out where they are not given.
-        on_progress: told how many pairs are done.
+        reference_file: the run's file of reference log-probs for these pairs.
+        kernels: how products are computed on this machine; probed if not given.
+        on_progress: called with the number of pairs done.
 
     Returns:
         N records, in the order of the pairs.
@@ -81,7 +81,7 @@ def evaluate_weights(
     head = model.get_output_embeddings()
     states = BaseStates(base_states(before, name, pairs, processes), head.weight, head.bias)
     if saved.lora:
-        adapted = add_adapters(model, saved.lora, [0])  # what it draws is replaced at once
+        adapted = add_adapters(model, saved.lora, [0])  # its initial values are replaced at once
         load_peft_tensors(adapted, 0, load_file(saved.folder / "adapter_model.safetensors"))
         policy = Policy(model, adapted, kernels=kernels)
     else:

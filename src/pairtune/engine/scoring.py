@@ -1,4 +1,4 @@
-"""From answers' log-probs to losses and per-example records."""
+"""From the answers' log-probs to losses and per-example records."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from pairtune.engine.policy import AnswerLogps, Policy
 from pairtune.run.examples import ExampleRecord
 from pairtune.run.metrics import KL
 
-# Pairs that are read from their table at a time.
+# Number of pairs read from their table at a time.
 _TABLE_ROWS = 256
 
 
 @dataclass(frozen=True)
 class Scored:
-    """The pairs of a row under one trial: what its loss and its metrics are made of, [pairs] each."""
+    """The pairs of a row under one trial: the values behind its loss and metrics, [pairs] each."""
 
     losses: Tensor
     pairs: PairLogps
     beta: Tensor | float
     chosen_logits: Tensor
     rejected_logits: Tensor
-    kl: Tensor | None  # from the base, nats per token; NaN where it was not looked at
+    kl: Tensor | None  # from the base model, nats per token; NaN where it was not measured
 
     def records(self) -> list[ExampleRecord]:
-        """One record a pair, under TRL's names."""
+        """One record per pair, with TRL's metric names."""
         chosen, rejected = self.beta * self.pairs.chosen_ratio, self.beta * self.pairs.rejected_ratio
         columns = {
             "loss": self.losses,
@@ -63,17 +63,17 @@ def score_pairs(
     draw: tuple[int, ...] = (),
     base: BaseStates | None = None,
 ) -> Iterator[list[Scored]]:
-    """Pairs under every trial, as many at a time as go into a row.
+    """Score pairs under every trial, one row of pairs at a time.
 
     Args:
-        policy: with the trials' adapters, in their order.
-        objectives: of the trials.
-        pairs: of which some are scored.
-        rows: the numbers of these.
-        reference: [all pairs, 2], the base's log-probs of chosen and rejected.
-        max_tokens: of a row.
-        draw: what the adapters' dropout is drawn from, besides the pairs.
-        base: gives the records the divergence from the base, `kl`.
+        policy: the policy with the trials' adapters, in order.
+        objectives: the trials' objectives, in the same order.
+        pairs: the table of pairs.
+        rows: row numbers of the pairs to score.
+        reference: [all pairs, 2], the base model's log-probs of chosen and rejected.
+        max_tokens: the most tokens in a row.
+        draw: further numbers that seed the adapters' dropout, besides the pairs.
+        base: if given, the records get the KL divergence from the base model, `kl`.
     """
     for start in range(0, len(rows), _TABLE_ROWS):
         some, done = rows[start : start + _TABLE_ROWS], 0
@@ -83,16 +83,16 @@ def score_pairs(
             answers = policy.answer_logps(pack, keep_states=base is not None)
             kls = [base.kl(policy, states, numbers) if base else None for states in answers.states]
             yield [
-                _score(objective, pack, answers, place, reference[numbers], kls[place])
-                for place, objective in enumerate(objectives)
+                _score(objective, pack, answers, trial, reference[numbers], kls[trial])
+                for trial, objective in enumerate(objectives)
             ]
             done += pack.pairs
 
 
 def _score(
-    objective: Objective, pack: Pack, answers: AnswerLogps, place: int, reference: Tensor, kl: Tensor | None
+    objective: Objective, pack: Pack, answers: AnswerLogps, trial: int, reference: Tensor, kl: Tensor | None
 ) -> Scored:
-    logps, logits, tokens = answers.logps[place], answers.logits[place], pack.answer_tokens
+    logps, logits, tokens = answers.logps[trial], answers.logits[trial], pack.answer_tokens
     pairs = PairLogps(logps[0::2], logps[1::2], reference[:, 0], reference[:, 1], tokens[0::2], tokens[1::2])
     losses, beta = pair_loss(objective.loss, pairs, objective.settings), objective.settings.beta
     return Scored(losses, pairs, beta, logits[0::2], logits[1::2], kl)

@@ -1,4 +1,4 @@
-"""Soft-capping (Gemma 2, Gemma Team 2024, section 2): numbers are bent smoothly below a cap, `cap * tanh(x / cap)`."""
+"""Soft-capping (Gemma 2, Gemma Team 2024, section 2): values stay below a cap, `cap * tanh(x / cap)`."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from transformers import PretrainedConfig
 
 
 def final_softcap(config: PretrainedConfig) -> float | None:
-    """The cap of a model's logits; None: they are not capped."""
+    """The cap of a model's logits; None if they are not capped."""
     cap: float | None = getattr(config, "final_logit_softcapping", None)
     return cap
 
 
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:
-    """The capped numbers; `x` itself where there is no cap."""
+    """The capped values; `x` itself if there is no cap."""
     return x if cap is None else torch.tanh(x / cap) * cap
 
 
 def soft_cap_(x: Tensor, cap: float | None) -> Tensor | None:
-    """Cap in place, and give the derivative; None: there is no cap."""
+    """Cap in place and return the derivative; None if there is no cap."""
     if cap is None:
         return None
     capped = torch.tanh_(x.div_(cap))

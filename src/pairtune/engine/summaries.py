@@ -1,4 +1,4 @@
-"""From per-example records to what a trial is judged by: means, intervals, scores."""
+"""From per-example records to the statistics that trials are judged by: means, intervals, scores."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from pairtune.statistics import (
     share_of,
 )
 
-# The metric that a selection rule looks at, and whether more of it is better.
+# The metric of each selection rule, and whether higher is better.
 RULES: dict[Select, tuple[str, bool]] = {
     "eval_loss": ("eval_loss", False),
     "accuracy": ("eval_rewards/accuracies", True),
     "margin": ("eval_rewards/margins", True),
-    "win_rate": ("eval_loss", False),  # of a trial's epochs; the trials are then judged by their answers
+    "win_rate": ("eval_loss", False),  # ranks a trial's epochs; the trials themselves are ranked by win rate
 }
 
 
 class TrialFailed(Exception):
-    """A trial cannot go on (its loss is not a number any more); the others can. The message is the diagnosis."""
+    """A trial cannot continue, for example because its loss is NaN; the others can. The message is the diagnosis."""
 
 
 def mean_metrics(records: Sequence[ExampleRecord]) -> dict[str, float]:
-    """Means over examples, named as TRL names evaluation metrics: `eval_loss`, `eval_rewards/chosen`, …"""
+    """Means over examples, with TRL's names of evaluation metrics: `eval_loss`, `eval_rewards/chosen`, …"""
     means = {evaluation_name(name): math.fsum(row[name] for row in records) / len(records) for name in EXAMPLE_METRICS}
     if known := [row[KL] for row in records if row.get(KL) is not None]:
         means[evaluation_name(KL)] = math.fsum(known) / len(known)
@@ -45,7 +45,7 @@ def mean_metrics(records: Sequence[ExampleRecord]) -> dict[str, float]:
 
 
 def score(metrics: EvaluationMetrics, rule: Select) -> float:
-    """How good an evaluation is by a selection rule; more is better."""
+    """The score of an evaluation under a selection rule; higher is better."""
     value = {
         "eval_loss": -metrics.eval_loss,
         "accuracy": metrics.accuracy,
@@ -56,22 +56,22 @@ def score(metrics: EvaluationMetrics, rule: Select) -> float:
 
 
 def examples_of(pairs: PairTable, records: Sequence[ExampleRecord]) -> Examples:
-    """An evaluation's per-example records, in the order of the pairs, with what is known of these."""
+    """An evaluation's per-example records, in the order of the pairs, with the pairs' origins, groups and lengths."""
     return Examples.of(pairs.columns("origin")["origin"], pairs.groups, pairs.lengths(), records)
 
 
 def metric_intervals(metrics: Numbers, groups: Groups | None = None) -> dict[str, Interval]:
-    """95 % intervals of the means over pairs, by the name of the metric.
+    """95 % intervals of the means over pairs, by metric name.
 
     Args:
         metrics: [pairs, EXAMPLE_METRICS].
-        groups: of the pairs, [pairs].
+        groups: the group of each pair, [pairs].
     """
     intervals = bootstrap_intervals(metrics, groups)
     accuracy = EXAMPLE_METRICS.index("rewards/accuracies")
     right = metrics[:, accuracy]
     effect = design_effect(right, groups)
-    intervals[accuracy] = share_interval(right.sum() / effect, len(right) / effect)  # 5 of 5 is not beyond doubt
+    intervals[accuracy] = share_interval(right.sum() / effect, len(right) / effect)  # 5 of 5 is not certainty
     return {
         evaluation_name(name): (float(low), float(high))
         for name, (low, high) in zip(EXAMPLE_METRICS, intervals, strict=True)
@@ -79,7 +79,7 @@ def metric_intervals(metrics: Numbers, groups: Groups | None = None) -> dict[str
 
 
 def summarise_examples(examples: Examples) -> ExampleSummary:
-    """What an evaluation's pairs say besides the means of its metrics, with 95 % intervals."""
+    """An evaluation's statistics beyond the means of its metrics, with 95 % intervals."""
     groups = examples.groups
     chosen, rejected = examples.tokens("chosen"), examples.tokens("rejected")
     right = examples.metric("rewards/accuracies")

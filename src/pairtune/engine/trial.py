@@ -1,4 +1,4 @@
-"""What every engine shares: a trial's inputs, its pristine start, and the guards on its first step."""
+"""What the engines share: a trial's inputs, its pristine start, and the guards on its first step."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ LN_2 = math.log(2)
 
 
 def always_false(*_: object) -> bool:
-    """Stands for a question that nobody asks: whether to stop, whether a trial is hopeless."""
+    """Default for the callbacks that ask whether to stop a run or a trial."""
     return False
 
 
 @dataclass
 class BaseOutputs:
-    """What the base model says of a run's pairs, found out by the first trials for all of them.
+    """The base model's outputs for a run's pairs, computed by the first trials for all of them.
 
-    It depends on weights, pairs and machine alone, which are the same for the whole grid.
+    They depend only on weights, pairs and machine, which are the same for the whole grid.
 
     Attributes:
         logps: reference log-probs by split, [pairs, 2]: chosen and rejected.
-        states: the base's last hidden states at some positions of the validation answers; see `divergence.base_states`.
-        rounding: what this machine's rounding does to a pair's margin.
+        states: last hidden states at some positions of the validation answers; see `divergence.base_states`.
+        rounding: how much this machine's rounding changes a pair's margin.
     """
 
     logps: dict[str, Tensor] = field(default_factory=dict)
@@ -58,15 +58,17 @@ class TrialInputs:
     """What all trials of a run share.
 
     Attributes:
-        base: the base model; each trial loads its weights anew. Under LoRA `base.dtype` is that of the base weights,
-            with `--method full` that of the matrix products.
-        base_fingerprint: of the base weights; a trial that starts from others is stopped.
-        select: the rule by which a trial's best epoch is kept.
-        probed: how products are computed on this machine, where that was found out before.
+        base: the base model; each trial reloads its weights. With LoRA, `base.dtype` is the dtype of the base weights;
+            with `--method full`, that of the matrix products.
+        base_fingerprint: fingerprint of the base weights; a trial that starts from others is stopped.
+        train: the training pairs.
+        validation: the validation pairs.
+        select: the rule that picks a trial's best epoch.
+        probed: how products are computed on this machine, if it was probed before.
         base_outputs: filled by the first trials and read by all others.
-        checkpoint_steps: a checkpoint is written every so many steps, and at every epoch.
-        stopping: asked between steps whether the run is to be interrupted.
-        hopeless: asked after an evaluation that is not a trial's last whether the trial is to end with it.
+        checkpoint_steps: number of steps between checkpoints; one is also written after every epoch.
+        stopping: called between steps; whether to interrupt the run.
+        hopeless: called after each evaluation of a trial; whether to prune it, ignored after its last epoch.
     """
 
     base: LoadedBase
@@ -92,29 +94,29 @@ class TrialInputs:
 
     @cached_property
     def processes(self) -> Processes:
-        """Those that share the work."""
+        """The processes that share the work."""
         return Processes(self.base.device)
 
 
 def load_start(trial: TrialConfig, base: LoadedBase) -> PreTrainedModel:
     """The weights a trial starts from.
 
-    Full training keeps them in float32: bfloat16 has 8 bits of precision, and small updates to it are rounded away.
+    Full training keeps them in float32: bfloat16 has 8 bits of precision, so small updates would be rounded away.
     """
     return load_model(base.source, torch.float32 if trial.method == "full" else base.dtype, base.device)
 
 
 def epoch_order(pairs: int, seed: int, epoch: int) -> list[int]:
-    """The order in which an epoch sees the pairs; the same for all trials of a seed, in every engine."""
+    """The order of the pairs in an epoch; the same for all trials with the same seed, in every engine."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(pairs, generator=generator).tolist()
 
 
 def start_trials(trials: Sequence[TrialConfig], inputs: TrialInputs) -> tuple[PreTrainedModel, list[TrialRecord]]:
-    """Load the pristine weights that trials start from, and open their records.
+    """Load the pristine weights that trials start from, and create their records.
 
     Raises:
-        RunFailed: they are not the base model's; the run's results would not be comparable.
+        RunFailed: the weights are not the base model's; the run's results would not be comparable.
     """
     model = load_start(trials[0], inputs.base)
     found = weights_fingerprint(model)
@@ -136,17 +138,17 @@ def record_evaluation(
     records: Sequence[ExampleRecord],
     save: Callable[[], str],
 ) -> Evaluation:
-    """Write one evaluation of the validation pairs, and keep the weights when they are the best so far.
+    """Record one evaluation of the validation pairs, and save the weights if they are the best so far.
 
     Args:
-        result: the trial's, to which the evaluation is added.
-        inputs: of the trial.
-        paths: of the trial.
-        epoch: that has ended.
-        step: the last one of the epoch.
-        loss: mean over the epoch's training pairs.
-        records: one per validation pair, in their order.
-        save: writes the weights just evaluated, in the first process, and gives the fingerprint of their files.
+        result: the trial's record, which the evaluation is added to.
+        inputs: what the trials of the run share.
+        paths: the trial's paths.
+        epoch: the epoch that has ended.
+        step: the last step of the epoch.
+        loss: mean loss over the epoch's training pairs.
+        records: one per validation pair, in order.
+        save: saves the weights just evaluated, in the first process, and returns the fingerprint of their files.
 
     Returns:
         The evaluation: the means over pairs.
@@ -168,7 +170,7 @@ def record_evaluation(
 
 
 def prune_hopeless(result: TrialRecord, inputs: TrialInputs) -> None:
-    """End a trial that was just evaluated and has no prospect of being the best."""
+    """Stop a trial that was just evaluated and is unlikely to become the best."""
     last = result.epochs[-1].epoch == result.trial.epochs
     if inputs.hopeless(result) and not last:
         result.status = "pruned"
@@ -176,37 +178,37 @@ def prune_hopeless(result: TrialRecord, inputs: TrialInputs) -> None:
 
 
 def patience_is_over(result: TrialRecord) -> bool:
-    """Whether a trial has had as many evaluations in a row without a better one as it is given."""
+    """Whether a trial's last `patience` evaluations brought no improvement."""
     patience = result.trial.patience
     return patience is not None and len(result.epochs) - (result.best_epoch or 0) >= patience
 
 
 def wants_checkpointing(trial: TrialConfig, device: torch.device) -> bool:
-    """Whether activations are computed twice: memory is what a small card lacks, time is what a CPU lacks."""
+    """Whether to checkpoint activations; "auto" does on accelerators, where memory is scarce, but not on CPUs."""
     return device.type != "cpu" if trial.checkpointing == "auto" else trial.checkpointing == "on"
 
 
 def check_adapters_are_zero(names: Sequence[str], factors: Iterable[Tensor]) -> None:
-    """An adapter's factor B is 0 before the first step, so that a trial starts exactly at the base.
+    """Check that the adapters' factors B are 0 before the first step, so that trials start exactly at the base model.
 
     Raises:
-        RunFailed: it is not.
+        RunFailed: they are not.
     """
     if any(bool(factor.any()) for factor in factors):
-        raise RunFailed(f"trial {', '.join(names)}: its adapter is not zero before the first step")
+        raise RunFailed(f"trial {', '.join(names)}: factor B of an adapter is not zero before the first step")
 
 
 def check_first_step(trial: TrialConfig, loss: float, margin: float, rounding: Rounding | None = None) -> None:
-    """Before the first update policy and reference are one model: margins are 0, and the sigmoid loss is ln 2.
+    """Check that policy and reference are the same model before the first update: margins 0, sigmoid loss ln 2.
 
     Args:
-        trial: what is trained.
-        loss: the first step's mean over pairs.
+        trial: the trial.
+        loss: the first step's mean loss over pairs.
         margin: the first step's mean reward margin.
-        rounding: what this machine does to a pair's margin; None: nothing.
+        rounding: how much this machine's rounding changes a pair's margin; None: not at all.
 
     Raises:
-        RunFailed: they are not, by more than rounding can be.
+        RunFailed: they differ by more than rounding explains.
     """
     room = trial.beta * allowed_margin(rounding) if rounding else 0.0
     plain = trial.loss == "sigmoid" and not trial.sft_weight
@@ -224,17 +226,17 @@ def check_first_step(trial: TrialConfig, loss: float, margin: float, rounding: R
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Begin to measure anew: a later trial's peak is not an earlier one's. Linux only, on a CPU."""
+    """Reset the peak memory, so that a trial's peak is not an earlier trial's. On a CPU, Linux only."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): the peak resident size
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): resets the peak resident set size
 
 
 def peak_memory_mb(device: torch.device) -> int:
-    """Since `reset_peak_memory`: on an accelerator of this process's tensors, on a CPU the resident size.
+    """Peak memory since `reset_peak_memory`: of this process's tensors on a GPU, else its resident set size.
 
-    Where the system cannot measure anew it is the highest resident size of the whole process.
+    Where the system cannot reset the peak, it is that of the whole life of the process.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) // 2**20

@@ -1,7 +1,7 @@
-"""`--engine trl`: one trial through TRL's own `DPOTrainer`.
+"""`--engine trl`: trains one trial with TRL's own `DPOTrainer`.
 
-TRL does the arithmetic. This module gives it pristine weights, takes exact per-example numbers out of it, and keeps
-the weights of the best epoch at the moment they were evaluated, so that what is saved is what the table names.
+TRL does the arithmetic. This module gives it pristine weights, extracts exact per-example metrics, and saves the
+weights of the best epoch right when they are evaluated, so that the saved weights are those that the results describe.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ from pairtune.track.sinks import Sink
 
 
 def run_trials(trials: Sequence[TrialConfig], inputs: TrialInputs, run: Run, sink: Sink) -> list[TrialRecord]:
-    """Train a trial from pristine weights, evaluate it at every epoch and keep its best epoch.
+    """Train a trial from pristine weights, evaluate it after every epoch and keep its best epoch.
 
-    A trial that was interrupted begins anew. TRL does not say how far its reference pass and evaluations are.
+    An interrupted trial starts over. TRL does not report the progress of its reference pass and evaluations.
 
     Args:
-        trials: one.
-        inputs: of the run.
-        run: where everything is written.
-        sink: told of every step.
+        trials: a single trial.
+        inputs: what the trials of the run share.
+        run: the run that the results are written to.
+        sink: receives every step and evaluation.
 
     Raises:
         RunFailed: the trial did not start at the base model; the run's results would not be comparable.
@@ -94,7 +94,7 @@ def run_trials(trials: Sequence[TrialConfig], inputs: TrialInputs, run: Run, sin
 
 
 def checkpointed(run: Run) -> list[TrialRecord]:
-    """No trial goes on from the middle."""
+    """Empty: this engine writes no checkpoints."""
     return []
 
 
@@ -107,9 +107,9 @@ def _arguments(trial: TrialConfig, inputs: TrialInputs, scratch: Path) -> DPOCon
     on_cpu = inputs.base.device.type == "cpu"
     return DPOConfig(
         output_dir=str(scratch),
-        # One pair a pass, in training and evaluation: less padding, memory that does not grow with the batch, TRL's
-        # batch means as exact per-example records, and a pair whose reference and policy log-probs always come from
-        # the same padding, so that equal weights give equal bits and margins start at 0.
+        # One pair per pass, in training and evaluation: less padding, memory that does not grow with the batch, TRL's
+        # batch means are exact per-example records, and a pair's reference and policy log-probs are always computed
+        # with the same padding, so that equal weights give equal bits and margins start at 0.
         per_device_train_batch_size=1,
         gradient_accumulation_steps=trial.batch_size,
         per_device_eval_batch_size=1,
@@ -119,8 +119,8 @@ def _arguments(trial: TrialConfig, inputs: TrialInputs, scratch: Path) -> DPOCon
         loss_type=[trial.loss],
         label_smoothing=trial.label_smoothing,
         discopop_tau=trial.discopop_tau,
-        precompute_ref_log_probs=True,  # a third of a LoRA step's work, the same in every epoch and trial
-        max_length=None,  # what is too long was shortened or dropped, and counted, before
+        precompute_ref_log_probs=True,  # a third of a LoRA step's work, identical in every epoch and trial
+        max_length=None,  # pairs that are too long have already been truncated or dropped
         max_grad_norm=trial.max_grad_norm,
         seed=trial.seed,
         use_cpu=on_cpu,
@@ -130,7 +130,7 @@ def _arguments(trial: TrialConfig, inputs: TrialInputs, scratch: Path) -> DPOCon
         eval_strategy="epoch",
         save_strategy="no",
         logging_steps=1,
-        logging_nan_inf_filter=False,  # the default logs NaN as 0, which reads like success
+        logging_nan_inf_filter=False,  # the default would log NaN as 0, which looks like success
         disable_tqdm=True,
         report_to=[],
     )
@@ -147,12 +147,12 @@ def _lora(trial: TrialConfig) -> LoraConfig:
     )
 
 
-# Columns under which TRL keeps reference log-probs.
+# TRL's columns of reference log-probs.
 _REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 class _EpochOrder(Sampler[int]):
-    """The order in which this project's engines see the pairs, epoch by epoch."""
+    """The order of the pairs that both engines share, epoch by epoch."""
 
     def __init__(self, pairs: int, seed: int) -> None:
         self.pairs, self.seed, self.epoch = pairs, seed, 0
@@ -166,10 +166,10 @@ class _EpochOrder(Sampler[int]):
 
 
 class _Trainer(DPOTrainer):
-    """TRL's trainer; it shares reference log-probs with its siblings and remembers what it evaluated, pair by pair.
+    """TRL's trainer, which shares reference log-probs between trials and records its evaluations pair by pair.
 
-    TRL caches reference log-probs on disk by a hash of the tokenizer's state and others; here they live as long as the
-    sweep, whose trials are known to share base weights, pairs and order.
+    TRL caches reference log-probs on disk under a hash of the tokenizer's state, among others; here they are kept in
+    memory during the sweep, whose trials share base weights, pairs and order.
     """
 
     def __init__(self, *args: Any, reference: dict[str, Tensor], **kwargs: Any) -> None:
@@ -184,7 +184,7 @@ class _Trainer(DPOTrainer):
         return _EpochOrder(len(self.train_dataset), self.args.seed)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
-        return dataset  # tokenized already, to the ids that TRL would make (a test compares them)
+        return dataset  # already tokenized, to the same ids that TRL would produce (a test compares them)
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         if name not in self._reference:
@@ -203,7 +203,7 @@ class _Trainer(DPOTrainer):
         return loss, logits, labels
 
     def _per_token(self, numbers: dict[str, float]) -> float:
-        """The margin of the pair being evaluated, without beta, per token of its answers."""
+        """The difference of the log-ratios per token for the pair being evaluated."""
         ids = self.eval_dataset[len(self.example_records)]
         beta = float(self.beta)
         chosen, rejected = (
@@ -214,7 +214,7 @@ class _Trainer(DPOTrainer):
 
 @dataclass
 class _Keeper(TrainerCallback):
-    """Watches a trial: guards its first step, logs every step, writes every evaluation, keeps the best epoch."""
+    """Guards a trial's first step, logs every step, records every evaluation and saves the best epoch."""
 
     trainer: _Trainer
     trial: TrialConfig
@@ -239,11 +239,11 @@ class _Keeper(TrainerCallback):
         self.result.train_seconds += seconds
         self.result.own_seconds += seconds
         if self.inputs.stopping():
-            raise Interrupted(f"interrupted; `pairtune resume {self.run.root}` begins this trial anew")
+            raise Interrupted(f"interrupted; `pairtune resume {self.run.root}` restarts this trial")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs is None or "loss" not in logs:
-            return  # an evaluation (see on_evaluate) or the summary at the end
+            return  # an evaluation (see on_evaluate) or the final summary
         if state.global_step == 1:
             check_first_step(self.trial, logs["loss"], logs["rewards/margins"])
         if not math.isfinite(logs["loss"]):
@@ -279,17 +279,17 @@ class _Keeper(TrainerCallback):
 
 
 class _quiet:
-    """Keeps other libraries' progress bars and notes off the live view while a trial runs; errors still show."""
+    """Hides other libraries' progress bars and warnings during a trial, so that they do not disturb the live view."""
 
     names = ("transformers", "trl", "accelerate", "datasets", "peft")
 
     def __enter__(self) -> None:
         disable_progress_bar()
         self.tqdm = os.environ.get("TQDM_DISABLE")
-        os.environ["TQDM_DISABLE"] = "1"  # what TRL asks before it draws the bar of its reference pass
+        os.environ["TQDM_DISABLE"] = "1"  # checked by TRL before it shows the progress bar of its reference pass
         self.warnings = warnings.catch_warnings()
         self.warnings.__enter__()
-        warnings.simplefilter("ignore", FutureWarning)  # of names that these libraries will rename between themselves
+        warnings.simplefilter("ignore", FutureWarning)  # renamed arguments, for these libraries to sort out
         self.levels = {name: logging.getLogger(name).level for name in self.names}
         for name in self.names:
             logging.getLogger(name).setLevel(logging.ERROR)

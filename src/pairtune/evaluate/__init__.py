@@ -1,1 +1,1 @@
-"""Evaluation: what a model does on prompts and pairs that it was not trained on."""
+"""Evaluation of models on prompts and pairs that they were not trained on."""

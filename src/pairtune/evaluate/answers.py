@@ -1,4 +1,4 @@
-"""What can be counted about answers without a model: length, ends, repetition, refusals, languages."""
+"""Answer statistics that need no model: length, completion, repetition, refusals, languages."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from statistics import median
 
 from pairtune.run.records import Answer, AnswerSummary
 
-_PHRASE = 4  # words; shorter ones repeat in good prose too
-# Fewer letters tell no language.
+_PHRASE = 4  # words; shorter phrases repeat in good prose too
+# A text with fewer letters is too short for its language to be told.
 _LETTERS_OF_A_LANGUAGE = 40
 
-# How refusals begin, within the first words of an answer; counted, not judged: refusing may be right.
+# How refusals begin. They are counted, not judged: a refusal may be right.
 _REFUSAL = re.compile(
     r"^\W*(?:"
     r"i(?:['\u2019]| a)m (?:very |so |really )?(?:sorry|afraid|unable|not able)|sorry,? (?:but )?i|i apologi[sz]e"
@@ -23,14 +23,14 @@ _REFUSAL = re.compile(
 
 
 def repeated_share(text: str) -> float:
-    """The share of an answer's phrases of four words that it has said before; 0 for short answers."""
+    """The share of an answer's four-word phrases that repeat an earlier one; 0 for short answers."""
     words = text.lower().split()
     phrases = [tuple(words[at : at + _PHRASE]) for at in range(len(words) - _PHRASE + 1)]
     return 1 - len(set(phrases)) / len(phrases) if phrases else 0.0
 
 
 def distinct(texts: Sequence[str], words: int) -> float:
-    """Different over all phrases of so many words in all answers together (distinct-n, Li et al. 2016)."""
+    """Distinct n-grams over all n-grams of all answers, with n = `words` (distinct-n, Li et al. 2016)."""
     phrases = [
         tuple(said[at : at + words])
         for text in texts
@@ -41,23 +41,23 @@ def distinct(texts: Sequence[str], words: int) -> float:
 
 
 def refuses(text: str) -> bool:
-    """Whether an answer begins as refusals in English do."""
+    """Whether an answer begins like an English refusal."""
     return bool(_REFUSAL.match(text))
 
 
 def other_language(prompt: str, answer: str) -> bool:
-    """Whether an answer is in another language than its prompt; never where either is too short to tell."""
+    """Whether an answer is in another language than its prompt; False where either is too short to tell."""
     if min(sum(map(str.isalpha, prompt)), sum(map(str.isalpha, answer))) < _LETTERS_OF_A_LANGUAGE:
         return False
     return _language(prompt) != _language(answer)
 
 
 def summarise(prompts: Sequence[str], answers: Sequence[Answer]) -> AnswerSummary:
-    """Shares and means over answers.
+    """Summary statistics of answers.
 
     Args:
         prompts: the last user turns.
-        answers: one a prompt.
+        answers: one per prompt.
     """
     texts, count = [answer.text for answer in answers], len(answers)
     return AnswerSummary(
@@ -73,7 +73,7 @@ def summarise(prompts: Sequence[str], answers: Sequence[Answer]) -> AnswerSummar
 
 
 def _language(text: str) -> str:
-    from py3langid import classify  # its model takes half a second
+    from py3langid import classify  # loading its model takes half a second
 
     language: str = classify(text)[0]
     return language

@@ -1,6 +1,6 @@
-"""What models say: the same held-out prompts answered by the base and by every trial's best epoch.
+"""Generations: the base model and every trial's best epoch answer the same held-out prompts.
 
-Losses can fall while answers collapse into a few words or never end, so a run looks at the answers as well.
+Losses can fall while answers collapse into a few words or never end, so a run looks at the answers too.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from pairtune.run.records import Answer, AnswersRecord, Decoding, ModelAnswers
 
 R = TypeVar("R", bound=AnswersRecord)
 
-# Sampled, as in a chat: greedy decoding sends small models into loops that people would never see.
+# Sampled, as in a chat: greedy decoding sends small models into loops that no user would see.
 CHECK_SAMPLING = SamplingParams(max_tokens=160, temperature=0.7)
 
-# Where the number of prompts is left open: as many as this share of the run's time answers, within bounds.
+# Without --samples: as many prompts as can be answered in this share of the run's time, within bounds.
 TIME_SHARE, FEWEST, MOST = 0.1, 4, 32
 
 Prompt = tuple[Message, ...]
 
 
 def held_out_prompts(pairs: Sequence[PreferencePair], count: int) -> list[Prompt]:
-    """The first `count` different prompts of held-out pairs, in their order."""
+    """The first `count` distinct prompts of held-out pairs, in order."""
     different: dict[int, Prompt] = {}
     for pair in pairs:
         if len(different) == count:
@@ -46,11 +46,11 @@ def held_out_prompts(pairs: Sequence[PreferencePair], count: int) -> list[Prompt
 
 
 class AnsweringModels:
-    """Models that answer prompts: a base, and what was tuned from it. One base in memory serves all its adapters.
+    """A base model and models tuned from it, ready to answer. All adapters share one base in memory.
 
     Args:
-        base: of all of them.
-        tuned: folders of weights by name.
+        base: the base model of all of them.
+        tuned: weight folders by model name.
     """
 
     def __init__(self, base: LoadedBase, tuned: dict[str, Path]) -> None:
@@ -61,7 +61,7 @@ class AnsweringModels:
 
     @contextmanager
     def active(self, name: str) -> Iterator[Any]:
-        """The model called `name`, in memory."""
+        """Load the model called `name`, or switch to it."""
         folder = self._tuned.get(name)
         if folder is None:
             with self._adapted.disable_adapter() if self._adapted else nullcontext():
@@ -74,28 +74,28 @@ class AnsweringModels:
     def answer(
         self, name: str, prompts: Sequence[Prompt], seed: int, on_progress: Callable[[int], None] = lambda done: None
     ) -> list[Answer]:
-        """One answer a prompt by the model called `name`."""
+        """One answer per prompt from the model called `name`."""
         with self.active(name) as model:
             return generate_answers(
                 model, self._base.tokenizer, prompts, CHECK_SAMPLING, seed=seed, on_progress=on_progress
             )
 
     def _with_adapter(self, name: str, folder: Path) -> PeftModel:
-        inside = str(self.names.index(name))  # PEFT takes no name with a dot
+        adapter = str(self.names.index(name))  # PEFT accepts no name with a dot
         if self._adapted is None:
-            self._adapted = load_tuned(folder, self._base, self._plain, inside)
-        elif inside not in self._adapted.peft_config:
-            self._adapted.load_adapter(folder, inside)
-        self._adapted.set_adapter(inside)
+            self._adapted = load_tuned(folder, self._base, self._plain, adapter)
+        elif adapter not in self._adapted.peft_config:
+            self._adapted.load_adapter(folder, adapter)
+        self._adapted.set_adapter(adapter)
         return self._adapted.eval()
 
 
 def affordable(models: AnsweringModels, prompts: Sequence[Prompt], run_seconds: float, seed: int) -> int:
-    """How many prompts all models can answer in a tenth of the run's time, at the speed of the base."""
+    """How many prompts all models can answer in a tenth of the run's time, at the base model's speed."""
     started = time.monotonic()
     models.answer("base", prompts[:FEWEST], seed)
     each = (time.monotonic() - started) / min(FEWEST, len(prompts)) * len(models.names)
-    # Larger batches are faster a prompt, so this is rather too few than too many.
+    # Larger batches are faster per prompt, so this errs on the low side.
     return max(FEWEST, min(MOST, int(TIME_SHARE * run_seconds / each)))
 
 
@@ -106,13 +106,13 @@ def compare_answers(
     seed: int,
     on_progress: Callable[[str, int], None] = lambda model, done: None,
 ) -> R:
-    """Answer the prompts with every model, the base first; tuned models are judged by `winrate.RuleJudge`.
+    """Answer the prompts with every model, the base first; `winrate.RuleJudge` judges the tuned ones against it.
 
     Args:
-        kind: of the record that is wanted.
+        kind: the type of record to return.
         models: the models.
-        prompts: to be answered.
-        seed: of the answers.
+        prompts: the prompts to answer.
+        seed: for sampling.
         on_progress: called with a model's name and the number of prompts it has answered.
     """
     answered: dict[str, ModelAnswers] = {}

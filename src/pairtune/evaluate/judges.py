@@ -1,4 +1,4 @@
-"""Judges that need a model: a reward model on this machine, or a chat model behind an OpenAI-style endpoint."""
+"""Judges that need a model: a local reward model, or a chat model behind an OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from pairtune.extras import require
 from pairtune.files import fingerprint, user_cache, write_json
 from pairtune.run.records import Answer
 
-# The second one goes to its owner alone.
+# The second key is sent to OpenAI only.
 _KEY, _OPENAI_KEY, _OPENAI = "PAIRTUNE_JUDGE_KEY", "OPENAI_API_KEY", "api.openai.com"
-# A reply that is a verdict: a letter or "tie", perhaps in brackets or bold, perhaps introduced, perhaps with a reason.
-# "A tie" is a tie; what begins like a sentence ("As an AI", "Both are good", "A good question") is no verdict.
+# A reply that is a verdict: a letter or "tie", possibly bracketed, bold, introduced or followed by a reason.
+# "A tie" is a tie; a sentence that only begins with a letter ("As an AI", "Both are good", "A good question") is not.
 _VERDICT = re.compile(
     r"""[\W_]*
     (?:(?:my|the|final)\s+)*
@@ -33,9 +33,9 @@ _VERDICT = re.compile(
     re.IGNORECASE | re.VERBOSE | re.DOTALL,
 )
 _MOST_TOKENS = 16  # room for "Answer A is better."
-# A judge that says something else this often is none.
+# A judge with a larger share of unreadable replies is rejected.
 _UNREADABLE_SHARE = 0.1
-_LETTERS_A_TOKEN = 4  # of English text, for the estimate of the cost
+_LETTERS_PER_TOKEN = 4  # in English text, for the cost estimate
 _ASKED = """Which of two answers to the conversation is better: more helpful, true, and no longer than needed?
 The order and the length of the answers must not matter.
 
@@ -52,23 +52,23 @@ Reply with one letter: A, B, or T for a tie."""
 
 
 def open_judge(name: str, judge_model: str | None) -> Judge:
-    """The judge that a person names: `rule`, an `http(s)://` endpoint, or a reward model (folder or Hub id).
+    """Open the judge of `--judge`: `rule`, an `http(s)://` endpoint, or a reward model (folder or Hub id).
 
     Raises:
-        BadInput: it cannot be had.
+        BadInput: the judge cannot be loaded.
     """
     if name == "rule":
         return RuleJudge()
     if name.startswith(("http://", "https://")):
         require("judge", f"--judge {name}")
         if not judge_model:
-            raise BadInput("--judge-model: is needed with an endpoint: the name under which it knows the judge")
+            raise BadInput("--judge-model: is required with an endpoint; give the name that the judge model has there")
         return EndpointJudge(name.rstrip("/"), judge_model)
     return RewardModelJudge.load(name)
 
 
 def read_verdict(reply: str) -> str:
-    """A, B or T; nothing where a reply is none of them."""
+    """A, B or T; empty where a reply is no verdict."""
     found = _VERDICT.match(reply.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'"))
     if found is None:
         return ""
@@ -85,10 +85,10 @@ class RewardModelJudge:
 
     @classmethod
     def load(cls, name: str) -> RewardModelJudge:
-        """Load a reward model of transformers.
+        """Load a reward model with transformers.
 
         Raises:
-            BadInput: it cannot be had, or has more than one output, or no chat template.
+            BadInput: it cannot be loaded, has more than one output, or has no chat template.
         """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -103,12 +103,12 @@ class RewardModelJudge:
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise BadInput(f"--judge {name}: cannot be loaded as a reward model ({one_line(error)})") from error
-        if missing := sorted(info["missing_keys"]):  # they would be drawn at random, and so would the verdicts
-            raise BadInput(f"--judge {name}: is no reward model: it has no weights for {', '.join(missing[:3])}")
+        if missing := sorted(info["missing_keys"]):  # they would be random, and so would the verdicts
+            raise BadInput(f"--judge {name}: is not a reward model: it has no weights for {', '.join(missing[:3])}")
         if model.config.num_labels != 1:
             raise BadInput(f"--judge {name}: has {model.config.num_labels} outputs; a reward model has one")
         if tokenizer.chat_template is None:
-            raise BadInput(f"--judge {name}: its tokenizer has no chat template, so it cannot be shown a conversation")
+            raise BadInput(f"--judge {name}: its tokenizer has no chat template, so it cannot be given a conversation")
         return cls(f"reward model {name}", model.to(pick_device()).eval(), tokenizer)
 
     def judge(
@@ -121,7 +121,7 @@ class RewardModelJudge:
         return scores
 
     def score(self, turns: Conversation, answer: str) -> float:
-        """The reward of one answer; one at a time, so that padding has no part in it."""
+        """The reward of one answer; scored one at a time, so that padding plays no part."""
         import torch
 
         conversation = [*turns, {"role": "assistant", "content": answer}]
@@ -132,14 +132,14 @@ class RewardModelJudge:
 
 @dataclass
 class EndpointJudge:
-    """A chat model behind an OpenAI-style endpoint, asked twice with the answers swapped.
+    """A chat model behind an OpenAI-compatible endpoint, asked twice with the answers swapped.
 
-    It wins only who wins in both orders; everything else is a tie. What it said is kept in the user cache, so that
-    the same question is paid for once.
+    An answer wins only if it wins in both orders; everything else is a tie. Verdicts are kept in the user cache, so
+    that the same question is paid for once.
 
     Attributes:
-        url: of the endpoint, up to and with `/v1`.
-        model: its name there.
+        url: of the endpoint, up to and including `/v1`.
+        model: the name of the chat model there.
     """
 
     url: str
@@ -147,21 +147,21 @@ class EndpointJudge:
 
     @property
     def name(self) -> str:
-        """For reports; no key is part of it."""
+        """The judge's name in reports, without credentials."""
         parts = urlsplit(self.url)
         return f"{self.model} at {parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
     def estimate(
         self, prompts: Sequence[Conversation], ours: Sequence[Answer], base: Sequence[Answer]
     ) -> dict[str, int]:
-        """What asking will cost: `calls` and about how many `tokens` they send; answers in the cache cost nothing."""
+        """The cost of asking: `calls`, and about how many `tokens` they send; cached verdicts cost nothing."""
         asked = [
             question
             for two in self._questions(prompts, ours, base)
             for question in two
             if not self._cached(question).is_file()
         ]
-        return {"calls": len(asked), "tokens": sum(len(question) for question in asked) // _LETTERS_A_TOKEN}
+        return {"calls": len(asked), "tokens": sum(len(question) for question in asked) // _LETTERS_PER_TOKEN}
 
     def judge(
         self, prompts: Sequence[Conversation], ours: Sequence[Answer], base: Sequence[Answer], on_progress: Progress
@@ -174,7 +174,7 @@ class EndpointJudge:
             on_progress(len(scores))
         if unreadable > _UNREADABLE_SHARE * 2 * len(scores):
             raise RunFailed(
-                f"--judge {self.name}: {unreadable} of {2 * len(scores)} replies are no verdict (A, B or T); take a "
+                f"--judge {self.name}: no verdict (A, B or T) in {unreadable} of {2 * len(scores)} replies; use a "
                 "model that answers with one letter"
             )
         return scores
@@ -193,10 +193,10 @@ class EndpointJudge:
         return user_cache() / "judged" / f"{fingerprint([self.url, self.model, question])}.json"
 
     def _ask(self, question: str) -> str:
-        """A, B or T; nothing where the reply is none of them.
+        """A, B or T; empty where the reply is no verdict.
 
         Raises:
-            RunFailed: the endpoint does not answer; what it has said so far is kept.
+            RunFailed: the endpoint does not answer; earlier verdicts are kept.
         """
         cached = self._cached(question)
         if cached.is_file():
@@ -212,7 +212,7 @@ class EndpointJudge:
             )
         except OpenAIError as error:
             raise RunFailed(
-                f"--judge {self.name}: {one_line(error, 160)}; what it has said so far is kept, so a second try goes on"
+                f"--judge {self.name}: {one_line(error, 160)}; verdicts so far are kept, run the command again to go on"
             ) from error
         text = reply.choices[0].message.content if reply.choices else None
         said = read_verdict(text or "")

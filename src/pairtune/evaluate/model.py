@@ -1,4 +1,4 @@
-"""`pairtune eval`: any model judged on any pairs, also one that was not tuned here."""
+"""`pairtune eval`: evaluate any model on any pairs, including models that were not tuned here."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from pairtune.run.folder import Run
 from pairtune.run.metrics import EvaluationMetrics
 from pairtune.run.records import Answer, EvaluationReport, JudgedAnswers, KernelChoice, Selection, SourceAccount
 
-# In what a foreign adapter must be like ours, so that the engine's kernels can run it.
+# The settings that an adapter made elsewhere must have for the engine's kernels to run it.
 _PLAIN_LORA: dict[str, Any] = {
     "layers_to_transform": None,
     "lora_bias": False,
@@ -49,14 +49,14 @@ TUNED = "tuned"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to be judged, and the base that it is compared with.
+    """A model to evaluate, and the base model it is compared with.
 
     Attributes:
-        name: what the person typed.
+        name: as the user typed it.
         saved: its weights.
-        base: the base.
-        kernels: how the run that made it computed products; None: not known.
-        max_length: tokens of a pair.
+        base: the base model.
+        kernels: how the run that made it computed matrix products; None if unknown.
+        max_length: of a pair, in tokens.
     """
 
     name: str
@@ -67,16 +67,16 @@ class Candidate:
 
 
 def open_candidate(target: str, base: str | None, beta: float, dtype: str) -> Candidate:
-    """Find what `pairtune eval TARGET` names: a finished run or its trial, an adapter, or a model with `--base`.
+    """Open what `pairtune eval TARGET` names: a finished run or its trial, an adapter, or a model with `--base`.
 
     Args:
-        target: as typed.
-        base: what to compare a model with, or an adapter's base, where it does not lie where the adapter says.
-        beta: for losses and rewards of what was not tuned here.
+        target: as the user typed it.
+        base: what to compare a model with; for an adapter, its base model where it is not where the adapter says.
+        beta: for losses and rewards of a model that was not tuned here.
         dtype: `auto`, `float32` or `bfloat16`.
 
     Raises:
-        BadInput: it is none of these, or cannot be had.
+        BadInput: the target is none of these, or cannot be loaded.
     """
     found = resolve_target(target)
     if found.run:
@@ -87,19 +87,19 @@ def open_candidate(target: str, base: str | None, beta: float, dtype: str) -> Ca
         return Candidate(target, saved, open_base(base or found.base, dtype))
     if base is None:
         raise BadInput(
-            f"--base: is needed with {target}, which is neither a run nor an adapter: what to compare it with"
+            f"--base: is required with {target}, which is neither a run nor an adapter; give the model to compare with"
         )
     assert found.source is not None  # noqa: S101 - a target without weights of its own is a model
     return Candidate(target, SavedWeights(found.source.folder, None, objective), open_base(base, dtype))
 
 
 def _of_run(target: Target, run: Run, dtype: str) -> Candidate:
-    """In the types that the run was made in; float32, where it is asked for, is for the evaluation alone."""
+    """Open a trial of a run in the dtype it was trained in; a requested float32 applies to the evaluation only."""
     record = run.read_trial(target.trial or run.need(Selection).winner)
     if record is None or target.weights is None:
-        raise BadInput(f"{target.name}: the trial.json is missing; the run is damaged")
+        raise BadInput(f"{target.name}: trial.json is missing; the run is damaged")
     if dtype == "bfloat16" and run.choices.dtype == "float32":
-        raise BadInput(f"--dtype bfloat16: {run.root} was trained in float32; leave out the flag")
+        raise BadInput(f"--dtype bfloat16: {run.root} was trained in float32; omit the flag")
     saved = SavedWeights.of(record.trial, target.weights)
     if dtype == "float32":
         saved = replace(saved, dtype=torch.float32)
@@ -107,10 +107,10 @@ def _of_run(target: Target, run: Run, dtype: str) -> Candidate:
 
 
 def _shape_of_adapter(folder: Path) -> LoraSettings:
-    """Of a foreign adapter, where the engine's kernels can run it.
+    """The LoRA settings of an adapter made elsewhere.
 
     Raises:
-        BadInput: they cannot.
+        BadInput: the engine's kernels cannot run it.
     """
     try:
         settings: Any = PeftConfig.from_pretrained(folder)
@@ -120,11 +120,13 @@ def _shape_of_adapter(folder: Path) -> LoraSettings:
     if str(settings.peft_type) not in ("LORA", "PeftType.LORA") or beyond:
         what = ", ".join(beyond) or settings.peft_type
         raise BadInput(
-            f"{folder}: is no plain LoRA adapter ({what}); merge it into its base and give that, with --base"
+            f"{folder}: is not a plain LoRA adapter ({what}); merge it into its base, and evaluate that with --base"
         )
     targets = settings.target_modules
     if not targets or (isinstance(targets, str) and targets != "all-linear"):
-        raise BadInput(f"{folder}: names its layers by {targets!r}; merge it into its base and give that, with --base")
+        raise BadInput(
+            f"{folder}: target_modules is {targets!r}; merge it into its base, and evaluate that with --base"
+        )
     return LoraSettings(
         settings.r,
         settings.lora_alpha,
@@ -136,15 +138,16 @@ def _shape_of_adapter(folder: Path) -> LoraSettings:
 def read_pairs(
     candidate: Candidate, reader: SourceReader, on_bad_row: OnBadRow, folder: Path
 ) -> tuple[PairTable, SourceAccount]:
-    """All pairs of a source, tokenized for the candidate, and the account of its rows.
+    """Tokenize all pairs of a source for the candidate, and count the source's rows.
 
     Raises:
-        BadInput: a row cannot be used, or none is left.
+        BadInput: a row cannot be used, or no pair is left.
     """
     path = folder / "pairs.arrow"
     count = tokenize_source(reader, candidate.base.tokenizer, candidate.max_length, on_bad_row, path)
     if not count.kept:
-        raise BadInput(f"{count.source}: no pair is left ({dict(count.dropped)})")
+        reasons = ", ".join(f"{rows} {reason}" for reason, rows in count.dropped.items()) or "it is empty"
+        raise BadInput(f"{count.source}: no pair is left ({reasons})")
     return PairTable.open(path), count.account()
 
 
@@ -154,13 +157,13 @@ def evaluate_pairs(
     rows: SourceAccount,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> EvaluationReport:
-    """What the candidate prefers, pair by pair, against its base.
+    """Evaluate the candidate against its base, pair by pair.
 
     Args:
         candidate: the model.
-        pairs: to judge it by.
-        rows: the account of where they came from.
-        on_progress: told how many pairs are done.
+        pairs: the pairs to evaluate it on.
+        rows: how many rows they came from.
+        on_progress: called with the number of pairs done.
     """
     with tempfile.TemporaryDirectory(prefix="pairtune-") as scratch:
         reference = Path(scratch) / "reference.safetensors"
@@ -190,7 +193,7 @@ class Answered:
     base: list[Answer]
 
     def judged(self, judge: Judge, on_progress: Callable[[int], None] = lambda done: None) -> JudgedAnswers:
-        """What was counted, and who wins how often by the judge."""
+        """Answer statistics, and the win rate according to the judge."""
         asked = [str(turns[-1]["content"]) for turns in self.prompts]
         scores = judge.judge(self.prompts, self.ours, self.base, on_progress)
         return JudgedAnswers(
@@ -202,14 +205,14 @@ class Answered:
         )
 
     def cost(self, judge: Judge) -> dict[str, int] | None:
-        """What an endpoint will be asked; None for judges on this machine."""
+        """Calls and tokens that an endpoint will be sent; None for judges on this machine."""
         return judge.estimate(self.prompts, self.ours, self.base) if isinstance(judge, EndpointJudge) else None
 
 
 def answer_prompts(
     candidate: Candidate, pairs: PairTable, count: int, seed: int, on_progress: Callable[[str, int], None]
 ) -> Answered:
-    """Let candidate and base answer the first different prompts of the pairs."""
+    """Let candidate and base answer the first `count` distinct prompts of the pairs."""
     prompts = held_out_prompts(pairs, count)
     models = AnsweringModels(candidate.base, {TUNED: candidate.saved.folder})
     base, ours = (

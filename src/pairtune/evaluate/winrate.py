@@ -1,4 +1,4 @@
-"""How often a tuned model's answer is better than its base's, and the judge that needs no model for it: a rule."""
+"""How often a tuned model's answer beats its base's, and a rule-based judge that needs no model."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ WIN, TIE, LOSS = 1.0, 0.5, 0.0
 _REPEATS = 0.3
 _RESAMPLES = 500
 _NEWTON_STEPS = 25
-# Keeps the slope of lengths finite where they predict every win; next to nothing where they do not.
+# Keeps the length coefficient finite where length predicts every win; negligible elsewhere.
 _RIDGE = 1e-2
 
 
 class Judge(Protocol):
-    """Says which of two answers is better."""
+    """Decides which of two answers is better."""
 
     @property
     def name(self) -> str:
-        """For reports."""
+        """The judge's name in reports."""
 
     def judge(
         self, prompts: Sequence[Conversation], ours: Sequence[Answer], base: Sequence[Answer], on_progress: Progress
     ) -> list[float]:
-        """1 where ours is better, 0 where the base's is, a half for a tie; one number a prompt."""
+        """One score per prompt: 1 where ours is better, 0 where the base's is, 0.5 for a tie."""
 
 
 class RuleJudge:
-    """Counts faults that need no taste: no words, no end within the limit, the same phrases again, another language.
+    """Counts objective faults: empty, cut off at the token limit, repeated phrases, another language.
 
-    The answer with fewer faults wins; equally many are a tie.
+    The answer with fewer faults wins; equal counts are a tie.
     """
 
     name = "rule (fewer faults: empty, cut off, repeating, another language)"
@@ -55,31 +55,33 @@ class RuleJudge:
 
 
 def faults(prompt: str, answer: Answer) -> int:
-    """How many of the rule's faults an answer has."""
+    """How many faults an answer has by the rule."""
     if not answer.text:
-        return 4  # worse than any that says something
+        return 4  # worse than any non-empty answer
     return (not answer.ended) + (repeated_share(answer.text) > _REPEATS) + other_language(prompt, answer.text)
 
 
 def better(ours: float, theirs: float) -> float:
-    """The larger one wins."""
+    """The score of one comparison: the larger value wins."""
     return WIN if ours > theirs else LOSS if ours < theirs else TIE
 
 
 def win_rate(scores: Sequence[float], ours: Sequence[Answer], base: Sequence[Answer]) -> WinRate:
-    """The share of wins, ties counted half, with 95 % intervals (Wilson's; of the second rate bootstrapped).
+    """The win rate, ties counting half, with 95% intervals (Wilson; bootstrapped for the length-controlled rate).
 
-    The length-controlled rate is that which is left when both answers have the same length, from a logistic regression
-    of the score on the difference of lengths (after Dubois et al. 2024, "Length-Controlled AlpacaEval").
+    The length-controlled rate is what a logistic regression of the score on the length difference predicts for answers
+    of equal length (after Dubois et al. 2024, "Length-Controlled AlpacaEval").
     """
     values = np.array(scores, dtype=np.float64)
     lengths = _length_differences(ours, base)
     generator = np.random.default_rng(0)
     drawn = (generator.integers(0, len(values), len(values)) for _ in range(_RESAMPLES))
-    decided = float(np.ptp(values)) == 0  # all scores are the same, so that resampling shows nothing
+    decided = float(np.ptp(values)) == 0  # all scores are equal, so resampling shows no spread
     controlled = [_same_length_rate(values[rows], lengths[rows]) for rows in drawn]
     low, high = np.quantile(controlled, [ALPHA / 2, 1 - ALPHA / 2])
-    interval = share_interval(float(values.sum()), len(values))  # resampling sees no doubt in eight wins of eight
+    interval = share_interval(
+        float(values.sum()), len(values)
+    )  # resampling shows no uncertainty in eight wins of eight
     return WinRate(
         rate=float(values.mean()),
         interval=interval,
@@ -96,14 +98,14 @@ def win_rate(scores: Sequence[float], ours: Sequence[Answer], base: Sequence[Ans
 
 
 def _length_differences(ours: Sequence[Answer], base: Sequence[Answer]) -> Numbers:
-    """Tanh of the differences in tokens over their standard deviation, so that few very long answers do not decide."""
+    """Tanh of token-count differences over their standard deviation, so that a few very long answers do not decide."""
     differences = np.array([mine.tokens - theirs.tokens for mine, theirs in zip(ours, base, strict=True)], np.float64)
     spread = float(differences.std())
     return np.tanh(differences / spread) if spread else np.zeros_like(differences)
 
 
 def _same_length_rate(values: Numbers, lengths: Numbers) -> float:
-    """Sigmoid of the intercept of a logistic regression, by Newton's method."""
+    """Sigmoid of the intercept of a logistic regression, fitted by Newton's method."""
     inputs = np.stack([np.ones_like(lengths), lengths], axis=1)
     weights = np.zeros(2)
     ridge = np.diag([_RIDGE, _RIDGE])

@@ -1,1 +1,1 @@
-"""Models: from a name to weights in memory, adapters on top of them, answers out of them."""
+"""Models: finding and loading weights and adapters, generating answers, saving."""

@@ -1,4 +1,4 @@
-"""Answers out of a model: in batches for checks, token by token for a chat."""
+"""Generates answers with a model: in batches for evaluations, token by token for a chat."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pairtune.run.records import Answer
 
 
 def generation_config(params: SamplingParams, model: PreTrainedModel, tokenizer: Any) -> GenerationConfig:
-    """The same for transformers; the model's own sampling defaults are left out, so that these are all there is."""
+    """Sampling parameters for transformers; they replace the model's own sampling defaults completely."""
     sampled = {} if params.greedy else {"temperature": params.temperature, "top_k": params.top_k}
     return GenerationConfig(
         max_new_tokens=params.max_tokens,
@@ -28,9 +28,9 @@ def generation_config(params: SamplingParams, model: PreTrainedModel, tokenizer:
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
-    """Ids that end an answer: the chat template's and the tokenizer's end token, and what the generation config names.
+    """Ids that end an answer: the end tokens of the chat template, the tokenizer and the generation config.
 
-    A model that was tuned by a template ends its answers as the template does, whatever its base's config says.
+    A model that was tuned with a template ends its answers as the template does, whatever its base's config states.
     """
     configured = getattr(model.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
@@ -48,9 +48,9 @@ def generate_answers(
     batch_size: int = 32,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[Answer]:
-    """Answer every conversation once, in batches of similar length; results come in the order given.
+    """Answer every conversation once, in batches of similar length; results are in the order given.
 
-    The seed is set per batch, so the same call gives the same answers on the same machine.
+    The seed is set for each batch, so the same call gives the same answers on the same machine.
     """
     prompts = [_render(tokenizer, conversation) for conversation in conversations]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
@@ -77,7 +77,7 @@ def generate_answers(
 def stream_answer(
     model: PreTrainedModel, tokenizer: Any, conversation: Conversation, params: SamplingParams
 ) -> Iterator[str]:
-    """Answer one conversation; yields pieces of text as they are made. Closing the iterator stops the model."""
+    """Answer one conversation and yield pieces of text as they are generated. Closing the iterator stops the model."""
     batch = tokenizer(_render(tokenizer, conversation), return_tensors="pt", add_special_tokens=False).to(model.device)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     stop = False
@@ -92,7 +92,7 @@ def stream_answer(
                     streamer=streamer,
                     stopping_criteria=[lambda ids, scores, **_: torch.full((ids.shape[0],), stop, device=ids.device)],
                 )
-        except BaseException as error:  # noqa: BLE001 - handed to the reader, which would otherwise wait for ever
+        except BaseException as error:  # noqa: BLE001 - raised by the reader, which would otherwise wait forever
             failure.append(error)
             streamer.end()
 
@@ -113,7 +113,7 @@ def _render(tokenizer: Any, conversation: Conversation) -> str:
 
 
 def _answer(tokenizer: Any, ids: list[int], ends: set[int]) -> Answer:
-    length = next((place for place, token in enumerate(ids) if token in ends), None)
+    length = next((position for position, token in enumerate(ids) if token in ends), None)
     kept = ids if length is None else ids[:length]
     text: str = tokenizer.decode(kept, skip_special_tokens=True).strip()
     return Answer(text=text, tokens=len(kept), ended=length is not None)

@@ -1,4 +1,4 @@
-"""Weights and tokenizers in memory."""
+"""Loads weights and tokenizers."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from pairtune.run.folder import Run
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# For models that were never tuned to chat. Plain words, since such a model has no tokens for turns; the end token
-# closes an answer, and tuning teaches that. Where the tokenizer begins plain text with BOS, so that the model has never
-# seen text without, the template gets BOS at its beginning. It is saved with the tuned model's tokenizer.
+# For models that were never tuned to chat. It marks turns with plain words, since such a model has no tokens for them;
+# the end token closes an answer, which the model learns in tuning. If the tokenizer begins plain text with BOS, so that
+# the model has never seen text without it, BOS is put before the template. Saved with the tuned model's tokenizer.
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
@@ -39,7 +39,7 @@ DEFAULT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class LoadedBase:
-    """A base model as a run uses it: where its weights lie, its tokenizer, and how it is put into memory."""
+    """A base model as a run uses it: the location of its weights, its tokenizer, its dtype and its device."""
 
     source: ModelSource
     tokenizer: Any
@@ -48,14 +48,14 @@ class LoadedBase:
 
 
 def open_base(name: str, dtype: str = "auto") -> LoadedBase:
-    """Find a model and load its tokenizer; weights are loaded where they are used, each time anew.
+    """Find a model and load its tokenizer; weights are loaded afresh wherever they are used.
 
     Args:
-        name: what a person types after `--model`.
+        name: what the user types after `--model`.
         dtype: `auto`, `float32` or `bfloat16`.
 
     Raises:
-        BadInput: the model cannot be had or used.
+        BadInput: the model cannot be found or used.
     """
     source, device = resolve_model(name), pick_device()
     return LoadedBase(
@@ -64,13 +64,13 @@ def open_base(name: str, dtype: str = "auto") -> LoadedBase:
 
 
 def open_base_of(run: Run) -> LoadedBase:
-    """A run's base in the type in which the run had it: what was chosen for the run is not chosen again.
+    """A run's base model in the dtype that the run used, which is not chosen again.
 
-    Nor is the default template, where the run has got so far that its tokenizer lies beside its weights: what was tuned
-    under an older one goes on under that.
+    If the run has saved a tokenizer with its weights, that tokenizer is used: a model that was tuned with an older
+    default chat template keeps it.
 
     Raises:
-        BadInput: the model cannot be had or used.
+        BadInput: the model cannot be found or used.
     """
     config, best = run.settings, run.paths.best
     base = open_base(config.model, run.choices.dtype or config.dtype)
@@ -80,26 +80,26 @@ def open_base_of(run: Run) -> LoadedBase:
 
 
 def pick_device() -> torch.device:
-    """The accelerator when there is one, else the CPU."""
+    """The accelerator if there is one, else the CPU."""
     if torch.accelerator.is_available():
         return torch.accelerator.current_accelerator() or torch.device("cpu")
     return torch.device("cpu")
 
 
 def device_name(device: torch.device) -> str:
-    """What a person calls it."""
+    """The device's name as shown to the user."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that this device has left."""
+    """Free memory of a device, in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return int(psutil.virtual_memory().available)
 
 
 def pick_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where this machine multiplies it clearly faster than float32, else float32."""
+    """bfloat16 if this machine multiplies it clearly faster than float32, else float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     measured = measure_dtypes(device)
@@ -109,10 +109,10 @@ def pick_dtype(device: torch.device) -> torch.dtype:
 
 @cache
 def measure_dtypes(device: torch.device) -> dict[str, float]:
-    """Seconds of one small product by type, on a CPU; measured once in a process, which takes about 50 ms.
+    """Seconds for one small matrix product by dtype on a CPU; measured once per process, which takes about 50 ms.
 
-    It has to be measured, since the same instruction set is fast on one model and emulated on another. Seven
-    alternating rounds; the fastest one of each type counts.
+    It must be measured, since the same instruction set is fast on one processor and emulated on another. There are
+    seven alternating rounds; the fastest one of each dtype counts.
     """
     best = {"float32": float("inf"), "bfloat16": float("inf")}
     for _ in range(7 if device.type == "cpu" else 0):
@@ -126,7 +126,7 @@ def measure_dtypes(device: torch.device) -> dict[str, float]:
 
 
 def load_tokenizer(source: ModelSource | Path) -> Any:
-    """The model's tokenizer, with a padding token and a chat template (`DEFAULT_TEMPLATE` where it has none).
+    """The model's tokenizer, with a padding token and a chat template (`DEFAULT_TEMPLATE` if it has none).
 
     Raises:
         BadInput: the folder has no usable tokenizer, or the tokenizer has no end token.
@@ -137,7 +137,7 @@ def load_tokenizer(source: ModelSource | Path) -> Any:
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise BadInput(f"--model {_typed(source)}: the tokenizer cannot be loaded ({one_line(error)})") from error
     if tokenizer.eos_token is None:
-        raise BadInput(f"--model {_typed(source)}: the tokenizer has no end token, so that answers could not end")
+        raise BadInput(f"--model {_typed(source)}: the tokenizer has no end token, so answers could never end")
     if tokenizer.chat_template is None:
         tokenizer.chat_template = ("{{ bos_token }}" if adds_bos(tokenizer) else "") + DEFAULT_TEMPLATE
     if tokenizer.pad_token is None:
@@ -146,13 +146,13 @@ def load_tokenizer(source: ModelSource | Path) -> Any:
 
 
 def load_model(source: ModelSource | Path, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
-    """Fresh weights from disk. Every trial calls this anew: no trial sees what another one trained.
+    """Load fresh weights from disk. Every trial calls this again, so that no trial sees what another one trained.
 
     Raises:
         BadInput: the folder holds no causal language model in safetensors format.
     """
     folder = source.folder if isinstance(source, ModelSource) else source
-    transformers_logging.disable_progress_bar()  # the live view says what is going on
+    transformers_logging.disable_progress_bar()  # the live view shows what is going on
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
@@ -161,7 +161,7 @@ def load_model(source: ModelSource | Path, dtype: torch.dtype, device: torch.dev
 
 
 def blank_model(source: ModelSource) -> PreTrainedModel:
-    """A model of this shape without weights: on the meta device."""
+    """A model of the same architecture without weights, on the meta device."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source.folder))
 
@@ -169,13 +169,13 @@ def blank_model(source: ModelSource) -> PreTrainedModel:
 def load_tuned(
     folder: Path, base: LoadedBase, model: PreTrainedModel | None = None, name: str = "default"
 ) -> PreTrainedModel | PeftModel:
-    """A run's or trial's `best/` in memory: the base with its adapter on top, or the full model that lies there.
+    """Load the `best/` of a run or trial: the base model with its adapter, or the full model saved there.
 
     Args:
-        folder: of the weights.
-        base: that an adapter belongs to.
-        model: the base in memory, onto which the adapter is put; loaded where none is given.
-        name: of the adapter among others.
+        folder: the folder with the weights.
+        base: the base model that an adapter belongs to.
+        model: the loaded base model to put the adapter on; loaded if not given.
+        name: the name of the adapter within the model.
 
     Raises:
         BadInput: the folder holds neither an adapter nor a model.
@@ -187,16 +187,16 @@ def load_tuned(
     model = model or load_model(base.source, base.dtype, base.device)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of a name that PEFT and transformers rename between them
+            warnings.simplefilter("ignore", FutureWarning)  # about a name that differs between PEFT and transformers
             return PeftModel.from_pretrained(model, folder, name).eval()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BadInput(f"{folder}: the adapter cannot be loaded ({one_line(error)})") from error
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:
-    """A fingerprint of every parameter's name, shape, type and bits, independent of order and device.
+    """A fingerprint of every parameter's name, shape, dtype and bits, independent of order and device.
 
-    A model that another trial has trained, or that carries an adapter already, has another one than the base.
+    A model that another trial has trained, or that already has an adapter, has a different one than the base.
     """
     parts: list[bytes | str] = []
     for name, tensor in sorted(model.named_parameters(), key=lambda named: named[0]):

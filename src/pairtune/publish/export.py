@@ -1,8 +1,7 @@
-"""A run's model as a folder that other tools load: the adapter, the whole model with the adapter merged into it, or
-that in one GGUF file.
+"""Export a run's model as a folder that other tools load: the adapter, the full model with the adapter merged into it,
+or the same as one GGUF file.
 
-Nothing leaves without the parity check: what was written is loaded again and compared with the trained model on
-held-out prompts.
+Every export passes a parity check: it is loaded again and compared with the trained model on held-out prompts.
 """
 
 from __future__ import annotations
@@ -42,15 +41,15 @@ Loaded = tuple[Any, Any]  # a model and its tokenizer
 
 @dataclass(frozen=True)
 class Parity:
-    """What the check found; it goes into the export's `parity.json`.
+    """Result of the parity check; written to the export's `parity.json`.
 
     Attributes:
-        prompts: how many were compared.
-        same_tokens: whether the rendered prompts have the same ids.
-        logp_difference: mean absolute difference of a token's log-prob over the trained model's own answers, nats.
-        tolerance: that it may be.
-        same_answers: greedy answers that are the same, word for word.
-        answers: the first prompt's greedy answers, trained and exported.
+        prompts: number of prompts compared.
+        same_tokens: whether the rendered prompts have the same token ids.
+        logp_difference: mean absolute difference of token log-probs on the trained model's own answers, in nats.
+        tolerance: the largest difference allowed.
+        same_answers: number of identical greedy answers.
+        answers: the first prompt's greedy answers: trained, exported.
     """
 
     prompts: int
@@ -62,32 +61,32 @@ class Parity:
 
     @property
     def holds(self) -> bool:
-        """Whether the export is the trained model."""
+        """Whether the export matches the trained model."""
         return self.same_tokens and self.logp_difference <= self.tolerance
 
 
 def export_run(
     run: Run, kind: Format, target: Path, quantisation: Quantisation = "q8_0", trial: str | None = None
 ) -> Parity:
-    """Write a run's model to a new folder, and check it.
+    """Export a run's model to a new folder, and check it.
 
     Args:
         run: a finished run.
-        kind: what is written.
+        kind: the format.
         target: the new folder.
-        quantisation: of a GGUF file's matrices.
-        trial: whose model is meant; None: the winner's.
+        quantisation: the type of a GGUF file's matrices.
+        trial: the trial whose model is exported; None: the winner.
 
     Raises:
-        BadInput: the folder exists, or its parent does not, or the model cannot be had in this format.
-        RunFailed: what was written is not the trained model; nothing is left.
+        BadInput: the folder exists, its parent does not, or the model cannot be exported in this format.
+        RunFailed: the export does not match the trained model; nothing is left behind.
     """
     if kind == "gguf":
         require("gguf", "a GGUF file")
     if target.exists():
         raise BadInput(f"--to {target}: already exists; choose another name or remove it first")
     if not target.absolute().parent.is_dir():
-        raise BadInput(f"--to {target}: there is no folder {target.absolute().parent}")
+        raise BadInput(f"--to {target}: the folder {target.absolute().parent} does not exist; create it first")
     base, weights = open_base_of(run), run.paths.trial(trial).best if trial else run.paths.best
     found: list[Parity] = []
 
@@ -97,8 +96,9 @@ def export_run(
         parity = check_parity(run, weights, base, exported, tolerance(kind, base.dtype, quantisation))
         if not parity.holds:
             raise RunFailed(
-                f"{target}: the exported model is not the trained one (same prompt tokens: {parity.same_tokens}; a "
-                f"token's log-prob differs by {parity.logp_difference:.4f} nats, {parity.tolerance:g} are allowed)"
+                f"{target}: the exported model does not match the trained one (same prompt tokens: "
+                f"{parity.same_tokens}, mean log-prob difference: {parity.logp_difference:.4f} nats per token, "
+                f"{parity.tolerance:g} allowed)"
             )
         write_json(folder / "parity.json", {**vars(parity), "answers": list(parity.answers)})
         found.append(parity)
@@ -108,9 +108,9 @@ def export_run(
 
 
 def tolerance(kind: Format, dtype: torch.dtype, quantisation: Quantisation) -> float:
-    """Nats by which the log-prob of a token may differ, on average.
+    """The mean difference of token log-probs that is allowed, in nats.
 
-    An adapter's is the same computation; merging rounds W + BA once to the base's type; GGUF's types keep 11, 8 and 4
+    An adapter is the same computation; merging rounds W + BA once to the base's dtype; GGUF types keep 11, 8 and 4
     bits of a weight.
     """
     merged = {torch.float32: 1e-3, torch.bfloat16: 0.1}[dtype]
@@ -121,11 +121,11 @@ def tolerance(kind: Format, dtype: torch.dtype, quantisation: Quantisation) -> f
 def _write(
     run: Run, weights: Path, kind: Format, base: LoadedBase, folder: Path, quantisation: Quantisation
 ) -> Mapping[str, Any] | None:
-    """Write the model; its rotary embedding's parameters come back, which a GGUF file has not got."""
+    """Write the model; return its rotary embedding's parameters, which a GGUF file does not hold."""
     adapted = (weights / ADAPTER_SETTINGS).is_file()
     if kind == "adapter":
         if not adapted:
-            raise BadInput(f"{run.root}: the run trained the whole model, so there is no adapter; use merged")
+            raise BadInput(f"{run.root}: the run trained the full model, so there is no adapter; use merged")
         shutil.copytree(weights, folder, dirs_exist_ok=True)
         _name_base(folder / ADAPTER_SETTINGS, base)
         return None
@@ -141,14 +141,14 @@ def _write(
 
 
 def _name_base(file: Path, base: LoadedBase) -> None:
-    """Let the adapter name its base as others know it, where it is on the Hub."""
+    """Make the adapter name its base model by Hub id, if it is on the Hub."""
     settings = json.loads(file.read_text(encoding="utf-8"))
     if base.source.hub_id:
         write_json(file, settings | {"base_model_name_or_path": base.source.hub_id})
 
 
 def _load(folder: Path, kind: Format, base: LoadedBase, rotary: Mapping[str, Any] | None) -> Callable[[], Loaded]:
-    """How an export is loaded again; later, since two models need not be in memory at a time."""
+    """A function that loads an export, called later so that only one model is in memory at a time."""
 
     def load() -> Loaded:
         if kind == "gguf":
@@ -163,7 +163,7 @@ def _load(folder: Path, kind: Format, base: LoadedBase, rotary: Mapping[str, Any
 
 
 def check_parity(run: Run, weights: Path, base: LoadedBase, load: Callable[[], Loaded], allowed: float) -> Parity:
-    """Compare an export with the trained `weights` of a run, `allowed` nats a token apart at most."""
+    """Compare an export with a run's trained `weights`; their log-probs may differ by `allowed` nats per token."""
     prompts = held_out(run)
     trained, tokenizer = load_tuned(weights, base), base.tokenizer
     answers = generate_answers(trained, tokenizer, prompts, _GREEDY)
@@ -189,7 +189,7 @@ def check_parity(run: Run, weights: Path, base: LoadedBase, load: Callable[[], L
 
 
 def held_out(run: Run) -> Sequence[Conversation]:
-    """Prompts that the run has not trained on: those it answered at its end, or one of our own."""
+    """Prompts that the run was not trained on: those it answered at its end, or a built-in one."""
     return run.generations.prompts[:_PROMPTS] if run.generations else [_ASKED]
 
 
@@ -201,7 +201,7 @@ def _ids(tokenizer: Any, prompt: Conversation) -> list[int]:
 
 @torch.inference_mode()
 def _logps(model: Any, tokenizer: Any, prompt: Conversation, answer: str) -> torch.Tensor:
-    """Log-probs of an answer's tokens, the one that ends it last."""
+    """Log-probs of an answer's tokens, its end token included."""
     asked = _ids(tokenizer, prompt)
     end: int = tokenizer.convert_tokens_to_ids(end_token(tokenizer))
     answered = [*tokenizer(answer, add_special_tokens=False)["input_ids"], end]

@@ -1,4 +1,4 @@
-"""`pairtune push`: a run's model, card and report to the Hub, in one commit."""
+"""`pairtune push`: upload a run's model, card and report to the Hub in one commit."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from pairtune.report.card import model_card
 from pairtune.report.report_data import ReportData
 from pairtune.run.folder import Run
 
-# Weights that run code when they are loaded.
+# Weight formats that can run code when loaded.
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
 _ADVICE = {
     401: "log in first: hf auth login, or set HF_TOKEN",
     403: "this login may not write there; use a token with write access",
     404: "there is no such repository or revision, or this login cannot see it",
-    409: "somebody else is writing there; try again",
-    429: "too many requests; wait as long as it says, and try again",
+    409: "someone else is writing to it; try again",
+    429: "too many requests; wait, then try again",
 }
-_PERSONS_OWN = (401, 403)
+_USER_ERRORS = (401, 403)
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """What went to the Hub, or would.
+    """What was uploaded to the Hub, or would be.
 
     Attributes:
-        files: bytes by name.
-        url: of the commit's repository; empty where nothing was sent.
+        files: sizes in bytes by name.
+        url: of the repository; empty if nothing was sent.
     """
 
     files: dict[str, int]
@@ -57,7 +57,7 @@ def push_run(
 ) -> Pushed:
     """Upload a finished run.
 
-    A second try after a failure sends only what the Hub has not got; before the commit nothing is visible.
+    A retry after a failure sends only what the Hub does not have; nothing is visible before the commit.
 
     Raises:
         BadInput: the run may not be published, or the login may not write there.
@@ -87,17 +87,17 @@ def push_run(
 def collect(
     run: Run, repo: str, what: Format, scratch: Path, quantisation: Quantisation = "q8_0"
 ) -> dict[str, bytes | Path]:
-    """What is published of a run, by its name in the repository.
+    """The files to publish for a run, by name in the repository.
 
     Raises:
-        BadInput: the adapter's base is known on this machine only, or a file is no safe format.
+        BadInput: the adapter's base model exists only on this machine, or a file is in an unsafe format.
     """
     export_run(run, what, scratch / what, quantisation)
     if what == "adapter":
         settings = json.loads((scratch / what / "adapter_config.json").read_text(encoding="utf-8"))
         if Path(settings["base_model_name_or_path"]).is_absolute():
             raise BadInput(
-                f"{run.root}: the adapter's base lies on this machine only, so nobody else could load it; "
+                f"{run.root}: the adapter's base model exists only on this machine, so nobody else could load it; "
                 "use --what merged"
             )
     report = run.paths.report_text.read_text(encoding="utf-8")
@@ -107,7 +107,7 @@ def collect(
     files |= {f"figures/{file.name}": file for file in sorted(run.paths.figures.glob("*.svg"))}
     files |= {file.name: file for file in sorted((scratch / what).iterdir()) if file.name != "README.md"}
     if pickled := [name for name in files if name.endswith(_PICKLED)]:
-        raise BadInput(f"{run.paths.best}: holds {', '.join(pickled)}; only safetensors are published")
+        raise BadInput(f"{run.paths.best}: contains {', '.join(pickled)}; only safetensors are published")
     return files
 
 
@@ -116,27 +116,27 @@ def _check(run: Run, *, anyway: bool) -> None:
     errors = sorted({finding.rule for finding in findings if finding.level == "error"})
     if errors and not anyway:
         raise BadInput(
-            f"{run.root}: the audit found what is wrong with it ({', '.join(errors)}; see {run.paths.report}); "
-            "--anyway publishes it nevertheless"
+            f"{run.root}: the audit found errors ({', '.join(errors)}; see {run.paths.report}); use --anyway to "
+            "publish the run all the same"
         )
     if pickled := [file.name for file in run.paths.best.iterdir() if file.suffix in _PICKLED]:
-        raise BadInput(f"{run.paths.best}: holds {', '.join(pickled)}; only safetensors are published")
+        raise BadInput(f"{run.paths.best}: contains {', '.join(pickled)}; only safetensors are published")
 
 
 @contextmanager
 def _explaining(repo: str) -> Iterator[None]:
-    """The Hub's refusals in one line each."""
+    """Turn the Hub's errors into one line each."""
     try:
         yield
     except HFValidationError as error:
-        raise BadInput(f"--repo {repo}: is no name of a repository (USER/NAME)") from error
+        raise BadInput(f"--repo {repo}: is not a repository name (USER/NAME)") from error
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
-        advice = _ADVICE.get(status, "try again: what has arrived is not sent twice")
+        advice = _ADVICE.get(status, "try again; uploaded files are not sent twice")
         wait = error.response.headers.get("Retry-After") if error.response is not None else None
-        answer = f"the Hub answers {status}{f' (wait {wait} s)' if wait else ''}"
+        answer = f"the Hub answered {status}{f' (wait {wait} s)' if wait else ''}"
         said = f"--repo {repo}: {answer}; {advice}. Nothing was published"
-        raise (BadInput if status in _PERSONS_OWN else RunFailed)(said) from error
+        raise (BadInput if status in _USER_ERRORS else RunFailed)(said) from error
     except Exception as error:
         raise RunFailed(
             f"--repo {repo}: the Hub cannot be reached ({one_line(error, 120)}); nothing was published, try again"

@@ -1,4 +1,4 @@
-"""Ollama's `Modelfile`: the chat template of a model in the pieces that Ollama's own template language takes."""
+"""Ollama's `Modelfile`: a model's chat template translated into Ollama's own template language."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from jinja2 import TemplateError
 
 from pairtune.chat_templates import adds_bos, end_token
 
-# The GGUF file that a Modelfile names, and the types that its matrices may have: q4_1 is the four-bit type nearest to
-# llama.cpp's Q4_K_M (5.0 and 4.8 bits a weight) that the gguf package can write.
+# The GGUF file that a Modelfile names, and the types that its matrices may have. Of the four-bit types that the gguf
+# package can write, q4_1 is the closest to llama.cpp's Q4_K_M (5.0 and 4.8 bits per weight).
 MODEL_FILE = "model.gguf"
 Quantisation = Literal["f16", "q8_0", "q4_1"]
 QUANTISATIONS: tuple[Quantisation, ...] = ("f16", "q8_0", "q4_1")
 
-# What no template writes of itself.
+# Placeholders that occur in no template.
 _SYSTEM, _USER, _ANSWER, _NEXT = "<<system>>", "<<user>>", "<<answer>>", "<<next>>"
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """What stands around the parts of a conversation.
+    """The text around the parts of a conversation.
 
     Attributes:
         system: before and after a system message.
-        user: before a person's message, and between it and the answer.
+        user: before a user message, and between it and the answer.
         answer: after an answer.
-        default: the system message that the template writes where none is given; empty if it writes none.
+        default: the system message that the template writes when none is given; empty if it writes none.
     """
 
     system: tuple[str, str]
@@ -38,11 +38,11 @@ class Pieces:
 
 
 def modelfile(weights: str, tokenizer: Any) -> str:
-    """The file's text: weights, stop texts, and the template where it can be said in Ollama's language."""
+    """The file's text: weights, stop sequences, and the template if Ollama's language can express it."""
     ends = dict.fromkeys([end_token(tokenizer), tokenizer.eos_token])
     lines = [f"FROM ./{weights}", *(f"PARAMETER stop {json.dumps(end, ensure_ascii=False)}" for end in ends)]
     if (pieces := template_pieces(tokenizer)) is None:
-        lines.append("# The chat template cannot be said in this language. Ollama goes by the weights' own.")
+        lines.append("# The chat template cannot be expressed in this language; Ollama uses the one in the GGUF file.")
         return "\n".join(lines) + "\n"
     before, after = pieces.system
     asked, answering = pieces.user
@@ -57,10 +57,10 @@ def modelfile(weights: str, tokenizer: Any) -> str:
 
 
 def template_pieces(tokenizer: Any) -> Pieces | None:
-    """Take a chat template apart by rendering conversations of known words; None where the pieces do not make it up.
+    """Split a chat template by rendering conversations of placeholders; None if the pieces do not reproduce it.
 
-    The end token separates what closes an answer from what opens the next message. What was found is put together
-    again and compared with the template's own rendering.
+    The end token separates what closes an answer from what opens the next message. The pieces are reassembled and
+    compared with the template's own rendering.
     """
     dialogue = [("user", _USER), ("assistant", _ANSWER), ("user", _NEXT)]
     try:
@@ -72,7 +72,7 @@ def template_pieces(tokenizer: Any) -> Pieces | None:
         between, _ = rest.split(_NEXT)
         alone, _ = plain.split(_USER)
     except (TemplateError, ValueError):
-        return None  # it has no system messages, or writes a message twice
+        return None  # the template takes no system message, or writes a message twice
     end = end_token(tokenizer)
     if not between.startswith(end):
         return None
@@ -92,11 +92,11 @@ def template_pieces(tokenizer: Any) -> Pieces | None:
 def _render(tokenizer: Any, turns: list[tuple[str, str]]) -> str:
     messages = [{"role": role, "content": content} for role, content in turns]
     text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return text.removeprefix(tokenizer.bos_token) if adds_bos(tokenizer) else text  # llama.cpp puts it there
+    return text.removeprefix(tokenizer.bos_token) if adds_bos(tokenizer) else text  # llama.cpp adds it
 
 
 def _assemble(pieces: Pieces, system: str, rounds: list[tuple[str, str]]) -> str:
-    """What Ollama makes of a conversation whose last answer is still to come."""
+    """How Ollama renders a conversation whose last answer is still to come."""
     text = system.join(pieces.system) if system else ""
     for said, answer in rounds:
         text += said.join(pieces.user) + (answer + pieces.answer if answer else "")

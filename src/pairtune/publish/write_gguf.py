@@ -1,7 +1,7 @@
-"""A model as one GGUF file, for llama.cpp and what is built on it.
+"""Write a model as one GGUF file, for llama.cpp and the tools built on it.
 
-The `gguf` package of llama.cpp writes the file and packs the weights; here stands what its format asks of a model of
-the Llama, Qwen2 or Qwen3 family: names, shapes, order of the rotary dimensions, tokenizer, chat template.
+The `gguf` package of llama.cpp writes the file and packs the weights. This module supplies what the format needs for
+the Llama, Qwen2 and Qwen3 families: names, shapes, order of the rotary dimensions, tokenizer, chat template.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -37,8 +37,8 @@ _FILE_TYPES = {
 _BLOCK = 32  # weights that share a scale, in q8_0 and q4_1
 _SPECIAL = ("bos", "eos", "unk", "pad")
 
-# How byte-level tokenizers cut text before they merge, under llama.cpp's names. Digits make the difference: up to
-# three together (Llama 3) or each alone (Qwen).
+# Pre-tokenizer patterns of byte-level tokenizers, and llama.cpp's names for them. They differ in how they split
+# digits: in groups of up to three (Llama 3), or one by one (Qwen).
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CUTS = {_WORDS % r"\p{N}{1,3}": "llama-bpe", _WORDS % r"\p{N}": "qwen2"}
 
@@ -46,15 +46,15 @@ _CUTS = {_WORDS % r"\p{N}{1,3}": "llama-bpe", _WORDS % r"\p{N}": "qwen2"}
 def write_gguf(model: PreTrainedModel, tokenizer: Any, folder: Path, name: str, quantisation: Quantisation) -> None:
     """Write `model.gguf` and Ollama's `Modelfile` into a folder.
 
-    Norms and biases stay float32; so do matrices whose rows are no multiple of 32, as float16. In q4_1 the embedding
-    and the output layer are q8_0, as llama.cpp's own quantisations keep them finer.
+    Norms and biases are float32; matrices whose row length is not a multiple of 32 are float16. In q4_1 the embedding
+    and the output layer are q8_0, since llama.cpp's own quantisations keep them finer, too.
 
     Raises:
-        BadInput: the model's family, rotary embedding or tokenizer cannot be written.
+        BadInput: the model's family, rotary embedding or tokenizer is not supported.
     """
     config = model.config
     if config.model_type not in _ARCHITECTURES:
-        raise BadInput(f"GGUF is written for the Llama, Qwen2 and Qwen3 families, not for {config.model_type}")
+        raise BadInput(f"GGUF export supports the Llama, Qwen2 and Qwen3 families, not {config.model_type}; use merged")
     writer = gguf.GGUFWriter(folder / MODEL_FILE, gguf.MODEL_ARCH_NAMES[_ARCHITECTURES[config.model_type]], True)
     writer.add_name(name)
     writer.add_file_type(_FILE_TYPES[quantisation])
@@ -72,7 +72,7 @@ def write_gguf(model: PreTrainedModel, tokenizer: Any, folder: Path, name: str, 
 
 
 def _describe(writer: gguf.GGUFWriter, config: Any) -> None:
-    """The shapes, under GGUF's names."""
+    """Write the model's dimensions under GGUF's names."""
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     writer.add_vocab_size(config.vocab_size)
@@ -90,7 +90,7 @@ def _describe(writer: gguf.GGUFWriter, config: Any) -> None:
 
 
 def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:
-    """Every weight in float32 under GGUF's name; an output layer that is the embedding stands once."""
+    """Every weight in float32 under GGUF's name; an output layer tied to the embedding is left out."""
     config = model.config
     names = gguf.get_tensor_name_map(_ARCHITECTURES[config.model_type], config.num_hidden_layers)
     if (factors := _rope_factors(config)) is not None:
@@ -108,18 +108,18 @@ def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _interleave(values: np.ndarray, heads: int) -> np.ndarray:
-    """From rotating the halves of a head (transformers) to rotating neighbours (llama.cpp's order for Llama)."""
+    """Reorder from rotating the halves of a head (transformers) to rotating neighbours (llama.cpp for Llama)."""
     halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
     return halves.swapaxes(1, 2).reshape(values.shape)
 
 
 def _rope_factors(config: Any) -> np.ndarray | None:
-    """By how much Llama 3.1's rotary embedding slows each pair of dimensions; None where it is the plain one."""
+    """The factors by which Llama 3.1's rotary embedding slows each pair of dimensions; None for the plain one."""
     kind = config.rope_parameters["rope_type"]
     if kind == "default":
         return None
     if kind != "llama3":
-        raise BadInput(f"GGUF export knows the plain and Llama 3's rotary embedding; this model has {kind}")
+        raise BadInput(f"GGUF export supports plain and Llama 3 rotary embeddings, not {kind}; use merged")
     slowed, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     width = 2 * len(slowed)
     plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, width, 2).float() / width)
@@ -146,7 +146,9 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, config: Any, ends: l
     tokens, kinds = [], []
     for number in range(config.vocab_size):
         token = tokenizer.convert_ids_to_tokens(number) if number < len(tokenizer) else None
-        tokens.append(f"[PAD{number}]" if token is None else token)  # a model may have more rows than tokens
+        tokens.append(
+            f"[PAD{number}]" if token is None else token
+        )  # the embedding may have more rows than there are tokens
         if token is None:
             kinds.append(gguf.TokenType.UNUSED)
         elif number in added:
@@ -162,16 +164,16 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, config: Any, ends: l
     own = tokenizer.convert_tokens_to_ids(end_token(tokenizer))
     if others := [end for end in (own, *ends) if end != tokenizer.eos_token_id]:
         writer.add_eot_token_id(others[0])
-    # Where the template leaves BOS out, the model was tuned without, and llama.cpp is not to put it before prompts.
+    # Where the template omits BOS, the model was tuned without it, and llama.cpp must not prepend it to prompts.
     writer.add_add_bos_token(adds_bos(tokenizer) and not leaves_out_bos(tokenizer))
     writer.add_chat_template(tokenizer.chat_template)
 
 
 def _pre_tokenizer(settings: Any) -> str:
-    """The name that llama.cpp gives to how this tokenizer cuts text.
+    """llama.cpp's name for how this tokenizer splits text.
 
     Raises:
-        BadInput: it knows none that is the same.
+        BadInput: llama.cpp has no equivalent.
     """
     model, steps = settings["model"], settings["pre_tokenizer"] or {}
     steps = steps.get("pretokenizers", [steps])
@@ -185,6 +187,6 @@ def _pre_tokenizer(settings: Any) -> str:
         if kinds == ["Split", "ByteLevel"] and (cut := _CUTS.get(steps[0]["pattern"].get("Regex", ""))):
             return cut
     raise BadInput(
-        "GGUF is written for the byte-level tokenizers of Llama 3, Qwen, SmolLM2 and GPT-2, and this model has "
-        "another; export it as merged, and convert that with llama.cpp's own converter"
+        "GGUF export supports the byte-level tokenizers of Llama 3, Qwen, SmolLM2 and GPT-2, not this model's; export "
+        "it as merged, and convert that with llama.cpp's own converter"
     )

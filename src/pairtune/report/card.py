@@ -1,4 +1,4 @@
-"""The model card: what the Hub shows of a model, from the same evidence as the report."""
+"""The model card: what the Hub shows about a model, from the same data as the report."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def model_card(run: ReportData, report: str, *, repository: str = "THIS_REPOSITO
     """The card as text, front matter included.
 
     Args:
-        run: that the model comes from.
-        report: the run's report in Markdown, which the card ends with, losers and findings included.
-        repository: where the model will lie on the Hub.
-        what: lies there: `adapter`, `merged` or `gguf`; as the run trained it where nothing is said.
+        run: the run that the model comes from.
+        report: the run's report in Markdown, appended to the card, losing trials and findings included.
+        repository: the model's repository on the Hub.
+        what: the format there: `adapter`, `merged` or `gguf`; None: as the run trained it.
     """
     base = run.environment.base
     what = what or ("adapter" if run.config.method == "lora" else "merged")
@@ -41,21 +41,22 @@ def model_card(run: ReportData, report: str, *, repository: str = "THIS_REPOSITO
 
 def _body(run: ReportData, repository: str, what: str) -> str:
     base, sources = run.environment.base, ", ".join(_names(run.data.sources))
-    title = {"adapter": "A LoRA adapter", "merged": "A model", "gguf": "A model as GGUF file"}[what]
+    title = {"adapter": "A LoRA adapter", "merged": "A model", "gguf": "A GGUF model"}[what]
     return f"""# {run.name}
 
-{title} tuned from {run.base_name} to people's preferences with pairtune ({run.config.loss} loss).
+{title}, preference-tuned from {run.base_name} with pairtune ({run.config.loss} loss).
 
 {_loading(repository, what)}
 
-- Base: {run.base_name}, licence {base.license or "not known: look it up before you publish"}
-- Pairs: {sources}; their licence is {_data_licence(run)}
-- It learned which of two answers people prefer; no facts, and safety only as far as the pairs have it.
+- Base model: {run.base_name}; licence: {base.license or "unknown, look it up before you publish"}
+- Preference pairs: {sources}; licence: {_data_licence(run)}
+- Limits: it was trained to prefer one answer over another. It learned no facts, and safety only as far as the pairs
+  teach it.
 """
 
 
 def _loading(repository: str, what: str) -> str:
-    """How others start."""
+    """How to load the model."""
     if what == "gguf":
         return f"""```sh
 llama-cli -hf {repository}     # llama.cpp
@@ -76,11 +77,11 @@ tokenizer = AutoTokenizer.from_pretrained("{repository}")
 
 def _data_licence(run: ReportData) -> str:
     bundled = all(source.source.startswith("bundled:") for source in run.data.sources)
-    return "Apache-2.0, as pairtune's" if bundled else "that of their source, which is not on record: look it up"
+    return "Apache-2.0, like pairtune" if bundled else "not recorded, look it up at the source"
 
 
 def _without_title(report: str) -> str:
-    """The report's sections one level down."""
+    """The report's sections, one heading level down."""
     lines = report.splitlines()[1:]
     return "## The run\n" + "\n".join(f"#{line}" if line.startswith("## ") else line for line in lines) + "\n"
 
@@ -90,12 +91,12 @@ def _names(sources: Sequence[SourceAccount]) -> list[str]:
 
 
 def _hub_datasets(run: ReportData) -> list[str]:
-    """Those of the sources that are data sets of the Hub, without subset, split and revision."""
+    """The sources that are Hub datasets, without subset, split and revision."""
     return list(dict.fromkeys(re.split("[:@#]", name)[0] for name in _names(run.data.sources) if "/" in name))
 
 
 def _results(run: ReportData) -> Iterator[EvalResult]:
-    """What a leaderboard reads: the test where there is one, else the validation pairs that chose the model."""
+    """Results for leaderboards: from the test split if there is one, else from the validation split."""
     metrics = (run.test.metrics if run.test else run.winner_record.best).metrics()
     pairs, split = (run.test.pairs, "test") if run.test else (run.selection.validation_pairs, "validation")
     sources = [source for source in run.data.sources if source.split == split]

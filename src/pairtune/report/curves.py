@@ -1,4 +1,4 @@
-"""A run's curves as SVG, in colours that people who see few colours can tell apart, for light and dark pages."""
+"""A run's curves as SVG, in colours that colour-blind readers can tell apart, for light and dark pages."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from matplotlib.figure import Figure
 from pairtune.report.report_data import ReportData
 from pairtune.run.folder import Trial
 
-# Okabe and Ito's palette without yellow, which is lost on white; every trial has a marker of its own as well.
+# Okabe and Ito's palette without yellow, which is too faint on white; trials also differ in their markers.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 _MARKERS = "osD^vPX*"
-# Stands for the page's own text colour, which is put in its place.
+# Placeholder that is replaced by the page's text colour.
 _INK = "#010203"
 _LN_2 = math.log(2)
-_SMOOTHED = 20  # points of the training loss
+_SMOOTHED = 20  # points of the smoothed training loss
 
 
 def draw_curves(gathered: ReportData) -> dict[str, str]:
-    """All curves of a run that its records have.
+    """All curves that a run's records allow.
 
     Returns:
         SVG elements by a short name (`loss`, `accuracy`, …), each with a title and a description for screen readers.
@@ -34,17 +34,17 @@ def draw_curves(gathered: ReportData) -> dict[str, str]:
 
 
 def legend(gathered: ReportData) -> list[tuple[str, str, str]]:
-    """Trials' names, labels and colours, in the order of the grid."""
+    """Names, labels and colours of the trials, in grid order."""
     return [(trial.name, trial.label, colour(number)) for number, trial in enumerate(gathered.trials)]
 
 
 def colour(number: int) -> str:
-    """Of the trial with this number."""
+    """The colour of the trial with this number."""
     return COLOURS[number % len(COLOURS)]
 
 
 def standalone(svg: str) -> str:
-    """A curve as a file of its own, with dark ink."""
+    """A curve as a standalone file, with dark ink."""
     return svg.replace("currentColor", "#444444").replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
 
 
@@ -55,7 +55,7 @@ def _points(trial: Trial, metric: str, start: float | None) -> tuple[list[float]
 
 
 def _training(trial: Trial) -> tuple[list[float], list[float]]:
-    """The training loss, as means of neighbouring steps."""
+    """The training loss, averaged over neighbouring steps."""
     steps = trial.log.steps
     size = max(1, len(steps) // _SMOOTHED)
     parts = [steps[at : at + size] for at in range(0, len(steps), size)]
@@ -63,7 +63,7 @@ def _training(trial: Trial) -> tuple[list[float], list[float]]:
 
 
 def _moved(trial: Trial, answer: str) -> tuple[list[float], list[float]]:
-    """Change of an answer's log-prob since the base, which has none."""
+    """The change of an answer's log-prob from the base, where it is 0."""
     epochs, rewards = _points(trial, f"eval_rewards/{answer}", 0.0)
     return epochs, [reward / trial.config.beta for reward in rewards] if trial.config else []
 
@@ -74,7 +74,7 @@ def _start_of_loss(trial: Trial) -> float | None:
 
 
 Series = Callable[[Trial], tuple[list[float], list[float]]]
-# Name: title, what is drawn, and a level that means "as the base".
+# Name: title, series, and the level of the base model or of chance.
 _CURVES: dict[str, tuple[str, Series, float | None]] = {
     "training-loss": ("Training loss", _training, None),
     "loss": ("Validation loss", lambda trial: _points(trial, "eval_loss", _start_of_loss(trial)), None),
@@ -135,7 +135,7 @@ def _described(gathered: ReportData, series: Series) -> Iterator[str]:
 
 
 def _inline(svg: str, title: str, description: str) -> str:
-    """An SVG element for an HTML page: no XML header, the page's ink, words for those who cannot see it."""
+    """An SVG element for an HTML page: no XML header, the page's text colour, a description for screen readers."""
     body = svg[svg.index("<svg") :]
     size = re.search(r'viewBox="([^"]*)"', body)
     inner = body[body.index(">") + 1 :]

@@ -1,4 +1,4 @@
-"""Figures as PNG files, for reports and for people who would rather look than read."""
+"""Figures as PNG files."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from pairtune.data.inspection import Inspection, LengthSummary
+from pairtune.errors import plural
 
 _COLOURS = {"prompt": "#8a8f98", "chosen": "#2a9d6f", "rejected": "#d1495b"}
 
 
 def draw_lengths(found: Inspection, path: Path) -> Path:
-    """Token lengths of a source: its parts, and what `--max-length` leaves whole.
+    """Draw the token lengths of a source: of its parts, and the share of pairs that fit within a length.
 
     Args:
-        found: by `inspect_source`; must hold pairs.
+        found: the result of `inspect_source`; must hold pairs.
         path: the PNG file.
     """
     figure = Figure(figsize=(10, 4), dpi=150, layout="constrained")
@@ -32,9 +33,9 @@ def draw_lengths(found: Inspection, path: Path) -> Path:
     whole.set(title="Prompt with the longer answer", ylabel="share of pairs up to this length (%)", ylim=(0, 104))
     for axes in (parts, whole):
         axes.set_xticks(list(places), labels, rotation=45)
-        axes.set_xlabel("tokens, up to")
+        axes.set_xlabel("tokens (up to)")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{found.source}: {found.kept:,} pairs")
+    figure.suptitle(f"{found.source}: {plural(found.kept, 'pair')}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path

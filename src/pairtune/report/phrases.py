@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers in readable form."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from pairtune.run.records import Comparison
 
 
 def duration(seconds: float) -> str:
-    """Minutes and seconds, with hours where there are some."""
+    """Minutes and seconds, or hours and minutes from one hour on."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 def p_value(value: float) -> str:
-    """A p-value; small ones as a bound."""
+    """A p-value; small ones as an upper bound."""
     return f"p = {value:.3f}" if value >= 0.001 else "p < 0.001"
 
 

@@ -1,4 +1,4 @@
-"""What the audit found, for the terminal and as Markdown."""
+"""The audit's result, for the terminal and as Markdown."""
 
 from __future__ import annotations
 
@@ -9,51 +9,51 @@ from rich.padding import Padding
 from rich.text import Text
 
 from pairtune.config import source_name
+from pairtune.errors import plural
 from pairtune.run.records import AuditRecord, Finding
 
 _STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 
 
 def render_findings(audit: AuditRecord) -> RenderableType:
-    """One line a finding."""
+    """One line per finding."""
     lines = [("Audit\n", "bold")]
     for finding in audit.findings:
         lines += [(f"  {finding.level:8}", _STYLES[finding.level]), (f"{_line(finding)}\n", "")]
     if not audit.findings:
-        lines.append(("  nothing was found\n", ""))
+        lines.append(("  no findings\n", ""))
     return Text.assemble(*lines)
 
 
 def render_audit(audit: AuditRecord) -> RenderableType:
-    """Everything: findings with why they matter and what to do, what passed, and what could not be checked."""
+    """The full audit: findings with explanation and advice, rules passed, and rules not checked."""
     return Group(*_parts(audit))
 
 
 def _parts(audit: AuditRecord) -> Iterator[RenderableType]:
-    trials = len(audit.trials)
-    yield Text(f"{audit.source}: {audit.kind}, {trials} trial{'' if trials == 1 else 's'}\n", style="bold")
-    told = set()
+    yield Text(f"{audit.source}: {audit.kind}, {plural(len(audit.trials), 'trial')}\n", style="bold")
+    explained = set()
     for finding in audit.findings:
         yield Text.assemble(
             (f"{finding.level}  ", _STYLES[finding.level]), (finding.title, "bold"), f"  [{finding.rule}]"
         )
         yield _indented(_line(finding, title=False))
-        if finding.rule not in told:  # once a rule is enough
+        if finding.rule not in explained:
             yield _indented(finding.explanation, "dim")
             yield _indented(f"What to do: {finding.advice}", "dim")
-        told.add(finding.rule)
+        explained.add(finding.rule)
         yield Text()
     if audit.passed:
         yield Text(f"passed: {', '.join(audit.passed)}", style="green")
     for rule, lacking in audit.partly_checked.items():
         yield Text(f"partly checked: {rule} ({_partly(lacking)})", style="dim")
     for rule, missing in audit.not_checked.items():
-        yield Text(f"not checked: {rule} (the evidence lacks {missing})", style="dim")
+        yield Text(f"not checked: {rule} (needs {missing})", style="dim")
     yield Text(f"verdict: {audit.verdict}", style=_STYLES.get(audit.verdict, "bold green"))
 
 
 def _partly(trials: dict[str, str]) -> str:
-    """Which trials a rule could not look at, and what they lack."""
+    """The trials that a rule could not check, and what they lack."""
     return "; ".join(f"{name} lacks {missing}" for name, missing in trials.items())
 
 
@@ -68,12 +68,12 @@ def _line(finding: Finding, *, title: bool = True) -> str:
 
 
 def audit_markdown(audit: AuditRecord) -> str:
-    """The same as a Markdown document, a section a rule."""
+    """The full audit as a Markdown document, one section per rule."""
     by_rule: dict[str, list[Finding]] = {}
     for finding in audit.findings:
         by_rule.setdefault(finding.rule, []).append(finding)
     lines = [f"# Audit of {source_name(audit.source)}", ""]
-    lines += [f"{audit.kind}, {len(audit.trials)} trials. Verdict: {audit.verdict}.", ""]
+    lines += [f"{audit.kind}, {plural(len(audit.trials), 'trial')}. Verdict: {audit.verdict}.", ""]
     for rule, findings in by_rule.items():
         first = findings[0]
         lines += [f"## {first.title} ({first.level}, `{rule}`)", ""]
@@ -84,5 +84,5 @@ def audit_markdown(audit: AuditRecord) -> str:
         lines += ["Partly checked:", "", *(f"- {rule}: {_partly(trials)}" for rule, trials in partly.items()), ""]
     if audit.not_checked:
         lines += ["Not checked:", ""]
-        lines += [f"- {rule}: the evidence lacks {missing}" for rule, missing in audit.not_checked.items()]
+        lines += [f"- {rule}: needs {missing}" for rule, missing in audit.not_checked.items()]
     return "\n".join(lines).rstrip() + "\n"

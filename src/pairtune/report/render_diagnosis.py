@@ -1,4 +1,4 @@
-"""What `pairtune doctor` found, for the terminal."""
+"""The result of `pairtune doctor`, for the terminal."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pairtune.environment import Component, Diagnosis
 
 
 def render_diagnosis(found: Diagnosis) -> RenderableType:
-    """The machine, what is chosen for it, what is there, and the verdict in the last line."""
+    """The machine, the settings chosen for it, the components found, and the verdict in the last line."""
     return Group(*_parts(found))
 
 
 def _parts(found: Diagnosis) -> Iterator[RenderableType]:
     machine = found.machine
-    instructions = ", ".join(machine.instructions) or "not known"
+    instructions = ", ".join(machine.instructions) or "unknown"
     yield _table(
         "machine",
         [
@@ -31,8 +31,8 @@ def _parts(found: Diagnosis) -> Iterator[RenderableType]:
     )
     if found.choices:
         rows = [(each.name, f"{each.value}  ({each.why})") for each in found.choices]
-        yield _table(f"chosen for it, with {found.model}", rows)
-    yield _table("what is there", [(_mark(part), part.says) for part in found.parts])
+        yield _table(f"settings chosen for {found.model}", rows)
+    yield _table("components", [(_mark(part), part.says) for part in found.parts])
     yield Text(found.verdict, style="bold green" if found.usable else "bold red")
 
 

@@ -1,4 +1,4 @@
-"""What `pairtune eval` found, for the terminal."""
+"""The result of `pairtune eval`, for the terminal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pairtune.errors import plural
 from pairtune.run.records import EvaluationReport, JudgedAnswers, Share
 
 _SHOWN = (
@@ -16,21 +17,21 @@ _SHOWN = (
 )
 _COUNTED = (
     ("median tokens", "median_tokens", "{:.0f}"),
-    ("ended by themselves", "ended_share", "{:.0%}"),
+    ("ended with EOS", "ended_share", "{:.0%}"),
     ("empty", "empty_share", "{:.0%}"),
     ("repeated phrases", "repeated_share", "{:.0%}"),
     ("refused", "refused_share", "{:.0%}"),
-    ("another language", "other_language_share", "{:.0%}"),
+    ("in another language", "other_language_share", "{:.0%}"),
 )
 
 
 def render_evaluation(found: EvaluationReport) -> RenderableType:
-    """Preferences with their intervals, and answers with who wins."""
+    """Preference metrics with their intervals, and answers with their win rate."""
     rows = found.data
-    dropped = "".join(f", {count} dropped: {reason}" for reason, count in rows.dropped.items())
+    dropped = "".join(f", {count:,} dropped: {reason}" for reason, count in rows.dropped.items())
     parts: list[RenderableType] = [
         Text(f"{found.model} against {found.base}", style="bold"),
-        Text(f"{rows.source}: {rows.rows_in} rows, {rows.kept} pairs{dropped}\n"),
+        Text(f"{rows.source}: {plural(rows.rows_in, 'row')}, {plural(rows.kept, 'pair')}{dropped}\n"),
         _preferences(found),
     ]
     if found.answers:
@@ -39,26 +40,26 @@ def render_evaluation(found: EvaluationReport) -> RenderableType:
 
 
 def _preferences(found: EvaluationReport) -> Table:
-    table = Table(title=f"Preferences on {found.pairs} pairs, with 95 % intervals", title_justify="left")
+    table = Table(title=f"Preferences on {plural(found.pairs, 'pair')}, with 95% intervals", title_justify="left")
     table.add_column("")
     table.add_column("", justify="right")
     for title, metric in _SHOWN:
         table.add_row(title, found.with_interval(metric))
     shares: tuple[tuple[str, Share | None], ...] = (
         ("KL from the base (nats per token)", found.examples.kl),
-        ("“The longer answer is better” is right", found.examples.longer_wins),
-        ("Accuracy where the longer answer is better", found.examples.accuracy_longer_chosen),
-        ("Accuracy where the shorter answer is better", found.examples.accuracy_shorter_chosen),
+        ("Baseline: “The longer answer is better”", found.examples.longer_wins),
+        ("Accuracy where the chosen answer is longer", found.examples.accuracy_longer_chosen),
+        ("Accuracy where the chosen answer is shorter", found.examples.accuracy_shorter_chosen),
     )
     for title, share in shares:
         if share and share.value is not None:
             low, high = share.interval
-            table.add_row(title, f"{share.value:.3f} [{low:.3f}, {high:.3f}], {share.pairs} pairs")
+            table.add_row(title, f"{share.value:.3f} [{low:.3f}, {high:.3f}], {plural(share.pairs, 'pair')}")
     return table
 
 
 def _answers(answers: JudgedAnswers) -> RenderableType:
-    table = Table(title=f"Answers to {answers.prompts} prompts", title_justify="left")
+    table = Table(title=f"Answers to {plural(answers.prompts, 'prompt')}", title_justify="left")
     for heading in ("", "base", "tuned"):
         table.add_column(heading, justify="right" if heading else "left")
     for title, name, form in _COUNTED:
@@ -67,7 +68,7 @@ def _answers(answers: JudgedAnswers) -> RenderableType:
     low, high = won.interval
     low_same, high_same = won.length_controlled_interval
     said = (
-        f"win rate {won.rate:.2f} [{low:.2f}, {high:.2f}]: {won.wins} wins, {won.ties} ties, {won.losses} losses; "
+        f"win rate {won.rate:.2f} [{low:.2f}, {high:.2f}] ({won.wins} won, {won.ties} tied, {won.losses} lost); "
         f"at equal lengths {won.length_controlled:.2f} [{low_same:.2f}, {high_same:.2f}]. Judge: {answers.judge}"
     )
     return Group(table, Text(said, style="cyan"))

@@ -1,4 +1,4 @@
-"""What `pairtune data inspect` found, for the terminal."""
+"""The result of `pairtune data inspect`, for the terminal."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pairtune.data.inspection import Inspection
+from pairtune.errors import plural
 from pairtune.run.records import DecodedPair
 
 _STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
@@ -18,14 +19,14 @@ _VERDICTS = {"ok": "bold green", "ok with warnings": "bold yellow", "not usable"
 
 
 def render_inspection(found: Inspection) -> Group:
-    """Everything that `inspect_source` returns, to be printed."""
+    """Everything that `inspect_source` found."""
     return Group(*_parts(found))
 
 
 def _parts(found: Inspection) -> Iterator[RenderableType]:
-    yield Text(f"{found.source}: {found.format or 'no known format'}", style="bold")
+    yield Text(f"{found.source}: {found.format or 'unknown format'}", style="bold")
     dropped = sum(entry.rows for entry in found.dropped.values())
-    yield Text(f"{found.rows_in:,} rows = {found.kept:,} pairs + {dropped:,} others")
+    yield Text(f"{plural(found.rows_in, 'row')} = {plural(found.kept, 'pair')} + {dropped:,} dropped")
     for reason, entry in sorted(found.dropped.items(), key=lambda named: -named[1].rows):
         yield Text(f"  {entry.rows:,} {reason}", style="yellow" if entry.stops else "")
         if entry.stops:
@@ -45,7 +46,7 @@ def _parts(found: Inspection) -> Iterator[RenderableType]:
 
 
 def _lengths(found: Inspection) -> Table:
-    """One histogram a part, side by side over the same bins."""
+    """One histogram per part, side by side over the same bins."""
     parts = {name: part for name, part in found.lengths.items() if part}
     table = Table(title="tokens", title_justify="left", box=None, padding=(0, 2, 0, 0))
     table.add_column("up to", justify="right")
@@ -73,4 +74,4 @@ def _example(example: DecodedPair) -> Panel:
     text.append(example.chosen, style="green")
     text.append("\n… or, rejected:\n", style="italic")
     text.append(example.rejected, style="red")
-    return Panel(text, title=f"what the model sees of {example.origin}", title_align="left", subtitle="dim: no loss")
+    return Panel(text, title=f"{example.origin} as the model sees it", title_align="left", subtitle="dim: no loss")

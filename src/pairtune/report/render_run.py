@@ -1,4 +1,4 @@
-"""A run's result for the terminal: the assignment's table of each trial, the winner and why, before and after."""
+"""A run's result for the terminal: a table per trial, the winner and why, answers before and after."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from pairtune.errors import plural
 from pairtune.report.phrases import differs, p_value
 from pairtune.report.render_audit import render_findings
 from pairtune.report.report_data import COLUMNS, BeforeAfter, ReportData
@@ -19,7 +20,7 @@ EXAMPLES = 3
 
 
 def render_run(run: Run) -> RenderableType:
-    """Everything a person wants to see when a run has ended."""
+    """The full result of a finished run."""
     found = ReportData(run)
     parts: list[RenderableType] = [render_data(found.data)]
     for name, record in found.records.items():
@@ -36,19 +37,19 @@ def render_run(run: Run) -> RenderableType:
 
 
 def render_data(data: DataRecord) -> RenderableType:
-    """Rows in = kept + dropped by reason, a line a source."""
+    """Rows in = kept + dropped by reason, one line per source."""
     lines = [("Data\n", "bold")]
     for source in data.sources:
-        parts = [f"{source.split}: {source.rows_in} rows of {source.source}", f"{source.kept} kept"]
+        parts = [f"{source.split}: {plural(source.rows_in, 'row')} of {source.source}", f"{source.kept:,} kept"]
         if source.shortened:
-            parts.append(f"of these {source.shortened} without their oldest turns")
-        parts += [f"{rows} dropped: {reason}" for reason, rows in source.dropped.items()]
+            parts.append(f"{source.shortened:,} of these without their oldest turns")
+        parts += [f"{rows:,} dropped: {reason}" for reason, rows in source.dropped.items()]
         lines.append((f"  {', '.join(parts)}\n", ""))
     return Text.assemble(*lines)
 
 
 def render_trial(record: TrialRecord, *, winner: bool) -> RenderableType:
-    """One trial's table: a row per epoch in the assignment's columns, the kept epoch marked."""
+    """One trial's table: a row per epoch, the kept epoch marked."""
     varied = [f"{name}={getattr(record.trial, name)}" for name in record.trial.varied]
     title = ", ".join([f"lr={record.learning_rate:g}", f"beta={record.beta:g}", *varied])
     table = Table(title=f"{title} (winner)" if winner else title, title_justify="left", title_style="bold")
@@ -62,7 +63,7 @@ def render_trial(record: TrialRecord, *, winner: bool) -> RenderableType:
     if record.status != "finished":
         return Group(table, Text(f"  {record.status}: {record.reason}", style="red"))
     others = record.side_by_side - 1
-    beside = f" beside {others} other{'s' if others > 1 else ''}" if others else ""
+    beside = f" beside {plural(others, 'other trial')}" if others else ""
     speed = (
         f"  * kept; {record.train_seconds:.0f} s of training{beside}, "
         f"{record.train_pairs_per_second:.2f} pairs/s, peak memory {record.peak_memory_mb} MB"
@@ -71,9 +72,9 @@ def render_trial(record: TrialRecord, *, winner: bool) -> RenderableType:
 
 
 def render_selection(selection: Selection) -> RenderableType:
-    """The ranking with its intervals, the winner and why, and whether the data supports the choice."""
+    """The ranking with its intervals, the winner and why, and whether the data supports the selection."""
     table = Table(
-        title=f"Best epochs on {selection.validation_pairs} validation pairs, with 95 % intervals",
+        title=f"Best epochs on {plural(selection.validation_pairs, 'validation pair')}, with 95% intervals",
         title_justify="left",
         title_style="bold",
     )
@@ -100,24 +101,24 @@ def render_selection(selection: Selection) -> RenderableType:
 
 
 def render_test(test: TestRecord) -> RenderableType:
-    """The one look at the test pairs."""
+    """The test evaluation."""
     numbers = ", ".join(
         f"{title} {test.with_interval(f'eval_{name}')}"
         for title, name in (("loss", "loss"), ("accuracy", "rewards/accuracies"), ("margin", "rewards/margins"))
     )
     better = "better than the base" if test.against_base.better else "not shown to be better than the base"
     return Text.assemble(
-        (f"Test, {test.pairs} pairs that had no part in the choice\n", "bold"),
+        (f"Test on {plural(test.pairs, 'pair')} not used for training or selection\n", "bold"),
         f"  {test.trial}, epoch {test.epoch}: {numbers}; {better} ({p_value(test.against_base.p)})\n",
     )
 
 
 def render_generations(generations: Generations, winner: str, answers: list[BeforeAfter]) -> RenderableType:
-    """Length and completeness of every model's answers, and a few answers before and after."""
-    limit, count = generations.sampling.max_new_tokens, len(generations.prompts)
-    table = Table(title=f"Answers to {count} held-out prompts", title_justify="left", title_style="bold")
+    """Length and completeness of every model's answers, and a few answers before and after tuning."""
+    limit, prompts = generations.sampling.max_new_tokens, plural(len(generations.prompts), "held-out prompt")
+    table = Table(title=f"Answers to {prompts}", title_justify="left", title_style="bold")
     table.add_column("Model")
-    for heading in ("Median\ntokens", f"Ended by itself\nwithin {limit} tokens", "Repeated\nphrases"):
+    for heading in ("Median\ntokens", f"Ended with EOS\nwithin {limit} tokens", "Repeated\nphrases"):
         table.add_column(heading, justify="right")
     for name, model in generations.models.items():
         numbers = model.summary
@@ -135,14 +136,16 @@ def _examples(answers: list[BeforeAfter]) -> Iterator[RenderableType]:
     for each in answers:
         yield Text.from_markup(f"[bold]{escape(each.prompt)}[/bold]")
         for label, answer in (("before", each.base), ("after", each.tuned)):
-            end = "ended by itself" if answer.ended else "cut off"
-            yield Text.assemble((f"  {label} ", "cyan"), (f"({answer.tokens} tokens, {end})\n", "dim"), answer.text)
+            end = "complete" if answer.ended else "cut off"
+            yield Text.assemble(
+                (f"  {label} ", "cyan"), (f"({plural(answer.tokens, 'token')}, {end})\n", "dim"), answer.text
+            )
         yield Text("")
 
 
 def _next_commands(run: Run) -> list[str]:
     return [
-        f"  {run.paths.report}                 curves, answers side by side, what the audit found\n",
-        f"  pairtune chat {run.root}                 talk to it, base and tuned\n",
-        f"  pairtune tune {run.paths.config} --out NEW     run it again, flags change it\n",
+        f"  {run.paths.report}                 curves, answers side by side, audit findings\n",
+        f"  pairtune chat {run.root}                 chat with the tuned model and its base\n",
+        f"  pairtune tune {run.paths.config} --out NEW     run it again; flags override its settings\n",
     ]

@@ -1,4 +1,4 @@
-"""Everything that a report tells, taken from a run once: reports, model cards and figures share it."""
+"""Everything that reports, model cards and figures show, read from a run once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pairtune.config import RunConfig
-from pairtune.errors import BadInput
+from pairtune.errors import BadInput, plural
 from pairtune.report.phrases import p_value
 from pairtune.run.examples import PARTS, PairIndex
 from pairtune.run.folder import Run, Trial
@@ -27,10 +27,10 @@ from pairtune.run.records import (
 )
 from pairtune.statistics import longer_wins
 
-# What a computer at work is taken to draw where it cannot be asked: a laptop, or a desktop with a small card.
+# Assumed power draw while training, for a laptop or a desktop with a small GPU.
 WATTS = 65
 
-# The columns of a trial's table: title and metric, as in the assignment's.
+# The columns of a trial's table: title and metric.
 COLUMNS = (
     ("Training Loss", "loss"),
     ("Validation Loss", "eval_loss"),
@@ -47,7 +47,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of one part of the training pairs."""
+    """Token counts of one part of the training pairs."""
 
     median: float
     p95: float
@@ -55,7 +55,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run took: seconds from its start to its end or to now, seconds of training, memory, estimated energy."""
+    """Cost of a run: seconds from start to end (or to now), seconds of training, memory, estimated energy."""
 
     seconds: float
     training_seconds: float
@@ -65,7 +65,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class BeforeAfter:
-    """A held-out prompt's last turn, the number of its turns, and what base and winner answered."""
+    """A held-out prompt's last turn, its number of turns, and the answers of base and winner."""
 
     prompt: str
     turns: int
@@ -89,47 +89,47 @@ class ReportData:
 
     @cached_property
     def data(self) -> DataRecord:
-        """The account of the rows."""
+        """The row counts of the data."""
         return self.run.need(DataRecord)
 
     @cached_property
     def selection(self) -> Selection:
-        """The choice."""
+        """The selection."""
         return self.run.need(Selection)
 
     @cached_property
     def environment(self) -> Environment:
-        """What the run was made with."""
+        """The environment that the run was made in."""
         return self.run.need(Environment)
 
     @cached_property
     def sweep(self) -> SweepRecord:
-        """All trials in short."""
+        """A summary of all trials."""
         return self.run.need(SweepRecord)
 
     @cached_property
     def audit(self) -> AuditRecord | None:
-        """What the audit found."""
+        """The audit's result."""
         return self.run.audit
 
     @cached_property
     def test(self) -> TestRecord | None:
-        """The one look at the test pairs."""
+        """The test evaluation."""
         return self.run.test
 
     @cached_property
     def generations(self) -> Generations | None:
-        """Answers before and after."""
+        """Answers before and after tuning."""
         return self.run.generations
 
     @cached_property
     def trials(self) -> list[Trial]:
-        """Those that have ended, in the order of the grid."""
+        """The trials that have ended, in grid order."""
         return [self.run.trial(entry.name) for entry in self.sweep.trials]
 
     @cached_property
     def records(self) -> dict[str, TrialRecord]:
-        """How the trials ended, by name."""
+        """The trials' final records, by name."""
         found = {}
         for trial in self.trials:
             if trial.record is None:
@@ -139,22 +139,22 @@ class ReportData:
 
     @property
     def winner(self) -> Trial:
-        """The chosen trial."""
+        """The selected trial."""
         return next(trial for trial in self.trials if trial.name == self.selection.winner)
 
     @property
     def winner_record(self) -> TrialRecord:
-        """How it ended."""
+        """The winner's final record."""
         return self.records[self.selection.winner]
 
     @property
     def name(self) -> str:
-        """The run folder's own name."""
+        """The name of the run folder."""
         return self.run.name
 
     @property
     def base_name(self) -> str:
-        """The base model as people know it."""
+        """The base model's Hub id, or else its folder or file name."""
         base = self.environment.base
         return base.hub_id or Path(base.name).name
 
@@ -165,8 +165,9 @@ class ReportData:
 
     @cached_property
     def lengths(self) -> dict[str, Lengths]:
-        """Tokens of the training pairs' parts."""
-        parts = {name: self.index.tokens(name, "train") for name in PARTS}
+        """Token counts of the parts of the training pairs."""
+        train = self.index.of_split("train")
+        parts = {name: train.tokens(name) for name in PARTS}
         return {
             name: Lengths(float(np.median(values)), float(np.percentile(values, 95))) for name, values in parts.items()
         }
@@ -174,12 +175,13 @@ class ReportData:
     @cached_property
     def longer_wins(self) -> float:
         """How often the longer answer of a training pair is the chosen one."""
-        found = longer_wins(self.index.tokens("chosen", "train"), self.index.tokens("rejected", "train"))
+        train = self.index.of_split("train")
+        found = longer_wins(train.tokens("chosen"), train.tokens("rejected"))
         return found.value or 0.0
 
     @cached_property
     def cost(self) -> Cost:
-        """What the run took."""
+        """The cost of the run."""
         records = self.records.values()
         training = sum(record.own_seconds for record in records)
         started = datetime.fromisoformat(self.environment.started)
@@ -193,53 +195,53 @@ class ReportData:
 
     @property
     def headline(self) -> list[str]:
-        """The run in three sentences: what was tried, what won and how sure that is, what the test said."""
-        selection, trials = self.selection, len(self.trials)
+        """The run in three sentences: what was tried, what won and how certain that is, and the test result."""
+        selection, train_pairs = self.selection, self.data.splits["train"].pairs
         said = [
-            f"{trials} trial{'' if trials == 1 else 's'} of tuning {self.base_name} on "
-            f"{self.data.splits['train'].pairs:,} preference pairs ({self.config.method}, loss {self.config.loss}).",
+            f"{plural(len(self.trials), 'trial')} tuning {self.base_name} on {plural(train_pairs, 'preference pair')} "
+            f"({self.config.method}, {self.config.loss} loss).",
             f"Winner by {selection.metric}: {self.winner.label}, epoch {selection.best_epoch} "
             f"({selection.value:.4f}); {selection.verdict}.",
         ]
         if self.test:
             low, high = self.test.intervals["eval_rewards/accuracies"]
             against = self.test.against_base
-            moved = f"that it moved the right way from the base is {'shown' if against.better else 'not shown'}"
+            better = "better than the base" if against.better else "not shown to be better than the base"
             said.append(
-                f"On {self.test.pairs} test pairs that had no part in the choice it prefers the better answer in "
-                f"{self.test.metrics.accuracy:.0%} of cases (95 % interval {low:.0%} to {high:.0%}); {moved} "
+                f"On {plural(self.test.pairs, 'test pair')}, not used for training or selection, the winner's "
+                f"accuracy is {self.test.metrics.accuracy:.0%} (95% interval {low:.0%} to {high:.0%}); it is {better} "
                 f"({p_value(against.p)})."
             )
         return said
 
     @property
     def answers(self) -> list[BeforeAfter]:
-        """What base and winner answered, prompt by prompt."""
+        """The answers of base and winner, prompt by prompt."""
         return before_and_after(self.generations, self.selection.winner)
 
     @property
     def rounding(self) -> str:
-        """What the machine does to a pair's margin, in one sentence; empty where it was not measured."""
+        """How much rounding changes a pair's margin, in one sentence; empty if it was not measured."""
         found = self.sweep.rounding
         if not found:
             return ""
         wide = found.from_float32
-        said = f"{wide:.2g} nats from float32" if wide is not None else "an amount from float32 that was not measured"
-        rows = f"{found.between_rows:.2g} nats from row to row" if found.between_rows else "nothing from row to row"
+        said = f"{wide:.2g} nats from float32" if wide is not None else "an unmeasured amount from float32"
+        rows = f"{found.between_rows:.2g} nats" if found.between_rows else "nothing"
         return (
-            f"Rounding in {found.dtype} on this machine moves a pair's margin, before beta, by {said} and by {rows} "
-            f"(root mean square over the first pairs)."
+            f"Rounding in {found.dtype} on this machine changes a pair's log-prob margin, before beta, by {said}, and "
+            f"by {rows} between batch rows (root mean square over the first pairs)."
         )
 
     @property
     def _path(self) -> Path:
-        """Of the run, without the folders of the machine above it: reports travel."""
+        """The run's path without this machine's folders above it, since reports are shared."""
         root = self.run.root
         return Path(root.name) if root.is_absolute() else root
 
     @property
     def commands(self) -> dict[str, str]:
-        """How to do it again, and what to do next."""
+        """Commands to repeat the run and to chat with the result."""
         return {
             "again": f"pairtune tune {self._path}/config.yaml --out NEW",
             "talk": f"pairtune chat {self._path}",
@@ -247,7 +249,7 @@ class ReportData:
 
 
 def before_and_after(generations: Generations | None, winner: str) -> list[BeforeAfter]:
-    """What base and winner answered to held-out prompts; empty where one of them did not."""
+    """The answers of base and winner to held-out prompts; empty if one of them has none."""
     if generations is None or not {"base", winner} <= generations.models.keys():
         return []
     base, tuned = generations.models["base"].answers, generations.models[winner].answers

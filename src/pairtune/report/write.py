@@ -1,4 +1,4 @@
-"""`report.html`, `report.md`, their figures and the model card: all from the run folder, and from it alone."""
+"""Write `report.html`, `report.md`, their figures and the model card, from the run folder alone."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from pairtune.config import source_name
+from pairtune.errors import plural
 from pairtune.files import write_atomic
 from pairtune.report.card import model_card
 from pairtune.report.curves import draw_curves, legend, standalone
@@ -17,7 +18,7 @@ from pairtune.run.records import Measured, ModelAnswers, Selection, Share
 
 
 def write_report(run: Run) -> None:
-    """Write everything that people read of a run; what was there before is replaced.
+    """Write a run's reports, figures and model card, replacing earlier ones.
 
     Raises:
         BadInput: a file of the run is damaged.
@@ -59,6 +60,7 @@ def _environment() -> Environment:
         "differs": _differs,
         "interval": Measured.with_interval,
         "label_of": lambda name, labels: labels.get(name, name),
+        "plural": plural,
         "percent": lambda share: f"{share:.0%}",
         "quoted": _quoted,
         "source_name": source_name,
@@ -74,7 +76,7 @@ def _capitalised(text: str) -> str:
 
 def _value_interval(found: Share) -> str:
     low, high = found.interval
-    return "no" if found.value is None else f"{found.value:.2f} [{low:.2f}, {high:.2f}]"
+    return "unknown" if found.value is None else f"{found.value:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _differs(name: str, selection: Selection) -> str:
@@ -86,10 +88,10 @@ def _won(model: ModelAnswers) -> str:
     if rate is None:
         return ""
     low, high = rate.interval
-    return f"{rate.rate:.2f} [{low:.2f}, {high:.2f}] ({rate.wins} wins, {rate.ties} ties, {rate.losses} losses)"
+    return f"{rate.rate:.2f} [{low:.2f}, {high:.2f}] ({rate.wins} won, {rate.ties} tied, {rate.losses} lost)"
 
 
 def _quoted(text: str) -> str:
-    """A text inside a line of Markdown."""
+    """A text escaped for use inside a line of Markdown."""
     line = " ".join(text.split())
-    return "".join(f"\\{letter}" if letter in "\\`*_[]<>|#" else letter for letter in line) or "(no words)"
+    return "".join(f"\\{letter}" if letter in "\\`*_[]<>|#" else letter for letter in line) or "(empty)"

@@ -1,1 +1,1 @@
-"""The run folder: its paths, the records in it and their format, and `Run`, through which all rooms read and write."""
+"""The run folder: its paths, its records and their format, and `Run`, which all reading and writing goes through."""

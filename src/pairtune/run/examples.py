@@ -1,6 +1,6 @@
-"""What is kept of single pairs: `pairs.parquet`, and the per-example records of an evaluation.
+"""Tables with one row per pair: `pairs.parquet`, and the per-example records of an evaluation.
 
-Both are Parquet, one row a pair. `origin` names a pair's source and row, so that the tables can be joined.
+Both are Parquet. `origin` names the source and row of a pair, so that the tables can be joined.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -22,7 +24,7 @@ from pairtune.run.metrics import EXAMPLE_METRICS, KL
 Numbers = NDArray[np.float64]
 PARTS = ("prompt", "chosen", "rejected")
 
-# Metrics of one evaluated pair by name: EXAMPLE_METRICS, and perhaps `kl`, which is None where it was not measured.
+# The metrics of one evaluated pair by name: EXAMPLE_METRICS, and optionally `kl`, None if it was not measured.
 ExampleRecord = dict[str, float]
 
 _TOKENS = "tokens/"
@@ -30,46 +32,25 @@ _GROUP = "group"
 
 
 @dataclass(frozen=True)
-class Examples:
-    """One evaluation, pair by pair: `origin`, `group` (pairs whose prompts belong together share it), tokens of the
-    pair's parts, EXAMPLE_METRICS, and `kl` where it was measured.
-    """
+class _PairTable:
+    """A table with one row per pair."""
 
     table: pa.Table
 
     @classmethod
-    def of(
-        cls,
-        origins: pa.ChunkedArray | pa.Array,
-        groups: Sequence[int] | NDArray[np.int64],
-        lengths: Mapping[str, pa.Array],
-        records: Sequence[Mapping[str, float | None]],
-    ) -> Examples:
-        """Put together what an evaluation found; all in the order of the pairs.
-
-        Args:
-            origins: of the pairs.
-            groups: of the pairs.
-            lengths: tokens of the pairs' parts, as `tokens/prompt` and so on.
-            records: one a pair.
-        """
-        columns = {"origin": origins, _GROUP: pa.array(groups), **lengths}
-        columns |= {name: pa.array([row[name] for row in records], pa.float64()) for name in EXAMPLE_METRICS}
-        if any(KL in row for row in records):
-            columns[KL] = pa.array([row[KL] for row in records], pa.float64())
-        return cls(pa.table(columns))
-
-    @classmethod
-    def read(cls, path: Path) -> Examples:
-        """The examples that `write` wrote.
+    def read(cls, path: Path) -> Self:
+        """The table that `write` wrote.
 
         Raises:
             BadInput: the file is missing or damaged.
         """
-        return cls(_read(path))
+        try:
+            return cls(pq.read_table(path))
+        except (OSError, pa.ArrowException) as error:
+            raise BadInput(f"{path}: cannot be read as Parquet ({one_line(error, 120)})") from error
 
     def write(self, path: Path) -> None:
-        """Write them, whole or not at all."""
+        """Write the table atomically."""
         with replacing(path) as temporary:
             pq.write_table(self.table, temporary)
 
@@ -82,17 +63,45 @@ class Examples:
         origins: list[str] = self.table["origin"].to_pylist()
         return origins
 
-    @property
-    def groups(self) -> NDArray[np.int64] | None:
-        """Of the pairs, [pairs]; None: they were written before groups were kept."""
-        return self.table[_GROUP].to_numpy() if _GROUP in self.table.column_names else None
-
     def tokens(self, part: str) -> NDArray[np.int64]:
-        """Tokens of a part (prompt, chosen, rejected) of each pair, [pairs]."""
+        """Token counts of a part (prompt, chosen, rejected), [pairs]."""
         return _array(self.table[_TOKENS + part])
 
+
+class Examples(_PairTable):
+    """One evaluation, pair by pair: `origin`, `group` (shared by pairs with related prompts), token counts of the
+    pair's parts, EXAMPLE_METRICS, and `kl` if it was measured.
+    """
+
+    @classmethod
+    def of(
+        cls,
+        origins: pa.ChunkedArray | pa.Array,
+        groups: Sequence[int] | NDArray[np.int64],
+        lengths: Mapping[str, pa.Array],
+        records: Sequence[Mapping[str, float | None]],
+    ) -> Examples:
+        """Build the table from the results of an evaluation, all in the order of the pairs.
+
+        Args:
+            origins: source and row of each pair.
+            groups: group number of each pair.
+            lengths: token counts of the pairs' parts, as `tokens/prompt` and so on.
+            records: the metrics of each pair.
+        """
+        columns = {"origin": origins, _GROUP: pa.array(groups), **lengths}
+        columns |= {name: pa.array([row[name] for row in records], pa.float64()) for name in EXAMPLE_METRICS}
+        if any(KL in row for row in records):
+            columns[KL] = pa.array([row[KL] for row in records], pa.float64())
+        return cls(pa.table(columns))
+
+    @property
+    def groups(self) -> NDArray[np.int64] | None:
+        """Group number of each pair, [pairs]; None in files written before groups were recorded."""
+        return self.table[_GROUP].to_numpy() if _GROUP in self.table.column_names else None
+
     def metric(self, name: str) -> Numbers:
-        """One of EXAMPLE_METRICS or `kl` of each pair, [pairs]; NaN where it was not measured."""
+        """One of EXAMPLE_METRICS or `kl` for each pair, [pairs]; NaN where it was not measured."""
         return _array(self.table[name]).astype(np.float64)
 
     @cached_property
@@ -102,27 +111,24 @@ class Examples:
 
     @property
     def has_kl(self) -> bool:
-        """Whether the divergence from the base was measured."""
+        """Whether the KL divergence from the base model was measured."""
         return KL in self.table.column_names
 
     def columns(self) -> dict[str, Numbers]:
-        """All numbers by the names that they have on disk, [pairs] each."""
+        """All numeric columns by their names on disk, each [pairs]."""
         names = (name for name in self.table.column_names if name not in ("origin", _GROUP))
         return {name: _array(self.table[name]).astype(np.float64) for name in names}
 
 
-@dataclass(frozen=True)
-class PairIndex:
-    """Which pair is in which split: `split`, `origin`, `prompt` (a hash), and the tokens of its parts."""
-
-    table: pa.Table
+class PairIndex(_PairTable):
+    """Which pair is in which split: `split`, `origin`, `prompt` (a hash), and token counts of its parts."""
 
     @classmethod
     def of(
         cls,
         splits: Mapping[str, tuple[pa.ChunkedArray | pa.Array, NDArray[np.uint64], Mapping[str, pa.Array]]],
     ) -> PairIndex:
-        """Put together origins, hashes of the prompts, and lengths, by split."""
+        """Build the index from origins, prompt hashes and lengths, by split."""
         tables = [
             pa.table(
                 {
@@ -136,53 +142,22 @@ class PairIndex:
         ]
         return cls(pa.concat_tables(tables))
 
-    @classmethod
-    def read(cls, path: Path) -> PairIndex:
-        """The index that `write` wrote.
-
-        Raises:
-            BadInput: the file is missing or damaged.
-        """
-        return cls(_read(path))
-
-    def write(self, path: Path) -> None:
-        """Write it, whole or not at all."""
-        with replacing(path) as temporary:
-            pq.write_table(self.table, temporary)
-
-    def __len__(self) -> int:
-        return int(self.table.num_rows)
-
     @property
     def splits(self) -> list[str]:
-        """Of each pair."""
+        """The split of each pair."""
         splits: list[str] = self.table["split"].to_pylist()
         return splits
 
-    @property
-    def origins(self) -> list[str]:
-        """Source and row of each pair."""
-        origins: list[str] = self.table["origin"].to_pylist()
-        return origins
-
-    def tokens(self, part: str, split: str | None = None) -> NDArray[np.int64]:
-        """Tokens of a part of each pair, or of the pairs of one split."""
-        tokens = _array(self.table[_TOKENS + part])
-        return tokens if split is None else tokens[np.array([each == split for each in self.splits], bool)]
+    def of_split(self, split: str) -> PairIndex:
+        """The pairs of one split."""
+        return PairIndex(self.table.filter(pc.equal(self.table["split"], split)))
 
     def prompts(self) -> dict[str, list[int]]:
-        """Hashes of the prompts by split."""
+        """The prompt hashes of each split."""
         found: dict[str, list[int]] = {}
         for split, prompt in zip(self.splits, self.table["prompt"].to_pylist(), strict=True):
             found.setdefault(split, []).append(prompt)
         return found
-
-
-def _read(path: Path) -> pa.Table:
-    try:
-        return pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise BadInput(f"{path}: cannot be read as Parquet ({one_line(error, 120)})") from error
 
 
 def _array(column: pa.ChunkedArray) -> NDArray[np.int64]:

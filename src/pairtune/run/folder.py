@@ -1,27 +1,22 @@
-"""`Run`: one run folder, read lazily and tolerantly, and written through."""
+"""`Run` represents one run folder, whose files it reads on demand and tolerantly, and writes."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
-from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
 from functools import cached_property, partial
 from pathlib import Path
-from threading import Lock
 from typing import Any, TypeVar
-
-from pydantic import ValidationError
 
 from pairtune.config import RunConfig, TrialConfig, resolve
 from pairtune.errors import BadInput
 from pairtune.files import fill_folder, read_json, write_atomic, write_json
-from pairtune.run.metrics import Evaluation, TrainingStep, parse_line
+from pairtune.run.cache import FileCache, LogCache
+from pairtune.run.metrics import Evaluation, MetricsLog
 from pairtune.run.paths import RunPaths, TrialPaths
 from pairtune.run.records import (
     RECORDS,
@@ -40,11 +35,13 @@ from pairtune.run.schema import from_json, to_json
 
 R = TypeVar("R", bound=Record)
 
+_CACHE, _LOGS = FileCache(), LogCache()
+
 
 class RunState(Enum):
-    """How far a run folder has come, as its files say; whether a process works on it they do not say."""
+    """The state of a run folder according to its files, which do not tell whether a process is working on it."""
 
-    ABSENT = "absent"  # no run lies there
+    ABSENT = "absent"  # there is no run
     UNFINISHED = "unfinished"
     FINISHED = "finished"
     DAMAGED = "damaged"  # see `Run.damage`
@@ -61,31 +58,9 @@ class Damage:
         return self.reason
 
 
-@dataclass
-class MetricsLog:
-    """What a trial has logged so far.
-
-    Attributes:
-        steps: in their order.
-        evaluations: in their order.
-        unreadable: whole lines that are neither.
-    """
-
-    steps: list[TrainingStep] = field(default_factory=list)
-    evaluations: list[Evaluation] = field(default_factory=list)
-    unreadable: int = 0
-
-    def add(self, line: TrainingStep | Evaluation) -> None:
-        """Put a line where it belongs."""
-        if isinstance(line, Evaluation):
-            self.evaluations.append(line)
-        else:
-            self.steps.append(line)
-
-
 @dataclass(frozen=True)
 class Trial:
-    """One trial of a run, as far as it is."""
+    """One trial of a run, with as much as it has recorded so far."""
 
     paths: TrialPaths
     config: TrialConfig | None
@@ -94,29 +69,29 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """That of its folder."""
+        """The name of the trial's folder."""
         return self.paths.root.name
 
     @property
     def evaluations(self) -> list[Evaluation]:
-        """Those on record where the trial has ended, else those that it has logged."""
+        """The evaluations in the trial's record if it has ended, else those in its log."""
         return self.record.epochs if self.record else self.log.evaluations
 
     @property
     def best_epoch(self) -> int | None:
-        """Whose weights are kept, where the trial has ended."""
+        """The epoch whose weights are kept; None if the trial has not ended."""
         return self.record.best_epoch if self.record else None
 
     @property
     def status(self) -> str:
-        """`finished`, `failed` or `pruned`; of a trial that has not ended `running` or `waiting`."""
+        """`finished`, `failed` or `pruned`; `running` or `waiting` if the trial has not ended."""
         if self.record:
             return self.record.status
         return "running" if self.log.steps else "waiting"
 
     @property
     def label(self) -> str:
-        """Its settings as a person reads them: `lr 3e-05, beta 0.1`."""
+        """The trial's settings in readable form: `lr 3e-05, beta 0.1`."""
         if self.config is None:
             return self.name
         varied = [f"{name.replace('_', ' ')} {getattr(self.config, name)}" for name in self.config.varied]
@@ -126,9 +101,9 @@ class Trial:
 class Run:
     """One run folder.
 
-    Reading: attributes such as `selection` are None where the file is missing or damaged; `damage` says what is
-    damaged, `state` how far the run is. `need(Selection)` is for those who cannot go on without it. Files are read
-    again only when they have changed. Writing: `write(record)`, atomically.
+    Reading: attributes such as `selection` are None if the file is missing or damaged; `damage` lists what is damaged,
+    and `state` tells how far the run has got. `need(Selection)` is for callers that require the record. Files are read
+    again only if they have changed. Writing: `write(record)` is atomic.
     """
 
     def __init__(self, root: Path) -> None:
@@ -136,15 +111,15 @@ class Run:
 
     @classmethod
     def open(cls, root: Path) -> Run:
-        """The run in a folder, whatever state it is in; raises nothing."""
+        """The run in a folder, in any state; never raises."""
         return cls(root)
 
     @classmethod
     def create(cls, root: Path, fill: Callable[[Run], None]) -> Run:
-        """Make a new run folder, with what `fill` writes there from the start.
+        """Create a new run folder whose initial content `fill` writes.
 
         Raises:
-            BadInput: `root` exists and is not an empty folder; nothing in it is touched.
+            BadInput: `root` exists and is not an empty folder; its content is not touched.
         """
         check_new(root)
         try:
@@ -162,12 +137,12 @@ class Run:
         """
         run = cls(root)
         if not is_run(root):
-            raise BadInput(f"{root}: no run folder (no config.yaml and data.json in it)")
+            raise BadInput(f"{root}: not a run folder (config.yaml or data.json is missing)")
         return run
 
     @classmethod
     def finished(cls, root: Path) -> Run:
-        """A run that may be served or read as a result.
+        """A run that has finished.
 
         Raises:
             BadInput: there is no such folder, or it has no `COMPLETE`.
@@ -176,12 +151,12 @@ class Run:
         if not root.is_dir():
             raise BadInput(f"{root}: no such run folder")
         if not run.complete:
-            raise BadInput(f"{root}: the run is unfinished (no COMPLETE); `pairtune resume {root}` goes on with it")
+            raise BadInput(f"{root}: the run is unfinished (no COMPLETE); `pairtune resume {root}` continues it")
         return run
 
     @property
     def root(self) -> Path:
-        """The folder."""
+        """The path of the folder."""
         return self.paths.root
 
     @property
@@ -193,19 +168,19 @@ class Run:
 
     @property
     def complete(self) -> bool:
-        """Whether the run has come to its end."""
+        """Whether the run has finished."""
         return bool(self.paths.complete.is_file())
 
     @property
     def ended_at(self) -> datetime | None:
-        """When it did."""
+        """When the run finished; None if it has not."""
         with suppress(OSError, ValueError):
             return datetime.fromisoformat(self.paths.complete.read_text(encoding="utf-8").strip())
         return None
 
     @property
     def state(self) -> RunState:
-        """How far the run is."""
+        """The state of the run; see `RunState`."""
         if not is_run(self.root):
             return RunState.ABSENT
         if self.damage:
@@ -214,20 +189,20 @@ class Run:
 
     @property
     def damage(self) -> list[Damage]:
-        """What cannot be read, or is missing though the run is complete."""
+        """The files that cannot be read, or are missing although the run is complete."""
         reads: list[Callable[[], object]] = [self._config, *(partial(self._get, kind) for kind in RECORDS)]
         reads += [partial(self.read_trial, paths.root.name) for paths in self._trial_paths()]
         found = [damage for read in reads if (damage := self._damage(read))]
         if self.complete:
             needed = (DataRecord, SweepRecord, Selection)
             missing = [kind.file for kind in needed if not (self.root / kind.file).is_file()]
-            found += [Damage(file, f"{file}: is missing, though the run is complete") for file in missing]
+            found += [Damage(file, f"{file}: is missing, although the run is complete") for file in missing]
             if not self.paths.best.is_dir():
-                found.append(Damage("best", "best: is missing; the run has no model any more"))
+                found.append(Damage("best", "best: is missing; the run no longer has a model"))
         return found
 
     def get(self, kind: type[R]) -> R | None:
-        """A record; None where it is missing or damaged."""
+        """A record; None if it is missing or damaged."""
         try:
             return self._get(kind)
         except BadInput:
@@ -241,12 +216,12 @@ class Run:
         """
         found = self._get(kind)
         if found is None:
-            raise BadInput(f"{self.root / kind.file}: is missing; the run has not come so far, or is damaged")
+            raise BadInput(f"{self.root / kind.file}: is missing; the run has not got that far, or is damaged")
         return found
 
     @property
     def config(self) -> RunConfig | None:
-        """The settings of the run; None where they cannot be read."""
+        """The settings of the run; None if they cannot be read."""
         try:
             return self._config()
         except BadInput:
@@ -266,49 +241,49 @@ class Run:
 
     @property
     def environment(self) -> Environment | None:
-        """What the run was made with."""
+        """The environment in which the run was made."""
         return self.get(Environment)
 
     @property
     def data(self) -> DataRecord | None:
-        """The account of the rows."""
+        """The record of the data, with its row counts."""
         return self.get(DataRecord)
 
     @property
     def sweep(self) -> SweepRecord | None:
-        """All trials that have ended, in short."""
+        """Summaries of all trials that have ended."""
         return self.get(SweepRecord)
 
     @property
     def selection(self) -> Selection | None:
-        """The choice, once it is made."""
+        """The selected epoch and trial, once the selection is made."""
         return self.get(Selection)
 
     @property
     def test(self) -> TestRecord | None:
-        """The one look at the test pairs."""
+        """The one evaluation on the test pairs."""
         return self.get(TestRecord)
 
     @property
     def generations(self) -> Generations | None:
-        """Answers before and after."""
+        """Answers before and after tuning."""
         return self.get(Generations)
 
     @property
     def audit(self) -> AuditRecord | None:
-        """What the audit found."""
+        """The findings of the audit."""
         return self.get(AuditRecord)
 
     @property
     def choices(self) -> MachineChoices:
-        """What was chosen for the run on its machine; empty for runs that did not keep it."""
+        """What was chosen for the run on its machine; empty for runs that did not record it."""
         environment = self.get(Environment)
         return environment.choices if environment else MachineChoices()
 
     @property
     def trials(self) -> list[Trial]:
-        """Every trial that has a folder: in the order of the sweep, then those that have not ended, by name."""
-        order = {entry.name: place for place, entry in enumerate(self.sweep.trials if self.sweep else [])}
+        """Every trial that has a folder: first in the order of the sweep, then those that have not ended, by name."""
+        order = {entry.name: position for position, entry in enumerate(self.sweep.trials if self.sweep else [])}
         names = [paths.root.name for paths in self._trial_paths()]
         return [self.trial(name) for name in sorted(names, key=lambda name: (order.get(name, len(order)), name))]
 
@@ -317,18 +292,18 @@ class Run:
         return [TrialPaths(each) for each in folders if each.is_dir() and not each.name.startswith(".")]
 
     def trial(self, name: str) -> Trial:
-        """One trial, as far as it is."""
+        """One trial, with as much as it has recorded so far."""
         paths, record = self.paths.trial(name), self.trial_record(name)
         return Trial(paths, record.trial if record else self._planned.get(name), record, self.log(name))
 
     def trial_record(self, name: str) -> TrialRecord | None:
-        """How a trial ended; None: it has not, or the record is damaged."""
+        """The record of a trial that has ended; None if it has not, or if the record is damaged."""
         with suppress(BadInput):
             return self.read_trial(name)
         return None
 
     def read_trial(self, name: str) -> TrialRecord | None:
-        """How a trial ended; None: it has not.
+        """The record of a trial that has ended; None if it has not.
 
         Raises:
             BadInput: the record is damaged.
@@ -337,12 +312,12 @@ class Run:
         return _CACHE.get(file, lambda: from_json(TrialRecord, read_json(file), str(file))) if file.is_file() else None
 
     def log(self, name: str) -> MetricsLog:
-        """What a trial has logged; a last line that is still being written is left out."""
+        """What a trial has logged, without a last line that is still being written."""
         return _LOGS.read(self.paths.trial(name).metrics)
 
     @cached_property
     def _planned(self) -> dict[str, TrialConfig]:
-        """Settings of the grid's trials by name: of trials that have not ended they are on record nowhere else."""
+        """The settings of the grid's trials by name; for trials that have not ended, they are recorded nowhere else."""
         config = self.config
         return {trial.name: trial for trial in config.trials()} if config else {}
 
@@ -365,25 +340,25 @@ class Run:
     # Writing --------------------------------------------------------------------------------------------------------
 
     def write(self, record: Record) -> None:
-        """Write a record to its file, atomically; NaN and infinity are refused: they are never a result."""
+        """Write a record to its file atomically; NaN and infinity raise ValueError, since no result contains them."""
         write_json(self.root / record.file, to_json(record))
 
     def write_trial(self, record: TrialRecord) -> None:
-        """Put a trial's end on record."""
+        """Write the record of a trial that has ended."""
         write_json(self.paths.trial(record.name).record, to_json(record))
 
     def remember(self, **choices: Any) -> None:
-        """Add to what was chosen for the run on its machine; a run without `environment.json` keeps nothing."""
+        """Add to the machine choices recorded for the run; does nothing if the run has no `environment.json`."""
         if (environment := self.environment) is None:
             return
         self.write(environment.model_copy(update={"choices": environment.choices.model_copy(update=choices)}))
 
     def mark_complete(self) -> None:
-        """The last thing that a run writes."""
+        """Write `COMPLETE`, the last file that a run writes."""
         write_atomic(self.paths.complete, datetime.now(UTC).isoformat(timespec="seconds") + "\n")
 
     def forget_half_written(self) -> None:
-        """Remove what writes that were cut off have left behind."""
+        """Remove the temporary files of interrupted writes."""
         for path in list(self.root.rglob(".*.tmp")):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
@@ -392,8 +367,8 @@ class Run:
 
 
 def find_run(path: Path) -> tuple[Run, str | None] | None:
-    """The run that lies in a folder, or whose trial does (`RUN/TRIAL` or `RUN/trials/TRIAL`), and the trial's name."""
-    if (path / "config.yaml").is_file() or (path / "trials").is_dir():  # perhaps unfinished or damaged
+    """The run that a path names, and the trial's name if the path names one (`RUN/TRIAL` or `RUN/trials/TRIAL`)."""
+    if (path / "config.yaml").is_file() or (path / "trials").is_dir():  # possibly unfinished or damaged
         return Run(path), None
     above = path.parent if path.parent.name != "trials" else path.parent.parent
     if path.name and is_run(above) and RunPaths(above).trial(path.name).root.is_dir():
@@ -402,103 +377,11 @@ def find_run(path: Path) -> tuple[Run, str | None] | None:
 
 
 def is_run(root: Path) -> bool:
-    """Whether a run, finished or not, lies in a folder."""
+    """Whether a folder contains a run, finished or not."""
     return (root / "config.yaml").is_file() and (root / "data.json").is_file()
 
 
 def check_new(root: Path) -> None:
-    """Raise BadInput where a run folder cannot be made because there is something."""
+    """Raise BadInput if a run folder cannot be created because something is there already."""
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise BadInput(f"--out {root}: already exists; choose another name, or remove it first (rm -r {root})")
-
-
-# Caches ---------------------------------------------------------------------------------------------------------------
-
-
-def _stamp(file: Path) -> tuple[int, int, int]:
-    """What changes with the content; zeros where there is no file."""
-    try:
-        found = file.stat()
-    except OSError:
-        return 0, 0, 0
-    return found.st_mtime_ns, found.st_size, found.st_ino
-
-
-class _FileCache:
-    """Parsed files by path, each in its last version alone: a page of fifty runs looks at hundreds."""
-
-    def __init__(self, most: int = 1024) -> None:
-        self._most, self._lock = most, Lock()
-        self._kept: OrderedDict[Path, tuple[tuple[int, int, int], Any]] = OrderedDict()
-
-    def get(self, file: Path, read: Callable[[], Any]) -> Any:
-        """What `read` makes of a file; read again when the file has changed. Failures are not kept."""
-        stamp = _stamp(file)
-        with self._lock:
-            known = self._kept.get(file)
-            if known and known[0] == stamp:
-                self._kept.move_to_end(file)
-                return known[1]
-        found = read()
-        with self._lock:
-            self._kept[file] = stamp, found
-            self._kept.move_to_end(file)
-            while len(self._kept) > self._most:
-                self._kept.popitem(last=False)
-        return found
-
-
-@dataclass
-class _Parsed:
-    """As much of a `metrics.jsonl` as has been parsed."""
-
-    stamp: tuple[int, int, int] = (0, 0, 0)
-    size: int = 0
-    digest: bytes = b""  # of the bytes up to `size`
-    log: MetricsLog = field(default_factory=MetricsLog)
-
-
-class _LogCache:
-    """Metrics of trials, of which only what was added is parsed again: a live run is looked at every two seconds."""
-
-    def __init__(self, most: int = 256) -> None:
-        self._most, self._lock = most, Lock()
-        self._kept: OrderedDict[Path, _Parsed] = OrderedDict()
-
-    def read(self, file: Path) -> MetricsLog:
-        """Everything that a file holds, but a last line without its end."""
-        stamp = _stamp(file)
-        with self._lock:
-            known = self._kept.get(file, _Parsed())
-            if known.stamp != stamp:
-                known = self._kept[file] = _parse(file, stamp, known)
-            if file in self._kept:
-                self._kept.move_to_end(file)
-            while len(self._kept) > self._most:
-                self._kept.popitem(last=False)
-            log = known.log
-            return MetricsLog(list(log.steps), list(log.evaluations), log.unreadable)
-
-
-def _parse(file: Path, stamp: tuple[int, int, int], known: _Parsed) -> _Parsed:
-    """Add to what is known of a file; where the beginning has changed (a resumed trial's has), nothing is."""
-    try:
-        content = file.read_bytes()
-    except OSError:
-        return _Parsed(stamp)
-    whole = content[: content.rfind(b"\n") + 1]
-    if _digest(whole[: known.size]) != known.digest:
-        known = _Parsed(digest=_digest(b""))
-    for line in whole[known.size :].splitlines():
-        try:
-            known.log.add(parse_line(json.loads(line)))
-        except (ValueError, ValidationError, TypeError):
-            known.log.unreadable += 1
-    return _Parsed(stamp, len(whole), _digest(whole), known.log)
-
-
-def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=16).digest()
-
-
-_CACHE, _LOGS = _FileCache(), _LogCache()

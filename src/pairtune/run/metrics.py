@@ -1,19 +1,20 @@
 """What a trial logs: training steps and evaluations, under TRL's names.
 
-TRL's names (https://huggingface.co/docs/trl/dpo_trainer#logged-metrics) stand in the files, so that tables and
-dashboards carry over; in the code they are attributes.
+Files use TRL's names (https://huggingface.co/docs/trl/dpo_trainer#logged-metrics), so that tables and dashboards carry
+over; in the code, metrics are attributes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
-# Of every evaluated pair: loss (nats), rewards = beta * (policy - reference) log-prob, log-probs summed over the
-# answer's tokens (nats), logits averaged over the answer's tokens and the vocabulary. The last one is not TRL's: the
-# change of the chosen answer's log-prob per token minus the rejected one's, which has no beta and no length in it.
+# For every evaluated pair: loss (nats), rewards = beta * (policy - reference) log-prob, log-probs summed over the
+# answer's tokens (nats), logits averaged over the answer's tokens and the vocabulary. The last one is not from TRL: the
+# change of the log-prob per token, chosen minus rejected, which depends on neither beta nor the answers' lengths.
 EXAMPLE_METRICS = (
     "loss",
     "rewards/chosen",
@@ -26,27 +27,27 @@ EXAMPLE_METRICS = (
     "logits/rejected",
     "logps/margins_per_token",
 )
-# What some evaluations have besides: the divergence from the base (nats per token), of the first pairs alone.
+# Only in some evaluations: KL divergence from the base model (nats per token), measured on the first pairs only.
 KL = "kl"
 _EVALUATION = "eval_"
 
 
 class _Line(BaseModel):
-    """Numbers under TRL's names; those without an attribute of their own are kept as well."""
+    """Metrics under TRL's names; those without an attribute here are kept as well."""
 
     model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True)
 
     @model_serializer(mode="wrap")
     def _logged(self, dump: SerializerFunctionWrapHandler) -> dict[str, float]:
-        """Only what was logged is written."""
+        """Write only what was logged."""
         return {name: value for name, value in dump(self).items() if value is not None}
 
     def metrics(self) -> dict[str, float]:
-        """All numbers by the names that they have on disk."""
+        """All metrics by their names on disk."""
         return {name: value for name, value in self.model_dump(by_alias=True).items() if isinstance(value, int | float)}
 
     def metric(self, name: str) -> float | None:
-        """One of them; None where it was not logged."""
+        """One metric by its name on disk; None if it was not logged."""
         return self.metrics().get(name)
 
 
@@ -55,11 +56,11 @@ class TrainingStep(_Line):
 
     Attributes:
         step: counted from 1.
-        epoch: passes over the training pairs so far, with a fraction.
-        loss: nats for the sigmoid losses.
+        epoch: passes over the training pairs so far, as a fraction.
+        loss: in nats for the sigmoid losses.
         accuracy: share of pairs whose chosen answer has the higher reward.
-        margin: reward of the chosen minus that of the rejected answer.
-        grad_norm: before clipping.
+        margin: reward of the chosen answer minus that of the rejected one.
+        grad_norm: gradient norm before clipping.
     """
 
     step: int
@@ -72,7 +73,7 @@ class TrainingStep(_Line):
 
 
 class EvaluationMetrics(_Line):
-    """Means over held-out pairs, not over batches; see `EXAMPLE_METRICS` for what each number is."""
+    """Means over held-out pairs, not over batches; see `EXAMPLE_METRICS` for their definitions."""
 
     eval_loss: float
     chosen_reward: float = Field(alias="eval_rewards/chosen")
@@ -92,7 +93,7 @@ class Evaluation(EvaluationMetrics):
 
     Attributes:
         epoch: counted from 1.
-        step: optimizer steps made by then.
+        step: optimizer steps taken by then.
         loss: mean over the epoch's training pairs.
     """
 
@@ -101,16 +102,38 @@ class Evaluation(EvaluationMetrics):
     loss: float | None = None
 
 
+@dataclass
+class MetricsLog:
+    """What a trial has logged so far.
+
+    Attributes:
+        steps: the training steps, in order.
+        evaluations: the evaluations, in order.
+        unreadable: number of complete lines that are neither.
+    """
+
+    steps: list[TrainingStep] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    unreadable: int = 0
+
+    def add(self, line: TrainingStep | Evaluation) -> None:
+        """Add a parsed line to the steps or the evaluations."""
+        if isinstance(line, Evaluation):
+            self.evaluations.append(line)
+        else:
+            self.steps.append(line)
+
+
 def parse_line(line: Mapping[str, Any]) -> TrainingStep | Evaluation:
-    """What one line of `metrics.jsonl` is: this is the one place that tells steps and evaluations apart.
+    """Parse one line of `metrics.jsonl`; only this function tells steps and evaluations apart.
 
     Raises:
-        ValidationError: it is neither.
+        ValidationError: the line is neither.
     """
     kind = Evaluation if "eval_loss" in line else TrainingStep
     return kind.model_validate(line)
 
 
 def evaluation_name(metric: str) -> str:
-    """How TRL names the mean of a pair's metric over an evaluation."""
+    """TRL's name for the mean of a per-pair metric over an evaluation."""
     return _EVALUATION + metric

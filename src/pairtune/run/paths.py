@@ -1,4 +1,4 @@
-"""Where everything of a run lies."""
+"""The paths of all files in a run folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class RunPaths:
-    """Paths inside one run folder; docs/architecture.md says what each file holds."""
+    """Paths inside one run folder; docs/architecture.md describes each file."""
 
     root: Path
 
@@ -51,5 +51,5 @@ class TrialPaths:
     failed = property(lambda self: self.root / "failed")
 
     def examples(self, epoch: int) -> Path:
-        """The per-example records of one epoch's evaluation, Parquet, one row per pair."""
+        """The per-example records of one epoch's evaluation: Parquet, one row per pair."""
         return self.root / "evals" / f"epoch-{epoch}.parquet"

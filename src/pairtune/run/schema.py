@@ -1,7 +1,7 @@
-"""The format of a run folder's records, and what brings those of earlier formats up to date.
+"""The format of a run folder's records, and the migrations from earlier formats.
 
-Format 1 had no number and grew while it was used: its older files lack what came later. Format 2 is what
-`pairtune.run.records` describes.
+Format 1 had no number and grew while in use, so its older files lack later fields. Format 2 is described by
+`pairtune.run.records`.
 """
 
 from __future__ import annotations
@@ -30,24 +30,26 @@ def from_json(kind: type[R], content: object, where: str) -> R:
     """The record that a file holds.
 
     Args:
-        kind: of the record.
-        content: of the file, parsed.
-        where: the file, for messages.
+        kind: the type of the record.
+        content: the parsed content of the file.
+        where: the file, for error messages.
 
     Raises:
-        BadInput: it is no such record, or of a later format.
+        BadInput: the content is not such a record, or has a later format.
     """
     if not isinstance(content, dict):
-        raise BadInput(f"{where}: should hold a JSON object; the file is damaged")
+        raise BadInput(f"{where}: should contain a JSON object; the file is damaged")
     version = content.get(_KEY, 1)
     if not isinstance(version, int) or version > FORMAT:
-        raise BadInput(f"{where}: is of format {version}, which a later pairtune wrote; update pairtune to read it")
+        raise BadInput(
+            f"{where}: has format {version}, written by a later version of pairtune; update pairtune to read it"
+        )
     try:
         return kind.model_validate(_from_1(kind.file, content) if version == 1 else content)
     except ValidationError as error:
         fault = error.errors()[0]
-        place = ".".join(map(str, fault["loc"]))
-        raise BadInput(f"{where}: {place}: {fault['msg'].lower()}; the file is damaged") from error
+        field = ".".join(map(str, fault["loc"]))
+        raise BadInput(f"{where}: {field}: {fault['msg'].lower()}; the file is damaged") from error
 
 
 def _from_1(file: str, content: Json) -> Json:
@@ -56,12 +58,12 @@ def _from_1(file: str, content: Json) -> Json:
 
 
 def _trial(old: Json) -> Json:
-    """Cost came in steps: before trials ran side by side a trial's share of the time was all of it."""
+    """Before trials ran side by side, a trial's own share of the training time was all of it."""
     return {"own_seconds": old.get("train_seconds", 0.0)} | old
 
 
 def _selection(old: Json) -> Json:
-    """Whether the winner differs from all others was in the comparisons alone."""
+    """Whether the winner differs from all other trials was recorded only in the comparisons."""
     return {"settled": all(each.get("differs", True) for each in old.get("comparisons", []))} | old
 
 

@@ -1,1 +1,1 @@
-"""Serving: loaded models that people talk to. Today in the terminal."""
+"""Serving: models in memory, for the terminal chat and for the worker behind OpenAI's API."""

@@ -1,4 +1,4 @@
-"""The adapters that are in memory: the least recently used one goes when there are too many."""
+"""An LRU cache of the adapters in memory."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from pairtune.serve.request import AdapterRef
 
 
 class AdapterCache:
-    """Adapters by their fingerprints, in the order of their last use.
+    """Adapters keyed by fingerprint, ordered by last use.
 
     Args:
-        stack: of the model that they belong to.
-        dtype: of the model.
-        device: that it is on.
-        size: how many are kept; more only while all of them are in use.
+        stack: the adapter stack of their model.
+        dtype: the model's dtype.
+        device: the model's device.
+        size: how many adapters to keep; exceeded only while all of them are in use.
     """
 
     def __init__(self, stack: AdapterStack, dtype: torch.dtype, device: torch.device, size: int = 16) -> None:
         self._stack, self._dtype, self._device, self._size = stack, dtype, device, size
 
     def use(self, adapter: AdapterRef, in_use: AbstractSet[str]) -> None:
-        """Load an adapter where it is not in memory, and make it the most recently used one.
+        """Load an adapter unless it is in memory, and mark it as most recently used.
 
         Args:
-            adapter: to be used.
-            in_use: fingerprints of those that conversations have.
+            adapter: the adapter to use.
+            in_use: fingerprints of the adapters of running requests.
 
         Raises:
-            BadInput: it cannot be loaded, or does not belong to this model.
+            BadInput: the adapter cannot be loaded, or was made for another model.
         """
         adapters = self._stack.adapters
         before = list(adapters)

@@ -1,9 +1,9 @@
-"""Many LoRA adapters over one base in one pass, a different one for every token (after Chen et al. 2023, "Punica", and
-Sheng et al. 2023, "S-LoRA").
+"""Multi-LoRA serving: many adapters over one base model in one forward pass, chosen per token (after Chen et al. 2023,
+"Punica", and Sheng et al. 2023, "S-LoRA").
 
-The factors of all adapters stand side by side along the rank. What a token's row of `x A'` holds for other adapters
-than its own is multiplied by 0, so one product with all of A and one with all of B serve the whole batch. Ranks are
-small beside a layer's sizes, so the work for other adapters costs less than taking the batch apart.
+The factors of all adapters are concatenated along the rank. In a token's row of `x A'`, the entries of all adapters but
+its own are multiplied by 0, so one product with all of A and one with all of B serve the whole batch. Ranks are small
+compared with a layer's sizes, so this extra work costs less than splitting the batch by adapter.
 """
 
 from __future__ import annotations
@@ -32,17 +32,18 @@ class Adapter:
     """One adapter in memory.
 
     Attributes:
-        factors: A, [rank, in], and B, [out, rank], scaled, by the layer's name in the model.
+        factors: A, [rank, in], and scaled B, [out, rank], by the layer's name in the model.
     """
 
     factors: Mapping[str, tuple[Tensor, Tensor]]
 
 
 def read_adapter(folder: Path, dtype: torch.dtype, device: torch.device) -> Adapter:
-    """An adapter in PEFT's format.
+    """Read an adapter in PEFT's format.
 
     Raises:
-        BadInput: it is more than plain LoRA, or cannot be read.
+        NotBatchable: the adapter is more than plain LoRA.
+        BadInput: the adapter cannot be read.
     """
     try:
         settings = json.loads((folder / ADAPTER_SETTINGS).read_text(encoding="utf-8"))
@@ -51,7 +52,9 @@ def read_adapter(folder: Path, dtype: torch.dtype, device: torch.device) -> Adap
         raise BadInput(f"{folder}: the adapter cannot be loaded ({one_line(error)})") from error
     plain = all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in tensors)
     if not plain or settings.get("use_dora") or settings.get("peft_type", "LORA") != "LORA":
-        raise NotBatchable(f"{folder}: is more than plain LoRA (DoRA, biases, whole layers); merge it, and serve that")
+        raise NotBatchable(
+            f"{folder}: more than plain LoRA (DoRA, biases, whole layers); merge it and serve the merged model"
+        )
     factors = {}
     partners = {name.replace(".lora_A.", ".lora_B.") for name in tensors if ".lora_A." in name}
     if partners != {name for name in tensors if ".lora_B." in name} or "lora_alpha" not in settings:
@@ -68,7 +71,7 @@ def read_adapter(folder: Path, dtype: torch.dtype, device: torch.device) -> Adap
 
 
 def _setting(settings: Mapping[str, Any], name: str, pattern: str, layer: str) -> float:
-    # The pattern's keys are regular expressions, as PEFT reads them.
+    # PEFT reads the pattern's keys as regular expressions.
     patterns = settings.get(pattern) or {}
     own = {key: value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)}
     value: float = next(iter(own.values()), settings[name])
@@ -76,11 +79,11 @@ def _setting(settings: Mapping[str, Any], name: str, pattern: str, layer: str) -
 
 
 class ServedLinear(nn.Module):
-    """A frozen linear layer under all adapters.
+    """A frozen linear layer with all adapters on it.
 
     Args:
         base: the frozen layer, weight [out, in].
-        stack: which knows the adapter of every token of the batch.
+        stack: knows which adapter each token of the batch uses.
     """
 
     def __init__(self, base: nn.Linear, stack: AdapterStack) -> None:
@@ -88,10 +91,10 @@ class ServedLinear(nn.Module):
         self.weight, self.bias, self.stack = base.weight, base.bias, stack
         self.a = base.weight.new_zeros(0, base.in_features)
         self.b = base.weight.new_zeros(base.out_features, 0)
-        self.owners: list[int] = []  # of the columns: the adapter's index
+        self.owners: list[int] = []  # the adapter's index for each column
 
     def forward(self, x: Tensor) -> Tensor:
-        """[1, tokens, in] to [1, tokens, out]."""
+        """Map [1, tokens, in] to [1, tokens, out]."""
         y = linear(x, self.weight, self.bias)
         if self.owners and self.stack.tokens is not None:
             inner = linear(x[0], self.a) * self.stack.mask(self)
@@ -100,14 +103,14 @@ class ServedLinear(nn.Module):
 
 
 class AdapterStack:
-    """The adapters of one model, side by side.
+    """The adapters of one model, concatenated along the rank.
 
     Args:
-        model: of transformers; its linear layers are replaced in place, the output embedding aside.
+        model: a transformers model; its linear layers, except the output embedding, are replaced in place.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.tokens: Tensor | None = None  # index of each token's adapter, -1: the base; None: all the base
+        self.tokens: Tensor | None = None  # each token's adapter index, -1: base; None: base for all
         self._masks: dict[tuple[int, ...], Tensor] = {}
         self._adapters: dict[str, Adapter] = {}
         self._layers: dict[str, ServedLinear] = {}
@@ -125,14 +128,14 @@ class AdapterStack:
         """Replace all adapters.
 
         Raises:
-            BadInput: one of them does not belong to this model; nothing is changed.
+            BadInput: one of them was made for another model; nothing is changed.
         """
         for adapter in adapters.values():
             if unknown := adapter.factors.keys() - self._layers.keys():
-                raise BadInput(f"the adapter has a layer that the base has not: {min(unknown)}")
+                raise BadInput(f"the adapter has a layer that the base model does not have: {min(unknown)}")
             for name, (a, b) in adapter.factors.items():
                 if (b.shape[0], a.shape[1]) != self._layers[name].weight.shape or a.shape[0] != b.shape[1]:
-                    raise BadInput(f"the adapter was made for another base: {name} has another shape")
+                    raise BadInput(f"the adapter was made for another base model: {name} has another shape")
         self._adapters = dict(adapters)
         for name, layer in self._layers.items():
             owned = [
@@ -145,11 +148,11 @@ class AdapterStack:
 
     @property
     def adapters(self) -> dict[str, Adapter]:
-        """By the keys under which they were set."""
+        """The adapters by the keys that they were set with."""
         return dict(self._adapters)
 
     def assign(self, keys: list[str | None], device: torch.device) -> None:
-        """Say which adapter every token of the coming batch has; None: the base alone."""
+        """Set each token's adapter for the next batch; None: the base model."""
         indices = {key: index for index, key in enumerate(self._adapters)}
         self._masks = {}
         self.tokens = None
@@ -157,10 +160,10 @@ class AdapterStack:
             self.tokens = torch.tensor([-1 if key is None else indices[key] for key in keys], device=device)
 
     def mask(self, layer: ServedLinear) -> Tensor:
-        """1 where a token's adapter has the column, else 0: [tokens, ranks of all adapters]."""
-        assert self.tokens is not None  # noqa: S101 - asked for only where somebody has an adapter
+        """1 where the column belongs to the token's adapter, else 0: [tokens, ranks of all adapters]."""
+        assert self.tokens is not None  # noqa: S101 - called only when a token has an adapter
         owners = tuple(layer.owners)
-        if owners not in self._masks:  # nearly always the same for every layer
+        if owners not in self._masks:  # nearly always the same in every layer
             columns = torch.tensor(owners, device=self.tokens.device)
             self._masks[owners] = (self.tokens[:, None] == columns).to(layer.a.dtype)
         return self._masks[owners]

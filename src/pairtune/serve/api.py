@@ -1,7 +1,7 @@
 """The worker's HTTP interface: OpenAI's `/v1/models` and `/v1/chat/completions`.
 
-Every reply carries `system_fingerprint`: the base's and the adapter's. Beyond the protocol, a streaming request with
-`"pairtune": {"queue": true}` is told its place while it waits, in chunks without choices.
+Every reply carries `system_fingerprint`: the hashes of the base model and the adapter. As an extension, a streaming
+request with `"pairtune": {"queue": true}` receives its queue position while it waits, in chunks without choices.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from pairtune.serve.catalogue import Catalogue, OpenedModel, ServedModel
 from pairtune.serve.protocol import ChatRequest
 from pairtune.serve.request import Event, Failed, Finished, GenerationRequest, QueueFull, QueuePosition, TextDelta
 
-# Bytes of a request; a context of a hundred thousand tokens fits.
+# Maximum size of a request in bytes; enough for a context of a hundred thousand tokens.
 _LARGEST = 2_000_000
-# Characters a token has at most in ordinary text, generously; longer prompts are refused before they are tokenized.
-_CHARACTERS_A_TOKEN = 16
+# A generous upper bound for ordinary text; longer prompts are refused before they are tokenized.
+_CHARACTERS_PER_TOKEN = 16
 
 
 class _Refused(Exception):
@@ -44,12 +44,11 @@ class _Refused(Exception):
 
 
 def make_app(catalogue: Catalogue, hosts: list[str]) -> Starlette:
-    """The ASGI application.
+    """Make the ASGI application.
 
     Args:
-        catalogue: of the models.
-        hosts: names under which the worker may be reached; others are refused, so that no page of another site can
-            reach it through a name of its own.
+        catalogue: the models to serve.
+        hosts: accepted values of the Host header; others are refused to prevent DNS rebinding.
     """
     worker = _Worker(catalogue)
 
@@ -100,7 +99,8 @@ class _Worker:
             asked = await _read(request)
             model = (await asyncio.to_thread(self.catalogue.models)).get(asked.model)
             if model is None:
-                raise _Refused(404, f"there is no model {asked.model!r} here (any more)", "model_not_found", "model")
+                message = f"there is no model {asked.model!r}; /v1/models lists those that are served"
+                raise _Refused(404, message, "model_not_found", "model")
             answer = await asyncio.to_thread(self._start, asked, model, asyncio.get_running_loop())
         except _Refused as refusal:
             return refusal.response()
@@ -129,7 +129,7 @@ class _Worker:
             opened.scheduler.submit(answer.request)
         except QueueFull:
             raise _Refused(
-                429, "too many requests are waiting; try again later", "rate_limit_exceeded", **{"Retry-After": "5"}
+                429, "too many requests are queued; try again later", "rate_limit_exceeded", **{"Retry-After": "5"}
             ) from None
         return answer
 
@@ -139,7 +139,7 @@ async def _read(request: Request) -> ChatRequest:
     async for chunk in request.stream():
         body += chunk
         if len(body) > _LARGEST:
-            raise _Refused(413, f"the request has more than {_LARGEST:,} bytes", "request_too_large")
+            raise _Refused(413, f"the request has more than {_LARGEST:,} bytes; shorten it", "request_too_large")
     try:
         return ChatRequest.model_validate_json(body)
     except ValidationError as error:
@@ -149,20 +149,21 @@ async def _read(request: Request) -> ChatRequest:
 
 
 def _encode(model: OpenedModel, asked: ChatRequest) -> list[int]:
-    """Token ids of the conversation under the model's chat template."""
+    """Render the conversation with the model's chat template and tokenize it."""
     turns, context = [message.turn() for message in asked.messages], model.context
-    if sum(len(turn["content"]) for turn in turns) > _CHARACTERS_A_TOKEN * context:
-        raise _Refused(400, f"far longer than this model's {context:,} tokens", "context_length_exceeded", "messages")
+    if sum(len(turn["content"]) for turn in turns) > _CHARACTERS_PER_TOKEN * context:
+        message = f"the prompt is far longer than this model's {context:,} tokens; shorten it"
+        raise _Refused(400, message, "context_length_exceeded", "messages")
     try:
         ids = model.encode(turns)
     except TemplateError as error:
-        raise _Refused(400, f"the model's chat template refuses this: {error}", "bad_messages", "messages") from error
+        raise _Refused(400, f"the chat template rejects these messages: {error}", "bad_messages", "messages") from error
     if not ids:
-        raise _Refused(400, "the model's chat template makes nothing of this", "bad_messages", "messages")
+        raise _Refused(400, "the chat template renders these messages as nothing", "bad_messages", "messages")
     if len(ids) >= context:
         raise _Refused(
             400,
-            f"{len(ids):,} tokens are too long for this model, whose prompt and answer together have {context:,}",
+            f"{len(ids):,} tokens are too many for this model: prompt and answer share {context:,}",
             "context_length_exceeded",
             "messages",
         )
@@ -170,7 +171,7 @@ def _encode(model: OpenedModel, asked: ChatRequest) -> list[int]:
 
 
 class _Answer:
-    """One answer on its way out."""
+    """The response to one request, streamed or whole."""
 
     request: GenerationRequest
 
@@ -203,7 +204,7 @@ class _Answer:
                         break
             yield "data: [DONE]\n\n"
         finally:
-            self.scheduler.cancel(self.request)  # a client that hangs up frees the slot at once
+            self.scheduler.cancel(self.request)  # a client that disconnects frees its slot at once
 
     async def whole(self, request: Request) -> Response:
         gone = asyncio.create_task(_gone(request))

@@ -1,8 +1,8 @@
-"""Attention of many conversations in one forward pass, each over keys and values of its own.
+"""Attention for many requests in one forward pass, each over its own keys and values.
 
-A batch has one token of each conversation that is decoding, and chunks of prompts that are prefilled. They lie in one
-row; the linear layers see tokens alone, and attention goes conversation by conversation over the KV cache (continuous
-batching, Yu et al. 2022, "Orca"; chunked prefill, Agrawal et al. 2023, "Sarathi").
+A batch holds one token of each decoding request, followed by chunks of the prompts in prefill. All of them form one
+row: the linear layers process it token by token, and attention runs per request over the KV cache (continuous batching,
+Yu et al. 2022, "Orca"; chunked prefill, Agrawal et al. 2023, "Sarathi").
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ ATTENTION = "pairtune_served"
 
 @dataclass(frozen=True)
 class SlotRun:
-    """Decoding conversations in neighbouring slots, whose attention is one product.
+    """Decoding requests in adjacent slots, whose attention is computed together.
 
     Attributes:
-        start: of its conversations among those that decode.
+        start: index of the first request in the batch.
         slot: the first slot.
-        count: how many slots.
-        tokens: of the longest of these conversations, with the token that comes now.
+        count: the number of slots.
+        tokens: length of the longest of these requests, including its new token.
     """
 
     start: int
@@ -40,16 +40,16 @@ class SlotRun:
 
     @property
     def rows(self) -> slice:
-        """Its conversations among those that decode."""
+        """Its requests' rows in the batch."""
         return slice(self.start, self.start + self.count)
 
 
 def slot_runs(slots: Sequence[int], positions: Sequence[int]) -> tuple[SlotRun, ...]:
-    """Neighbouring slots together.
+    """Group adjacent slots.
 
     Args:
-        slots: of the decoding conversations, ascending.
-        positions: of the tokens that come now.
+        slots: slots of the decoding requests, ascending.
+        positions: positions of their new tokens.
     """
     runs: list[SlotRun] = []
     for number, (slot, position) in enumerate(zip(slots, positions, strict=True)):
@@ -63,15 +63,15 @@ def slot_runs(slots: Sequence[int], positions: Sequence[int]) -> tuple[SlotRun, 
 
 @dataclass(frozen=True)
 class ForwardBatch:
-    """What one forward pass is made of: first one token of each decoding conversation, then chunks of prompts.
+    """The input of one forward pass: one token of each decoding request, then chunks of prompts.
 
     Attributes:
-        cache: where keys and values are.
-        slots: of the decoding conversations, ascending, [decoding].
-        positions: of their tokens, [decoding].
-        runs: the same slots, neighbours together.
-        chunks: of prompts, behind them in the row.
-        copies: what a chunk takes over from one before it, which is computed in this same pass.
+        cache: the KV cache.
+        slots: slots of the decoding requests, ascending, [decoding].
+        positions: positions of their tokens, [decoding].
+        runs: the same slots, grouped where adjacent.
+        chunks: prompt chunks, after the decoding tokens in the row.
+        copies: prefixes that a chunk takes over from an earlier chunk of the same pass.
     """
 
     cache: KVCache
@@ -82,12 +82,12 @@ class ForwardBatch:
     copies: tuple[PrefixCopy, ...] = ()
 
     def visible(self, run: SlotRun, window: int | None) -> Tensor:
-        """Which cached tokens the conversations of a run see, [conversations, 1, 1, tokens]."""
+        """The attention mask of a run's requests, [requests, 1, 1, tokens]."""
         return _visible(self.positions[run.rows, None], run.tokens, window)[:, None, None]
 
 
 def _visible(queries: Tensor, tokens: int, window: int | None) -> Tensor:
-    """Which of the first `tokens` tokens are seen from positions [queries, 1]: [queries, tokens]."""
+    """The causal mask, [queries, tokens], for queries at positions [queries, 1]."""
     keys = torch.arange(tokens, device=queries.device)
     return keys <= queries if window is None else (keys <= queries) & (keys > queries - window)
 
@@ -105,10 +105,10 @@ def served_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of a batch; query, key and value are [1, heads, tokens, size].
+    """Compute a batch's attention; query, key and value are [1, heads, tokens, size].
 
     Returns:
-        [1, tokens, heads, size], and no weights.
+        The output, [1, tokens, heads, size], and None for the attention weights.
     """
     if batch is None:
         raise ValueError("served attention needs a batch")
@@ -125,12 +125,12 @@ def served_attention(
             attended = _attend(q[run.rows].unsqueeze(2), keys, values, visible, scale, softcap)
             results.append(attended[:, :, 0].transpose(0, 1))
     queries = []
-    place = decoding
+    offset = decoding
     for chunk in batch.chunks:
-        q, k, v = (tensor[0, :, place : place + chunk.length] for tensor in (query, key, value))
+        q, k, v = (tensor[0, :, offset : offset + chunk.length] for tensor in (query, key, value))
         batch.cache.write_chunk(layer, chunk, k, v)
         queries.append(q)
-        place += chunk.length
+        offset += chunk.length
     for copy in batch.copies:
         batch.cache.copy(copy, layer)
     for chunk, q in zip(batch.chunks, queries, strict=True):
@@ -144,7 +144,7 @@ def served_attention(
 def _attend(
     query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float, softcap: float | None
 ) -> Tensor:
-    """[conversations, heads, tokens, size] of queries over the keys that groups of heads share."""
+    """Grouped-query attention of [requests, heads, tokens, size] queries."""
     rows, heads, tokens, size = query.shape
     shared = keys.shape[1]
     if tokens > 1 and softcap is None:

@@ -1,4 +1,4 @@
-"""What can be talked to: the base, every tuned model of the runs that are served, and plain models."""
+"""The served models: base models, all tuned models of the served runs, and plain models."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from pairtune.serve.scheduler import BatchScheduler
 
 log = logging.getLogger(__name__)
 
-# Whole models in memory; adapters take little beside them.
+# Maximum number of whole models in memory; adapters are small in comparison.
 _MODELS = 3
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """One model by the name under which it is asked for.
+    """A model that requests can name.
 
     Attributes:
-        id: the name: the base's, the run's for its winner, `run/trial` for a trial.
-        base: what a person would type after `--model` for its base.
-        dtype: in which it is computed.
-        folder: of its adapter or, where the whole model was trained, of its weights; None: the base itself.
-        run: the folder of the run that it comes from.
-        created: seconds since 1970.
+        id: the name: the base's, the run's for its winner, or `run/trial` for a trial.
+        base: its base model, as given to `--model`.
+        dtype: the dtype to compute in.
+        folder: the folder of its adapter or, if the whole model was trained, of its weights; None: the base itself.
+        run: the folder of its run.
+        created: Unix time.
     """
 
     id: str
@@ -48,20 +48,20 @@ class ServedModel:
 
     @property
     def adapted(self) -> bool:
-        """Whether it is an adapter on its base."""
+        """Whether the model is an adapter on its base."""
         return self.folder is not None and (self.folder / ADAPTER_SETTINGS).is_file()
 
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model that is ready to answer.
+    """A model in memory, ready for requests.
 
     Attributes:
-        scheduler: of its base, or its own where all of its weights were trained.
-        adapter: on that base; None: the scheduler's model as it is.
-        tokenizer: its own: a run's template is the one that it was tuned under.
+        scheduler: the scheduler of its base, or its own if the whole model was trained.
+        adapter: its adapter; None: the scheduler's model unchanged.
+        tokenizer: its own tokenizer, with the chat template that it was tuned with.
         stop_token_ids: tokens that end its answers.
-        fingerprint: of the base's weight files, and of the adapter's.
+        fingerprint: hashes of the base's weight files and the adapter's.
     """
 
     scheduler: BatchScheduler
@@ -72,31 +72,31 @@ class OpenedModel:
 
     @property
     def context(self) -> int:
-        """Tokens of a prompt and its answer together."""
+        """Maximum tokens of prompt and answer together."""
         return self.scheduler.limits.context
 
     def encode(self, turns: Conversation) -> list[int]:
-        """Token ids of a conversation under the chat template, up to where an answer begins.
+        """Tokenize a conversation with the chat template, including the generation prompt.
 
         Raises:
-            TemplateError: the template refuses the conversation.
+            TemplateError: the template rejects the conversation.
         """
         text = self.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
     def request(self, ids: list[int], params: SamplingParams, emit: Callable[[Event], None]) -> GenerationRequest:
-        """A request to this model, for its scheduler."""
+        """Make a request for this model's scheduler."""
         return GenerationRequest(ids, params, self.adapter, self.tokenizer, self.stop_token_ids, emit)
 
 
 class Catalogue:
-    """Models by name, and in memory once they are used. Methods may be called from any thread.
+    """The served models by name, loaded on first use. Methods may be called from any thread.
 
     Args:
-        targets: run folders, adapters and models that were named.
-        root: a folder whose finished runs are served as well, also those that are finished later.
-        limits: of each model in memory.
+        targets: run folders, adapters and models to serve.
+        root: a folder whose finished runs are served too, including those that finish later.
+        limits: the limits of each model's scheduler.
 
     Raises:
         BadInput: a target is none of these, or an unfinished run.
@@ -106,27 +106,27 @@ class Catalogue:
         self._targets, self._root, self._limits = list(targets), root, limits
         self._schedulers: dict[tuple[str, str, str], BatchScheduler] = {}
         self._tokenizers: dict[tuple[Path, str], Any] = {}
-        self._bases: dict[str, Path] = {}  # folders, by what is typed: finding one may mean hashing a file
+        self._bases: dict[str, Path] = {}  # resolved folders by name: resolving may mean hashing a file
         self._fingerprints: dict[tuple[Path, int], str] = {}
         self._lock = threading.Lock()
         self._named: dict[str, ServedModel] = {}
         for each in (model for target in self._targets for model in _models_of(target)):
             if self._named.setdefault(each.id, each).folder != each.folder:
-                raise BadInput(f"{each.folder}: another model is called {each.id} as well; rename one of the folders")
+                raise BadInput(f"{each.folder}: another model is called {each.id} too; rename one of the folders")
 
     def models(self) -> dict[str, ServedModel]:
-        """By name; runs that are gone are not there, new ones are."""
+        """The models by name; deleted runs are left out, new ones are included."""
         found = {each.id: each for each in self._named.values() if each.folder is None or each.folder.is_dir()}
         for folder in sorted(self._root.iterdir()) if self._root and self._root.is_dir() else []:
             try:
                 if Run.open(folder).complete:
                     found |= {each.id: each for each in _models_of(str(folder)) if each.id not in found}
             except (BadInput, OSError):
-                continue  # a damaged run; the site says what is wrong with it
+                continue  # a damaged run; the site shows what is wrong with it
         return found
 
     def available(self) -> list[ServedModel]:
-        """Those whose base can be found as well."""
+        """The models whose base can be found too."""
         found = []
         for each in self.models().values():
             try:
@@ -138,21 +138,21 @@ class Catalogue:
         return found
 
     def fingerprint(self, model: ServedModel) -> str:
-        """Of the base's weight files, and of the adapter's: what an answer was really computed with."""
+        """Hashes of the base's weight files and the adapter's: the weights behind an answer."""
         if model.base not in self._bases:
             self._bases[model.base] = resolve_model(model.base).folder
         base = self._hash(self._bases[model.base])
         return base if model.folder is None else f"{base}+{self._hash(model.folder)}"
 
     def open(self, model: ServedModel) -> OpenedModel:
-        """Load what is not in memory yet.
+        """Load a model unless it is in memory.
 
         Raises:
-            BadInput: it cannot be loaded, or its family cannot be served.
+            BadInput: the model cannot be loaded, or its family cannot be served.
         """
         fingerprint = self.fingerprint(model)
         own = None if model.adapted else model.folder
-        # By what the weights are, too: a run that was made again under its name is another model.
+        # The key includes the weights' hash: a run that was repeated under the same name is another model.
         key = (str(own or model.base), model.dtype, fingerprint.partition("+")[2] if own else "")
         with self._lock:
             if key not in self._schedulers:
@@ -174,17 +174,17 @@ class Catalogue:
         return self._tokenizers[key]
 
     def _forget_idle(self) -> None:
-        """Make room for a model, where several are in memory and one of them is idle."""
+        """Unload idle models if the limit is reached."""
         for key, scheduler in list(self._schedulers.items()):
             if len(self._schedulers) >= _MODELS and not (scheduler.load["running"] or scheduler.load["waiting"]):
                 self._schedulers.pop(key).close()
 
     def loads(self) -> dict[str, dict[str, int]]:
-        """How much is going on, by the models in memory."""
+        """The load of each model in memory."""
         return {key[0]: scheduler.load for key, scheduler in list(self._schedulers.items())}
 
     def close(self) -> None:
-        """End all schedulers."""
+        """Close all schedulers."""
         for scheduler in self._schedulers.values():
             scheduler.close()
 
@@ -197,7 +197,7 @@ class Catalogue:
 
 
 def _models_of(name: str) -> Iterator[ServedModel]:
-    """The base, and what was tuned on it: of a run the winner and every trial, or the trial that was named."""
+    """The base and the models tuned on it: a run's winner and all its trials, or only the named trial."""
     target = resolve_target(name)
     if run := target.run:
         created, dtype = int(run.paths.complete.stat().st_mtime), run.choices.dtype or run.settings.dtype

@@ -1,4 +1,4 @@
-"""From tokens to text that can be shown at once."""
+"""Incremental detokenization for streaming."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 
 @dataclass
 class IncrementalDetokenizer:
-    """Tokens in, text out that no later token changes.
+    """Turns tokens into text that no later token changes.
 
-    A character of several tokens is held back until it is whole, and so is what may become a stop text.
+    Incomplete UTF-8 characters are held back, and so is text that may be the beginning of a stop string.
     """
 
     tokenizer: Any
     stop: Sequence[str] = ()
     stopped: bool = False
     _ids: list[int] = field(default_factory=list)
-    _start: int = 0  # decoding begins here, since a token's text may depend on the one before it
-    _shown: int = 0  # tokens whose text has been taken
+    _start: int = 0  # decoding starts here, since a token's text may depend on the previous one
+    _shown: int = 0  # tokens whose text has been returned
     _held: str = ""
 
     def push(self, token: int) -> str:
-        """Text that is certain now; `stopped` says that a stop text was found."""
+        """Add a token and return the text that is now final; `stopped` is set when a stop string was found."""
         self._ids.append(token)
         before = self._decode(self._start, self._shown)
         text = self._decode(self._start, len(self._ids))
@@ -33,7 +33,7 @@ class IncrementalDetokenizer:
         return self._until_stop(text[len(before) :])
 
     def flush(self) -> str:
-        """What was held back, at the end of the answer."""
+        """Return the text still held back, at the end of the answer."""
         text = self._decode(self._start, len(self._ids))[len(self._decode(self._start, self._shown)) :]
         self._shown = len(self._ids)
         rest = self._until_stop(text)
@@ -47,10 +47,10 @@ class IncrementalDetokenizer:
     def _until_stop(self, text: str) -> str:
         text = self._held + text
         self._held = ""
-        places = [place for stop in self.stop if (place := text.find(stop)) >= 0]
-        if places:
+        found = [start for stop in self.stop if (start := text.find(stop)) >= 0]
+        if found:
             self.stopped = True
-            return text[: min(places)]
+            return text[: min(found)]
         kept = max((_overlap(text, stop) for stop in self.stop), default=0)
         if kept:
             text, self._held = text[:-kept], text[-kept:]
@@ -58,5 +58,5 @@ class IncrementalDetokenizer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many of the last characters may be the beginning of the stop text."""
+    """The length of the longest suffix of the text that begins the stop string."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-size:])), 0)

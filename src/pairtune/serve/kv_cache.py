@@ -1,4 +1,4 @@
-"""The KV cache: keys and values of many conversations, each in a slot of its own."""
+"""The KV cache: one slot of keys and values per request."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-_FIRST_CAPACITY = 256  # tokens of a slot
+_FIRST_CAPACITY = 256  # tokens per slot
 
 
 @dataclass(frozen=True)
 class PrefillChunk:
-    """Some tokens of a prompt, in a batch.
+    """A chunk of a prompt within a batch.
 
     Attributes:
-        slot: of the conversation.
-        start: how many of its tokens are cached already.
-        length: how many come now.
+        slot: the request's slot.
+        start: the number of its tokens already cached.
+        length: the number of tokens in the chunk.
     """
 
     slot: int
@@ -27,13 +27,13 @@ class PrefillChunk:
 
     @property
     def end(self) -> int:
-        """How many are cached afterwards."""
+        """The number of tokens cached afterwards."""
         return self.start + self.length
 
 
 @dataclass(frozen=True)
 class PrefixCopy:
-    """The first tokens of one conversation are those of another: from slot to slot."""
+    """A copy of the first `tokens` cached tokens from one slot to another."""
 
     source: int
     target: int
@@ -41,11 +41,11 @@ class PrefixCopy:
 
 
 class KVCache:
-    """Keys and values, [slots, key heads, tokens, head size] a layer; capacity grows as it is needed.
+    """Keys and values, [slots, KV heads, tokens, head size] per layer; the capacity grows on demand.
 
     Args:
-        model: whose layers they are.
-        slots: conversations at once.
+        model: the model to cache for.
+        slots: the number of concurrent requests.
     """
 
     def __init__(self, model: PreTrainedModel, slots: int) -> None:
@@ -60,11 +60,11 @@ class KVCache:
 
     @property
     def bytes(self) -> int:
-        """Memory taken."""
+        """Allocated memory."""
         return sum(tensor.nbytes for tensor in [*self._keys, *self._values])
 
     def reserve(self, tokens: int) -> None:
-        """Let every slot hold so many tokens."""
+        """Ensure that every slot can hold this many tokens."""
         if tokens <= self.capacity:
             return
         capacity = max(tokens, 2 * self.capacity, _FIRST_CAPACITY)
@@ -72,30 +72,30 @@ class KVCache:
         grown = []
         for cached in (self._keys, self._values):
             grown.append([torch.zeros(shape, dtype=self._dtype, device=self._device) for _ in range(self._layers)])
-            for new, old in zip(grown[-1], cached, strict=False):  # at first there is nothing old
+            for new, old in zip(grown[-1], cached, strict=False):  # empty at first
                 new[:, :, : self.capacity] = old
         (self._keys, self._values), self.capacity = grown, capacity
 
     def copy(self, copy: PrefixCopy, layer: int | None = None) -> None:
-        """Give one conversation another's beginning; in one layer, or in all."""
+        """Copy a prefix between slots, in one layer or in all."""
         for cached in (self._keys, self._values):
             for tensor in cached if layer is None else cached[layer : layer + 1]:
                 tensor[copy.target, :, : copy.tokens] = tensor[copy.source, :, : copy.tokens]
 
     def write_chunk(self, layer: int, chunk: PrefillChunk, key: Tensor, value: Tensor) -> None:
-        """Cache a chunk's keys and values, [key heads, length, head size]."""
-        place = slice(chunk.start, chunk.end)
-        self._keys[layer][chunk.slot, :, place], self._values[layer][chunk.slot, :, place] = key, value
+        """Cache a chunk's keys and values, [KV heads, length, head size]."""
+        span = slice(chunk.start, chunk.end)
+        self._keys[layer][chunk.slot, :, span], self._values[layer][chunk.slot, :, span] = key, value
 
     def read_chunk(self, layer: int, chunk: PrefillChunk) -> tuple[Tensor, Tensor]:
-        """Keys and values of a conversation up to the end of a chunk, [key heads, tokens, head size]; views."""
+        """Views of a request's keys and values up to the end of a chunk, [KV heads, tokens, head size]."""
         return self._keys[layer][chunk.slot, :, : chunk.end], self._values[layer][chunk.slot, :, : chunk.end]
 
     def write_tokens(self, layer: int, slots: Tensor, positions: Tensor, key: Tensor, value: Tensor) -> None:
-        """Cache one token each of some conversations, [conversations, key heads, head size]."""
+        """Cache one token for each of several requests, [requests, KV heads, head size]."""
         self._keys[layer][slots, :, positions], self._values[layer][slots, :, positions] = key, value
 
     def read_slots(self, layer: int, first: int, count: int, tokens: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of neighbouring slots, [count, key heads, tokens, head size]; views."""
+        """Views of the keys and values of adjacent slots, [count, KV heads, tokens, head size]."""
         slots = slice(first, first + count)
         return self._keys[layer][slots, :, :tokens], self._values[layer][slots, :, :tokens]

@@ -1,4 +1,4 @@
-"""One model in memory: from a batch of tokens to the logits of the next ones."""
+"""Forward passes of one model: from a batch of tokens to next-token logits."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from pairtune.serve.request import NotBatchable
 
 @dataclass(frozen=True)
 class DecodeToken:
-    """The last token of an answer, which has not been through the model.
+    """The last sampled token of an answer, still to be decoded.
 
     Attributes:
-        slot: of its conversation.
-        token: its id.
-        position: in the conversation.
-        adapter: under which it is computed; None: the base.
+        slot: the request's slot.
+        token: the token id.
+        position: its position in the sequence.
+        adapter: the request's adapter; None: the base model.
     """
 
     slot: int
@@ -37,13 +37,13 @@ class DecodeToken:
 
 @dataclass(frozen=True)
 class PromptChunk:
-    """Tokens of a prompt.
+    """A chunk of a prompt with its tokens.
 
     Attributes:
-        chunk: where they go.
-        ids: of these tokens.
-        adapter: under which they are computed; None: the base.
-        last: whether the prompt ends with them.
+        chunk: its slot and positions.
+        ids: its token ids.
+        adapter: the request's adapter; None: the base model.
+        last: whether it is the prompt's last chunk.
     """
 
     chunk: PrefillChunk
@@ -53,21 +53,21 @@ class PromptChunk:
 
 
 class ModelRunner:
-    """See the module.
+    """Runs batches through a model with its KV cache and adapters.
 
     Args:
-        model: of transformers, changed in place; a base model, or a whole tuned one.
-        slots: conversations at once.
+        model: a transformers model, base or fully tuned; it is modified in place.
+        slots: the number of concurrent requests.
 
     Raises:
-        NotBatchable: its family's attention cannot be batched here.
+        NotBatchable: the attention of the model's family cannot be batched here.
     """
 
     def __init__(self, model: PreTrainedModel, slots: int) -> None:
         family = model.config.model_type
         if family not in PACKED_FAMILIES:
             raise NotBatchable(
-                f"models of the family {family} are not served here; vLLM or llama.cpp may, with --backend"
+                f"models of the family {family} cannot be served here; use vLLM or llama.cpp through --backend"
             )
         self.model = model
         replace_norms(model)
@@ -78,15 +78,15 @@ class ModelRunner:
     def forward(
         self, decoding: Sequence[DecodeToken], prompts: Sequence[PromptChunk], copies: Sequence[PrefixCopy] = ()
     ) -> Tensor:
-        """Logits of the next token of each decoding conversation and of each prompt that ends, in this order.
+        """Compute next-token logits for each decoding request and each completed prompt, in this order.
 
         Args:
-            decoding: in the order of their slots.
-            prompts: chunks of prompts.
-            copies: what a chunk takes over from one before it.
+            decoding: tokens of the decoding requests, in slot order.
+            prompts: chunks of the prompts in prefill.
+            copies: prefixes that a chunk takes over from an earlier one.
 
         Returns:
-            [conversations, vocabulary], float32.
+            Logits, [requests, vocabulary], float32.
         """
         device = self.model.device
         ids = [each.token for each in decoding]

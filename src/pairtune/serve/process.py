@@ -1,4 +1,4 @@
-"""The worker as a process that is started again when it dies. Nothing here imports torch."""
+"""The worker as a child process that is restarted when it dies. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _ENDING_SECONDS = 10
 
 
 class WorkerProcess:
-    """A worker on a free port of the loopback; a context manager that ends it.
+    """A worker on a free loopback port, as a context manager that stops it at exit.
 
     Args:
-        arguments: of `pairtune worker`, without host and port.
-        meanwhile: done while the worker loads its model.
+        arguments: arguments of `pairtune worker`, without host and port.
+        meanwhile: called while the worker loads its model.
     """
 
     def __init__(self, arguments: Sequence[str], meanwhile: Callable[[], None] = lambda: None) -> None:
@@ -36,7 +36,7 @@ class WorkerProcess:
         self._command = [sys.executable, "-m", "pairtune", "worker", *arguments, "--port", str(self.port), "--attached"]
         self._process: subprocess.Popen[bytes] | None = None
         self._ending = threading.Event()
-        self._lock = threading.Lock()  # between ending and starting again
+        self._lock = threading.Lock()  # guards stopping against restarting
         self._watch = threading.Thread(target=self._restart, name="pairtune-watch", daemon=True)
 
     def __enter__(self) -> WorkerProcess:
@@ -58,24 +58,24 @@ class WorkerProcess:
 
     @property
     def pid(self) -> int:
-        """Of the process that runs now."""
-        assert self._process is not None  # noqa: S101 - asked for inside the context only
+        """The current process's id."""
+        assert self._process is not None  # noqa: S101 - used inside the context only
         return self._process.pid
 
     def _start(self) -> subprocess.Popen[bytes]:
-        # The worker ends when this pipe does, so it never outlives this process, however that ends.
+        # The worker exits when this pipe closes, so it never outlives this process, however that ends.
         return subprocess.Popen(  # noqa: S603 - our own command
             self._command,
             stdin=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C in a terminal is for the site, which then ends the worker
+            start_new_session=True,  # Ctrl-C in a terminal goes to the site, which then stops the worker
         )
 
     def _wait(self) -> None:
-        """Until it answers.
+        """Wait until the worker answers.
 
         Raises:
-            BadInput: it refused to start; it has said why.
-            RunFailed: it did not start in time.
+            BadInput: the worker refused to start and has printed why.
+            RunFailed: the worker did not start in time.
         """
         assert self._process is not None  # noqa: S101
         until = time.monotonic() + _STARTING_SECONDS
@@ -84,7 +84,7 @@ class WorkerProcess:
                 raise (
                     BadInput("the worker did not start; see the line above")
                     if code == 2
-                    else RunFailed(f"the worker ended with code {code} while it started")
+                    else RunFailed(f"the worker exited with code {code} while starting")
                 )
             with (
                 suppress(urllib.error.URLError, OSError),
@@ -102,7 +102,7 @@ class WorkerProcess:
             code = self._process.wait()
             if self._ending.is_set():
                 return
-            log.warning("the worker ended with code %s and is started again", code)
+            log.warning("the worker exited with code %s and is restarted", code)
             pause = 1.0 if time.monotonic() - started > 60 else min(2 * pause, 60)
             self._ending.wait(pause)
             with self._lock:

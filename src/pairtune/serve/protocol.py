@@ -1,4 +1,4 @@
-"""OpenAI's chat-completions request, as far as the protocol is spoken here."""
+"""OpenAI's chat-completions request: the supported part of the protocol."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pairtune.models.sampling import SamplingParams
 
-_MAX_TOKENS = 512  # of an answer, where the request does not say
+_MAX_TOKENS = 512  # default, if the request sets no limit
 
 
 class _Part(BaseModel):
@@ -21,7 +21,7 @@ class _Message(BaseModel):
     content: str | list[_Part]
 
     def turn(self) -> dict[str, str]:
-        """For the chat template."""
+        """The message as the chat template takes it."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
@@ -35,7 +35,7 @@ class _Extension(BaseModel):
 
 
 class ChatRequest(BaseModel):
-    """A request for an answer. Fields beyond these are ignored; those that would change the answer are refused."""
+    """A chat-completions request. Other fields are ignored; unsupported values of these are refused."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -56,7 +56,7 @@ class ChatRequest(BaseModel):
     pairtune: _Extension = _Extension()
 
     def params(self, room: int) -> SamplingParams:
-        """How to sample, with at most `room` tokens."""
+        """The sampling parameters, with at most `room` tokens."""
         wanted = self.max_completion_tokens or self.max_tokens or _MAX_TOKENS
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or ()
         return SamplingParams(

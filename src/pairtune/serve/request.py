@@ -1,4 +1,4 @@
-"""What is asked of a scheduler, and the events that answer it."""
+"""Requests to a scheduler, and the events that it emits for them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class QueuePosition:
-    """Still waiting, with so many requests ahead."""
+    """The request is queued behind `ahead` others."""
 
     ahead: int
 
@@ -30,8 +30,8 @@ class Finished:
     """The answer is complete.
 
     Attributes:
-        reason: `stop`, where the model or a stop text ended it, or `length`.
-        tokens: how many it has.
+        reason: `stop` if the model or a stop string ended it, else `length`.
+        tokens: the number of generated tokens.
     """
 
     reason: Literal["stop", "length"]
@@ -40,7 +40,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Failed:
-    """There will be no (more) answer."""
+    """The request failed; no more text follows."""
 
     message: str
 
@@ -50,12 +50,12 @@ Event = TextDelta | QueuePosition | Finished | Failed
 
 @dataclass(frozen=True)
 class Limits:
-    """What a scheduler takes on.
+    """Limits of a scheduler.
 
     Attributes:
-        concurrency: requests answered at once.
-        waiting: requests that may wait beyond these.
-        context: tokens of a prompt and its answer together.
+        concurrency: maximum number of running requests.
+        waiting: maximum number of queued requests.
+        context: maximum tokens of prompt and answer together.
     """
 
     concurrency: int = 8
@@ -64,16 +64,16 @@ class Limits:
 
 
 class QueueFull(Exception):
-    """Too many requests are waiting already."""
+    """The queue is full."""
 
 
 class NotBatchable(BadInput):
-    """A model or an adapter that cannot share a batch with others here."""
+    """A model or adapter that continuous batching does not support here."""
 
 
 @dataclass(frozen=True)
 class AdapterRef:
-    """An adapter by the fingerprint of its weights, and the folder that it is read from."""
+    """An adapter's fingerprint and folder."""
 
     fingerprint: str
     folder: Path
@@ -81,16 +81,16 @@ class AdapterRef:
 
 @dataclass(eq=False)
 class GenerationRequest:
-    """One answer that somebody wants.
+    """A request to generate one answer.
 
     Attributes:
         ids: token ids of the rendered prompt.
-        params: how to sample.
-        adapter: None: the model as it is.
-        tokenizer: that made the ids.
+        params: sampling parameters.
+        adapter: the adapter to use; None: the model unchanged.
+        tokenizer: the tokenizer of the ids.
         stop_token_ids: tokens that end the answer.
-        emit: called with every event, from the scheduler's thread; it must not block.
-        cancelled: nobody wants the answer any more.
+        emit: callback for events, called from the scheduler's thread; it must not block.
+        cancelled: whether the request was cancelled.
     """
 
     ids: list[int]

@@ -1,9 +1,9 @@
-"""Continuous batching (Yu et al. 2022, "Orca"): one model, and every request that it is answering.
+"""Continuous batching (Yu et al. 2022, "Orca") of the requests to one model.
 
-A thread of its own makes one forward pass after the other. A new request joins the next pass and a finished one leaves
-it, so nobody waits for another's answer to end. A long prompt is prefilled in chunks between the others' tokens, and
-what it shares with a conversation that is still in the KV cache is not computed again: its own earlier turns, a system
-message.
+The scheduler's thread runs one forward pass after the other. A new request joins the next pass and a finished one
+leaves it, so no request waits for another's answer to end. A long prompt is prefilled in chunks alongside the decoding
+of other requests, and a prefix that is still in the KV cache (its own earlier turns, a system message) is not computed
+again.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ from pairtune.serve.request import (
 
 log = logging.getLogger(__name__)
 
-# Prompt tokens in a pass: enough to multiply well, few enough that those who are being answered hardly notice.
+# Prompt tokens per pass: enough for efficient products, few enough that decoding requests are hardly delayed.
 PREFILL_TOKENS = 512
 
-# Seconds to wait for requests that come at the same moment, where nothing is running.
+# Seconds to wait for simultaneous requests when nothing is running.
 _GATHERING_SECONDS = 0.005
 
 
 @dataclass(eq=False)
 class _Running:
-    """A request that has a slot."""
+    """A request with a slot."""
 
     request: GenerationRequest
     detokenizer: IncrementalDetokenizer
     generator: torch.Generator
     slot: int
-    ids: list[int]  # prompt and answer; the answer's last token has not been through the model
+    ids: list[int]  # prompt and answer; the last token is still to be decoded
     cached: int  # tokens in the KV cache
     generated: int = 0
 
@@ -72,11 +72,11 @@ class _Running:
 
 
 class BatchScheduler:
-    """See the module; `submit` and `cancel` may be called from any thread.
+    """Schedules requests to one model; `submit` and `cancel` may be called from any thread.
 
     Args:
-        model: of transformers, changed in place; a base model, or a whole tuned one.
-        limits: of what is taken on.
+        model: a transformers model, base or fully tuned; it is modified in place.
+        limits: the limits on requests.
 
     Raises:
         NotBatchable: the attention of the model's family cannot be batched here.
@@ -96,10 +96,10 @@ class BatchScheduler:
         self._thread.start()
 
     def submit(self, request: GenerationRequest) -> None:
-        """Take a request on; its events follow.
+        """Queue a request; its events follow.
 
         Raises:
-            QueueFull: too many are waiting.
+            QueueFull: too many requests are waiting.
         """
         with self._changed:
             if len(self._waiting) >= self.limits.waiting:
@@ -109,7 +109,7 @@ class BatchScheduler:
             self._changed.notify()
 
     def cancel(self, request: GenerationRequest) -> None:
-        """Nobody wants the answer any more: its slot is free from the next pass on."""
+        """Cancel a request; its slot is freed before the next pass."""
         request.cancelled = True
         with self._changed:
             if request in self._waiting:
@@ -117,7 +117,7 @@ class BatchScheduler:
                 self._emit_positions()
 
     def close(self) -> None:
-        """End the thread; every request that is not finished fails."""
+        """Stop the thread; unfinished requests fail."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -125,7 +125,7 @@ class BatchScheduler:
 
     @property
     def load(self) -> dict[str, int]:
-        """How much is going on."""
+        """The numbers of running and waiting requests, and the KV cache's size."""
         return {
             "running": len(self._running),
             "waiting": len(self._waiting),
@@ -148,17 +148,17 @@ class BatchScheduler:
                 except Exception as error:
                     log.exception("a forward pass failed")
                     self._fail_all(f"the model failed ({one_line(error, 200)})")
-                    self._slots.clear()  # what the pass has left there is not to be trusted
+                    self._slots.clear()  # their content is unreliable after a failed pass
         self._fail_all("the server is closing")
         for request in self._waiting:
             request.emit(Failed("the server is closing"))
 
     def _next(self) -> list[GenerationRequest] | None:
-        """Requests that join the next pass; waits until there is something to do. None: the scheduler is closed."""
+        """Wait for work and return the requests that join the next pass; None: the scheduler is closed."""
         with self._changed:
             if not self._running:
                 self._changed.wait_for(lambda: self._closed or self._waiting)
-                # Requests that come together are prefilled together, which is faster for all but the first.
+                # Simultaneous requests are prefilled together, which is faster for all but the first.
                 full = self._slots.available
                 self._changed.wait_for(lambda: self._closed or len(self._waiting) >= full, _GATHERING_SECONDS)
             if self._closed:
@@ -174,7 +174,7 @@ class BatchScheduler:
             each.emit(Failed(message))
 
     def _admit(self, request: GenerationRequest) -> None:
-        """Give a request a slot; whatever is wrong with it is its own matter."""
+        """Give a request a slot; an error fails this request only."""
         try:
             if request.adapter:
                 self._adapters.use(request.adapter, {each.adapter for each in self._running if each.adapter})
@@ -196,7 +196,7 @@ class BatchScheduler:
         self._running.append(_Running(request, detokenizer, generator, assigned.slot, ids, assigned.tokens))
 
     def _step(self) -> None:
-        """One forward pass: a token of every answer, and chunks of the prompts that have come in."""
+        """Run one forward pass: a token of every decoding request, and chunks of the prompts in prefill."""
         for each in [each for each in self._running if each.request.cancelled]:
             self._release(each)
         decoding = sorted((each for each in self._running if each.prefilled), key=lambda each: each.slot)
@@ -225,7 +225,7 @@ class BatchScheduler:
                 self._release(each)
 
     def _chunks(self, prefilling: Sequence[_Running]) -> tuple[list[tuple[_Running, PrefillChunk]], list[PrefixCopy]]:
-        """What is computed of the prompts in the next pass, and what they take over from one another."""
+        """The prompt chunks of the next pass, and the prefixes that they share."""
         chunks: list[tuple[_Running, PrefillChunk]] = []
         copies, budget = [], PREFILL_TOKENS
         for each in prefilling:
@@ -239,7 +239,7 @@ class BatchScheduler:
         return chunks, copies
 
     def _sample(self, each: _Running, logits: torch.Tensor) -> None:
-        """The next token of an answer; at its end the slot is released."""
+        """Sample the next token; at the answer's end, release the slot."""
         params = each.request.params
         token = params.sample(logits, each.generator)
         ended = token in each.request.stop_token_ids
@@ -262,7 +262,7 @@ class BatchScheduler:
 
 
 def _shared_chunk(each: _Running, chunks: Sequence[tuple[_Running, PrefillChunk]]) -> PrefixCopy | None:
-    """What a prompt need not compute because another one that is prefilled in the same pass begins alike."""
+    """The longest prefix that a prompt shares with one prefilled in the same pass, if it saves work."""
     known = [
         (min(shared_prefix(other.ids, each.ids[:-1]), chunk.end), chunk.slot)
         for other, chunk in chunks

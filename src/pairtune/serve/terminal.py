@@ -1,4 +1,4 @@
-"""`pairtune chat`: a conversation in the terminal, base and tuned model switchable."""
+"""`pairtune chat`: chat in the terminal, switching between the base and the tuned model."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ from pairtune.serve.catalogue import Catalogue
 from pairtune.serve.request import Event, Failed, Finished, Limits, NotBatchable, TextDelta
 
 SAMPLING = SamplingParams(max_tokens=512, temperature=0.7)
-HELP = "/base and /tuned switch the model and start again, so does /new, /quit ends (so does Ctrl-D)"
+HELP = "/base and /tuned switch the model and start a new conversation, /new starts a new one, /quit (or Ctrl-D) ends"
 
 
 class ChatModels(Protocol):
-    """The models of one chat: the base and, unless a plain model was named, the tuned one."""
+    """The models of a chat: the base and, unless a plain model was named, the tuned one."""
 
     has_tuned: bool
 
     def stream(self, name: str, conversation: Conversation, params: SamplingParams) -> Generator[str, None, None]:
-        """Pieces of an answer by the model called `name` (`base` or `tuned`)."""
+        """Stream the answer of the model `name` (`base` or `tuned`)."""
 
     def close(self) -> None:
-        """Free them."""
+        """Free the models."""
 
 
 class BatchedModels:
-    """Models behind the same scheduler as those that the worker serves; see `ChatModels`.
+    """Models behind the scheduler that the worker uses; see `ChatModels`.
 
     Args:
-        target: as typed.
-        context: tokens of a conversation.
+        target: a finished run or its trial, an adapter, or any model.
+        context: maximum tokens of a conversation.
 
     Raises:
         BadInput: there is no such model.
-        NotBatchable: its family, or its adapter, cannot be served by a scheduler.
+        NotBatchable: the scheduler does not support its family or its adapter.
     """
 
     def __init__(self, target: str, context: int = 32_768) -> None:
@@ -55,7 +55,8 @@ class BatchedModels:
         base, *tuned = self._catalogue.models().values()
         self._served = {"base": base} | ({"tuned": tuned[0]} if tuned else {})
         self.has_tuned = bool(tuned)
-        opened = self._catalogue.open(self._served["tuned" if tuned else "base"])  # the first answer need not wait
+        # Loaded now, so that the first answer does not wait.
+        opened = self._catalogue.open(self._served["tuned" if tuned else "base"])
         if opened.adapter:
             read_adapter(opened.adapter.folder, torch.float32, torch.device("cpu"))
 
@@ -64,7 +65,7 @@ class BatchedModels:
         model = self._catalogue.open(self._served[name])
         ids = model.encode(conversation)
         if len(ids) >= model.context:
-            raise BadInput(f"the conversation has {len(ids):,} of {model.context:,} tokens; /new starts another")
+            raise BadInput(f"the conversation has {len(ids):,} of at most {model.context:,} tokens; type /new")
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         request = model.request(ids, params, events.put)
         model.scheduler.submit(request)
@@ -86,7 +87,7 @@ class BatchedModels:
 
 
 class PlainModels:
-    """Models in transformers' own generation, for what cannot be batched; see `ChatModels`."""
+    """Models run by transformers' own generation, for those that cannot be batched; see `ChatModels`."""
 
     def __init__(self, name: str) -> None:
         target = resolve_target(name)
@@ -101,7 +102,7 @@ class PlainModels:
         """See `ChatModels`."""
         adapter_off = name == "base" and isinstance(self._tuned, PeftModel)
         model = self._tuned if name == "tuned" or adapter_off else self._base
-        assert model is not None  # noqa: S101 - only models that are there are asked
+        assert model is not None  # noqa: S101 - callers check `has_tuned`
         with model.disable_adapter() if adapter_off else nullcontext():
             yield from stream_answer(model, self._opened.tokenizer, conversation, params)
 
@@ -110,10 +111,10 @@ class PlainModels:
 
 
 def open_models(target: str) -> ChatModels:
-    """Load what `pairtune chat TARGET` names: a finished run or its trial, an adapter, or any model.
+    """Load the target of `pairtune chat`: a finished run or its trial, an adapter, or any model.
 
     Raises:
-        BadInput: it is none of these, or the run is unfinished.
+        BadInput: the target is none of these, or the run is unfinished.
     """
     try:
         return BatchedModels(target)
@@ -122,7 +123,7 @@ def open_models(target: str) -> ChatModels:
 
 
 def chat(target: str, console: Console) -> None:
-    """Read lines from standard input, stream answers to `console`, until the input ends or `/quit`."""
+    """Read lines from standard input and stream answers to `console` until the input ends or `/quit`."""
     models = open_models(target)
     try:
         _converse(models, Path(target).name if Path(target).exists() else target, console)
@@ -146,10 +147,10 @@ def _converse(models: ChatModels, title: str, console: Console) -> None:
             conversation = []
         elif line in ("/base", "/tuned"):
             if line == "/tuned" and not models.has_tuned:
-                console.print("this is a plain model; give a run folder to talk to a tuned one")
+                console.print("this is a plain model; name a run folder to talk to a tuned one")
             else:
-                name, conversation = line[1:], []  # else a model goes on in the words of the other
-                console.print(f"talking to the [cyan]{name}[/cyan] model, a new conversation")
+                name, conversation = line[1:], []  # else a model would continue the other's answers
+                console.print(f"talking to the [cyan]{name}[/cyan] model in a new conversation")
         elif line.startswith("/"):
             console.print(HELP, highlight=False)
         elif line:
@@ -163,7 +164,7 @@ def _converse(models: ChatModels, title: str, console: Console) -> None:
 
 
 def _print_answer(models: ChatModels, name: str, conversation: Conversation, console: Console) -> str:
-    """Stream one answer; Ctrl-C ends it early and keeps what has been said."""
+    """Stream one answer; Ctrl-C ends it early and keeps the text so far."""
     console.print(f"[cyan]{name}[/cyan] ", end="")
     pieces: list[str] = []
     answer = models.stream(name, conversation, SAMPLING)

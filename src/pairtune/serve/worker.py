@@ -1,4 +1,4 @@
-"""The worker: the process that owns the models. It speaks HTTP on one address and knows nothing of pages."""
+"""The worker: the process that owns the models and serves the HTTP API. It has no pages."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from pairtune.serve.request import Limits
 def run_worker(
     targets: Sequence[str], root: Path | None, host: str, port: int, limits: Limits, *, attached: bool = False
 ) -> None:
-    """Serve until the process is told to end; `attached`: or until standard input ends.
+    """Serve until the process is terminated or, if `attached`, standard input ends.
 
     Raises:
         BadInput: a target cannot be served, or the address is taken.
     """
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     catalogue = Catalogue(targets, root, limits)
-    models = catalogue.available()  # reads every weight once
+    models = catalogue.available()  # reads all weights once
     if targets and not models:
         raise BadInput(f"{', '.join(targets)}: cannot be served; the base model cannot be found")
     if models:
-        catalogue.open(models[0])  # the first answer need not wait for it
+        catalogue.open(models[0])  # so that the first answer does not wait
     names = ["127.0.0.1", "localhost", "[::1]", *([] if host in ("127.0.0.1", "localhost") else [host])]
-    app = make_app(catalogue, ["*"] if host in ("0.0.0.0", "::") else names)  # noqa: S104 - a person asked for it
+    app = make_app(catalogue, ["*"] if host in ("0.0.0.0", "::") else names)  # noqa: S104 - requested by the user
     server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False))
     if attached:
         threading.Thread(target=_end_with_input, args=[server], daemon=True).start()
     try:
         server.run()
     except SystemExit as error:
-        raise BadInput(f"--port {port}: {host}:{port} cannot be listened on; choose another port") from error
+        raise BadInput(f"--port {port}: cannot listen on {host}:{port}; choose another port") from error
 
 
 def _end_with_input(server: uvicorn.Server) -> None:
-    """Whoever has started this process is gone."""
+    """Exit when standard input ends: the parent process is gone."""
     sys.stdin.buffer.read()
     server.should_exit = True
     time.sleep(5)

@@ -1,1 +1,1 @@
-"""The sweep: all trials of a grid, and the choice between them."""
+"""The sweep: all trials of a grid, and the choice of the best one."""

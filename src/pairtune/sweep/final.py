@@ -1,4 +1,4 @@
-"""The test split: looked at once, after the choice is made and written down."""
+"""The test split: evaluated once, after the choice has been made and recorded."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def evaluate_test(
     kernels: Kernels | None = None,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Judge the chosen model on the test pairs, and write `test.json` and its per-example records.
+    """Evaluate the chosen model on the test pairs, and write `test.json` and its per-example records.
 
     Raises:
-        RunFailed: no choice is on record, or the test pairs have been looked at, or `best/` is not what was chosen.
+        RunFailed: no choice is on record, the test pairs have already been used, or `best/` is not the chosen model.
     """
     first = Processes(base.device).first
     if first:
@@ -65,10 +65,10 @@ def evaluate_test(
 def _check(run: Run, selection: Selection) -> None:
     paths, chosen = run.paths, run.get(Selection)
     if chosen is None or chosen.winner != selection.winner:
-        raise RunFailed(f"{paths.selection}: the choice comes first; the test pairs are looked at once, after it")
+        raise RunFailed(f"{paths.selection}: no choice is on record; the test pairs are only evaluated after it")
     if paths.test.is_file():
         raise RunFailed(
-            f"{paths.test}: the test pairs have been looked at; looked at twice they would choose, not test"
+            f"{paths.test}: the test pairs have already been used; a second use would make them validation pairs"
         )
     if saved_fingerprint(paths.best) != chosen.best_fingerprint:
         raise RunFailed(f"{paths.best}: the weights are not those that were chosen ({chosen.best_fingerprint})")

@@ -1,7 +1,7 @@
-"""Trials that Optuna draws from the space that the values given span, and trials that are stopped early.
+"""Searches with Optuna: draws trials from the space that the given values span, and prunes trials.
 
-Optuna decides, and keeps nothing: a run that is resumed asks the same questions with the same seed, tells it the
-results on record, and gets the same answers.
+Optuna's study is not stored: a resumed run replays it with the same seed and the recorded results, and gets the same
+proposals.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from pairtune.engine.summaries import score
 from pairtune.run.records import TrialRecord
 from pairtune.sweep.search import Search
 
-# Trials that the TPE sampler is asked for at once: it learns from one batch for the next.
+# Batch size of the TPE sampler, which learns from one batch for the next.
 _BATCH = 4
-# How often it is asked again when it proposes what it has proposed before.
+# How many duplicate proposals are tolerated in a batch.
 _ATTEMPTS = 20
 
 
 class OptunaSearch(Search):
-    """Proposes trials in batches and judges them while they run; see `Search`.
+    """Proposes trials in batches and prunes them while they run; see `Search`.
 
     Args:
-        config: of the run: `search`, `trial_count`, `prune`, and the values given.
+        config: the run's configuration: `search`, `trial_count`, `prune`, and the given values.
     """
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
-        optuna.logging.set_verbosity(optuna.logging.ERROR)  # it announces every trial
+        optuna.logging.set_verbosity(optuna.logging.ERROR)  # it would log every trial
         self._config = config
         self._space = {name: _distribution(values) for name, values in config.dimensions.items() if len(values) > 1}
         sampler = {"random": RandomSampler, "tpe": TPESampler, "grid": RandomSampler}[config.search]
@@ -45,10 +45,10 @@ class OptunaSearch(Search):
         self._study = optuna.create_study(direction="maximize", sampler=sampler(seed=config.seed), pruner=pruner)
         self._asked: dict[str, optuna.Trial] = {}
         self._reported: dict[str, int] = {}
-        self._judged = 0  # of the evaluations that are judged
+        self._judged = 0  # number of evaluations judged so far
         self.count = config.trial_count or len(config.trials())
         self._waiting: list[TrialConfig] = []
-        if config.search != "tpe":  # what is drawn does not depend on results
+        if config.search != "tpe":  # these proposals do not depend on results
             self._waiting = self._propose(self.count)
 
     def ask(self) -> list[TrialConfig]:
@@ -70,7 +70,7 @@ class OptunaSearch(Search):
 
     def hopeless(self, result: TrialRecord) -> bool:
         """Whether a trial that has just been evaluated should stop: asynchronous successive halving (ASHA, Li et al.
-        2020). A trial goes on past epochs 1, 2, 4, … only while it is among the better half of those that came so far.
+        2020). A trial continues past epochs 1, 2, 4, … only while it is in the better half of those that got there.
         """
         for number in range(self._reported.get(result.trial.name, 0), len(result.epochs)):
             result.judged[number:] = [self._judged]
@@ -79,9 +79,9 @@ class OptunaSearch(Search):
         return self._config.prune and self._asked[result.trial.name].should_prune()
 
     def replay(self, results: Iterable[TrialRecord]) -> None:
-        """Judge again what was judged before the run was interrupted, in the same order, and with no consequence.
+        """Repeat the judgements made before the run was interrupted, in the same order and without acting on them.
 
-        What a trial is compared with are those that came before it, so the order decides.
+        A trial is compared with those judged before it, so the order matters.
         """
         rows = [
             (when, result, row) for result in results for when, row in zip(result.judged, result.epochs, strict=False)
@@ -109,7 +109,7 @@ class OptunaSearch(Search):
             self._asked[trial.name] = asked
             batch.append(trial)
         if len(batch) < count:
-            self.count = len(self.trials) + len(batch)  # a space of few points has no more
+            self.count = len(self.trials) + len(batch)  # a small space has no more points
         self.trials += batch
         return batch
 
@@ -128,7 +128,7 @@ class OptunaSearch(Search):
 
 
 def _distribution(values: Sequence[Any]) -> BaseDistribution:
-    """The space between the values of a setting: on a logarithmic scale where all are positive numbers."""
+    """The search space spanned by the values of a setting: logarithmic if all are positive numbers."""
     if any(value is None or isinstance(value, bool | str) for value in values):
         return CategoricalDistribution(list(values))
     low, high = min(values), max(values)

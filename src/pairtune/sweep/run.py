@@ -1,4 +1,4 @@
-"""Runs the trials of a grid from pristine weights: side by side where they can share their work, else one by one."""
+"""Runs the trials of a sweep from pristine weights: in lockstep where they can share work, else one by one."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from pairtune.run.records import SweepRecord, TrialRecord
 from pairtune.sweep.search import Search
 from pairtune.track.sinks import Sink
 
-# In what trials may differ that run in lockstep. In everything else they must be equal: they share one pass over the
-# same pairs in the same order, and adapters of one shape.
-_OWN = {
+# Settings in which trials in lockstep may differ. All others must be equal: these trials share one pass over the same
+# pairs in the same order, and their adapters have one shape.
+_MAY_DIFFER = {
     "learning_rate",
     "beta",
     "loss",
@@ -39,7 +39,7 @@ class Engine(Protocol):
         """Train trials side by side."""
 
     def checkpointed(self, run: Run) -> list[TrialRecord]:
-        """The trials that can go on from the run's checkpoint, as they were then."""
+        """The records of the trials that can resume from the run's checkpoint, as of that checkpoint."""
 
     def width(self, trial: TrialConfig, inputs: TrialInputs, asked: int | None) -> int:
         """How many trials like this one run side by side."""
@@ -55,17 +55,17 @@ def run_sweep(
     kernels: Kernels | None = None,
     stopping: Callable[[], bool] = always_false,
 ) -> list[TrialRecord]:
-    """Run every trial of the search that the run has no result of; `sweep.json` always tells how far the run is.
+    """Run every trial of the search that has no result on record; `sweep.json` holds the results so far.
 
     Args:
-        config: of the run.
-        search: proposes its trials.
-        data: its pairs.
-        base: its base model.
-        run: its folder.
-        sink: told of every step.
-        kernels: how products are computed on this machine; found out where they are not given.
-        stopping: asked between steps whether the run is to be interrupted.
+        config: the run's configuration.
+        search: proposes the trials.
+        data: the prepared pairs.
+        base: the base model.
+        run: the run that the results are written to.
+        sink: receives every step and evaluation.
+        kernels: how products are computed on this machine; probed if not given.
+        stopping: called between steps; whether to interrupt the run.
 
     Raises:
         RunFailed: a trial did not start at the base model, or no trial ended with a usable model.
@@ -103,14 +103,14 @@ def run_sweep(
 
 
 def lockstep_key(trial: TrialConfig) -> Any:
-    """Equal for trials that can run in lockstep."""
+    """A key that is equal for trials that can run in lockstep."""
     if trial.method == "full":
         return trial.name
-    return tuple((name, value) for name, value in trial if name not in _OWN)
+    return tuple((name, value) for name, value in trial if name not in _MAY_DIFFER)
 
 
 def _engine(config: RunConfig) -> Engine:
-    """Only the one that is used is imported, since TRL takes seconds."""
+    """Import only the engine in use: importing TRL takes seconds."""
     if config.engine == "trl":
         from pairtune.engine import trl
 
@@ -121,7 +121,7 @@ def _engine(config: RunConfig) -> Engine:
 
 
 def _results_on_record(trials: list[TrialConfig], run: Run) -> dict[str, TrialRecord]:
-    """What earlier calls finished."""
+    """The results of trials that earlier calls finished."""
     done = {}
     for trial in trials:
         record = run.read_trial(trial.name)
@@ -130,7 +130,7 @@ def _results_on_record(trials: list[TrialConfig], run: Run) -> dict[str, TrialRe
         done[trial.name] = record.model_copy(deep=True)  # the search adds to it
         if record.trial != trial:
             file = run.paths.trial(trial.name).record
-            raise RunFailed(f"{file}: the trial had other settings than {run.paths.config} has now; undo the change")
+            raise RunFailed(f"{file}: the trial's settings differ from those in {run.paths.config}; undo the change")
     return done
 
 
@@ -142,7 +142,7 @@ def _groups(
     run: Run,
     asked: int | None,
 ) -> list[list[TrialConfig]]:
-    """What is still to be run, in groups that run in lockstep; first those that a checkpoint holds."""
+    """The trials left to run, in lockstep groups; those in the checkpoint come first."""
     held = [result.trial.name for result in engine.checkpointed(run)]
     groups = []
     if any(trial.name in held and trial.name not in done for trial in trials):
@@ -156,6 +156,6 @@ def _groups(
         if inputs.processes.first:
             run.remember(side_by_side=width)
         rounds = -(-len(alike) // width)
-        width = -(-len(alike) // rounds)  # five trials of which four fit: three and two, not four and one
+        width = -(-len(alike) // rounds)  # five trials where four fit: three and two, not four and one
         groups += [alike[start : start + width] for start in range(0, len(alike), width)]
     return groups

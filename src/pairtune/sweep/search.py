@@ -1,4 +1,4 @@
-"""Which trials are run, in which order, and which of them are stopped early."""
+"""Which trials run, in which order, and which of them are stopped early."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pairtune.run.records import TrialRecord
 
 
 class Search:
-    """The grid: every combination, each to its end. `sweep.optuna_search` has searches that learn, and pruning.
+    """Grid search: every combination, without pruning. `sweep.optuna_search` has the other searches, and pruning.
 
     Attributes:
-        trials: proposed so far.
-        count: how many there will be.
+        trials: the trials proposed so far.
+        count: number of trials in all.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -26,33 +26,26 @@ class Search:
         return next(trial for trial in self.trials if trial.name == name)
 
     def ask(self) -> list[TrialConfig]:
-        """The next trials; none: the search is over."""
+        """The next trials; empty when the search is over."""
         batch, self._next = self._next, []
         self.trials += batch
         return batch
 
     def tell(self, results: Iterable[TrialRecord]) -> None:
-        """What became of the trials of a batch."""
+        """Report the results of a batch of trials."""
 
     def hopeless(self, result: TrialRecord) -> bool:
         """Whether a trial that has just been evaluated should stop."""
         return False
 
     def replay(self, results: Iterable[TrialRecord]) -> None:
-        """Judge again what was judged before the run was interrupted, in the same order, and with no consequence."""
+        """Repeat the judgements made before the run was interrupted, in the same order and without acting on them."""
 
 
 def open_search(config: RunConfig) -> Search:
-    """The search that a run asks for.
-
-    Raises:
-        BadInput: it needs Optuna, which is not installed.
-    """
+    """The search that a run is configured with; all but a plain grid need Optuna (the extra `search`)."""
     if config.search == "grid" and not config.prune:
         return Search(config)
-    from pairtune.extras import require
-
-    require("search", "--prune" if config.prune else f"--search {config.search}")
     from pairtune.sweep.optuna_search import OptunaSearch
 
     return OptunaSearch(config)

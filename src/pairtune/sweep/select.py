@@ -1,4 +1,4 @@
-"""The choice: the best epoch of the best trial by a rule that is on record, and whether the data supports it."""
+"""The choice: the best epoch of the best trial by a recorded rule, and whether the data supports it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from pairtune.config import Select
 from pairtune.engine.summaries import RULES, metric_intervals, score, summarise_examples
-from pairtune.errors import RunFailed
+from pairtune.errors import RunFailed, plural
 from pairtune.files import fill_folder, saved_fingerprint
 from pairtune.run.examples import Examples
 from pairtune.run.folder import Run
@@ -35,7 +35,7 @@ from pairtune.statistics import (
 )
 
 _FEW_PAIRS = 30
-# Settings that are part of a loss, besides beta.
+# Settings that a loss depends on, besides beta.
 _IN_THE_LOSS = {
     "sigmoid": {"label_smoothing"},
     "robust": {"label_smoothing"},
@@ -43,7 +43,7 @@ _IN_THE_LOSS = {
     "simpo": {"simpo_gamma"},
     "discopop": {"discopop_tau"},
 }
-_CHOSEN_BY = "the winner's win rate on these prompts is what it was chosen for, so it is rather too high"
+_CHOSEN_BY = "the winner was chosen for its win rate on these prompts, so this win rate is biased upwards"
 
 
 def select_best(
@@ -53,20 +53,20 @@ def select_best(
     wins: Mapping[str, Sequence[float]] | None = None,
     groups: Groups | None = None,
 ) -> Selection:
-    """Rank the trials by their best epochs, and say what can be said about the ranking.
+    """Rank the trials by their best epochs, and test whether the ranking is more than noise.
 
-    Trials that failed or were pruned are not ranked. Where two trials are level the earlier one stays in front; where
-    they win equally often, the one with the lower loss.
+    Trials that failed or were pruned are not ranked. Of tied trials the earlier one ranks higher; of trials with equal
+    win rates, the one with the lower loss.
 
     Args:
-        results: of all trials.
-        records: [validation pairs, EXAMPLE_METRICS] of each ranked trial's best epoch, by name (see `best_records`).
-        rule: by which the first is chosen.
-        wins: for the rule win_rate, each ranked trial's score against the base, prompt by prompt: 1, a half or 0.
-        groups: of the validation pairs, [pairs]: which of them belong to one conversation.
+        results: the records of all trials.
+        records: [validation pairs, EXAMPLE_METRICS] of each ranked trial's best epoch, by name (see `best_examples`).
+        rule: the selection rule.
+        wins: for the rule win_rate, each ranked trial's score against the base model per prompt: 1, a half or 0.
+        groups: the group of each validation pair, [pairs]; pairs of one conversation share a group.
 
     Returns:
-        The choice, but for what `install_best` adds: the fingerprint of the weights.
+        The choice, without the fingerprint of the weights, which `install_best` adds.
     """
     finished = [result for result in results if result.status == "finished"]
     if wins is None:
@@ -83,18 +83,18 @@ def select_best(
     )
     winner, pairs = ranked[0], len(records[ranked[0].trial.name])
     value = values[winner.trial.name]
-    unit = f"{pairs} pairs" if wins is None else f"{len(wins[winner.trial.name])} prompts"
+    noun, count = ("pair", pairs) if wins is None else ("prompt", len(wins[winner.trial.name]))
     why = (
         f"{winner.trial.name}, epoch {winner.best_epoch}: {'highest' if more_is_better else 'lowest'} {metric} "
-        f"({value:.4f}) of {sum(len(result.epochs) for result in ranked)} evaluations, trials: {len(ranked)}, "
-        f"validation {'pairs' if wins is None else 'prompts'}: {unit.split(maxsplit=1)[0]}"
+        f"({value:.4f}) of {plural(sum(len(result.epochs) for result in ranked), 'evaluation')} of "
+        f"{plural(len(ranked), 'trial')} on {plural(count, f'validation {noun}')}"
     )
     if len(ranked) > 1:
-        why += f"; next: {ranked[1].trial.name} ({values[ranked[1].trial.name]:.4f})"
+        why += f"; runner-up: {ranked[1].trial.name} ({values[ranked[1].trial.name]:.4f})"
     compared_by = metric if _one_scale(ranked, rule) else "eval_rewards/accuracies"
     columns = _columns(ranked, records, compared_by) if wins is None else [wins[each.trial.name] for each in ranked]
     examples = np.stack([np.asarray(column, np.float64) for column in columns], axis=1)
-    grouped = groups if wins is None else None  # held-out prompts are different ones
+    grouped = groups if wins is None else None  # the groups are those of pairs, not of prompts
     p_values = compare_all(examples, grouped)
     comparisons = _comparisons(ranked, examples, p_values, compared_by, grouped)
     no_two_differ = all(p_value >= ALPHA for p_value in p_values.values())
@@ -106,7 +106,7 @@ def select_best(
         value=value,
         validation_pairs=pairs,
         why=why,
-        verdict=_verdict(winner, comparisons, compared_by, unit, no_two_differ=no_two_differ),
+        verdict=_verdict(winner, comparisons, compared_by, noun, count, no_two_differ=no_two_differ),
         settled=all(entry.differs for entry in comparisons),
         warnings=[*_warnings(ranked, rule, pairs), *([] if wins is None else [_CHOSEN_BY])],
         ranking=[_ranked(result, records[result.trial.name], groups) for result in ranked],
@@ -130,12 +130,12 @@ def best_examples(run: Run, results: Sequence[TrialRecord]) -> dict[str, Example
 
 
 def summarise_best(examples: Mapping[str, Examples]) -> dict[str, ExampleSummary]:
-    """What else these say besides the means of their metrics."""
+    """The statistics of these records beyond the means of their metrics."""
     return {name: summarise_examples(each) for name, each in examples.items()}
 
 
 def against_base(records: Numbers, groups: Groups | None = None) -> AgainstBase:
-    """Whether tuning moved the model the right way."""
+    """Whether tuning improved the model over the base: the test of its mean reward margin against 0."""
     margins = records[:, [EXAMPLE_METRICS.index("rewards/margins")]]
     p_value = float(paired_p_values(margins, groups)[0])
     mean = float(margins.mean())
@@ -143,10 +143,10 @@ def against_base(records: Numbers, groups: Groups | None = None) -> AgainstBase:
 
 
 def install_best(run: Run, results: Sequence[TrialRecord], selection: Selection) -> None:
-    """Copy the winner's weights to the run's `best/`, check that they are those that were evaluated, and record it.
+    """Copy the winner's weights to the run's `best/`, check that they are the evaluated ones, and record the choice.
 
     Raises:
-        RunFailed: the weights on disk are not the ones that the winner's best epoch wrote.
+        RunFailed: the weights on disk are not those that the winner's best epoch wrote.
     """
     winner = next(result for result in results if result.name == selection.winner)
     trial_best = run.paths.trial(winner.name).best
@@ -158,13 +158,13 @@ def install_best(run: Run, results: Sequence[TrialRecord], selection: Selection)
     if saved_fingerprint(run.paths.best) != winner.best_fingerprint:
         raise RunFailed(
             f"{run.paths.best}: the weights are not those of {winner.trial.name}, epoch {winner.best_epoch}, "
-            "that were evaluated; something else wrote into the run folder"
+            "that were evaluated; another program has changed the run folder"
         )
     run.write(selection.model_copy(update={"best_fingerprint": winner.best_fingerprint}))
 
 
 def rounding_warnings(sweep: SweepRecord, selection: Selection) -> list[str]:
-    """What is to be said where rounding moves a pair's margin as much as tuning did."""
+    """A warning if rounding moves a pair's margin as much as tuning did."""
     rounding, winner = sweep.rounding, selection.ranking[0]
     beta = next(entry.beta for entry in sweep.trials if entry.name == winner.name)
     moved = abs(winner.metrics.margin) / beta
@@ -179,7 +179,7 @@ def rounding_warnings(sweep: SweepRecord, selection: Selection) -> list[str]:
 
 
 def _one_scale(results: Sequence[TrialRecord], rule: Select) -> bool:
-    """Whether the rule's metric means the same in all trials: beta is in margins, and more is in losses."""
+    """Whether the rule's metric is comparable across trials: margins depend on beta, losses on further settings."""
     if rule in ("accuracy", "win_rate"):
         return True
     settings = {"beta"} if rule == "margin" else {"beta", "loss"}
@@ -205,11 +205,11 @@ def _comparisons(
     metric: str,
     groups: Groups | None,
 ) -> list[Comparison]:
-    """The winner with each other trial, pair by pair, corrected for the number of comparisons of any two trials."""
+    """The winner against each other trial, pair by pair, corrected for the number of comparisons between all trials."""
     entries = []
-    for place, result in enumerate(ranked[1:], 1):
-        difference = values[:, 0] - values[:, place]
-        p_value = corrected[0, place]
+    for rank, result in enumerate(ranked[1:], 1):
+        difference = values[:, 0] - values[:, rank]
+        p_value = corrected[0, rank]
         ((low, high),) = bootstrap_intervals(difference[:, None], groups)
         entries.append(
             Comparison(
@@ -226,23 +226,24 @@ def _comparisons(
 
 
 def _verdict(
-    winner: TrialRecord, comparisons: Sequence[Comparison], metric: str, unit: str, *, no_two_differ: bool
+    winner: TrialRecord, comparisons: Sequence[Comparison], metric: str, noun: str, count: int, *, no_two_differ: bool
 ) -> str:
     if not comparisons:
-        return "one trial: there is nothing to compare it with"
+        return "there is no other trial to compare it with"
     alike = [entry for entry in comparisons if not entry.differs]
+    data = f"{metric} on {plural(count, noun)}"
     if not alike:
-        return f"{winner.trial.name} differs from every other trial by {metric} on these {unit}"
+        return f"{winner.trial.name} differs from every other trial in {data}"
     needed = alike[0].pairs_needed
     settle = (
-        f"about {needed:,} validation {unit.split()[1]} would settle it between the first two"
+        f"about {plural(needed, f'validation {noun}')} would settle it between the first two"
         if needed
-        else "no number of pairs would settle it: their numbers are the same"
+        else f"no number of {noun}s would settle it, since their means are equal"
     )
     if no_two_differ:
-        return f"no trial can be told from another by {metric} on these {unit}; {settle}"
+        return f"no two trials can be told apart by {data}; {settle}"
     names = ", ".join(entry.name for entry in alike)
-    return f"{winner.trial.name} cannot be told from {names} by {metric} on these {unit}; {settle}"
+    return f"{winner.trial.name} cannot be told apart from {names} by {data}; {settle}"
 
 
 def _warnings(results: Sequence[TrialRecord], rule: Select, validation_pairs: int) -> list[str]:
@@ -251,13 +252,12 @@ def _warnings(results: Sequence[TrialRecord], rule: Select, validation_pairs: in
         by_accuracy = sorted(results, key=lambda result: score(result.best, "accuracy"), reverse=True)
         order = ", ".join(f"{result.trial.name} {result.best.accuracy:.3f}" for result in by_accuracy)
         what = "losses" if rule == "eval_loss" else "margins"
-        parts = "beta is" if rule == "margin" else "beta, the kind of loss and its settings are"
+        causes, them = ("beta", "it") if rule == "margin" else ("beta, the loss and its settings", "these")
         warnings.append(
-            f"{parts} part of {what}, so {what} of trials in which they differ are not on one scale; ranked by "
+            f"{what} depend on {causes}, so {what} of trials that differ in {them} are not on one scale; ranked by "
             f"accuracy: {order}"
         )
     if validation_pairs < _FEW_PAIRS:
-        warnings.append(
-            f"only {validation_pairs} validation pairs: too few to tell trials apart; give {_FEW_PAIRS} or more"
-        )
+        few = plural(validation_pairs, "validation pair")
+        warnings.append(f"only {few}: too few to tell trials apart; provide {_FEW_PAIRS} or more")
     return warnings

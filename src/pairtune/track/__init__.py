@@ -1,1 +1,1 @@
-"""Sinks for metrics: each gets the same records, and each does one thing with them."""
+"""Sinks for metrics: all receive the same records, and each does one thing with them."""

@@ -1,4 +1,4 @@
-"""The live view: one line per trial on a terminal, one line per evaluation where there is none."""
+"""The live view: a progress bar per trial on a terminal, otherwise a line per evaluation."""
 
 from __future__ import annotations
 
@@ -10,19 +10,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from pairtune.run.metrics import Evaluation, TrainingStep
 
-# Where there is no terminal, long work says where it is this often.
+# Interval of progress lines without a terminal.
 _QUIET_SECONDS = 30
 
 
 class LiveView:
-    """Follows all trials of a grid; a context manager, so that the terminal is left as it was found.
-
-    Progress is written to stderr.
+    """Shows the progress of all trials of a sweep; a context manager that restores the terminal at the end.
 
     Args:
-        trials: the steps that each trial will make, by name, in the order of the grid, of those that are known.
-        count: how many there will be in all.
-        console: where to write.
+        trials: number of steps of each trial known so far, by name, in grid order.
+        count: number of trials in all.
+        console: the console to write to; stderr by default.
     """
 
     def __init__(self, trials: Mapping[str, int], count: int, console: Console | None = None) -> None:
@@ -30,9 +28,9 @@ class LiveView:
         self._console = console or Console(stderr=True)
         self._totals: dict[str, int] = {}
         self._steps: dict[str, int] = {}
-        self._found: dict[str, int] = {}  # steps of earlier calls, which took none of this one's time
-        self._started = self._spoken = time.monotonic()
-        self._busy = ("", 0, 0.0)  # what is done besides steps, how far it is, and since when
+        self._found: dict[str, int] = {}  # steps made before this call started
+        self._started = self._printed = time.monotonic()
+        self._busy = ("", 0, 0.0)  # current work besides steps, units done, and start time
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -74,7 +72,7 @@ class LiveView:
         for trial in trials:
             self._progress.update(self._tasks[trial], state=f"{what} {done:,}/{total:,}")
         before, so_far, since = self._busy
-        if before != what or done <= so_far:  # it begins, perhaps again
+        if before != what or done <= so_far:  # new work, or the same work again
             since = time.monotonic()
         self._busy = (what, done, since)
         if self._quiet_for_long() and done < total:
@@ -82,56 +80,56 @@ class LiveView:
             self._console.print(f"{what}: {done:,}/{total:,}, {left} left", highlight=False, soft_wrap=True)
 
     def finish(self, trial: str, status: str, best_epoch: int | None) -> None:
-        self._totals[trial] = self._steps[trial]  # a trial that ended early makes no more
+        self._totals[trial] = self._steps[trial]  # a trial that ended early makes no further steps
         best = f"best epoch {best_epoch}"
         self._advance(trial, self._steps[trial], best if status == "finished" else f"[red]{status}[/red]")
 
     def _advance(self, trial: str, steps: int, state: str) -> None:
         self._steps[trial] = steps
         self._progress.update(self._tasks[trial], completed=steps, total=self._totals[trial], state=state)
-        done, total = self._how_far()
+        done, total = self._steps_done()
         self._progress.update(self._all, completed=done, total=total, left=f"{self._left()} left")
 
     def _log_evaluation(self, trial: str, evaluation: Evaluation) -> None:
-        said = (
+        text = (
             f"{trial}  epoch {evaluation.epoch}: loss {evaluation.loss:.4f}, eval_loss {evaluation.eval_loss:.4f}, "
             f"eval accuracy {evaluation.accuracy:.3f}"
         )
         if not self._console.is_terminal:
-            said += f"  ({self._position()}, {self._left()} left)"
-            self._spoken = time.monotonic()
-        self._console.print(said, highlight=False, soft_wrap=True)
+            text += f"  ({self._position()}, {self._left()} left)"
+            self._printed = time.monotonic()
+        self._console.print(text, highlight=False, soft_wrap=True)
 
     def _add(self, trial: str, steps: int) -> None:
         self._totals[trial], self._steps[trial], self._found[trial] = steps, 0, 0
         self._tasks[trial] = self._progress.add_task(trial, total=steps, state="waiting", left="")
 
-    def _how_far(self) -> tuple[int, int]:
-        """Steps made and steps in all; trials that are not known yet are taken to be like the others."""
+    def _steps_done(self) -> tuple[int, int]:
+        """Steps made and steps in all; trials not known yet are assumed to have the mean number of steps."""
         known = sum(self._totals.values())
         return sum(self._steps.values()), known * max(self._count, len(self._totals)) // max(1, len(self._totals))
 
     def _position(self) -> str:
-        done, total = self._how_far()
+        done, total = self._steps_done()
         return f"{done}/{total} steps of all trials"
 
     def _left(self) -> str:
-        """Time left at the mean speed so far, pauses for evaluations included."""
-        done, total = self._how_far()
+        """Time left at the mean speed so far, including evaluations."""
+        done, total = self._steps_done()
         here = done - sum(self._found.values())
         return clock((time.monotonic() - self._started) / here * (total - done)) if here > 0 else "?"
 
     def _quiet_for_long(self) -> bool:
-        """Whether it is time to say something again where there is no terminal."""
+        """Whether the next progress line is due, without a terminal."""
         now = time.monotonic()
-        if self._console.is_terminal or now - self._spoken < _QUIET_SECONDS:
+        if self._console.is_terminal or now - self._printed < _QUIET_SECONDS:
             return False
-        self._spoken = now
+        self._printed = now
         return True
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds, with hours where there are some."""
+    """A duration as `m:ss`, or `h:mm:ss` from one hour."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

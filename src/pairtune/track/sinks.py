@@ -1,4 +1,4 @@
-"""What a sink is, the JSONL file that is always written, and several sinks as one."""
+"""The protocol of sinks, the JSONL sink that is always used, and several sinks as one."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from pairtune.run.metrics import Evaluation, TrainingStep
 
 
 class Sink(Protocol):
-    """Something that follows a grid of trials."""
+    """Receives the progress and metrics of a sweep's trials."""
 
     def start(self, trial: str, total_steps: int, steps: int, lines: int) -> None:
-        """A trial begins, or goes on.
+        """A trial starts or resumes.
 
         Args:
             trial: its name.
-            total_steps: that it will make.
-            steps: that it has made already.
-            lines: that it has logged by then; what else is on record of it is of steps that will be made again.
+            total_steps: number of steps in all.
+            steps: number of steps already made.
+            lines: number of lines logged by then; lines after these belong to steps that will be repeated.
         """
 
     def log(self, trial: str, line: TrainingStep | Evaluation) -> None:
-        """One step or one evaluation."""
+        """Receive the metrics of one step or one evaluation."""
 
     def on_progress(self, trials: Sequence[str], what: str, done: int, total: int) -> None:
-        """Trials do something besides their steps, and are so far with it."""
+        """Trials make progress with work other than steps, such as an evaluation; `what` names it."""
 
     def finish(self, trial: str, status: str, best_epoch: int | None) -> None:
-        """A trial has ended, with status `finished` or `failed`."""
+        """A trial has ended; `status` is that of its record."""
 
 
 class JsonlSink:
-    """Appends each record to the trial's `metrics.jsonl`, a line a record, on disk at once."""
+    """Appends each record to the trial's `metrics.jsonl`, one line per record, written at once."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -46,7 +46,7 @@ class JsonlSink:
         write_atomic(file, b"".join(kept))
 
     def log(self, trial: str, line: TrainingStep | Evaluation) -> None:
-        text = json.dumps(line.metrics(), allow_nan=True)  # a loss that is NaN is on record as NaN
+        text = json.dumps(line.metrics(), allow_nan=True)  # a NaN loss is recorded as NaN
         with self._run.paths.trial(trial).metrics.open("a", encoding="utf-8") as file:
             file.write(text + "\n")
 
@@ -58,7 +58,7 @@ class JsonlSink:
 
 
 class Sinks:
-    """Several sinks, each told everything."""
+    """Several sinks as one."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = tuple(sinks)

@@ -1,8 +1,8 @@
-"""Trackers that people look at elsewhere: Weights & Biases, TensorBoard, MLflow. One tracked run a trial, in one group.
+"""Experiment trackers: Weights & Biases, TensorBoard, MLflow. Each trial is one tracked run, all in one group.
 
-They follow a run and never stop it: what a tracker throws is said once, and the run goes on without it. Names are those
-that transformers' own integrations use (`train/loss`, `eval/rewards/margins`), so that dashboards carry over. Keys and
-logins are the tracker's own business; nothing here reads or writes them.
+Trackers never stop a run: the first exception of a tracker is reported, and the run continues without it. Metric names
+are those of transformers' own integrations (`train/loss`, `eval/rewards/margins`), so that dashboards carry over. Keys
+and logins are left to the trackers; nothing here reads or writes them.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from pairtune.run.metrics import Evaluation, TrainingStep
 from pairtune.run.records import Selection
 
 _PROJECT = "pairtune"
-_WANDB_WAITS = 30  # seconds, where there may be no network
+_WANDB_WAITS = 30  # timeout in seconds, in case there is no network
 
 
 class Tracker(Protocol):
     """One tracker, for all trials of a run."""
 
     def open(self, trial: TrialConfig, steps: int) -> None:
-        """A trial begins, or goes on after so many steps."""
+        """A trial starts, or resumes after this many steps."""
 
     def log(self, trial: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Numbers of one step or evaluation."""
+        """Log the metrics of one step or evaluation."""
 
     def close(self, trial: str, summary: Mapping[str, Any]) -> None:
         """A trial has ended."""
 
     def conclude(self, run: Run, summary: Mapping[str, Any]) -> None:
-        """The run has ended, its report is written."""
+        """The run has ended, and its report is written."""
 
 
 def check_trackers(names: Sequence[Track]) -> None:
-    """Raise BadInput where the package of a tracker is missing; before anything is trained."""
+    """Raise BadInput if a tracker's package is missing, before anything is trained."""
     for name in names:
         require(name, f"--track {name}")
 
@@ -61,10 +61,10 @@ class TrackerSink:
     """A tracker as a sink.
 
     Args:
-        name: of the tracker.
-        run: whose records are followed.
-        trial: gives a trial's settings by its name.
-        say: is told when the tracker fails, once.
+        name: name of the tracker.
+        run: the run to track.
+        trial: returns a trial's settings by name.
+        say: called once, if the tracker fails.
     """
 
     def __init__(self, name: Track, run: Run, trial: Callable[[str], TrialConfig], say: Say) -> None:
@@ -94,34 +94,34 @@ class TrackerSink:
         summary: dict[str, Any] = {"status": status}
         if best_epoch is not None:
             summary["best_epoch"] = best_epoch
-        if (trial, best_epoch) in self._losses:  # else an earlier call had evaluated it
+        if (trial, best_epoch) in self._losses:  # otherwise an earlier call evaluated it
             summary["best_eval_loss"] = self._losses[trial, best_epoch or 0]
         with self._tolerating() as tracker:
             tracker.close(trial, summary)
 
     def interrupt(self) -> None:
-        """Close what is open, since the run stops here: what was logged is written."""
+        """Close the open trials of an interrupted run, so that all logged metrics are written."""
         for trial in sorted(self._open):
             self.finish(trial, "interrupted", None)
 
     def conclude(self, run: Run, selection: Selection) -> None:
-        """Hand over the choice and the report."""
+        """Send the choice and the report."""
         shown = selection.model_dump(include={"winner", "best_epoch", "metric", "value", "verdict"})
         with self._tolerating() as tracker:
             tracker.conclude(run, shown)
 
     @contextmanager
     def _tolerating(self) -> Iterator[Any]:
-        """The tracker; what it throws ends it, and nothing else."""
+        """Yield the tracker; an exception ends the tracking, and nothing else."""
         try:
             yield self._tracker or _Silent()
-        except Exception as error:  # noqa: BLE001 - whatever a tracker throws, training goes on
+        except Exception as error:  # noqa: BLE001 - whatever a tracker raises, training continues
             self._tracker = None
-            self._say(f"{self._name}: {one_line(error, 160)}; the run goes on without it, all is in metrics.jsonl")
+            self._say(f"{self._name}: {one_line(error, 160)}; the run continues without it, all is in metrics.jsonl")
 
 
 class _Silent:
-    """In place of a tracker that has failed."""
+    """Stands in for a tracker that has failed."""
 
     def _nothing(self, *_: object) -> None:
         pass
@@ -130,7 +130,7 @@ class _Silent:
 
 
 def tracked_names(line: TrainingStep | Evaluation) -> dict[str, float]:
-    """A line under the names of transformers' trackers: `train/…` and `eval/…`."""
+    """A record's metrics under the names of transformers' integrations: `train/…` and `eval/…`."""
     named = {}
     for name, value in line.metrics().items():
         part = "eval/" + name.removeprefix("eval_") if name.startswith("eval_") else f"train/{name}"
@@ -144,8 +144,8 @@ def tracked_names(line: TrainingStep | Evaluation) -> dict[str, float]:
 class WandbTracker:
     """Weights & Biases.
 
-    Offline (`WANDB_MODE=offline`) everything waits for `wandb sync`, and so it does where the service cannot be reached
-    at the start; once a run is open its own process retries.
+    With `WANDB_MODE=offline`, or if the service cannot be reached at the start, everything is logged for `wandb sync`;
+    once a run is open, W&B's own process retries.
     """
 
     def __init__(self, run: Run, say: Say) -> None:
@@ -153,7 +153,7 @@ class WandbTracker:
 
         self._wandb, self._root, self._say = wandb, run.root.resolve(), say
         self._started = run.environment.started if run.environment else ""
-        self._mode: Any = None  # as the environment has it
+        self._mode: Any = None  # W&B takes it from the environment
         self._runs: dict[str, Any] = {}
 
     def open(self, trial: TrialConfig, steps: int) -> None:
@@ -174,7 +174,7 @@ class WandbTracker:
         tracked.finish()
 
     def _init(self, name: str, kind: str, config: dict[str, Any]) -> Any:
-        # The same trial of the same run has the same id, so that a resumed run goes on there.
+        # The same trial of the same run has the same id, so that a resumed run continues it.
         settings: dict[str, Any] = {
             "project": os.environ.get("WANDB_PROJECT", _PROJECT),
             "group": self._root.name,
@@ -183,7 +183,7 @@ class WandbTracker:
             "job_type": kind,
             "config": config,
             "resume": "allow",
-            "reinit": "create_new",  # trials run side by side
+            "reinit": "create_new",  # several trials are open at once
             "settings": self._wandb.Settings(init_timeout=_WANDB_WAITS, silent=True),
         }
         try:
@@ -192,13 +192,13 @@ class WandbTracker:
             if self._mode == "offline":
                 raise
             self._mode = "offline"
-            self._say(f"wandb: {one_line(error, 160)}; tracked offline, `wandb sync` sends it later")
-            settings["id"] = fingerprint([settings["id"], "offline"])  # W&B's process still holds the other one
+            self._say(f"wandb: {one_line(error, 160)}; tracking offline, upload with `wandb sync`")
+            settings["id"] = fingerprint([settings["id"], "offline"])  # W&B's process still holds the first id
             return self._wandb.init(mode=self._mode, **settings)
 
 
 class TensorboardTracker:
-    """Event files in the run folder's `tensorboard/`, a folder a trial."""
+    """Event files in the run folder's `tensorboard/`, one folder per trial."""
 
     def __init__(self, run: Run) -> None:
         self._folder = run.paths.tensorboard
@@ -229,7 +229,7 @@ class TensorboardTracker:
 
 
 class MlflowTracker:
-    """MLflow, at `MLFLOW_TRACKING_URI` or where its own default is; a run's trials are children of one parent run."""
+    """MLflow, at `MLFLOW_TRACKING_URI` or its default location; a run's trials are children of one parent run."""
 
     def __init__(self, run: Run) -> None:
         from mlflow import MlflowClient

@@ -1,1 +1,1 @@
-"""The site: chat with what was tuned, watch runs, look at pairs. It talks to a server of models over HTTP."""
+"""The site: chat with tuned models, watch runs, browse pairs. It talks to a model server over HTTP."""

@@ -1,6 +1,6 @@
-"""Answers that are being written. They belong to the site, not to a page: pages come, go and come back.
+"""Answers in progress. They belong to the site, not to a page, so that pages can be closed and reopened.
 
-Each answer is one task; what it has so far is here for all pages that show it, and in the database every second.
+Each answer is one task. Its text so far is available to all pages that show it, and is saved every second.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SHOW_SECONDS = 0.1
 
 @dataclass
 class Writing:
-    """An answer while it is written."""
+    """An answer in progress."""
 
     task: asyncio.Task[None] | None = None
     text: str = ""
@@ -37,21 +37,21 @@ _writing: dict[int, Writing] = {}
 
 
 async def start(answer: Answer, turns: list[dict[str, str]]) -> None:
-    """Have an answer written."""
+    """Start writing an answer."""
     writing = _writing[answer.pk] = Writing()
-    # In a context of its own: Django ends the database thread of the request's context together with the request.
+    # In a new context: the database thread of the request's context ends with the request.
     writing.task = asyncio.create_task(_write(answer, turns, writing), context=contextvars.Context())
 
 
 async def stop(pk: int) -> None:
-    """Stop an answer; what it has so far stays."""
+    """Stop an answer and keep its text so far."""
     if (writing := _writing.get(pk)) and writing.task:
         writing.task.cancel()
         await asyncio.wait([writing.task])
 
 
 async def follow(pk: int) -> AsyncIterator[Writing]:
-    """The answer now, and again whenever there is more, at most ten times a second; ends with it."""
+    """Yield the answer now and after every change, at most ten times a second, until it ends."""
     while writing := _writing.get(pk):
         writing.changed.clear()
         yield writing
@@ -81,8 +81,8 @@ async def _write(answer: Answer, turns: list[dict[str, str]], writing: Writing) 
         state, reason = "failed", str(failure)
     except Exception:
         log.exception("an answer could not be written")
-        state, reason = "failed", "The site failed; its terminal says why."
-    # An update, not a save: a conversation that was deleted meanwhile stays so, and what pages changed is left alone.
+        state, reason = "failed", "The site failed; see its terminal for the reason."
+    # An update, not a save: a conversation deleted meanwhile stays deleted, and fields that pages changed are kept.
     saved_row = Answer.objects.filter(pk=answer.pk).aupdate(
         text=writing.text,
         state=state,
@@ -100,7 +100,7 @@ async def _write(answer: Answer, turns: list[dict[str, str]], writing: Writing) 
 
 
 def history(turn: Turn, slot: int, path: list[Turn]) -> list[dict[str, str]]:
-    """The conversation up to a turn, as the model of a slot has seen it."""
+    """The conversation up to a turn, as the model in a slot has seen it."""
     turns = []
     for each in path:
         turns.append({"role": "user", "content": each.prompt})
@@ -108,25 +108,25 @@ def history(turn: Turn, slot: int, path: list[Turn]) -> list[dict[str, str]]:
             break
         shown = each.shown()
         last = shown[min(slot, len(shown) - 1)]
-        written = _writing.get(last.pk)  # what has come of an answer that is still being written
+        written = _writing.get(last.pk)  # the text so far of an answer in progress
         turns.append({"role": "assistant", "content": written.text if written else last.text})
     return turns
 
 
 def make_answers(conversation: Conversation, turn: Turn) -> list[Answer]:
-    """Empty answers to a turn, one of each model of the conversation."""
+    """Create empty answers to a turn, one for each model of the conversation."""
     return [
-        Answer.objects.create(turn=turn, slot=slot, model=model, sampling=_asked(conversation.sampling))
+        Answer.objects.create(turn=turn, slot=slot, model=model, sampling=_without_unset(conversation.sampling))
         for slot, model in enumerate(conversation.model_names)
     ]
 
 
-def _asked(sampling: dict[str, Any]) -> dict[str, Any]:
+def _without_unset(sampling: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in sampling.items() if value is not None}
 
 
 def forget_unfinished() -> int:
-    """After a restart: answers that nobody writes any more are said to be broken off, with what they had."""
+    """Mark answers that a restart interrupted as failed; they keep their text."""
     lost = Answer.objects.filter(state="writing")
-    count: int = lost.update(state="failed", reason="The site was stopped while this was written.")
+    count: int = lost.update(state="failed", reason="The site was stopped while writing this answer.")
     return count

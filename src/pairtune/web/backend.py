@@ -1,4 +1,4 @@
-"""The server of models, through OpenAI's client: this project's worker, vLLM, llama.cpp, Ollama."""
+"""The model server, through OpenAI's client: this project's worker, vLLM, llama.cpp or Ollama."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from django.conf import settings
 
 @dataclass(frozen=True)
 class Part:
-    """What a server says of an answer: a piece of text, a place in the queue, how it ended, how many tokens it had."""
+    """A part of a streamed answer: text, queue position, finish reason, or token count."""
 
     text: str = ""
     fingerprint: str = ""
@@ -24,13 +24,13 @@ class Part:
 
 
 class Unanswered(Exception):
-    """No (more) answer; the message is for people."""
+    """The answer failed; the message is shown to the user."""
 
 
 @cache
 def _client() -> openai.AsyncOpenAI:
     url = settings.PAIRTUNE_BACKEND.rstrip("/").removesuffix("/v1")
-    # A key is the backend's own matter; ours needs none.
+    # Our worker needs no key.
     return openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=settings.PAIRTUNE_KEY or "none", max_retries=0, timeout=600)
 
 
@@ -38,9 +38,9 @@ _listed: tuple[float, list[dict[str, Any]]] = (0.0, [])
 
 
 async def models() -> list[dict[str, Any]] | None:
-    """The models, by `id`, with what our worker says of them; None where the server cannot be reached.
+    """List the models with the worker's details; None if the server cannot be reached.
 
-    Asked at most once in two seconds: every page of the chat shows them.
+    Cached for two seconds, since every chat page shows them.
     """
     global _listed  # noqa: PLW0603 - one server, one list
     asked, known = _listed
@@ -55,10 +55,10 @@ async def models() -> list[dict[str, Any]] | None:
 
 
 async def answer(model: str, turns: Sequence[Mapping[str, str]], sampling: Mapping[str, Any]) -> AsyncIterator[Part]:
-    """An answer as it is written.
+    """Stream an answer.
 
     Raises:
-        Unanswered: the server cannot be reached, refuses, or fails in between.
+        Unanswered: the server cannot be reached, refuses the request, or fails midway.
     """
     ended = False
     try:
@@ -71,8 +71,8 @@ async def answer(model: str, turns: Sequence[Mapping[str, str]], sampling: Mappi
             **sampling,
         )
         async for chunk in stream:
-            if (place := (getattr(chunk, "pairtune", None) or {}).get("queue")) is not None:
-                yield Part(queue=place)
+            if (ahead := (getattr(chunk, "pairtune", None) or {}).get("queue")) is not None:
+                yield Part(queue=ahead)
             if chunk.usage:
                 yield Part(tokens=chunk.usage.completion_tokens)
             for choice in chunk.choices[:1]:
@@ -81,14 +81,14 @@ async def answer(model: str, turns: Sequence[Mapping[str, str]], sampling: Mappi
                 )
                 ended = ended or bool(choice.finish_reason)
     except openai.APIConnectionError as error:
-        raise Unanswered("The server of models cannot be reached.") from error
+        raise Unanswered("The model server cannot be reached.") from error
     except openai.NotFoundError as error:
-        raise Unanswered(f"The model {model} is not there (any more).") from error
+        raise Unanswered(f"The model {model} is not available.") from error
     except openai.RateLimitError as error:
-        raise Unanswered("Too many are waiting already.") from error
+        raise Unanswered("Too many requests are waiting.") from error
     except openai.APIError as error:
-        raise Unanswered(f"The server of models says: {error.message}") from error
+        raise Unanswered(f"The model server reports: {error.message}") from error
     except Exception as error:
-        raise Unanswered("The connection to the server of models broke off.") from error
+        raise Unanswered("The connection to the model server was lost.") from error
     if not ended:
-        raise Unanswered("The server of models ended before its answer did.")
+        raise Unanswered("The model server stopped before the answer was complete.")

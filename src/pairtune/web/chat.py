@@ -1,4 +1,4 @@
-"""The pages of the chat."""
+"""Chat views."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from django.views.decorators.http import require_GET, require_POST
 from pairtune.web import answering, backend
 from pairtune.web.models import Answer, Conversation, Turn
 
-_SHOWN = 50  # conversations in the list; search finds the others
-_LONGEST = 1_200_000  # characters of a prompt: beyond any model's context, below what a request may have
+_SHOWN = 50  # conversations listed; search finds the others
+_LONGEST = 1_200_000  # characters of a prompt: beyond any model's context, below the request limit
 
 
 class Asked(forms.Form):
-    """What stands in the form under a conversation."""
+    """The form below a conversation."""
 
     prompt = forms.CharField(max_length=_LONGEST, strip=False)
     model = forms.CharField(max_length=300)
@@ -33,7 +33,7 @@ class Asked(forms.Form):
     seed = forms.IntegerField(min_value=0, max_value=2**31 - 1, required=False)
 
     def clean_prompt(self) -> str:
-        """Not empty: white space alone is nothing to answer."""
+        """Refuse an empty prompt."""
         prompt: str = self.cleaned_data["prompt"].replace("\r\n", "\n")
         if not prompt.strip():
             raise forms.ValidationError("Write something first.")
@@ -41,18 +41,18 @@ class Asked(forms.Form):
 
     @property
     def models(self) -> list[str]:
-        """Who answers."""
+        """The models that answer."""
         return [each for each in (self.cleaned_data["model"], self.cleaned_data["compare"]) if each]
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """How tokens are drawn."""
+        """The sampling parameters."""
         return {name: self.cleaned_data[name] for name in ("temperature", "top_p", "max_tokens", "seed")}
 
 
 @require_GET
 async def chat(request: HttpRequest, pk: int | None = None) -> HttpResponse:
-    """A conversation, or the beginning of one."""
+    """Show a conversation, or start a new one."""
     conversation = await aget_object_or_404(Conversation, pk=pk) if pk else None
     models = await backend.models()
     return await sync_to_async(_page)(request, conversation, models)
@@ -84,30 +84,30 @@ def _page(request: HttpRequest, conversation: Conversation | None, found: list[d
 
 
 def _found(words: str) -> list[Conversation]:
-    """The last conversations in which all words are, in what was asked or answered."""
+    """The latest conversations that contain all words in prompts, answers or title."""
     found = Conversation.objects.all()
     for word in words.split():
-        said = Q(title__icontains=word) | Q(turns__prompt__icontains=word) | Q(turns__answers__text__icontains=word)
-        found = found.filter(pk__in=Conversation.objects.filter(said).values("pk"))
+        matches = Q(title__icontains=word) | Q(turns__prompt__icontains=word) | Q(turns__answers__text__icontains=word)
+        found = found.filter(pk__in=Conversation.objects.filter(matches).values("pk"))
     return list(found[:_SHOWN])
 
 
 @require_GET
 def search(request: HttpRequest) -> HttpResponse:
-    """The list beside the conversation."""
+    """Search the list of conversations."""
     words = request.GET.get("q", "")
     return render(request, "site/_conversations.html", {"conversations": _found(words), "words": words})
 
 
 @require_POST
 async def say(request: HttpRequest, pk: int | None = None) -> HttpResponse:
-    """Something is said: at the end, or in place of an earlier turn (`turn`), which stays as a branch."""
+    """Send a message: at the end, or in place of an earlier turn (`turn`), which stays as a branch."""
     asked = Asked(request.POST)
     if not await sync_to_async(asked.is_valid)():
         return _refuse(asked)
     edited = request.POST.get("turn", "")
     conversation, turn, answers = await sync_to_async(_say)(asked, pk, int(edited) if edited.isdecimal() else None)
-    await _have_written(conversation, turn, answers)
+    await _start_answers(conversation, turn, answers)
     return redirect("conversation", conversation.pk)
 
 
@@ -132,7 +132,7 @@ def _say(asked: Asked, pk: int | None, edited: int | None) -> tuple[Conversation
     return conversation, turn, answering.make_answers(conversation, turn)
 
 
-async def _have_written(conversation: Conversation, turn: Turn, answers: list[Answer]) -> None:
+async def _start_answers(conversation: Conversation, turn: Turn, answers: list[Answer]) -> None:
     path = await sync_to_async(conversation.path)(turn.pk)
     for answer in answers:
         turns = await sync_to_async(answering.history)(turn, answer.slot, path)
@@ -141,40 +141,40 @@ async def _have_written(conversation: Conversation, turn: Turn, answers: list[An
 
 @require_POST
 async def again(request: HttpRequest, pk: int) -> HttpResponse:
-    """Another answer of the same model to the same turn."""
+    """Regenerate an answer: same model, same turn."""
     old = await aget_object_or_404(Answer.objects.select_related("turn__conversation"), pk=pk)
     await Answer.objects.filter(turn=old.turn, slot=old.slot).aupdate(current=False)
     new = await Answer.objects.acreate(turn=old.turn, slot=old.slot, model=old.model, sampling=old.sampling)
-    await _have_written(old.turn.conversation, old.turn, [new])
+    await _start_answers(old.turn.conversation, old.turn, [new])
     return redirect("conversation", old.turn.conversation_id)
 
 
 @require_POST
 async def stop(_: HttpRequest, pk: int) -> HttpResponse:
-    """Enough of this answer."""
+    """Stop an answer."""
     await answering.stop(pk)
     return HttpResponse(status=204)
 
 
 @require_POST
 def choose(request: HttpRequest, pk: int) -> HttpResponse:
-    """Show another one of the answers in a slot (`step` 1 or -1)."""
+    """Show the next or previous answer in a slot (`step` 1 or -1)."""
     answer = get_object_or_404(Answer.objects.select_related("turn"), pk=pk)
     others = list(Answer.objects.filter(turn=answer.turn, slot=answer.slot).order_by("pk"))
-    place = others.index(answer) + (1 if request.POST.get("step") == "1" else -1)
+    index = others.index(answer) + (1 if request.POST.get("step") == "1" else -1)
     for each in others:
-        each.current = each == others[place % len(others)]
+        each.current = each == others[index % len(others)]
     Answer.objects.bulk_update(others, ["current"])
     return redirect("conversation", answer.turn.conversation_id)
 
 
 @require_POST
 def branch(request: HttpRequest, pk: int) -> HttpResponse:
-    """Show another version of a turn, with what was last said after it."""
+    """Show another version of a turn, with the latest turns after it."""
     turn = get_object_or_404(Turn.objects.select_related("conversation"), pk=pk)
     others = list(Turn.objects.filter(conversation=turn.conversation, parent=turn.parent).order_by("pk"))
-    place = others.index(turn) + (1 if request.POST.get("step") == "1" else -1)
-    leaf = others[place % len(others)]
+    index = others.index(turn) + (1 if request.POST.get("step") == "1" else -1)
+    leaf = others[index % len(others)]
     while later := leaf.children.order_by("-pk").first():
         leaf = later
     Conversation.objects.filter(pk=turn.conversation_id).update(leaf=leaf)
@@ -183,7 +183,7 @@ def branch(request: HttpRequest, pk: int) -> HttpResponse:
 
 @require_POST
 async def delete(_: HttpRequest, pk: int) -> HttpResponse:
-    """A conversation is gone."""
+    """Delete a conversation."""
     async for answer in Answer.objects.filter(turn__conversation=pk, state="writing"):
         await answering.stop(answer.pk)
     await Conversation.objects.filter(pk=pk).adelete()
@@ -192,7 +192,7 @@ async def delete(_: HttpRequest, pk: int) -> HttpResponse:
 
 @require_GET
 async def events(_: HttpRequest, pk: int) -> StreamingHttpResponse:
-    """An answer as server-sent events: `text` with the HTML so far, at the end `done` with all of it."""
+    """Stream an answer as server-sent events: `text` with the HTML so far, finally `done` with all of it."""
 
     async def stream() -> AsyncIterator[str]:
         async for writing in answering.follow(pk):

@@ -1,4 +1,4 @@
-"""Curves of a run that is still going on, as SVG that is drawn in a millisecond. Finished runs have their figures."""
+"""Training curves as lightweight SVG, quick enough for live pages. Reports have their own figures."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pairtune.web.run_view import ShownTrial
 
 WIDTH, HEIGHT = 320, 160
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 8, 8, 22
-_POINTS = 200  # of a line; more cannot be told apart at this width
+_POINTS = 200  # per line; more are indistinguishable at this width
 
 
 @dataclass(frozen=True)
 class Line:
-    """One trial's line: points for an SVG polyline, and where its marks are."""
+    """One trial's line: points of an SVG polyline, and the positions of its marks."""
 
     name: str
     number: int
@@ -30,13 +30,13 @@ class Curve:
 
     title: str
     lines: tuple[Line, ...]
-    levels: tuple[tuple[float, str], ...]  # height in the figure, label
+    levels: tuple[tuple[float, str], ...]  # y position, label
     ends: tuple[str, str]
     said: str
 
 
 def curves(trials: Sequence[ShownTrial]) -> list[Curve]:
-    """Training loss by step, and what the evaluations say by epoch."""
+    """Training loss by step, and evaluation metrics by epoch."""
     found = [
         _curve("Training loss", [(each.name, _smooth(_series(each.steps, "loss"))) for each in trials], marked=False)
     ]
@@ -54,13 +54,13 @@ def _series(lines: Sequence[TrainingStep] | Sequence[Evaluation], metric: str) -
 
 
 def _smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Means of neighbours, so that steps of a few pairs show where they go."""
+    """Moving averages, so that noisy steps of a few pairs show their trend."""
     width = max(1, len(points) // 40)
     step = max(1, len(points) // _POINTS)
     found = []
-    for place in range(0, len(points), step):
-        near = points[max(0, place - width) : place + width + 1]
-        found.append((points[place][0], sum(y for _, y in near) / len(near)))
+    for index in range(0, len(points), step):
+        near = points[max(0, index - width) : index + width + 1]
+        found.append((points[index][0], sum(y for _, y in near) / len(near)))
     return found
 
 

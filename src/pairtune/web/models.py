@@ -1,4 +1,4 @@
-"""What the site keeps: conversations, which are trees of turns, and the runs that it has started."""
+"""The site's database: conversations, which are trees of turns, and the runs that it has started."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ class Conversation(models.Model):
     """One conversation with one model, or with two side by side.
 
     Attributes:
-        model_names: of the models that answer, one or two.
-        sampling: temperature, top_p, max_tokens and seed, as they were last asked for.
-        leaf: the turn that is shown last; an edited turn begins a branch of its own.
+        model_names: names of the one or two models that answer.
+        sampling: temperature, top_p, max_tokens and seed of the last message.
+        leaf: the last turn shown; an edited turn starts a new branch.
     """
 
     title = models.CharField(max_length=200)
@@ -25,7 +25,7 @@ class Conversation(models.Model):
         ordering = ("-changed",)
 
     def path(self, leaf: int | None = None) -> list[Turn]:
-        """The turns up to one, the first one first; up to the last that is shown where none is named."""
+        """The turns from the first to `leaf`; by default to the last turn shown."""
         turns = {turn.pk: turn for turn in self.turns.prefetch_related("answers")}
         found, turn = [], turns.get(leaf or self.leaf_id)
         while turn:
@@ -38,7 +38,7 @@ class Conversation(models.Model):
 
 
 class Turn(models.Model):
-    """What a person said, and the answers to it."""
+    """A user message and the answers to it."""
 
     conversation = models.ForeignKey(Conversation, on_delete=models.CASCADE, related_name="turns")
     parent = models.ForeignKey("self", null=True, on_delete=models.CASCADE, related_name="children")
@@ -46,7 +46,7 @@ class Turn(models.Model):
     created = models.DateTimeField(auto_now_add=True)
 
     def shown(self) -> list[Answer]:
-        """The answers that are shown: the chosen one of each slot."""
+        """The answers shown: the current one of each slot."""
         slots: dict[int, list[Answer]] = {}
         for answer in sorted(self.answers.all(), key=lambda each: each.pk):
             slots.setdefault(answer.slot, []).append(answer)
@@ -59,13 +59,13 @@ class Turn(models.Model):
 
 
 class Answer(models.Model):
-    """One model's answer to a turn; asking again makes another one in the same slot.
+    """One model's answer to a turn; regenerating adds another one to the same slot.
 
     Attributes:
         slot: 0, or 1 for the second of two models side by side.
-        state: `writing`, `done`, `stopped` by a person, or `failed`; what had come is kept in every case.
-        fingerprint: of the weights, as the server of models stamped the answer.
-        reason: why it ended (`stop` or `length`), or what failed.
+        state: `writing`, `done`, `stopped` by the user, or `failed`; the text so far is always kept.
+        fingerprint: the weights' fingerprint, as the model server reported it.
+        reason: the finish reason (`stop` or `length`), or the error.
     """
 
     turn = models.ForeignKey(Turn, on_delete=models.CASCADE, related_name="answers")
@@ -83,13 +83,13 @@ class Answer(models.Model):
 
 
 class Job(models.Model):
-    """A run that was started from the site, in a process of its own.
+    """A run started from the site, in a process of its own.
 
     Attributes:
-        name: of the run's folder.
-        pid: of the process.
-        born: when the process was made, seconds since 1970: another process may get its number later.
-        log: file with what it says.
+        name: the name of the run's folder.
+        pid: the process id.
+        born: the process's start, in Unix time; guards against a reused pid.
+        log: the file with its output.
     """
 
     name = models.CharField(max_length=200, unique=True)

@@ -1,4 +1,4 @@
-"""The pairs of a run: searched, filtered, side by side, with what the tuned model makes of them."""
+"""The pair browser: search and filter a run's pairs, with the tuned model's reward margins."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class ShownPair:
 
     Attributes:
         split: train, validation or test.
-        tokens: of prompt, chosen and rejected.
-        margin: the tuned model's reward margin; None where it was not evaluated on it.
-        pair: its texts; None where the source does not give them any more.
+        tokens: token counts of prompt, chosen and rejected.
+        margin: the tuned model's reward margin; None if it was not evaluated on this pair.
+        pair: its texts; None if the source no longer has them.
     """
 
     origin: str
@@ -43,25 +43,25 @@ class ShownPair:
 
     @property
     def findings(self) -> list[str]:
-        """What the doctor would say of this pair."""
+        """The data doctor's findings for this pair."""
         found = []
         if self.margin is not None and self.margin <= 0:
             found.append("model disagrees with the label")
         if self.pair and self.pair.chosen.strip() == self.pair.rejected.strip():
             found.append("both answers are the same")
         if min(self.tokens[1:]) <= 3:
-            found.append("an answer of hardly a word")
+            found.append("an answer is almost empty")
         if max(self.tokens[1:]) > 4 * max(1, min(self.tokens[1:])):
             found.append("one answer is more than four times as long")
         return found
 
     @property
     def differences(self) -> tuple[str, str]:
-        """Chosen and rejected, marked where they differ."""
+        """Chosen and rejected, with differences marked."""
         return marked_differences(self.pair.chosen, self.pair.rejected) if self.pair else ("", "")
 
     def has(self, words: list[str]) -> bool:
-        """Whether all words are in it."""
+        """Whether the pair contains all words."""
         if not self.pair:
             return not words
         prompt = " ".join(str(turn["content"]) for turn in self.pair.prompt)
@@ -70,7 +70,7 @@ class ShownPair:
 
 
 class Filter(forms.Form):
-    """What is asked for."""
+    """The filter form."""
 
     q = forms.CharField(required=False)
     split = forms.ChoiceField(choices=[(each, each) for each in ("", "train", "validation", "test")], required=False)
@@ -82,7 +82,7 @@ class Filter(forms.Form):
 
 @require_GET
 def pairs(request: HttpRequest, name: str) -> HttpResponse:
-    """The browser; htmx asks for the list alone."""
+    """Show the pairs; htmx requests get the list alone."""
     run, form = find_run(name), Filter(request.GET)
     shown, fault = _pairs_of(run)
     if form.is_valid():
@@ -111,15 +111,15 @@ def _filtered(shown: list[ShownPair], asked: dict[str, Any]) -> list[ShownPair]:
 def _pairs_of(run: ShownRun) -> tuple[list[ShownPair], str]:
     file = run.paths.pairs
     if not file.is_file():
-        return [], "This run has not written down its pairs (yet)."
+        return [], "This run has no list of pairs yet."
     scored = [each.stat().st_mtime_ns for each in _scores(run) if each.is_file()]
     try:
         return _read(run.paths.root, file.stat().st_mtime_ns, *scored)
     except (BadInput, KeyError) as error:
-        return [], f"The run's files of pairs are damaged ({error})."
+        return [], f"The run's pair files are damaged ({error})."
 
 
-@lru_cache(maxsize=2)  # a run's pairs with their texts may take some hundred MB
+@lru_cache(maxsize=2)  # a run's pairs with their texts may take several hundred MB
 def _read(root: Path, *_: int) -> tuple[list[ShownPair], str]:
     run = ShownRun(root)
     texts, fault = _texts(run)
@@ -133,7 +133,7 @@ def _read(root: Path, *_: int) -> tuple[list[ShownPair], str]:
 
 
 def _margins(run: ShownRun) -> dict[str, float]:
-    """Of the winner, on the pairs that chose it and on those of the test."""
+    """The winner's reward margins on validation and test pairs, by origin."""
     found: dict[str, float] = {}
     for file in _scores(run):
         if file.is_file():
@@ -143,7 +143,7 @@ def _margins(run: ShownRun) -> dict[str, float]:
 
 
 def _scores(run: ShownRun) -> list[Path]:
-    """Files of what the winner made of single pairs."""
+    """The files of the winner's per-pair results."""
     files = [run.paths.test_examples]
     if run.selection:
         files.append(run.paths.trial(run.selection.winner).examples(run.selection.best_epoch))
@@ -151,7 +151,7 @@ def _scores(run: ShownRun) -> list[Path]:
 
 
 def _texts(run: ShownRun) -> tuple[dict[str, PreferencePair], str]:
-    """What the sources say now; they are not copied into the run."""
+    """Read the texts from the sources; runs hold no copies."""
     config = run.config
     if config is None:
         return {}, run.fault
@@ -166,5 +166,5 @@ def _texts(run: ShownRun) -> tuple[dict[str, PreferencePair], str]:
                 if isinstance(pair, PreferencePair):
                     found[pair.origin] = pair
         except BadInput as error:
-            fault = f"The texts of {account.source} cannot be read any more: {error}"
+            fault = f"The texts of {account.source} can no longer be read: {error}"
     return found, fault

@@ -1,4 +1,4 @@
-"""The pages of the runs: list, one run, its files, and starting a new one."""
+"""Run views: the list, one run, its files, and starting a new run."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ from pairtune.web.run_view import all_runs, find_run, is_alive
 
 @require_GET
 def runs(request: HttpRequest) -> HttpResponse:
-    """All runs."""
+    """List all runs."""
     found = all_runs()
     started = {each.name for each in found}
-    # A job whose folder is not there yet, or never came: what it says is shown.
+    # Jobs without a run folder (yet): their output is shown.
     jobs = [(job, is_alive(job), _tail(Path(job.log))) for job in Job.objects.all() if job.name not in started]
     return render(
         request, "site/runs.html", {"runs": found, "jobs": jobs, "page": "runs", "root": settings.PAIRTUNE_RUNS}
@@ -50,7 +50,7 @@ def runs(request: HttpRequest) -> HttpResponse:
 
 @require_GET
 def run(request: HttpRequest, name: str) -> HttpResponse:
-    """One run; while it trains, the part with the curves is asked for again and again."""
+    """Show one run; while it trains, htmx polls this view for the part with the curves."""
     shown = find_run(name)
     job = Job.objects.filter(name=name).first()
     context = {
@@ -65,7 +65,7 @@ def run(request: HttpRequest, name: str) -> HttpResponse:
 
 
 def part_or_page(request: HttpRequest, part: str, page: str, context: dict[str, Any]) -> HttpResponse:
-    """What htmx asks for in a page that is there, or the whole page; caches are told that they differ."""
+    """Render the part for htmx requests, else the whole page, with a matching Vary header."""
     alone = request.htmx and not request.htmx.history_restore_request
     answer = render(request, part if alone else page, context)
     patch_vary_headers(answer, ["HX-Request"])
@@ -74,13 +74,13 @@ def part_or_page(request: HttpRequest, part: str, page: str, context: dict[str, 
 
 @require_GET
 def report(_: HttpRequest, name: str) -> HttpResponse:
-    """The run's own report. It is one file with its styles inside, which its policy names by their hashes."""
+    """Serve the run's report: one file, whose inline styles the policy allows by hash."""
     file = find_run(name).paths.report
     if not file.is_file():
         raise Http404("The run has no report yet.")
     text = file.read_text(encoding="utf-8")
     inside = re.findall(r"<style[^>]*>(.*?)</style>", text, re.DOTALL)
-    # The figures have theirs in attributes, which a policy allows by hash as well, if it says so.
+    # The figures' style attributes need 'unsafe-hashes' as well.
     inside += {html.unescape(style) for style in re.findall(r'\sstyle="([^"]*)"', text)}
     hashes = [f"'sha256-{base64.b64encode(hashlib.sha256(each.encode()).digest()).decode()}'" for each in inside]
     policy = csp_replace({"style-src": ["'unsafe-hashes'", *hashes], "script-src": ["'none'"]})
@@ -90,14 +90,14 @@ def report(_: HttpRequest, name: str) -> HttpResponse:
 
 @require_GET
 def download(_: HttpRequest, name: str, what: str) -> HttpResponse:
-    """The report, or the adapter (or whole model) as an archive."""
+    """Download the report, or the adapter (or whole model) as an archive."""
     shown = find_run(name)
     if what == "report" and shown.paths.report.is_file():
         headers = {"Content-Disposition": content_disposition_header(True, f"{name}-report.html") or "attachment"}
         return HttpResponse(shown.paths.report.read_bytes(), headers=headers)
     if what == "adapter" and shown.state == "finished":
-        # Weights do not get smaller by packing; on disk, since a whole model may be larger than memory.
-        packed = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the answer
+        # Uncompressed, since weights do not shrink; on disk, since a whole model may exceed memory.
+        packed = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the response
         with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED, strict_timestamps=False) as archive:
             for file in sorted(shown.paths.best.iterdir()):
                 archive.write(file, f"{name}/{file.name}")
@@ -113,27 +113,26 @@ async def _pieces(file: IO[bytes]) -> AsyncIterator[bytes]:
             yield piece
 
 
-# The settings that most runs differ in, and what the form begins with where that is not the default; the others are in
-# a file for `pairtune tune`.
+# The form's settings, and its initial values where they are not the defaults; other settings need `pairtune tune`.
 _SHOWN = ("model", "data", "eval_data", "learning_rate", "beta", "epochs", "batch_size", "limit", "on_bad_row")
 _INITIAL = {"data": "bundled:concise", "learning_rate": "1e-4, 3e-4", "beta": "0.1"}
 
 
 def _field(option: Option) -> forms.Field:
-    """A setting as a field of the form."""
+    """Make a form field for a setting."""
     initial = _INITIAL.get(option.name, option.default)
     if option.choices:
         return forms.ChoiceField(choices=[(each, each) for each in option.choices], help_text=option.help)
     if option.type is int and not option.varies:
         return forms.IntegerField(min_value=1, required=initial is not None, initial=initial, help_text=option.help)
-    several = " Several values make a grid." if option.varies else ""
+    several = " Several values form a grid." if option.varies else ""
     return forms.CharField(
         max_length=500, required=initial is not None, initial=initial, help_text=option.help + several
     )
 
 
 class NewRun(forms.Form):
-    """A run's name and the settings of `_SHOWN`."""
+    """The form of a new run: its name and the settings in `_SHOWN`."""
 
     name = forms.SlugField(max_length=60, help_text="Name of the run's folder.")
 
@@ -142,25 +141,25 @@ class NewRun(forms.Form):
         self.fields |= {name: _field(OPTIONS[name]) for name in _SHOWN}
 
     def clean(self) -> dict[str, Any]:
-        """Lists of values for the settings that make a grid."""
+        """Parse the settings that may form a grid into lists."""
         cleaned: dict[str, Any] = super().clean() or self.cleaned_data
         for option in (OPTIONS[name] for name in _SHOWN if name in cleaned and OPTIONS[name].varies):
             try:
                 cleaned[option.name] = [option.type(part) for part in cleaned[option.name].replace(",", " ").split()]
             except ValueError:
                 kind = "whole numbers" if option.type is int else "numbers"
-                self.add_error(option.name, f"Give {kind}, with commas between them (given: {cleaned[option.name]}).")
+                self.add_error(option.name, f"Enter {kind}, separated by commas (given: {cleaned[option.name]}).")
         return cleaned
 
     def settings(self) -> dict[str, Any]:
-        """Under the names of `pairtune tune`'s file."""
+        """The settings as in a file for `pairtune tune`."""
         values = {key: value for key, value in self.cleaned_data.items() if value not in (None, "")}
         return values | {"out": str(settings.PAIRTUNE_RUNS / values.pop("name"))}
 
 
 @require_http_methods(["GET", "POST"])
 def new(request: HttpRequest) -> HttpResponse:
-    """Start a run: in a process that outlives page and site."""
+    """Start a run in a process that outlives the page and the site."""
     form = NewRun(request.POST or None, initial={"name": _free_name()})
     if request.method == "POST" and form.is_valid():
         name = form.cleaned_data["name"]
@@ -168,7 +167,7 @@ def new(request: HttpRequest) -> HttpResponse:
             values = form.settings()
             resolve(None, values)
             if (settings.PAIRTUNE_RUNS / name).exists() or Job.objects.filter(name=name).exists():
-                raise BadInput(f"There is a run called {name} already.")
+                raise BadInput(f"There is already a run named {name}.")
             _start(name, values)
             return redirect("runs")
         except BadInput as error:
@@ -200,7 +199,7 @@ def _start(name: str, values: dict[str, Any]) -> None:
 
 @require_POST
 def dismiss(_: HttpRequest, name: str) -> HttpResponse:
-    """Forget a job that left no run."""
+    """Delete a job that left no run."""
     for job in Job.objects.filter(name=name):
         if not is_alive(job):
             job.delete()
@@ -208,7 +207,7 @@ def dismiss(_: HttpRequest, name: str) -> HttpResponse:
 
 
 def _tail(log: Path) -> str:
-    """The last lines of what a job said."""
+    """The last lines of a job's log."""
     if not log.is_file():
         return ""
     with log.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Runs as the site shows them: finished, unfinished or damaged. Nothing is written here."""
+"""Runs as the site shows them: finished, unfinished or damaged. Read-only."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ from pairtune.run.paths import RunPaths
 from pairtune.run.records import DataRecord, Finding, Selection, TestRecord
 from pairtune.web.models import Job
 
-_QUIET_SECONDS = 600  # a run that has written nothing for so long, and is no job of ours, is taken to be interrupted
+_QUIET_SECONDS = 600  # a run that the site did not start counts as interrupted after this silence
 
 
 @dataclass
 class ShownTrial:
-    """One trial as far as it is."""
+    """One trial, finished or not."""
 
     trial: Trial
     winner: bool = False
 
     @property
     def name(self) -> str:
-        """Of the trial."""
+        """The trial's name."""
         return self.trial.name
 
     @property
     def steps(self) -> list[TrainingStep]:
-        """That it has made."""
+        """The logged training steps."""
         return self.trial.log.steps
 
     @property
     def evaluations(self) -> list[Evaluation]:
-        """That it has logged."""
+        """The logged evaluations."""
         return self.trial.log.evaluations
 
     @property
     def rows(self) -> list[tuple[int, list[str], bool]]:
-        """Of the table: epoch, cells in the assignment's columns, whether it is the one that was kept."""
+        """Table rows: epoch, cells in the assignment's columns, whether it is the best epoch."""
         return [
             (each.epoch, [_number(each.metric(metric)) for _, metric in COLUMNS], each.epoch == self.trial.best_epoch)
             for each in self.evaluations
@@ -57,62 +57,62 @@ class ShownTrial:
 
     @property
     def status(self) -> str:
-        """In a word."""
+        """The trial's status in a word."""
         return self.trial.status
 
 
 class ShownRun:
-    """One run folder, whatever state it is in; `fault` says why it cannot be shown."""
+    """One run folder in any state; `fault` says why it cannot be shown."""
 
     def __init__(self, root: Path) -> None:
         self.run, self.name = Run.open(root), root.name
 
     @property
     def paths(self) -> RunPaths:
-        """Of the run."""
+        """The run's paths."""
         return self.run.paths
 
     @cached_property
     def fault(self) -> str:
-        """What is damaged, in a line; empty: nothing."""
+        """A line about what is damaged; empty if nothing is."""
         if self.run.state is RunState.ABSENT:
-            return "config.yaml or data.json is missing, so this is no run"
+            return "config.yaml or data.json is missing, so this is not a run"
         damage = self.run.damage
         return damage[0].reason if damage else ""
 
     @cached_property
     def config(self) -> RunConfig | None:
-        """As the run resolved it; None where it cannot be read."""
+        """The resolved settings; None if they cannot be read."""
         return self.run.config
 
     @cached_property
     def selection(self) -> Selection | None:
-        """The choice, once it is made."""
+        """The selection, once it is made."""
         return self.run.selection
 
     @cached_property
     def audit(self) -> list[Finding]:
-        """The findings."""
+        """The audit's findings."""
         return self.run.audit.findings if self.run.audit else []
 
     @cached_property
     def data(self) -> DataRecord | None:
-        """The account of the rows."""
+        """The data record: sources, splits and row counts."""
         return self.run.data
 
     @cached_property
     def test(self) -> TestRecord | None:
-        """The look at the test pairs."""
+        """The result on the test pairs."""
         return self.run.test
 
     @cached_property
     def answers(self) -> list[BeforeAfter]:
-        """What base and winner said to held-out prompts."""
+        """The answers of base and winner to held-out prompts."""
         return before_and_after(self.run.generations, self.selection.winner) if self.selection else []
 
     @cached_property
     def trials(self) -> list[ShownTrial]:
-        """As far as they are."""
+        """The trials, finished or not."""
         winner = self.selection.winner if self.selection else None
         return [ShownTrial(trial, trial.name == winner) for trial in self.run.trials]
 
@@ -126,26 +126,26 @@ class ShownRun:
         job = Job.objects.filter(name=self.name).first()
         if job and is_alive(job):
             return "running"
-        # A job that has ended, unless somebody has gone on with its run since.
+        # The job has ended; a later change means that the run was resumed elsewhere.
         if job and Path(job.log).is_file() and self.changed < Path(job.log).stat().st_mtime + 5:
             return "interrupted"
         return "running" if time.time() - self.changed < _QUIET_SECONDS else "interrupted"
 
     @cached_property
     def changed(self) -> float:
-        """When something was last written, seconds since 1970."""
+        """Unix time of the last change."""
         files = [*self.paths.root.glob("*"), *self.paths.trials.glob("*/*")]
         return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
 
     @property
     def when(self) -> str:
-        """The same for people, by this machine's clock."""
+        """The last change as text, in local time."""
         at = datetime.fromtimestamp(self.changed)
         return f"{at.day} {at:%B %Y, %H:%M}"
 
     @property
     def share(self) -> float:
-        """How much of the training is done, 0 to 1."""
+        """The share of the training that is done, 0 to 1."""
         if self.config is None or not self.trials:
             return 0.0
         most = max(self.config.dimensions.get("epochs", [self.config.epochs]))
@@ -154,7 +154,7 @@ class ShownRun:
 
     @property
     def left(self) -> str:
-        """About how long the training still takes; empty where that is not known."""
+        """The estimated training time left; empty if unknown."""
         if self.run.environment is None or not 0.02 < self.share < 1 or self.state != "running":
             return ""
         began = datetime.fromisoformat(self.run.environment.started).timestamp()
@@ -162,7 +162,7 @@ class ShownRun:
 
     @property
     def summary(self) -> str:
-        """In a line, for the list."""
+        """A line about the run, for the list of runs."""
         if self.fault:
             return self.fault
         if self.selection:
@@ -176,7 +176,7 @@ def _number(value: float | None) -> str:
 
 
 def is_alive(job: Job) -> bool:
-    """Whether the job's process still works."""
+    """Whether the job's process is still running."""
     try:
         process = psutil.Process(job.pid)
         return abs(process.create_time() - job.born) < 2 and process.status() != psutil.STATUS_ZOMBIE
@@ -185,7 +185,7 @@ def is_alive(job: Job) -> bool:
 
 
 def all_runs() -> list[ShownRun]:
-    """Every run in the folder, the last changed first, damaged ones included."""
+    """All runs in the folder, last changed first, damaged ones included."""
     root: Path = settings.PAIRTUNE_RUNS
     folders = (
         [each for each in root.iterdir() if each.is_dir() and not each.name.startswith(".")] if root.is_dir() else []
@@ -194,12 +194,12 @@ def all_runs() -> list[ShownRun]:
 
 
 def find_run(name: str) -> ShownRun:
-    """One of them.
+    """Find a run by name.
 
     Raises:
-        Http404: there is none of this name.
+        Http404: there is no run of this name.
     """
     root: Path = settings.PAIRTUNE_RUNS
     if os.sep in name or name.startswith(".") or not (root / name).is_dir():
-        raise Http404(f"There is no run called {name}.")
+        raise Http404(f"There is no run named {name}.")
     return ShownRun(root / name)

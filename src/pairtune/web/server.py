@@ -1,4 +1,4 @@
-"""`pairtune serve`: the site and, unless another server of models is named, a worker of its own."""
+"""`pairtune serve`: the site and, unless another model server is named, its own worker."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def serve(
     backend: str | None,
     worker_options: Sequence[str] = (),
 ) -> None:
-    """Serve until the process is told to end.
+    """Serve until the process is terminated.
 
     Args:
         targets: runs, adapters and models to talk to; none: every finished run in `runs`.
-        runs: folder of the runs that are shown.
+        runs: folder of the runs to show.
         host: address to listen on.
-        port: of the site.
-        backend: a server of models that speaks OpenAI's protocol; None: a worker of our own.
-        worker_options: for `pairtune worker`.
+        port: port to listen on.
+        backend: URL of a model server with an OpenAI-style API; None: start a worker.
+        worker_options: options of `pairtune worker`.
 
     Raises:
         BadInput: the address is taken, or a target cannot be served.
@@ -49,14 +49,14 @@ def serve(
             prepare()
         with worker or nullcontext():
             name = "localhost" if host == "127.0.0.1" else host
-            print(f"http://{name}:{listening.getsockname()[1]}/  (Ctrl-C ends it)", flush=True)
+            print(f"http://{name}:{listening.getsockname()[1]}/  (Ctrl-C stops it)", flush=True)
             config = uvicorn.Config("pairtune.web.asgi:application", log_level="warning", timeout_graceful_shutdown=3)
-            with suppress(KeyboardInterrupt):  # that is how a person ends it
+            with suppress(KeyboardInterrupt):  # the usual way to stop the site
                 uvicorn.Server(config).run(sockets=[listening])
 
 
 def prepare() -> None:
-    """The database as this version needs it, and no answer that nobody writes."""
+    """Migrate the database, and mark interrupted answers as failed."""
     import django
     from django.conf import settings
     from django.core.management import call_command
@@ -72,16 +72,16 @@ def prepare() -> None:
 
 @contextmanager
 def _bound(host: str, port: int) -> Iterator[socket.socket]:
-    """The site's own address, taken before anything takes time."""
+    """Bind the site's address first, before anything slow."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Named as TCP, or asyncio does not switch Nagle's delay off, and every page takes 40 ms longer.
+    # With an explicit IPPROTO_TCP, or asyncio does not set TCP_NODELAY and every page takes 40 ms longer.
     with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((host, port))
-            listening.listen(128)  # whoever comes before the site is up waits
+            listening.listen(128)  # early clients wait until the site is up
         except OSError as error:
             raise BadInput(
-                f"--port {port}: {host}:{port} cannot be listened on ({error.strerror}); choose another"
+                f"--port {port}: cannot listen on {host}:{port} ({error.strerror}); choose another port"
             ) from error
         yield listening

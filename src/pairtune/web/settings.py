@@ -1,4 +1,4 @@
-"""Django's settings. What differs from one start to the next comes from the environment; `pairtune serve` sets it."""
+"""Django settings. Deployment values come from environment variables, which `pairtune serve` sets."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import dj_database_url
 
 HERE = Path(__file__).parent
 
-# Folder of the runs that are shown, the models' server, and the site's own data.
+# The runs folder, the model server, and the site's own data.
 PAIRTUNE_RUNS = Path(os.environ.get("PAIRTUNE_RUNS", "runs")).absolute()
 PAIRTUNE_BACKEND = os.environ.get("PAIRTUNE_BACKEND", "http://127.0.0.1:8001")
 PAIRTUNE_SITE = Path(os.environ.get("PAIRTUNE_SITE", Path.home() / ".local" / "share" / "pairtune")).absolute()
 
-# Of a backend that asks for one; taken from the environment, kept nowhere.
+# The API key, for backends that require one; never stored.
 PAIRTUNE_KEY = os.environ.get("PAIRTUNE_BACKEND_KEY", "")
 
-# Signs nothing that lasts: there are no logins, so a new key at every start loses nothing.
+# There are no logins, so a new key at every start invalidates nothing.
 SECRET_KEY = os.environ.get("DJANGO_SECRET_KEY") or secrets.token_urlsafe(48)
 DEBUG = False
 ALLOWED_HOSTS = ["localhost", "127.0.0.1", "[::1]", *filter(None, os.environ.get("PAIRTUNE_HOSTS", "").split(","))]
 
-INSTALLED_APPS = ["pairtune.web", "django.contrib.staticfiles", "django_htmx", "csp"]  # ours first: its runserver
+INSTALLED_APPS = ["pairtune.web", "django.contrib.staticfiles", "django_htmx", "csp"]  # ours first, for its runserver
 MIDDLEWARE = [
     "django.middleware.security.SecurityMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
@@ -60,7 +60,7 @@ TEMPLATES = [
 
 DATABASES = {"default": dj_database_url.config(default=f"sqlite:///{PAIRTUNE_SITE / 'site.sqlite3'}")}
 if DATABASES["default"]["ENGINE"].endswith("sqlite3"):
-    # Readers do not wait for the writer, and a writer waits for another instead of failing.
+    # Readers do not wait for the writer, and writers wait for each other instead of failing.
     DATABASES["default"]["OPTIONS"] = {
         "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;",
         "transaction_mode": "IMMEDIATE",
@@ -69,11 +69,11 @@ if DATABASES["default"]["ENGINE"].endswith("sqlite3"):
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
 STATIC_URL = "static/"
-WHITENOISE_USE_FINDERS = True  # nothing is collected: the files lie in the packages
+WHITENOISE_USE_FINDERS = True  # no collectstatic: files are served from the packages
 WHITENOISE_AUTOREFRESH = False
 LANGUAGE_CODE = "en-gb"
-USE_TZ, TIME_ZONE = False, None  # times are those of the machine, as the person sees them on its clock
-DATA_UPLOAD_MAX_MEMORY_SIZE = 12_000_000  # a prompt of 1 MB is refused by its length, not as a broken form
+USE_TZ, TIME_ZONE = False, None  # the machine's local time
+DATA_UPLOAD_MAX_MEMORY_SIZE = 12_000_000  # so that a prompt of 1 MB gets the form's error, not a 400 page
 LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,

@@ -1,4 +1,4 @@
-"""Markdown, as models and people write it, into HTML that can do no harm."""
+"""Untrusted Markdown to safe HTML."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _TAGS = {
     *("p", "br", "em", "strong", "s", "code", "pre", "blockquote", "hr", "ul", "ol", "li"),
     *("h1", "h2", "h3", "h4", "h5", "h6", "table", "thead", "tbody", "tr", "th", "td", "a"),
 }
-# Control characters but tab and line end, and those that turn the direction of what follows.
+# Control characters except tab and newline, and bidirectional overrides.
 _UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]")
 
 
 def markdown(text: str) -> SafeString:
-    """Rendered and sanitised; no images, so that no page is fetched from anywhere."""
+    """Render and sanitise; no images, so that nothing is fetched from other hosts."""
     html = _MARKDOWN.render(_UNSHOWN.sub("\N{REPLACEMENT CHARACTER}", text))
     safe = nh3.clean(
         html,
@@ -35,7 +35,7 @@ def markdown(text: str) -> SafeString:
 
 
 def marked_differences(one: str, other: str) -> tuple[SafeString, SafeString]:
-    """Both texts, with the words that the other has not in `<mark>`."""
+    """Both texts, with the words that differ in `<mark>`."""
     words: list[list[str]] = [re.findall(r"\s+|[^\s]+", text) for text in (one, other)]
     matcher = difflib.SequenceMatcher(None, words[0], words[1], autojunk=False)
     sides: tuple[list[str], list[str]] = ([], [])

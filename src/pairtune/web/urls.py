@@ -1,4 +1,4 @@
-"""Which page stands where."""
+"""URL routes."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The audit: rules that find in a run's own numbers what is wrong with it. No model is loaded."""
+"""The audit: rules that find faults in a run from its own numbers. No model is loaded."""

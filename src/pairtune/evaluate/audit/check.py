@@ -1,4 +1,4 @@
-"""All rules over all the evidence."""
+"""Apply the audit's rules to evidence."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ RULES: tuple[Rule, ...] = starts.RULES + numbers.RULES + learning.RULES + claims
 
 
 def find(evidence: Evidence, rules: Sequence[Rule] = RULES) -> list[Finding]:
-    """What the rules find, the worst first and otherwise in the order of the rules."""
+    """Findings of the rules, the worst first, otherwise in the order of the rules."""
     found = [finding_of(rule, hit) for rule in rules if not rule.needs(evidence) for hit in rule.check(evidence)]
     return sorted(found, key=lambda finding: LEVELS.index(finding.level))
 
 
 def audit(evidence: Evidence) -> AuditRecord:
-    """What the rules find, what passed, and what could not be checked."""
+    """Findings, the rules that passed, and those that could not be checked."""
     findings = find(evidence)
     hit = {finding.rule for finding in findings}
     unseen = {rule.id: rule.unseen(evidence) for rule in RULES if rule.id not in hit}
@@ -38,5 +38,5 @@ def audit(evidence: Evidence) -> AuditRecord:
 
 
 def find_live(evidence: Evidence) -> list[Finding]:
-    """What can be said while trials run."""
+    """Findings of the rules that apply while trials run."""
     return find(evidence, [rule for rule in RULES if rule.live])

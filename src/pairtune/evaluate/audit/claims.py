@@ -1,4 +1,4 @@
-"""Rules about what the numbers are taken to show."""
+"""Rules about conclusions that the numbers do not support."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ def _few_rows(evidence: Evidence) -> Iterator[Hit]:
         best = max(judged, key=_accuracy)
         accuracy = _accuracy(best)
         low, high = share_interval(accuracy * rows, rows)
-        chance = ", which has a coin toss in it" if low <= 0.5 <= high else ""
+        chance = ", which includes chance level (0.5)" if low <= 0.5 <= high else ""
         yield Hit(
             "warning",
             tuple(trial.name for trial in trials),
-            f"{rows} validation rows{_known(best)}: an accuracy of {accuracy:.4f} means {low:.2f} to {high:.2f} with "
-            f"95 % confidence{chance}",
+            f"{rows} validation row{'' if rows == 1 else 's'}{_known(best)}: the 95% confidence interval of an "
+            f"accuracy of {accuracy:.4f} is {low:.2f} to {high:.2f}{chance}",
         )
 
 
 def _known(trial: TrialLog) -> str:
-    return "" if trial.eval_rows else " (the fewest that give these accuracies; their number is not on record)"
+    return "" if trial.eval_rows else " (the fewest that give these accuracies; the number is not recorded)"
 
 
 def _by_rows(evidence: Evidence) -> dict[int, list[TrialLog]]:
-    """Trials by the number of their validation rows: as on record, or the least that their accuracies need."""
+    """Trials by number of validation rows: as recorded, or the fewest that give their accuracies."""
     unknown = [trial for trial in evidence.trials if not trial.eval_rows and math.isfinite(_accuracy(trial))]
     needed = _least_rows(unknown) if unknown else None
     by_rows: dict[int, list[TrialLog]] = {}
@@ -72,19 +72,19 @@ def _ranked_across_betas(evidence: Evidence) -> Iterator[Hit]:
     scales = {(trial.loss, *sorted(trial.loss_settings.items())) for trial in judged}
     if len(betas) < 2 and len(scales) < 2:
         return
-    others = "" if len(scales) < 2 else f"; {len(scales)} kinds of loss or settings of it"
+    others = "" if len(scales) < 2 else f"; {len(scales)} different losses or loss settings"
     by_loss = sorted(judged, key=lambda trial: trial.best["loss"] if trial.best else math.inf)
     by_accuracy = sorted(judged, key=_accuracy, reverse=True)
     yield Hit(
         "note" if evidence.selection else "warning",
         tuple(trial.name for trial in judged),
-        f"betas {', '.join(f'{beta:g}' for beta in sorted(betas))}{others}; by loss {_order(by_loss)}; by accuracy "
-        f"{_order(by_accuracy)}",
+        f"betas {', '.join(f'{beta:g}' for beta in sorted(betas))}{others}; ranked by loss: {_order(by_loss)}; ranked "
+        f"by accuracy: {_order(by_accuracy)}",
     )
 
 
 def _order(trials: list[TrialLog]) -> str:
-    return " before ".join(trial.name for trial in trials)
+    return ", ".join(trial.name for trial in trials)
 
 
 def _unsettled(evidence: Evidence) -> Iterator[Hit]:
@@ -99,15 +99,15 @@ def _unsettled(evidence: Evidence) -> Iterator[Hit]:
         if apart is None:
             continue
         ahead = round(apart * rows)
-        # The best case for a difference: all rows on which two trials differ speak for the same one of them.
+        # The best case for a difference: all rows on which two trials differ favour the same one.
         chance = min(1.0, 2 * 0.5**ahead)
         if chance >= ALPHA:
             yield Hit(
                 "warning",
                 tuple(trial.name for trial in judged),
-                f"no two trials differ in more than {ahead} of {rows} rows of accuracy; even if all of these spoke for "
-                f"the same trial, chance alone would do that with p = {chance:.2f}: the winner cannot be told from the "
-                "others",
+                f"the accuracies of any two trials differ by at most {ahead} of {rows} rows; even if every differing "
+                f"row favoured the same trial, chance alone would do that with p = {chance:.2f}, so the winner cannot "
+                "be distinguished from the others",
             )
 
 
@@ -124,7 +124,10 @@ def _splits_overlap(evidence: Evidence) -> Iterator[Hit]:
         shared = len(set(ours) & set(theirs))
         if shared:
             yield Hit(
-                "error", (), f"{shared} prompts of {other} ({len(theirs)} pairs) are in {one} ({len(ours)} pairs) too"
+                "error",
+                (),
+                f"{one} ({len(ours)} pairs) and {other} ({len(theirs)} pairs) share {shared} "
+                f"prompt{'' if shared == 1 else 's'}",
             )
 
 
@@ -139,8 +142,8 @@ def _much_is_cut(evidence: Evidence) -> Iterator[Hit]:
             yield Hit(
                 "warning" if cut > _CUT_MUCH * rows else "note",
                 (),
-                f"{source_name(source.source)} ({source.split}): at {limit} tokens {source.shortened} of "
-                f"{rows} prompts lost their oldest turns, and {too_long} pairs were left out",
+                f"{source_name(source.source)} ({source.split}): at {limit} tokens, of {rows} rows {source.shortened} "
+                f"lost the oldest turns of the prompt and {too_long} were dropped",
             )
 
 
@@ -156,7 +159,7 @@ def _no_betas(evidence: Evidence) -> str:
 
 
 def _ranked(evidence: Evidence) -> list[TrialLog]:
-    """Trials whose loss and beta are known."""
+    """Trials with a known loss and beta."""
     known = (trial for trial in evidence.trials if trial.name in evidence.betas and trial.best)
     return [trial for trial in known if math.isfinite((trial.best or {}).get("loss", math.nan))]
 
@@ -171,65 +174,64 @@ def _no_comparison(evidence: Evidence) -> str:
 
 def _no_weights(trial: TrialLog, evidence: Evidence) -> str:
     known = trial.best_epoch is not None or trial.saved or trial.left
-    return "" if known else "which epoch was reported and which was saved"
+    return "" if known else "a record of the reported and the saved epoch"
 
 
 def _no_prompts(evidence: Evidence) -> str:
-    return "" if len(evidence.prompts) > 1 else "the prompts of the splits"
+    return "" if len(evidence.prompts) > 1 else "the prompts of each split"
 
 
 def _no_data(evidence: Evidence) -> str:
     sources = evidence.data.sources if evidence.data else []
-    return "" if any(source.rows_in for source in sources) else "an account of the rows"
+    return "" if any(source.rows_in for source in sources) else "the row counts of the data"
 
 
 RULES = (
     Rule(
         "few-rows",
         "Too few validation rows for the claim",
-        "An accuracy over a few rows is a matter of luck; the interval says how much.",
-        f"Evaluate on {_FEW_ROWS} rows or more; thousands to tell trials apart that are alike.",
+        "An accuracy over a few rows is largely luck; the interval shows how much.",
+        f"Evaluate on {_FEW_ROWS} rows or more; to separate similar trials, on thousands.",
         _few_rows,
         lacks=_no_accuracy,
     ),
     Rule(
         "beta-ranking",
-        "Trials whose losses are on different scales are ranked by them",
-        "Beta, the kind of loss and its settings are inside the loss, so two of them are two scales: one model has two "
-        "losses.",
-        "Rank by accuracy (--select accuracy) or by what the models answer.",
+        "Trials are ranked by losses on different scales",
+        "The loss depends on beta, the loss type and its settings, so the same model has a different loss under each.",
+        "Rank by accuracy (--select accuracy) or by win rate (--select win_rate).",
         _ranked_across_betas,
         _no_betas,
     ),
     Rule(
         "winner-unsettled",
-        "The winner cannot be told from other trials",
-        "Some trial always comes first. Whether it would again on other pairs is what a test asks.",
-        "Say so when the result is reported; more validation rows may settle it.",
+        "The winner cannot be distinguished from other trials",
+        "Some trial always comes first. A significance test asks whether it would again on other pairs.",
+        "Say so when you report the result; more validation rows may settle it.",
         _unsettled,
         _no_comparison,
     ),
     Rule(
         "weights-not-reported",
-        "The weights saved are not those reported",
-        "The table names one epoch, the file holds another one.",
-        "Save the weights while they are the ones just evaluated, and check their hash.",
+        "The saved weights are not the reported ones",
+        "The table names one epoch, but the file holds another.",
+        "Save the weights when they are evaluated, and check their hash.",
         _other_weights,
         lacks=_no_weights,
     ),
     Rule(
         "split-overlap",
-        "The same prompts are in two splits",
-        "What was seen in training is no test of anything.",
-        "Split by prompt, and drop the doubles from the held-out side.",
+        "Two splits share prompts",
+        "Prompts seen in training say nothing about unseen ones.",
+        "Split by prompt, and drop the duplicates from the held-out side.",
         _splits_overlap,
         _no_prompts,
     ),
     Rule(
         "truncation",
-        "Many conversations are cut",
-        "What lost its beginning may not make sense any more, and long conversations differ from short ones.",
-        "Raise --max-length where memory allows.",
+        "Many conversations are truncated or dropped",
+        "A conversation without its beginning may not make sense, and long conversations differ from short ones.",
+        "Raise --max-length if memory allows.",
         _much_is_cut,
         _no_data,
     ),

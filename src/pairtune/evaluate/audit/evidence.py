@@ -1,4 +1,4 @@
-"""What the rules look at, wherever it was read from."""
+"""The evidence that rules check, whatever it was read from."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import numpy as np
 from pairtune.run.records import DataRecord, Generations, Selection
 from pairtune.statistics import Numbers
 
-# A step or an evaluation: `epoch`, `step` where they are known, then metrics under TRL's names, without `eval_`.
+# A step or an evaluation: `epoch` and `step` where known, then metrics under TRL's names, without `eval_`.
 Row = Mapping[str, float]
 
-# The kind of evidence that this project's own runs are.
+# The `kind` of evidence read from Pairtune's own runs.
 RUN_FOLDER = "run folder"
 
 CHOSEN, REJECTED = "chosen", "rejected"
@@ -25,30 +25,30 @@ ANSWERS = (CHOSEN, REJECTED)
 
 # Implied log-probs of one base on the same pairs agree to this many nats.
 SAME_BASE_NATS = 1.0
-# By how much beta may be off before it is another one.
+# Relative difference above which two betas are not the same.
 BETA_SHARE = 0.1
 
 
 @dataclass
 class TrialLog:
-    """What one trial has logged.
+    """The log of one trial.
 
     Attributes:
-        name: as the source calls it.
-        learning_rate: as labelled; None: not on record.
-        beta: as labelled; None: not on record.
-        loss: its kind, as labelled; TRL's default where nothing says otherwise.
-        loss_settings: what else is part of the loss's scale, by name, where it is on record.
-        steps: training steps, in their order.
-        evaluations: in their order, with `train_loss` where the same row had the training loss.
-        eval_rows: pairs that an evaluation covers; None: not on record.
-        batch_size: pairs of an evaluation's batch; None: not on record.
-        max_grad_norm: to which gradients were clipped.
-        status: `finished`, or what became of it, with `reason`.
+        name: as in the source.
+        learning_rate: as labelled; None if not recorded.
+        beta: as labelled; None if not recorded.
+        loss: the loss type, as labelled; TRL's default if not recorded.
+        loss_settings: other settings that change the loss's scale, by name, where recorded.
+        steps: training steps, in order.
+        evaluations: in order, with `train_loss` where the same row had the training loss.
+        eval_rows: number of pairs per evaluation; None if not recorded.
+        batch_size: of evaluations; None if not recorded.
+        max_grad_norm: the norm that gradients were clipped to.
+        status: `finished`, or how else the trial ended, with `reason`.
         best_epoch: the epoch that is reported as the best.
-        saved: words for the saved weights being others than those reported; empty where they agree or are not known.
-        left: words for better weights than those that were kept, where no others were reported; or empty.
-        examples: the best epoch's per-pair numbers by column, [pairs] each; empty where there are none.
+        saved: how the saved weights differ from the reported ones; empty where they agree or are unknown.
+        left: which better weights were not kept, where no others were reported; or empty.
+        examples: the best epoch's per-pair metrics by column, [pairs] each; empty where there are none.
     """
 
     name: str
@@ -80,7 +80,7 @@ class TrialLog:
         return self.evaluations[-1] if self.evaluations else None
 
     def series(self, metric: str) -> Numbers:
-        """One metric of every evaluation; NaN where it is not on record."""
+        """One metric over all evaluations; NaN where it is not recorded."""
         return np.array([row.get(metric, math.nan) for row in self.evaluations], dtype=np.float64)
 
     @property
@@ -100,12 +100,12 @@ class TrialLog:
         return middle > 0 and all(abs(share - middle) <= _SAME_SHARE * middle for share in shares)
 
     def implied_beta(self) -> tuple[float, float] | None:
-        """Beta as rewards and log-probs have it: a reward is beta times the change of a log-prob.
+        """Beta as implied by rewards and log-probs: a reward is beta times the change of a log-prob.
 
         Returns:
-            The slope of rewards on log-probs over all evaluations, and four of its standard errors: of rounding (six
-            decimals, and log-probs in float32) or of the scatter around the line, whichever is larger. None where the
-            log-probs do not move enough to tell.
+            The slope of rewards on log-probs over all evaluations, and four of its standard errors, from rounding (six
+            decimals, and log-probs in float32) or from the scatter around the line, whichever is larger. None where
+            log-probs change too little to tell.
         """
         moved, rewarded = [], []
         for answer in ANSWERS:
@@ -127,7 +127,7 @@ class TrialLog:
         return (slope, 4 * error) if slope > 0 and 4 * error < slope / 2 else None
 
     def base_logps(self, beta: float | None) -> dict[str, float]:
-        """The base's mean log-probs as this trial implies them: log-prob minus reward over beta, of its evaluations."""
+        """The base's mean log-probs as implied by this trial's evaluations: log-prob minus reward over beta."""
         implied: dict[str, float] = {}
         if not beta or self.reference_free:
             return implied
@@ -139,7 +139,7 @@ class TrialLog:
 
 
 _REWARDS_AND_LOGPS = tuple(f"{what}/{answer}" for what in ("rewards", "logps") for answer in ANSWERS)
-# Losses without a reference, as TRL's trainers and this project call them, and by how much one ratio may scatter.
+# Steps to look at; reference-free losses by TRL's and Pairtune's names; and how much their ratio may scatter.
 _TELLING_STEPS = 50
 _REFERENCE_FREE, _SAME_SHARE = frozenset({"simpo", "orpo", "cpo"}), 0.01
 
@@ -149,15 +149,15 @@ _REWARD_ROUNDING, _LOGP_ROUNDING = 5e-7, 1e-5
 
 @dataclass
 class Evidence:
-    """Everything that is on record of one piece of work.
+    """Everything on record about one run, or about one log made elsewhere.
 
     Attributes:
         source: what was read.
-        kind: in words, for example "CSV".
-        trials: in the order in which they were run.
-        selection: the choice, where one is on record.
-        data: the account of the rows, where there is one.
-        generations: answers to held-out prompts, where there are some.
+        kind: what that is, for example "CSV".
+        trials: in the order they were run in.
+        selection: the selection, where recorded.
+        data: the row counts of the data, where recorded.
+        generations: answers to held-out prompts, where recorded.
         prompts: hashes of the prompts of each split.
     """
 
@@ -170,7 +170,7 @@ class Evidence:
     prompts: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Give trials that share a name names of their own: everything else goes by them."""
+        """Make trial names unique: everything else refers to trials by name."""
         names = Counter(trial.name for trial in self.trials)
         for number, trial in enumerate(self.trials, 1):
             if names[trial.name] > 1:
@@ -178,20 +178,20 @@ class Evidence:
 
     @cached_property
     def betas(self) -> dict[str, float]:
-        """Each trial's beta as it behaves, where that can be told, else as it is labelled."""
+        """Each trial's beta: as implied by its numbers where they tell, else as labelled."""
         labelled = {trial.name: trial.beta for trial in self.trials if trial.beta}
         behaving = {name: self._named(*found, labelled.values()) for name, found in self.behaviour.items()}
         return labelled | behaving
 
     @staticmethod
     def _named(value: float, error: float, labels: Iterable[float]) -> float:
-        """The label that a trial behaves as, where there is one within the margin of error."""
+        """The nearest label if it is within the margin of error, else the implied beta itself."""
         nearest = min(labels, key=lambda label: abs(label - value), default=value)
         return nearest if abs(nearest - value) <= max(error, BETA_SHARE * nearest) else value
 
     @cached_property
     def behaviour(self) -> dict[str, tuple[float, float]]:
-        """Beta as each trial behaves, with a margin of error: from its own movement, else from the others' base."""
+        """Each trial's implied beta and its margin of error: from its own changes, else from the base others imply."""
         moved = {trial.name: found for trial in self.trials if (found := trial.implied_beta())}
         bases = [trial.base_logps(moved[trial.name][0]) for trial in self.trials if trial.name in moved]
         for trial in self.trials:
@@ -201,7 +201,7 @@ class Evidence:
 
 
 def _against(trial: TrialLog, bases: Sequence[Mapping[str, float]]) -> tuple[float, float] | None:
-    """Beta of a trial that does not move: its rewards over its distance from the base that the others imply."""
+    """Beta of a trial that does not move: its rewards over its distance from the base that other trials imply."""
     row = trial.best
     if row is None or not bases:
         return None
@@ -209,7 +209,7 @@ def _against(trial: TrialLog, bases: Sequence[Mapping[str, float]]) -> tuple[flo
     for answer in ANSWERS:
         known = [base[answer] for base in bases if answer in base]
         if not known or np.ptp(known) > SAME_BASE_NATS:
-            return None  # of several models, or on several sets of pairs: none of them need be this trial's
+            return None  # several base models or sets of pairs: none need be this trial's
         far = row.get(f"logps/{answer}", math.nan) - float(np.median(known))
         if abs(far) > max(SAME_BASE_NATS, 10 * float(np.ptp(known))):
             found.append(row.get(f"rewards/{answer}", math.nan) / far)

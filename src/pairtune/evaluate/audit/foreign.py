@@ -1,4 +1,4 @@
-"""Evidence from other people's logs: TRL's `trainer_state.json`, tables with TRL's column names, W&B offline runs."""
+"""Evidence from logs made elsewhere: TRL's `trainer_state.json`, tables with TRL's column names, W&B offline runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pairtune.extras import require
 
 STATE = "trainer_state.json"
 
-# Column titles of tables for readers, and what TRL calls the same.
+# Column titles of printed tables, and TRL's names for them.
 _TITLES = {
     "training loss": "loss",
     "validation loss": "eval_loss",
@@ -26,15 +26,15 @@ _TITLES = {
     "trial": "run",
     "name": "run",
 }
-_CLEARLY = 0.01  # of an evaluation loss
+_CLEARLY = 0.01  # a rise of the evaluation loss that counts
 _NO_VALUE = ("", "no log", "none", "-")
 
 
 def evidence_of_csv(path: Path) -> Evidence:
-    """A table with a row an evaluation; trials are told by `run`, or else by learning rate and beta.
+    """Read a table with one row per evaluation; trials are told apart by `run`, or else by learning rate and beta.
 
     Raises:
-        BadInput: it cannot be read, a cell is not a number, or it has no column of an evaluation.
+        BadInput: it cannot be read, a cell is not a number, or it has no column of evaluation metrics.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -46,14 +46,14 @@ def evidence_of_csv(path: Path) -> Evidence:
     titles = {_name(title) for title in rows[0] if title}
     if not titles & {"eval_loss", "loss", "rewards/chosen", "eval_rewards/chosen"}:
         raise BadInput(f"{path}: has neither eval_loss nor rewards/chosen among its columns ({', '.join(rows[0])})")
-    # A log of steps has a learning rate that falls from step to step, and so says nothing about trials.
+    # In a log of steps the learning rate follows its schedule, so it does not identify trials.
     told_by = ("run", "beta") if "grad_norm" in titles else ("run", "learning_rate", "beta")
     trials: dict[tuple[str, ...], TrialLog] = {}
     for number, cells in enumerate(rows, 2):
         named = _named(cells, f"{path}, row {number}")
         numbers = {name: value for name, value in named.items() if name not in told_by}
         if not any(name in numbers or f"eval_{name}" in numbers for name in ("loss", "rewards/chosen")):
-            continue  # such as the summary at the end of a training
+            continue  # such as the summary at the end of training
         key = tuple(str(named.get(name, "")) for name in told_by)
         if key not in trials:
             rate = named.get("learning_rate") if "learning_rate" in told_by else None
@@ -63,17 +63,17 @@ def evidence_of_csv(path: Path) -> Evidence:
 
 
 def _name(title: str) -> str:
-    """What TRL calls a column with this title."""
+    """TRL's name for a column with this title."""
     lower = title.strip().lower()
     return _TITLES.get(lower, lower)
 
 
 def _named(cells: Mapping[str | None, Any], where: str) -> dict[str, Any]:
-    """A row under TRL's names; `run` as text, everything else as numbers; what is not there is left out."""
+    """A row under TRL's names: `run` as text, everything else as numbers; empty cells are left out."""
     named: dict[str, Any] = {}
     for title, cell in cells.items():
         if title is None or cell is None:
-            raise BadInput(f"{where}: has another number of cells than the header")
+            raise BadInput(f"{where}: has more or fewer cells than the header")
         text, name = cell.strip(), _name(title)
         if name == "run":
             named[name] = text
@@ -84,7 +84,7 @@ def _named(cells: Mapping[str | None, Any], where: str) -> dict[str, Any]:
                 if "/" in name or name in ("loss", "eval_loss", "beta", "learning_rate", "epoch", "step"):
                     raise BadInput(f"{where}, {title}: {text!r} is not a number") from None
             if name.endswith("rewards/accuracies") and not 0 <= named.get(name, 0) <= 1:
-                raise BadInput(f"{where}, {title}: {text} is no share between 0 and 1 (divide percentages by 100)")
+                raise BadInput(f"{where}, {title}: {text} is not between 0 and 1 (divide percentages by 100)")
     return named
 
 
@@ -94,7 +94,7 @@ def _trial_name(named: Mapping[str, Any], number: int) -> str:
 
 
 def _as_evaluation(numbers: Mapping[str, float]) -> dict[str, float]:
-    """A row with an evaluation loss, in which metrics without `eval_` are the evaluation's too."""
+    """In a row with an evaluation loss, count metrics without `eval_` as the evaluation's too."""
     if "eval_loss" not in numbers and not any(name.startswith("eval_") for name in numbers):
         return dict(numbers)
     prefixed = any(name.startswith("eval_") and "/" in name for name in numbers)
@@ -103,10 +103,10 @@ def _as_evaluation(numbers: Mapping[str, float]) -> dict[str, float]:
 
 
 def evidence_of_trainer_states(path: Path) -> Evidence:
-    """One `trainer_state.json`, or all below a folder; of the checkpoints of one training the last.
+    """Read one `trainer_state.json`, or all below a folder; of one training run's checkpoints, the last.
 
     Raises:
-        BadInput: a file is not one of these.
+        BadInput: a file is not a trainer_state.json.
     """
     files = [path] if path.is_file() else sorted(path.rglob(STATE))
     latest: dict[Path, tuple[float, Path, dict[str, Any]]] = {}
@@ -135,7 +135,7 @@ def _trainer_state(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise BadInput(f"{file}: cannot be read as JSON ({one_line(error)})") from error
     if not isinstance(state, dict) or not isinstance(state.get("log_history"), list):
-        raise BadInput(f"{file}: has no log_history, so it is no trainer_state.json")
+        raise BadInput(f"{file}: has no log_history, so it is not a trainer_state.json")
     return state
 
 
@@ -149,7 +149,7 @@ def _log_of_state(name: str, state: Mapping[str, Any], training: Path) -> TrialL
 
 
 def _compare_steps(log: TrialLog, state: Mapping[str, Any], training: Path) -> None:
-    """Whether the checkpoint that the trainer calls its best is that of the best evaluation."""
+    """Check that the trainer's best checkpoint is that of the best evaluation."""
     losses = [(row["loss"], row.get("step")) for row in log.evaluations if math.isfinite(row.get("loss", math.nan))]
     checkpoint, step = state.get("best_model_checkpoint"), state.get("global_step")
     if len(losses) < 2:
@@ -161,23 +161,23 @@ def _compare_steps(log: TrialLog, state: Mapping[str, Any], training: Path) -> N
         by_loss = metric is not None and any(math.isclose(metric, loss, rel_tol=1e-6) for loss, _ in losses)
         if by_loss and saved_step.isdigit() and best_step is not None and int(saved_step) != int(best_step):
             log.saved = (
-                f"the best checkpoint is of step {saved_step}, the lowest evaluation loss ({lowest:.6f}) of step "
-                f"{best_step:g}"
+                f"the best checkpoint is from step {saved_step}, but the lowest evaluation loss ({lowest:.6f}) is from "
+                f"step {best_step:g}"
             )
         return
     risen = losses[-1][0] > lowest + _CLEARLY
     if step and best_step is not None and risen and not (training / f"checkpoint-{best_step:g}").is_dir():
         log.left = (
             f"no best checkpoint was kept: the weights are those of step {step:g} (evaluation loss "
-            f"{losses[-1][0]:.6f}), the lowest loss was {lowest:.6f} at step {best_step:g}"
+            f"{losses[-1][0]:.6f}), but the lowest loss was {lowest:.6f} at step {best_step:g}"
         )
 
 
 def evidence_of_wandb(path: Path) -> Evidence:
-    """One W&B offline run folder, or a folder of them (`wandb/offline-run-*`).
+    """Read one W&B offline run folder, or a folder of them (`wandb/offline-run-*`).
 
     Raises:
-        BadInput: there is none, one is damaged, or the package `wandb` is not installed.
+        BadInput: there is no run, one is damaged, or the package `wandb` is not installed.
     """
     files = [path] if path.is_file() else sorted(path.glob("*.wandb")) or sorted(path.rglob("*.wandb"))
     return Evidence(path, "W&B offline run", [_log_of_wandb(file) for file in files])
@@ -196,14 +196,16 @@ def _log_of_wandb(file: Path) -> TrialLog:
             row = {item.key or "/".join(item.nested_key): _value(item.value_json) for item in record.history.item}
             add_row(log, _trl_names(row))
     log.beta, log.learning_rate = _setting(config, "beta"), _setting(config, "learning_rate")
-    kinds = config.get("loss_type", config.get("loss", log.loss))  # TRL's may be several, ours is called loss
+    kinds = config.get(
+        "loss_type", config.get("loss", log.loss)
+    )  # TRL logs `loss_type`, possibly a list; Pairtune logs `loss`
     kinds = kinds if isinstance(kinds, list) else [kinds]
     log.loss = str(kinds[0]) if len(kinds) == 1 else "several"
     return log
 
 
 def _trl_names(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Transformers logs to W&B as `train/loss` and `eval/loss`."""
+    """A W&B row under TRL's names: transformers logs `train/loss` and `eval/loss`."""
     named = {}
     for name, value in row.items():
         if name.startswith("eval/"):
@@ -227,21 +229,21 @@ def _value(text: str) -> Any:
         return text
 
 
-# W&B's own file: a header of 7 bytes, then LevelDB's log format. Blocks of 32 KiB hold pieces, each with checksum,
-# length and kind; a record is one whole piece, or a first, middle and last ones.
+# W&B's file format: a header of 7 bytes, then LevelDB's log format. Blocks of 32 KiB hold pieces, each with checksum,
+# length and type; a record is one whole piece, or a first, any middle and a last one.
 _WANDB_HEADER, _WANDB_BLOCK, _WANDB_PIECE = b":W&B", 32768, struct.Struct("<IHB")
 _WHOLE, _FIRST, _LAST = 1, 2, 4
 
 
 def _wandb_records(file: Path) -> Iterator[Any]:
-    """The records of a run's file; one whose writer was killed ends with its last whole record."""
+    """The records of a run's file; where its writer was killed, those up to the last whole one."""
     require("wandb", f"{file}: a W&B run")
     from google.protobuf.message import DecodeError
     from wandb.proto.wandb_internal_pb2 import Record
 
     content = file.read_bytes()
     if not content.startswith(_WANDB_HEADER):
-        raise BadInput(f"{file}: is no W&B run")
+        raise BadInput(f"{file}: is not a W&B run")
     try:
         for data in _wandb_data(content):
             record = Record()
@@ -255,15 +257,15 @@ def _wandb_data(content: bytes) -> Iterator[bytes]:
     place, pieces = len(_WANDB_HEADER) + 3, b""
     while place + _WANDB_PIECE.size <= len(content):
         left = _WANDB_BLOCK - place % _WANDB_BLOCK
-        if left < _WANDB_PIECE.size:  # too little for a piece: padding
+        if left < _WANDB_PIECE.size:  # too short for a piece: padding
             place += left
             continue
         checksum, length, kind = _WANDB_PIECE.unpack_from(content, place)
         piece = content[place + _WANDB_PIECE.size : place + _WANDB_PIECE.size + length]
         if len(piece) < length:
-            return  # being written, or cut off
+            return  # still being written, or truncated
         if zlib.crc32(piece, zlib.crc32(bytes([kind]))) != checksum:
-            raise ValueError(f"a checksum is wrong at byte {place}")
+            raise ValueError(f"wrong checksum at byte {place}")
         pieces = piece if kind in (_WHOLE, _FIRST) else pieces + piece
         if kind in (_WHOLE, _LAST):
             yield pieces
@@ -273,13 +275,14 @@ def _wandb_data(content: bytes) -> Iterator[bytes]:
 def with_options(
     evidence: Evidence, eval_rows: int | None, batch_size: int | None, betas: Sequence[float] | None
 ) -> Evidence:
-    """Add what a log does not say.
+    """Add what a log does not record.
 
     Raises:
-        BadInput: another number of betas than of trials.
+        BadInput: the number of betas is neither 1 nor the number of trials.
     """
     if betas and len(betas) not in (1, len(evidence.trials)):
-        raise BadInput(f"--beta: {len(betas)} given for {len(evidence.trials)} trials; give one, or one for each")
+        trials = f"{len(evidence.trials)} trial{'' if len(evidence.trials) == 1 else 's'}"
+        raise BadInput(f"--beta: {len(betas)} given for {trials}; give one, or one for each trial")
     for place, trial in enumerate(evidence.trials):
         trial.eval_rows = eval_rows or trial.eval_rows
         trial.batch_size = batch_size or trial.batch_size

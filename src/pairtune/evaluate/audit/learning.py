@@ -1,4 +1,4 @@
-"""Rules about what a model has learned instead of what people prefer."""
+"""Rules about what a model has learned instead of the preferences."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pairtune.evaluate.audit.rule import Hit, Rule
 from pairtune.run.records import AnswerSummary, Level
 from pairtune.statistics import Numbers, share_interval
 
-# Likelihood displacement: the chosen answers lose this share of their log-prob, and at least so many nats.
+# Likelihood displacement: chosen answers lose at least this share of their log-prob and this many nats.
 _COLLAPSE_SHARE, _COLLAPSE_NATS = 0.15, 10.0
 _FELL_NATS = 1.0
 _OVERFIT_SHARE, _OVERFIT = 0.02, 0.01
-# Fewer pairs than this on either side say nothing about lengths.
+# Fewer pairs than this on either side are too few to judge length bias.
 _LENGTH_PAIRS = 10
 _LONGER, _SHORTER = 1.5, 0.5
 _EMPTY_SHARE, _FEWER_ENDED, _MORE_REPEATED = 0.1, 0.25, 0.15
@@ -28,7 +28,7 @@ def _chosen_collapses(evidence: Evidence) -> Iterator[Hit]:
             yield Hit(
                 "warning",
                 (trial.name,),
-                f"chosen answers lost {-nats:.1f} of {-base:.1f} nats of log-prob: they became "
+                f"chosen log-probs fell by {-nats:.1f} nats from the base's {base:.1f}: the answers became "
                 f"{math.exp(min(-nats, 50)):.1g} times less likely",
             )
 
@@ -40,12 +40,12 @@ def _only_rejected_falls(evidence: Evidence) -> Iterator[Hit]:
             yield Hit(
                 "note",
                 (trial.name,),
-                f"log-probs of chosen answers changed by {chosen:+.1f} nats, of rejected ones by {rejected:+.1f}",
+                f"chosen log-probs changed by {chosen:+.1f} nats, rejected log-probs by {rejected:+.1f}",
             )
 
 
 def _moved(trial: TrialLog, evidence: Evidence, answer: str) -> float | None:
-    """Nats by which the mean log-prob of an answer has changed since the base, at the evaluation that counts."""
+    """Nats by which an answer's mean log-prob has moved from the base, at the evaluation that counts."""
     beta, row = evidence.betas.get(trial.name), trial.best
     if row is None or not beta or trial.reference_free or not math.isfinite(row.get(f"rewards/{answer}", math.nan)):
         return None
@@ -87,8 +87,8 @@ def _prefers_by_length(evidence: Evidence) -> Iterator[Hit]:
                 "warning",
                 (trial.name,),
                 f"accuracy {longer.mean():.2f} [{low_of_longer:.2f}, {high_of_longer:.2f}] on {len(longer)} pairs "
-                f"whose chosen answer is the longer one, {shorter.mean():.2f} [{low_of_shorter:.2f}, "
-                f"{high_of_shorter:.2f}] on {len(shorter)} whose chosen answer is the shorter one",
+                f"whose chosen answer is longer, {shorter.mean():.2f} [{low_of_shorter:.2f}, "
+                f"{high_of_shorter:.2f}] on {len(shorter)} whose chosen answer is shorter",
             )
 
 
@@ -100,17 +100,17 @@ def _answers_change_length(evidence: Evidence) -> Iterator[Hit]:
     for name, base, tuned in _tuned_answers(evidence):
         before, after = base.median_tokens, tuned.median_tokens
         if before and (after > _LONGER * before or after < _SHORTER * before):
-            yield Hit("note", (name,), f"median length of answers {after:.0f} tokens, the base's {before:.0f}")
+            yield Hit("note", (name,), f"median answer length {after:.0f} tokens, base {before:.0f}")
 
 
 def _answers_break(evidence: Evidence) -> Iterator[Hit]:
     for name, base, tuned in _tuned_answers(evidence):
         worse = [
             ("empty answers", tuned.empty_share, base.empty_share, _EMPTY_SHARE),
-            ("answers that end by themselves", tuned.ended_share, base.ended_share, -_FEWER_ENDED),
+            ("answers ending with EOS", tuned.ended_share, base.ended_share, -_FEWER_ENDED),
             ("repeated phrases", tuned.repeated_share, base.repeated_share, _MORE_REPEATED),
             (
-                "answers in another language than the prompt",
+                "answers in a different language from the prompt",
                 tuned.other_language_share,
                 base.other_language_share,
                 _EMPTY_SHARE,
@@ -122,12 +122,13 @@ def _answers_break(evidence: Evidence) -> Iterator[Hit]:
             if (after - before > room if room > 0 else after - before < room)
         ]
         if said:
+            count = evidence_size(evidence)
             level: Level = "error" if tuned.empty_share > 0.5 else "warning"
-            yield Hit(level, (name,), f"on {evidence_size(evidence)} held-out prompts: {', '.join(said)}")
+            yield Hit(level, (name,), f"on {count} held-out prompt{'' if count == 1 else 's'}: {', '.join(said)}")
 
 
 def evidence_size(evidence: Evidence) -> int:
-    """How many prompts were answered."""
+    """The number of prompts answered."""
     return len(evidence.generations.prompts) if evidence.generations else 0
 
 
@@ -156,7 +157,7 @@ def _below_chance(evidence: Evidence) -> Iterator[Hit]:
 
 def _no_moves(trial: TrialLog, evidence: Evidence) -> str:
     if trial.reference_free:
-        return "rewards against a reference: this loss has none"
+        return "rewards against a reference, but this loss has none"
     known = all(_moved(trial, evidence, answer) is not None for answer in ("chosen", "rejected"))
     return "" if known else "rewards and a beta"
 
@@ -173,12 +174,12 @@ def _no_evaluations(trial: TrialLog, evidence: Evidence) -> str:
 
 def _no_lengths(trial: TrialLog, evidence: Evidence) -> str:
     if not {"tokens/chosen", "tokens/rejected", "rewards/accuracies"} <= trial.examples.keys():
-        return "numbers of single pairs"
+        return "per-pair metrics"
     chosen, rejected = (trial.examples[f"tokens/{answer}"] for answer in ("chosen", "rejected"))
     fewest = min(int((chosen > rejected).sum()), int((chosen < rejected).sum()))
     if fewest >= _LENGTH_PAIRS:
         return ""
-    return f"{_LENGTH_PAIRS} pairs with a longer and as many with a shorter chosen answer (here {fewest})"
+    return f"{_LENGTH_PAIRS} pairs with a longer and as many with a shorter chosen answer, but it has {fewest}"
 
 
 def _no_answers(evidence: Evidence) -> str:
@@ -200,9 +201,9 @@ def _no_chance(trial: TrialLog, evidence: Evidence) -> str:
 RULES = (
     Rule(
         "chosen-collapse",
-        "The chosen answers become much less likely",
-        "DPO looks at differences only, so both answers may fall as long as the rejected one falls faster (likelihood "
-        "displacement, Razin et al. 2024). The probability that they lose goes to answers that nobody has seen.",
+        "The chosen answers became much less likely",
+        "DPO sees only differences, so both log-probs may fall as long as the rejected one falls faster (likelihood "
+        "displacement, Razin et al. 2024). The lost probability goes to answers that are not in the data.",
         "Add an SFT term (sft_weight 1), raise beta, lower the learning rate, or stop earlier.",
         _chosen_collapses,
         lacks=_no_base,
@@ -210,16 +211,16 @@ RULES = (
     ),
     Rule(
         "only-rejected-falls",
-        "The margin grows because the rejected answers fall",
-        "Chosen answers became less likely too. That is how DPO often works; it is not what its picture suggests.",
-        "Look at the answers. Where they got worse, add an SFT term, or raise beta.",
+        "The margin grew only because rejected answers fell",
+        "Chosen answers became less likely too. DPO often works this way, unlike how it is usually pictured.",
+        "Read the answers. If they got worse, add an SFT term or raise beta.",
         _only_rejected_falls,
         lacks=_no_moves,
     ),
     Rule(
         "overfit",
         "The trial got worse before its end",
-        "From some epoch on the model learns the training pairs by heart.",
+        "From some epoch on, the model memorises the training pairs.",
         "Keep the better epoch; use fewer epochs, a lower learning rate, or more pairs.",
         _overfits,
         lacks=_no_evaluations,
@@ -227,17 +228,17 @@ RULES = (
     ),
     Rule(
         "length-bias",
-        "The model prefers by length",
-        "It agrees with people much more often where the better answer is also the longer (or the shorter) one, so it "
-        "may have learned the length alone.",
+        "The model's preferences depend on length",
+        "It agrees with the labels much more often where the chosen answer is also the longer (or the shorter) one, so "
+        "it may have learned length alone.",
         'Compare with the baseline "the longer answer wins"; balance the pairs, or use sigmoid_norm or simpo.',
         _prefers_by_length,
         lacks=_no_lengths,
     ),
     Rule(
         "length-drift",
-        "Answers have another length than the base's",
-        "Preferences are often preferences for a length. This may be what was wanted.",
+        "Answer length differs from the base model's",
+        "Preference data often favours a length, so this may be intended.",
         "Read a few answers side by side.",
         _answers_change_length,
         needs=_no_answers,
@@ -246,7 +247,7 @@ RULES = (
     Rule(
         "answers-break",
         "Answers got worse in a way that losses do not show",
-        "A model can win on pairs that it is shown, and say nothing, repeat itself or never end when it is asked.",
+        "A model can rank given pairs well and still produce empty, repetitive or endless answers.",
         "Do not use this model; lower the learning rate, raise beta, or add an SFT term.",
         _answers_break,
         needs=_no_answers,
@@ -255,8 +256,8 @@ RULES = (
     Rule(
         "below-chance",
         "The model prefers the rejected answers",
-        "An accuracy below one half that is no accident means that it learned the opposite.",
-        "Look whether chosen and rejected are swapped, in training or in validation.",
+        "An accuracy significantly below 0.5 means that the model learned the opposite.",
+        "Check whether chosen and rejected are swapped, in training or in validation.",
         _below_chance,
         lacks=_no_chance,
     ),

@@ -1,4 +1,4 @@
-"""The audit while trials run: a sink that speaks up as soon as a rule finds something."""
+"""The audit while trials run: a sink that reports a finding as soon as a rule makes it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pairtune.run.records import Finding
 
 
 class LiveAudit:
-    """Asks the rules after every evaluation; each says a thing once a trial.
+    """Checks the live rules after every evaluation; each reports at most once per trial.
 
     Args:
-        run: whose metrics are read again where a trial goes on; their own sink must come before this one.
-        trial: gives a trial's settings by its name.
-        say: is told what is found.
+        run: its metrics are read back when a trial is resumed, so the sink that writes them must come before this one.
+        trial: returns a trial's settings by its name.
+        say: called with each finding.
     """
 
     def __init__(self, run: Run, trial: Callable[[str], TrialConfig], say: Callable[[Finding], None]) -> None:

@@ -1,4 +1,4 @@
-"""Rules about numbers that cannot be, or that mean something else than they seem to."""
+"""Rules about numbers that are impossible, or that do not mean what they seem to."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pairtune.evaluate.audit.evidence import RUN_FOLDER, Evidence, Row, TrialLog
 from pairtune.evaluate.audit.rule import Hit, Rule
 
 LN_2 = math.log(2)
-# Losses whose value at the base is ln 2, and that no finite margin brings to exactly 0.
+# Losses that are ln 2 at the base, and above 0 for every finite margin.
 SIGMOID_LIKE = ("sigmoid", "sigmoid_norm", "robust")
 _ACCURACY = "rewards/accuracies"
-# Decimals of an accuracy that are looked at; tables are printed with six at most.
+# Decimals of an accuracy that are compared; tables print at most six.
 _DECIMALS = 6
-# A margin above this leaves a loss that logs of four decimals call 0.
+# Above this margin, logs with four decimals show the loss as 0.
 _VANISHING_MARGIN = 9.0
-# The most rows for which an accuracy alone tells how many there were.
+# The largest number of rows that accuracies alone can reveal.
 _TELLING_ROWS = 20
 _COMMON_BATCHES = (2, 4, 8)
 _NO_EFFECT_NATS = 0.02
@@ -34,7 +34,7 @@ def _impossible_accuracy(evidence: Evidence) -> Iterator[Hit]:
         if wrong:
             shown = ", ".join(f"{value:.6g}" for value in wrong)
             yield Hit(
-                "error", (trial.name,), f"{shown} cannot come from {trial.eval_rows} rows{_by_batches(wrong, trial)}"
+                "error", (trial.name,), f"{shown} cannot come from {_rows(trial.eval_rows)}{_by_batches(wrong, trial)}"
             )
     unknown = [trial for trial in evidence.trials if not trial.eval_rows]
     found = {value for trial in unknown for value in _accuracies(trial)}
@@ -55,9 +55,13 @@ def _impossible_accuracy(evidence: Evidence) -> Iterator[Hit]:
             "warning",
             tuple(trial.name for trial in unknown),
             f"accuracies {shown} need {needed} rows or a multiple of that: {max(found):.4f} cannot come from {rows} "
-            f"rows. Means of batches of {size}, averaged over the batches, give all of them from {rows} rows "
-            f"(--eval-rows says how many there were)",
+            f"rows. Averaging the means of batches of {size} gives all of them from {rows} rows; state the number of "
+            "rows with --eval-rows",
         )
+
+
+def _rows(count: int) -> str:
+    return f"{count} row{'' if count == 1 else 's'}"
 
 
 def _accuracies(trial: TrialLog) -> list[float]:
@@ -66,7 +70,7 @@ def _accuracies(trial: TrialLog) -> list[float]:
 
 
 def _rounding(values: Iterable[float]) -> float:
-    """By how much printed accuracies may be off: half a unit of the last decimal that any of them has."""
+    """How far printed accuracies may be off: half a unit of the last decimal that any of them has, with slack."""
     decimals = max((len(repr(value).partition(".")[2]) for value in values), default=_DECIMALS)
     return 0.6 * 10.0 ** -min(decimals, _DECIMALS)
 
@@ -76,7 +80,7 @@ def _possible(accuracy: float, rows: int, room: float) -> bool:
 
 
 def _averaged(accuracies: Sequence[float] | set[float], rows: int, size: int) -> bool:
-    """Whether all of these can be means of batch means, the last batch being smaller."""
+    """Whether all of these can be means of batch means with a smaller last batch."""
     full, last = divmod(rows, size)
     if not last or not full:
         return False
@@ -92,7 +96,7 @@ def _by_batches(wrong: Sequence[float], trial: TrialLog) -> str:
     sizes = [trial.batch_size] if trial.batch_size else _COMMON_BATCHES
     for size in sizes:
         if _averaged(wrong, trial.eval_rows or 0, size):
-            return f"; averages over batches of {size} can be that, the last batch being smaller"
+            return f"; averaging over batches of {size} with a smaller last batch gives such values"
     return ""
 
 
@@ -104,7 +108,7 @@ def _zero_loss(evidence: Evidence) -> Iterator[Hit]:
         epochs = [row for row in trial.evaluations if row.get("train_loss") == 0]
         what = [f"{len(steps)} of {len(trial.steps)} steps"] if steps else []
         what += [f"{len(epochs)} of {len(trial.evaluations)} epochs"] if epochs else []
-        # Where margins are on record and large, the loss was rounded to 0, and pairs were learned by heart.
+        # Where margins are recorded and large, the loss was rounded to 0: the pairs were memorised.
         rounded = bool(steps) and all(row.get("rewards/margins", 0) >= _VANISHING_MARGIN for row in steps)
         if what:
             yield Hit(
@@ -122,23 +126,23 @@ def _not_a_number(evidence: Evidence) -> Iterator[Hit]:
         names = sorted({name for each in broken for name in each if name not in _MAY_OVERFLOW})
         if names:
             count = sum(any(name in names for name in each) for each in broken)
-            yield Hit("error", (trial.name,), f"{count} of {len(rows)} rows hold NaN or infinity: {', '.join(names)}")
+            yield Hit("error", (trial.name,), f"NaN or infinity in {count} of {_rows(len(rows))}: {', '.join(names)}")
         hidden = [row for row in rows if _hides_nan(row, trial)]
         if hidden:
             place = f"step {hidden[0]['step']:g}" if "step" in hidden[0] else f"epoch {hidden[0].get('epoch', 0):g}"
             yield Hit(
                 "error",
                 (trial.name,),
-                f"{len(hidden)} of {len(rows)} rows, first at {place}, have loss 0 with a margin or gradient that "
-                "contradicts it: NaN was logged as 0",
+                f"a loss of 0 in {len(hidden)} of {_rows(len(rows))}, first at {place}, that the margin or gradient "
+                "norm contradicts: NaN was logged as 0",
             )
         overflowing = sum(any(name in _MAY_OVERFLOW for name in each) for each in broken)
         if overflowing and not names and not hidden:
             yield Hit(
                 "note",
                 (trial.name,),
-                f"the gradient norm of {overflowing} of {len(trial.steps)} steps is no number; a loss scaler skips "
-                "such steps, anything else is ruined by them",
+                f"the gradient norm is not finite in {overflowing} of {len(trial.steps)} steps; a loss scaler skips "
+                "such steps, but without one they ruin the weights",
             )
 
 
@@ -149,7 +153,7 @@ _MAY_OVERFLOW = ("grad_norm",)
 def _hides_nan(row: Row, trial: TrialLog) -> bool:
     if row.get("loss") != 0 or trial.loss not in SIGMOID_LIKE:
         return False
-    # The mean loss is at least that of the mean margin, the loss being convex.
+    # The loss is convex, so the mean loss is at least the loss of the mean margin.
     return not math.isfinite(row.get("grad_norm", 0.0)) or row.get("rewards/margins", math.inf) < _VANISHING_MARGIN
 
 
@@ -162,18 +166,20 @@ def _no_effect(evidence: Evidence) -> Iterator[Hit]:
         if all(distance < _NO_EFFECT_NATS for distance in moved):
             exactly = all(distance == 0 for distance in moved)
             loss = (
-                f", its loss is {row['loss']:.6f} (ln 2 is {LN_2:.6f})"
+                f"; the loss is {row['loss']:.6f} (ln 2 is {LN_2:.6f})"
                 if "loss" in row and trial.loss in SIGMOID_LIKE
                 else ""
             )
             yield Hit(
                 "error" if exactly else "warning",
                 (trial.name,),
-                f"at the end mean log-probs have moved by {max(moved):.4f} nats from the base{loss}",
+                f"at the end, mean log-probs are {max(moved):.4f} nats or less from the base{loss}",
             )
         without = sum(step.get("grad_norm") == 0 for step in trial.steps)
         if without:
-            yield Hit("warning", (trial.name,), f"{without} of {len(trial.steps)} steps had a gradient of exactly 0")
+            yield Hit(
+                "warning", (trial.name,), f"the gradient norm is exactly 0 in {without} of {len(trial.steps)} steps"
+            )
 
 
 def _always_clipped(evidence: Evidence) -> Iterator[Hit]:
@@ -185,8 +191,8 @@ def _always_clipped(evidence: Evidence) -> Iterator[Hit]:
             yield Hit(
                 "note",
                 (trial.name,),
-                f"{clipped} of {len(norms)} steps were clipped to {trial.max_grad_norm:g}; the median gradient norm is "
-                f"{middle:.1f}",
+                f"gradients were clipped to {trial.max_grad_norm:g} in {clipped} of {len(norms)} steps; the median "
+                f"gradient norm is {middle:.1f}",
             )
 
 
@@ -204,7 +210,7 @@ def _no_accuracies(trial: TrialLog, evidence: Evidence) -> str:
 
 def _no_losses(trial: TrialLog, evidence: Evidence) -> str:
     if trial.loss not in SIGMOID_LIKE:
-        return f"a loss that is above 0 for every finite margin; {trial.loss} may be 0"
+        return f"a loss that is above 0 for every finite margin, but {trial.loss} may be 0"
     losses = [row.get("loss", math.nan) for row in trial.steps]
     losses += [row.get("train_loss", math.nan) for row in trial.evaluations]
     return "" if any(map(math.isfinite, losses)) else "training losses"
@@ -216,10 +222,10 @@ def _no_rows(trial: TrialLog, evidence: Evidence) -> str:
 
 def _no_rewards(trial: TrialLog, evidence: Evidence) -> str:
     if trial.reference_free:
-        return "rewards against a reference: this loss has none"
+        return "rewards against a reference, but this loss has none"
     last = trial.evaluations[-1] if trial.evaluations else {}
     known = all(math.isfinite(last.get(f"rewards/{answer}", math.nan)) for answer in ("chosen", "rejected"))
-    return "" if known else "rewards of evaluations"
+    return "" if known else "evaluation rewards"
 
 
 def _no_norms(trial: TrialLog, evidence: Evidence) -> str:
@@ -228,60 +234,60 @@ def _no_norms(trial: TrialLog, evidence: Evidence) -> str:
 
 
 def _no_ends(evidence: Evidence) -> str:
-    return "" if evidence.kind == RUN_FOLDER else "how the trials ended"
+    return "" if evidence.kind == RUN_FOLDER else "the trials' final status"
 
 
 RULES = (
     Rule(
         "accuracy-impossible",
-        "An accuracy that the number of rows cannot give",
-        "Over N rows an accuracy is a multiple of 1/N. Another value is a mean of batch means, in which the rows of a "
-        "smaller last batch count more than the others.",
-        "Average over examples, not over batches, and say how many rows there are.",
+        "An accuracy that is impossible with this number of rows",
+        "Over N rows an accuracy is a multiple of 1/N. Any other value is a mean of batch means, in which the rows of "
+        "a smaller last batch count more than the others.",
+        "Average over examples, not over batches, and report the number of rows.",
         _impossible_accuracy,
         lacks=_no_accuracies,
     ),
     Rule(
         "train-loss-zero",
         "The training loss is exactly 0",
-        "-log sigmoid(margin) is above 0 for every finite margin. 0.000000 is a few rows learned by heart until "
-        "margins of 15 and more, or a NaN that the logger writes as 0.",
-        "Look at gradient norms and margins of these steps; train on more rows, with a lower learning rate.",
+        "-log sigmoid(margin) is above 0 for every finite margin. 0.000000 means a few rows memorised up to margins of "
+        "15 and more, or a NaN that the logger wrote as 0.",
+        "Check the gradient norms and margins of these steps; train on more rows, with a lower learning rate.",
         _zero_loss,
         lacks=_no_losses,
         live=True,
     ),
     Rule(
         "nan-as-zero",
-        "Numbers that are not numbers",
-        "A NaN spoils all weights with the next update. transformers logs a NaN loss as 0 unless told otherwise "
-        "(logging_nan_inf_filter), which reads like success.",
-        "Discard what came after the first NaN; lower the learning rate, or use float32 or bfloat16, not float16.",
+        "Some numbers are NaN or infinite",
+        "A NaN corrupts all weights at the next update. transformers logs a NaN loss as 0 unless told otherwise "
+        "(logging_nan_inf_filter), which looks like success.",
+        "Discard everything after the first NaN; lower the learning rate, or use float32 or bfloat16, not float16.",
         _not_a_number,
         lacks=_no_rows,
         live=True,
     ),
     Rule(
         "no-effect",
-        "The training had no effect",
+        "Training had no effect",
         "Rewards near 0 and a loss of ln 2 are those of the base model: nothing was learned, or nothing was trained.",
-        "Check that parameters require gradients and that the optimizer has them; else raise the learning rate.",
+        "Check that parameters require gradients and are given to the optimizer; otherwise raise the learning rate.",
         _no_effect,
         lacks=_no_rewards,
     ),
     Rule(
         "always-clipped",
-        "The gradient was clipped at every step",
-        "With every gradient cut to the same length, AdamW's own scaling makes up for most of it; what is lost is that "
-        "large gradients count more than small ones.",
-        "Nothing needs to be done; larger batches or a lower beta make gradients smaller.",
+        "The gradient was clipped at nearly every step",
+        "With every gradient scaled to the same norm, AdamW's own scaling makes up for most of it; what is lost is "
+        "that large gradients count more than small ones.",
+        "No action is needed; larger batches or a lower beta make gradients smaller.",
         _always_clipped,
         lacks=_no_norms,
     ),
     Rule(
         "trial-failed",
-        "A trial did not come to its end",
-        "It has no part in the ranking, which is among the others.",
+        "A trial did not finish",
+        "It is left out of the ranking.",
         "Read the reason; a lower learning rate is the usual remedy.",
         _ended_badly,
         needs=_no_ends,

@@ -1,4 +1,4 @@
-"""Evidence from a run folder of this project, finished or not."""
+"""Evidence from one of Pairtune's own run folders, finished or not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def evidence_of_run(root: Path) -> Evidence:
     """Read what a run has written so far.
 
     Raises:
-        BadInput: there is no run in this folder, or a file of it is damaged.
+        BadInput: there is no run in this folder, or one of its files is damaged.
     """
     run = Run.started(root)
     if damage := run.damage:
@@ -44,7 +44,7 @@ def evidence_of_run(root: Path) -> Evidence:
 
 
 def split_metrics(row: Mapping[str, object]) -> tuple[bool, dict[str, float]]:
-    """Whether a logged row is an evaluation, and its numbers; those of an evaluation without `eval_`.
+    """Whether a logged row is an evaluation, and its numbers, without the `eval_` prefix.
 
     An evaluation's own training loss is called `train_loss`.
     """
@@ -83,20 +83,20 @@ def _log(trial: Trial) -> TrialLog:
 
 
 def add_lines(log: TrialLog, lines: Iterable[TrainingStep | Evaluation]) -> None:
-    """Put what a trial of ours has logged where it belongs."""
+    """Add the lines that a Pairtune trial has logged."""
     for line in lines:
         add_row(log, line.metrics())
 
 
 def add_row(log: TrialLog, row: Mapping[str, object]) -> None:
-    """Put one logged row where it belongs."""
+    """Add one logged row to the steps or to the evaluations."""
     evaluation, numbers = split_metrics(row)
     rows: list[Row] = log.evaluations if evaluation else log.steps
     rows.append(numbers)
 
 
 def _other_weights(run: Run, trial: Trial, selection: Selection | None) -> str:
-    """Words for weights that are not those that were evaluated: what lies in the folders is hashed again."""
+    """How saved weights, hashed again, differ from the evaluated ones; empty where they do not."""
     if trial.record is None:
         return ""
     folders = [trial.paths.best] if trial.record.status == "finished" else []

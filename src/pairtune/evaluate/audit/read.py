@@ -1,4 +1,4 @@
-"""From a path to evidence, whatever lies there."""
+"""Read evidence from a path, whatever its format."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from pairtune.evaluate.audit.foreign import (
 from pairtune.evaluate.audit.own_runs import evidence_of_run
 from pairtune.run.folder import find_run, is_run
 
-_KINDS = "a run folder, a trainer_state.json (or a folder with some), a .csv, or a W&B offline run"
+_KINDS = "a run folder, a trainer_state.json (or a folder of them), a .csv, or a W&B offline run"
 
 
 def read_evidence(path: Path) -> Evidence:
-    """What lies at `path`.
+    """Read the evidence at `path`.
 
     Raises:
-        BadInput: nothing that can be audited lies there.
+        BadInput: there is nothing at `path` that can be audited.
     """
     if path.is_file():
         readers = {".csv": evidence_of_csv, ".json": evidence_of_trainer_states, ".wandb": evidence_of_wandb}

@@ -1,4 +1,4 @@
-"""What a rule is, and what it finds."""
+"""Audit rules and what they find."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pairtune.run.records import Finding, Level
 
 @dataclass(frozen=True)
 class Hit:
-    """One thing that a rule has found.
+    """One fault found by a rule.
 
     Attributes:
-        level: `error`: what is reported is wrong; `warning`: it does not mean what it seems to; `note`: worth knowing.
-        trials: the names of those concerned; empty: the work as a whole.
+        level: `error`: the result is wrong; `warning`: it does not mean what it seems to; `note`: worth knowing.
+        trials: names of the trials concerned; empty: the run as a whole.
         evidence: the numbers, in one sentence.
     """
 
@@ -26,17 +26,17 @@ class Hit:
 
 @dataclass(frozen=True)
 class Rule:
-    """One thing that can be wrong.
+    """One kind of fault to check for.
 
     Attributes:
-        id: a short name that stays the same.
-        title: what it is, in a few words.
-        explanation: why it matters, for someone who never met it.
+        id: a short, stable name.
+        title: the fault in a few words.
+        explanation: why it matters, for a reader who has never met it.
         advice: what to do.
-        check: looks.
-        needs: says what is missing of the evidence, so that the rule could not look; empty: nothing.
-        lacks: says the same of a single trial.
-        live: whether it is asked while trials run.
+        check: yields the hits.
+        needs: returns what evidence the rule needs but does not have; empty: it has all.
+        lacks: returns the same for a single trial.
+        live: whether the rule is checked while trials run.
     """
 
     id: str
@@ -49,7 +49,7 @@ class Rule:
     live: bool = False
 
     def unseen(self, evidence: Evidence) -> tuple[str, dict[str, str]]:
-        """What the rule could not look at: the reason where that is everything, and the reasons by trial."""
+        """What the rule could not check: the reason if that is everything, and the reasons by trial."""
         if missing := self.needs(evidence):
             return missing, {}
         by_trial = {trial.name: missing for trial in evidence.trials if (missing := self.lacks(trial, evidence))}
@@ -59,7 +59,7 @@ class Rule:
 
 
 def finding_of(rule: Rule, hit: Hit) -> Finding:
-    """A hit with what its rule has to say about it."""
+    """A hit with its rule's title, explanation and advice."""
     return Finding(
         rule=rule.id,
         level=hit.level,

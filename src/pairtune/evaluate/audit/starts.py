@@ -1,4 +1,4 @@
-"""Rules about where a trial began, and under which beta."""
+"""Rules about where a trial started, and with which beta."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Iterator
 from pairtune.evaluate.audit.evidence import ANSWERS, BETA_SHARE, SAME_BASE_NATS, Evidence, Row, TrialLog
 from pairtune.evaluate.audit.rule import Hit, Rule
 
-# Nats that a mean log-prob may be off at the first step: rounding in bfloat16 is a few tenths for a single answer.
+# Nats that a mean log-prob may be off at the first step: bfloat16 rounds a single answer's by a few tenths.
 _START_NATS = 1.0
-# Where the first row is a mean of several steps: how far its loss may be below the least that a start at the base
-# leaves, for rounding; rewards so many times further than rounding are far; and so much of what comes after them they
-# may be. Of ten steps that jump to their end at once, nine are there.
+# Where the first row averages several steps: its loss may be this fraction of the minimum that a start at the base
+# allows (rounding); rewards beyond this multiple of the rounding tolerance are far from 0; and they may reach this
+# fraction of the rewards in the rows after it. If rewards jump to their final value at once, nine of ten steps have it.
 _LEAST_SHARE = 0.95
 _LATE_ROOMS, _LATE_SHARE, _LATE_ROWS = 10.0, 0.95, 3
-# A first epoch that leads so much further from the base than another trial's at the same learning rate began elsewhere;
-# beta hardly changes how far AdamW goes.
+# A trial whose first epoch ends this many times further from the base than another's at the same learning rate started
+# elsewhere; beta hardly changes how far AdamW goes.
 _FURTHER, _FAR_NATS = 2.5, 5.0
-# A trial begins where another one ended when it is nearer to that end than this share of the way there.
+# A trial starts where another ended if it is closer to that end than this fraction of the distance from the base.
 _SAME_PLACE, _WAY_NATS = 0.01, 1.0
 
 
@@ -33,20 +33,20 @@ def _not_at_base(evidence: Evidence) -> Iterator[Hit]:
         elif trial.name in continued:
             yield Hit("error", (trial.name,), _elsewhere(trial, continued[trial.name], evidence))
         elif found := _too_far(trial, clean, evidence):
-            # A suspicion, unless other trials of this work are known to have gone on from one another.
+            # Only a suspicion, unless other trials here are known to continue one another.
             yield Hit("error" if continued else "warning", (trial.name,), found)
         else:
             clean.append(trial)
 
 
 def _at_base(trial: TrialLog, evidence: Evidence) -> bool:
-    """Whether the first step of all is on record, with the rewards that a start at the base has."""
+    """Whether the very first step is recorded, with the rewards of a start at the base."""
     rewards = _first_rewards(trial)
     return bool(rewards) and all(abs(reward) <= _room(trial, evidence) for reward in rewards.values())
 
 
 def _first_rewards(trial: TrialLog) -> dict[str, float]:
-    """The rewards of the first step, where that is on record."""
+    """The rewards of the first step, if recorded."""
     first = trial.steps[0] if trial.steps and not trial.reference_free else {}
     rewards = {answer: first.get(f"rewards/{answer}", math.nan) for answer in ANSWERS}
     return rewards if first.get("step") == 1 and all(map(math.isfinite, rewards.values())) else {}
@@ -62,17 +62,17 @@ def _first_step(trial: TrialLog, evidence: Evidence) -> str:
     if not far:
         return ""
     shown = " and ".join(f"{answer} {reward:+.4f}" for answer, reward in far.items())
-    return f"the rewards of its first step, taken before any update, are {shown} instead of 0"
+    return f"at its first step, before any update, its rewards are {shown} instead of 0"
 
 
 def _late(trial: TrialLog) -> Row | None:
-    """The first row of a log that begins after the first step and averages all steps up to then."""
+    """The first row of a log, where it comes after the first step and averages all steps up to then."""
     first = trial.steps[0] if trial.steps and not trial.reference_free else {}
     return first if first.get("step", 0) > 1 else None
 
 
 def _no_room_for_the_base(trial: TrialLog) -> str:
-    """A start at the base puts ln 2 into the first mean, and losses are never negative."""
+    """A start at the base contributes ln 2 to the first mean, and losses are never negative."""
     row = _late(trial)
     if row is None or trial.loss != "sigmoid" or not math.isfinite(row.get("loss", math.nan)):
         return ""
@@ -80,13 +80,13 @@ def _no_room_for_the_base(trial: TrialLog) -> str:
     if row["loss"] >= _LEAST_SHARE * least:
         return ""
     return (
-        f"its first row averages steps 1 to {row['step']:g}; with a first loss of ln 2 that is at least {least:.4f}, "
-        f"and it is {row['loss']:.4f}"
+        f"its first row averages steps 1 to {row['step']:g}; with a first loss of ln 2 the mean is at least "
+        f"{least:.4f}, but it is {row['loss']:.4f}"
     )
 
 
 def _does_not_grow(trial: TrialLog, evidence: Evidence) -> str:
-    """Rewards far from 0 in the first mean, and as far as in the means after it, did not grow from 0 in between."""
+    """Rewards far from 0 in the first mean, and no further from 0 in the later ones, did not grow from 0."""
     row = _late(trial)
     if row is None:
         return ""
@@ -95,26 +95,26 @@ def _does_not_grow(trial: TrialLog, evidence: Evidence) -> str:
     for answer in ANSWERS:
         first = row.get(f"rewards/{answer}", math.nan)
         later = [abs(step.get(f"rewards/{answer}", math.nan)) for step in after]
-        # At the fastest they jump to what they reach at once: then all but the first of the mean's steps are there.
+        # At the fastest, rewards jump to their final value at once: then all steps of the mean but the first have it.
         share = max(_LATE_SHARE, 1 - 1 / row["step"])
         if not abs(first) > max(room, share * max(later, default=0.0)):
             return ""
         shown.append(f"{answer} {first:+.4f}")
     return (
-        f"the rewards of its first row, the mean of steps 1 to {row['step']:g}, are {' and '.join(shown)}, and those "
-        "of the rows after it are no further from 0: they did not grow from there"
+        f"the rewards in its first row, the mean of steps 1 to {row['step']:g}, are {' and '.join(shown)}, and those "
+        "in the next rows are no further from 0: they did not grow from 0"
     )
 
 
 def _elsewhere(trial: TrialLog, before: str, evidence: Evidence) -> str:
     distance = _distance(trial, evidence)
     if distance is None:
-        return f"it begins where {before} ended"
-    return f"it begins where {before} ended, {distance:.1f} nats from the base in the log-prob of chosen answers"
+        return f"it starts where {before} ended"
+    return f"it starts where {before} ended, with chosen log-probs {distance:.1f} nats from the base"
 
 
 def _too_far(trial: TrialLog, clean: list[TrialLog], evidence: Evidence) -> str:
-    """Where only evaluations are on record: how far from the base the first one is, beside trials that began there."""
+    """Without recorded steps: whether the first evaluation is too far from the base, compared with `clean` trials."""
     distance = _distance(trial, evidence)
     if distance is None or distance < _FAR_NATS or trial.steps or not trial.learning_rate:
         return ""
@@ -124,8 +124,8 @@ def _too_far(trial: TrialLog, clean: list[TrialLog], evidence: Evidence) -> str:
         alike = faster and not other.steps and _when(other) == _when(trial) and _same_base(other, trial, evidence)
         if alike and theirs and distance > _FURTHER * theirs:
             return (
-                f"at its first evaluation it is {distance:.1f} nats from the base in the log-prob of chosen answers; "
-                f"{other.name}, with a learning rate no lower, was {theirs:.1f} nats away"
+                f"at its first evaluation its chosen log-probs are {distance:.1f} nats from the base; {other.name}, "
+                f"whose learning rate is no lower, was {theirs:.1f} nats away"
             )
     return ""
 
@@ -144,14 +144,14 @@ def _same_base(one: TrialLog, other: TrialLog, evidence: Evidence) -> bool:
 
 
 def _distance(trial: TrialLog, evidence: Evidence) -> float | None:
-    """Nats between base and first evaluation, in the mean log-prob of the chosen answers."""
+    """Nats between base and first evaluation, in the mean chosen log-prob."""
     beta, first = evidence.betas.get(trial.name), trial.evaluations[0] if trial.evaluations else {}
     reward = first.get("rewards/chosen", math.nan)
     return abs(reward) / beta if beta and math.isfinite(reward) else None
 
 
 def _continued(evidence: Evidence) -> Iterator[tuple[TrialLog, TrialLog]]:
-    """Trials of which the second begins where the first, an earlier one, ended."""
+    """Pairs of trials of which the second starts where the first, an earlier one, ended."""
     for place, after in enumerate(evidence.trials):
         for before in reversed(evidence.trials[:place]):
             if _begins_at_end(before, after, evidence):
@@ -163,7 +163,7 @@ def _begins_at_end(before: TrialLog, after: TrialLog, evidence: Evidence) -> boo
     if not before.evaluations or not after.evaluations or _at_base(after, evidence) or _as_far_on(before, after):
         return False
     if not _same_base(before, after, evidence):
-        return False  # of other models, or on other pairs
+        return False  # different base models or pairs
     end, start = before.evaluations[-1], after.evaluations[0]
     base = before.base_logps(evidence.betas.get(before.name))
     for answer in ANSWERS:
@@ -176,7 +176,7 @@ def _begins_at_end(before: TrialLog, after: TrialLog, evidence: Evidence) -> boo
 
 
 def _as_far_on(before: TrialLog, after: TrialLog) -> bool:
-    """Whether the one's first evaluation comes as late as the other's last: two that are alike are then alike there."""
+    """Whether the second's first evaluation comes as late as the first's last: similar trials then agree anyway."""
     end, start = before.evaluations[-1], after.evaluations[0]
     known = [name for name in ("epoch", "step") if name in start and name in end]
     return any(start[name] == end[name] for name in known) if known else len(before.evaluations) == 1
@@ -191,7 +191,7 @@ def _continue_one_another(evidence: Evidence) -> Iterator[Hit]:
         yield Hit(
             "error",
             (before.name, after.name),
-            f"log-probs at the last evaluation of {before.name} and the first of {after.name}: {', '.join(ends)}",
+            f"log-probs at the last evaluation of {before.name} and at the first of {after.name}: {', '.join(ends)}",
         )
 
 
@@ -200,17 +200,15 @@ def _other_beta(evidence: Evidence) -> Iterator[Hit]:
         found = evidence.behaviour.get(trial.name)
         if not found or not trial.beta or not _differs(found, trial.beta):
             continue
-        evidently = (
-            f"labelled beta {trial.beta:g}, it behaves as beta {found[0]:.3g} (rewards over change of log-probs)"
-        )
+        shown = f"labelled beta {trial.beta:g}, but its rewards over its log-prob changes give beta {found[0]:.3g}"
         others = [
             other.name
             for other in evidence.trials
             if other.beta and other.name != trial.name and not _differs(found, other.beta)
         ]
         if others:
-            evidently += f", which is the label of {', '.join(others)}"
-        yield Hit("error", (trial.name,), evidently)
+            shown += f", which is the label of {', '.join(others)}"
+        yield Hit("error", (trial.name,), shown)
 
 
 def _differs(found: tuple[float, float], label: float) -> bool:
@@ -219,16 +217,16 @@ def _differs(found: tuple[float, float], label: float) -> bool:
 
 
 def _start_unseen(trial: TrialLog, evidence: Evidence) -> str:
-    """What is missing to see where a trial began."""
+    """What is missing to tell where a trial started."""
     if trial.reference_free:
-        return "rewards against a reference: this loss has none"
+        return "rewards against a reference, but this loss has none"
     if _first_rewards(trial):
         return ""
     if trial.steps:
         first = trial.steps[0].get("step")
         if first is not None and first > 1:
-            return f"the first step: the first row is the mean of steps 1 to {first:g}"
-        return "rewards of the first step"
+            return f"the first step, but the first row is the mean of steps 1 to {first:g}"
+        return "the rewards of the first step"
     others = (other for other in evidence.trials if other is not trial and not other.steps)
     known = _distance(trial, evidence) is not None and any(_same_base(other, trial, evidence) for other in others)
     return "" if known else "the first step, or another trial on the same base and pairs to compare with"
@@ -237,7 +235,7 @@ def _start_unseen(trial: TrialLog, evidence: Evidence) -> str:
 def _beta_unseen(trial: TrialLog, evidence: Evidence) -> str:
     if not trial.beta:
         return "a labelled beta"
-    return "" if trial.name in evidence.behaviour else "log-probs that move"
+    return "" if trial.name in evidence.behaviour else "log-probs that change enough"
 
 
 def _no_two(evidence: Evidence) -> str:
@@ -249,28 +247,28 @@ RULES = (
     Rule(
         "start-not-base",
         "The trial did not start at the base model",
-        "Before the first update policy and reference are the same model, so every reward is 0. A trial that starts "
-        "elsewhere goes on from what another one has learned: its numbers say nothing about its own settings.",
-        "Load the base weights anew for every trial, and make the adapter after that.",
+        "Before the first update, policy and reference are the same model, so every reward is 0. A trial that starts "
+        "elsewhere continues what another one has learned: its numbers say nothing about its own settings.",
+        "Reload the base weights for every trial, and create the adapter after that.",
         _not_at_base,
         lacks=_start_unseen,
         live=True,
     ),
     Rule(
         "trials-continue",
-        "One trial goes on where another one ended",
+        "One trial continues where another ended",
         "The same validation pairs have the same log-probs at the end of one trial and at the start of the next, which "
-        "happens when one model object is trained again. The grid was one long training.",
-        "Load the base weights anew for every trial; then compare again. The trials on record cannot be compared.",
+        "happens when the same model object is trained again. The grid was one long training run.",
+        "Reload the base weights for every trial and run them again; the recorded trials cannot be compared.",
         _continue_one_another,
         _no_two,
     ),
     Rule(
         "beta-mislabelled",
-        "The trial was trained with another beta than its label says",
-        "A reward is beta times the change of an answer's log-prob since the base (Rafailov et al. 2023, eq. 5), so "
-        "the two columns give beta away.",
-        "Look for the label being written in another order than the loop runs; then relabel, or run again.",
+        "The trial was trained with a different beta than its label says",
+        "A reward is beta times the change of an answer's log-prob from the base (Rafailov et al. 2023, eq. 5), so "
+        "the two columns reveal beta.",
+        "Check whether labels are written in a different order than the loop runs in; then relabel, or run again.",
         _other_beta,
         lacks=_beta_unseen,
     ),

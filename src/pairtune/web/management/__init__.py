@@ -1,1 +1,1 @@
-"""The site's own commands of Django's command line."""
+"""The site's management commands."""

@@ -1,4 +1,4 @@
-"""What the pages' templates need beyond Django's own."""
+"""Template filters of the site."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ register = template.Library()
 
 @register.filter
 def markdown(value: str) -> SafeString:
-    """Markdown as HTML that can do no harm."""
+    """Render Markdown as sanitised HTML."""
     return text.markdown(value)
 
 
 @register.filter
 def interval(entry: Measured, metric: str) -> str:
-    """A metric with its 95 % interval."""
+    """Format a metric with its 95 % interval."""
     return entry.with_interval(metric)
 
 
 @register.filter
 def words(value: str) -> list[str]:
-    """Parts between blanks."""
+    """Split at white space."""
     return value.split()

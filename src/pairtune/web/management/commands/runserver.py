@@ -13,15 +13,15 @@ from pairtune.web.server import serve
 
 
 class Command(BaseCommand):
-    """In place of Django's, which serves no asynchronous pages."""
+    """Replaces Django's `runserver`, which does not serve asynchronous views."""
 
-    help = "Starts the site with a server of models, as `pairtune serve` does."
+    help = "Starts the site with a model server, as `pairtune serve` does."
     requires_system_checks: list[str] = []
 
     def add_arguments(self, parser: ArgumentParser) -> None:
-        """As Django's own takes them."""
+        """Add the arguments that Django's own command takes."""
         parser.add_argument("address", nargs="?", default="8000", help="PORT or HOST:PORT")
-        parser.add_argument("--backend", help="A server of models that is running already.")
+        parser.add_argument("--backend", help="URL of a running model server.")
 
     def handle(self, *_: Any, **options: Any) -> None:
         """Serve until Ctrl-C."""
@@ -29,6 +29,6 @@ class Command(BaseCommand):
         try:
             serve([], settings.PAIRTUNE_RUNS, host or "127.0.0.1", int(port), options["backend"])
         except ValueError as error:
-            raise CommandError(f"{options['address']}: should be PORT or HOST:PORT") from error
+            raise CommandError(f"{options['address']}: must be PORT or HOST:PORT") from error
         except (BadInput, RunFailed) as error:
             raise CommandError(str(error)) from error

@@ -1,0 +1,117 @@
+"""The records of a run folder: the typed and validated results that each stage leaves for the next.
+
+A `Record` is the content of one JSON file; its parts are `Part`s. Files contain their format number; files of earlier
+formats are migrated when they are read (`pairtune.run.schema`).
+"""
+
+from __future__ import annotations
+
+from pairtune.run.records.answers import (
+    Answer,
+    AnswersRecord,
+    AnswerSummary,
+    Choosing,
+    Decoding,
+    EvaluationReport,
+    Generations,
+    JudgedAnswers,
+    ModelAnswers,
+    WinRate,
+)
+from pairtune.run.records.audit import (
+    AuditRecord,
+    Finding,
+)
+from pairtune.run.records.base import (
+    LEVELS,
+    Interval,
+    Level,
+    Part,
+    Record,
+    dump,
+)
+from pairtune.run.records.data import (
+    DataRecord,
+    DecodedPair,
+    SourceAccount,
+    SplitRecord,
+)
+from pairtune.run.records.environment import (
+    BaseModelRecord,
+    Environment,
+    KernelChoice,
+    Machine,
+    MachineChoices,
+)
+from pairtune.run.records.selection import (
+    AgainstBase,
+    Comparison,
+    ExampleSummary,
+    Measured,
+    RankedTrial,
+    Selection,
+    Share,
+    TestRecord,
+)
+from pairtune.run.records.trials import (
+    Rounding,
+    SweepRecord,
+    TrialRecord,
+    TrialStatus,
+    TrialSummary,
+)
+
+RECORDS: tuple[type[Record], ...] = (
+    Environment,
+    DataRecord,
+    SweepRecord,
+    Choosing,
+    Selection,
+    TestRecord,
+    Generations,
+    AuditRecord,
+)
+
+__all__ = [
+    "LEVELS",
+    "RECORDS",
+    "AgainstBase",
+    "Answer",
+    "AnswerSummary",
+    "AnswersRecord",
+    "AuditRecord",
+    "BaseModelRecord",
+    "Choosing",
+    "Comparison",
+    "DataRecord",
+    "DecodedPair",
+    "Decoding",
+    "Environment",
+    "EvaluationReport",
+    "ExampleSummary",
+    "Finding",
+    "Generations",
+    "Interval",
+    "JudgedAnswers",
+    "KernelChoice",
+    "Level",
+    "Machine",
+    "MachineChoices",
+    "Measured",
+    "ModelAnswers",
+    "Part",
+    "RankedTrial",
+    "Record",
+    "Rounding",
+    "Selection",
+    "Share",
+    "SourceAccount",
+    "SplitRecord",
+    "SweepRecord",
+    "TestRecord",
+    "TrialRecord",
+    "TrialStatus",
+    "TrialSummary",
+    "WinRate",
+    "dump",
+]
