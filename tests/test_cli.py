@@ -102,7 +102,7 @@ def test_chat_answers_switches_and_ends(run):
     shown = " ".join(done.stdout.split())  # lines are wrapped, and folders' names are long or short
     assert "talking to the base model" in shown
     assert "talking to the tuned model" in shown
-    assert shown.count("/quit ends") == 2
+    assert shown.count("/quit (or Ctrl-D) ends") == 2
     assert "never read" not in done.stdout
 
 

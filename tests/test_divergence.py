@@ -35,7 +35,7 @@ def test_kl_is_the_kl_of_whole_distributions(monkeypatch, softcap):
 def test_places_are_spread_over_an_answer(tiny_base):
     (ids,) = PairTable.of([make_pair(1, chosen="x" * 39, rejected="yes")], tiny_base.tokenizer).tokens([0])
     pack = pack_pairs([ids], torch.device("cpu"))
-    chosen, rejected = pack.places(STATES).view(2, -1).tolist()
+    chosen, rejected = pack.spaced_indices(STATES).view(2, -1).tolist()
     assert chosen == [number * len(ids.chosen) // STATES for number in range(STATES)]
     assert min(rejected) == len(ids.chosen)
     assert max(rejected) < len(ids.chosen) + len(ids.rejected)

@@ -86,6 +86,12 @@ def test_duplicates_and_conflicts_are_found(tmp_path):
     assert found(record, "repeat") == ["warning"]
 
 
+def test_odd_pairs_are_counted(tmp_path):
+    record = inspect(tmp_path, [row(1), row(2, rejected="x" * 99), row(3, chosen="y"), row(4)])
+    assert record.odd_pairs == {"one answer is more than 4 times as long": 1, "an answer is almost empty": 1}
+    assert found(record, "an answer is almost empty: 1 of 4 (25.0%) pairs") == ["note"]
+
+
 def test_faults_are_named_by_place_and_counted(tmp_path):
     bad = [row(n, chosen="") for n in range(7)]
     record = inspect(tmp_path, [row(99), *bad, "{broken\n", row(98, prompt=5)])

@@ -48,7 +48,7 @@ def run(light, tiny_model, tmp_path_factory):
     return folder / "run"
 
 
-def test_a_run_is_made_and_read_without_extras(light, run, tmp_path):
+def test_a_run_is_made_and_read_without_extras(light, run, tiny_model, tmp_path):
     assert (run / "COMPLETE").is_file()
     data = write_pairs(tmp_path / "other.jsonl", range(50, 60))
     for command in (
@@ -56,7 +56,7 @@ def test_a_run_is_made_and_read_without_extras(light, run, tmp_path):
         ("audit", run),
         ("eval", run, "--data", data, "--samples", "1"),
         ("export", run, "--format", "merged", "--to", tmp_path / "merged"),
-        ("data", "inspect", data, "--model", run / "best"),
+        ("data", "inspect", data, "--model", tiny_model),
         ("--help",),
     ):
         done = light(*command)

@@ -23,6 +23,7 @@ from pairtune.data.inspection import (
     PromptCounts,
     SpecialTokens,
     Verdict,
+    odd_lengths,
 )
 from pairtune.data.preference import BadRow, LeftOut
 from pairtune.data.source_reader import SourceReader, describe_fault
@@ -91,6 +92,7 @@ class _Seen:
     answers: Counter[tuple[int, int, int]] = field(default_factory=Counter)
     shortened: int = 0
     with_special: list[str] = field(default_factory=list)
+    odd: Counter[str] = field(default_factory=Counter)
     example: TokenizedPair | None = None
 
     def take(self, row: SourceRow, whole: TokenizedPair | BadRow, used: TokenizedPair | BadRow) -> None:
@@ -116,6 +118,7 @@ class _Seen:
         self.kept += 1
         self.example = self.example or result
         self.shortened += result.turns_cut > 0
+        self.odd.update(odd_lengths(len(result.chosen_ids), len(result.rejected_ids)))
         prompt = Prompt.of(pair.prompt)
         self.prompts.append(prompt)
         self.answers[prompt.whole[0], hash(pair.chosen), hash(pair.rejected)] += 1
@@ -148,6 +151,7 @@ class _Seen:
             duplicates=sum(times - 1 for times in self.answers.values()),
             conflicts=sum(self.answers[key] for key in swapped),
             special_tokens=SpecialTokens(pairs=len(self.with_special), places=self.with_special[:_PLACES]),
+            odd_pairs=dict(self.odd),
             example=decode_pair(tokenizer, self.example) if self.example else None,
             template_warnings=encoder.warnings,
         )
@@ -226,6 +230,8 @@ def _findings(found: Inspection) -> Iterator[DataFinding]:
         which = "longer" if longer.accuracy > 0.5 else "shorter"
         better = max(longer.accuracy, 1 - longer.accuracy)
         yield finding("warning", f"the {which} answer wins {better:.0%} of the time: a tuned model must beat that")
+    for what, pairs in found.odd_pairs.items():
+        yield finding("note", f"{what}: {_share(pairs, kept)} pairs")
     if found.special_tokens.pairs:
         yield finding(
             "warning",

@@ -8,6 +8,9 @@ from pydantic import Field
 
 from pairtune.run.records import DecodedPair, Interval, Level, Part
 
+# Tokens of an answer with its end token, and the ratio of two answers' lengths, from which a pair is odd.
+_ALMOST_EMPTY, _MUCH_LONGER = 3, 4
+
 Verdict = Literal["ok", "ok with warnings", "not usable"]
 
 
@@ -57,6 +60,17 @@ class SpecialTokens(Part):
     places: list[str]
 
 
+def odd_lengths(chosen: int, rejected: int) -> list[str]:
+    """What is odd about the token counts of a pair's answers, in words; the template's tokens count."""
+    shorter, longer = sorted((chosen, rejected))
+    found = []
+    if shorter <= _ALMOST_EMPTY:
+        found.append("an answer is almost empty")
+    if longer > _MUCH_LONGER * max(1, shorter):
+        found.append(f"one answer is more than {_MUCH_LONGER} times as long")
+    return found
+
+
 class DataFinding(Part):
     """Something that the user should know before training."""
 
@@ -65,7 +79,7 @@ class DataFinding(Part):
 
 
 class Inspection(Part):
-    """The result for one source; `lengths` is by part, with None if there are no pairs."""
+    """The result for one source; `lengths` is by part, None if there are no pairs; `odd_pairs` counts `odd_lengths`."""
 
     source: str
     format: str | None
@@ -81,6 +95,7 @@ class Inspection(Part):
     duplicates: int
     conflicts: int
     special_tokens: SpecialTokens
+    odd_pairs: dict[str, int] = Field(default_factory=dict)
     example: DecodedPair | None
     template_warnings: list[str]
     findings: list[DataFinding] = Field(default_factory=list)

@@ -213,6 +213,3 @@ LOSSES: dict[Loss, Callable[[PairLogps, LossSettings], Tensor]] = {
     "simpo": simpo,
     "orpo": orpo,
 }
-
-# Losses without a reference model; their rewards are not measured against one.
-REFERENCE_FREE: frozenset[Loss] = frozenset({"simpo", "orpo"})

@@ -188,7 +188,7 @@ class _TrialGroup:
         if 0 < len(staying) < len(self.members):
             self.policy.keep(kept)
             for index, member in enumerate(staying):
-                member.weights.place(index)
+                member.weights.assign(index)
         self.members = staying
         return bool(staying)
 

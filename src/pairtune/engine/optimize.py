@@ -72,9 +72,9 @@ class AdapterWeights:
     def __init__(self, adapted: Mapping[str, LoraLinear], trial: int) -> None:
         self.adapted = adapted
         self.tensors = [torch.empty(0, device=stack.device) for stack in self._stacks()]
-        self.place(trial)
+        self.assign(trial)
 
-    def place(self, trial: int) -> None:
+    def assign(self, trial: int) -> None:
         """Move to this index of the stacks; the tensors stay the same objects, as views of it."""
         self.trial = trial
         for tensor, stack in zip(self.tensors, self._stacks(), strict=True):
@@ -128,7 +128,7 @@ class FullWeights:
     def take_gradients(self) -> None:
         """Do nothing: the masters hold them."""
 
-    def place(self, trial: int) -> None:
+    def assign(self, trial: int) -> None:
         """Do nothing: full training has a single trial."""
 
     def updated(self) -> None:

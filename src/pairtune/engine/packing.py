@@ -59,7 +59,7 @@ class Pack:
     mask: Tensor | None = None
 
     @property
-    def places_of_pairs(self) -> list[int]:
+    def pair_widths(self) -> list[int]:
         """Number of row positions that each pair takes, in the order of the pairs."""
         if self.mask is not None:
             return [2 * self.mask.shape[1]] * self.pairs
@@ -72,7 +72,7 @@ class Pack:
         """Number of pairs in the row."""
         return len(self.answer_tokens) // 2
 
-    def places(self, count: int) -> Tensor:
+    def spaced_indices(self, count: int) -> Tensor:
         """Indices of `count` evenly spaced targets per answer, [2 * pairs * count]; short answers repeat some."""
         starts = self.answer_tokens.cumsum(0) - self.answer_tokens
         steps = torch.arange(count, device=starts.device)

@@ -145,7 +145,7 @@ class Policy:
         for index, layer in enumerate(self.adapted.values()):
             if layer.dropout:
                 seeds = (int(fingerprint(map(str, (*numbers, pair, index))), 16) >> 1 for pair in pairs)  # 63 bits
-                layer.noise = tuple(zip(seeds, pack.places_of_pairs, strict=True))
+                layer.noise = tuple(zip(seeds, pack.pair_widths, strict=True))
 
     def keep(self, trials: list[int]) -> None:
         """Drop all adapters but these."""
@@ -158,7 +158,7 @@ class Policy:
         hidden = self._hidden(pack)[:, pack.predicting]
         summed = [self._sum_by_answer(pack, hidden[trial]) for trial in range(self.trials)]
         logps, logits = (torch.stack(values) for values in zip(*summed, strict=True))
-        states = hidden[:, pack.places(STATES)] if keep_states else hidden[:, :0]
+        states = hidden[:, pack.spaced_indices(STATES)] if keep_states else hidden[:, :0]
         shape = (self.trials, pack.pairs, 2 * STATES if keep_states else 0, hidden.shape[-1])
         return AnswerLogps(logps, logits, states.reshape(shape))
 

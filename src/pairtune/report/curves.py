@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
-import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import matplotlib as mpl
@@ -13,15 +12,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pairtune.report.report_data import ReportData
-from pairtune.run.folder import Trial
+from pairtune.report.series import SERIES, Points, Series
 
 # Okabe and Ito's palette without yellow, which is too faint on white; trials also differ in their markers.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 _MARKERS = "osD^vPX*"
 # Placeholder that is replaced by the page's text colour.
 _INK = "#010203"
-_LN_2 = math.log(2)
-_SMOOTHED = 20  # points of the smoothed training loss
 
 
 def draw_curves(gathered: ReportData) -> dict[str, str]:
@@ -30,7 +27,11 @@ def draw_curves(gathered: ReportData) -> dict[str, str]:
     Returns:
         SVG elements by a short name (`loss`, `accuracy`, …), each with a title and a description for screen readers.
     """
-    return {name: _draw(gathered, name, *what) for name, what in _CURVES.items() if _known(gathered, what[1])}
+    return {
+        series.name: _draw(gathered, series)
+        for series in SERIES
+        if any(series.points(trial) for trial in gathered.trials)
+    }
 
 
 def legend(gathered: ReportData) -> list[tuple[str, str, str]]:
@@ -48,66 +49,24 @@ def standalone(svg: str) -> str:
     return svg.replace("currentColor", "#444444").replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
 
 
-def _points(trial: Trial, metric: str, start: float | None) -> tuple[list[float], list[float]]:
-    known = [(float(each.epoch), value) for each in trial.evaluations if (value := each.metric(metric)) is not None]
-    points = known if start is None or not known else [(0.0, start), *known]
-    return [x for x, _ in points], [y for _, y in points]
-
-
-def _training(trial: Trial) -> tuple[list[float], list[float]]:
-    """The training loss, averaged over neighbouring steps."""
-    steps = trial.log.steps
-    size = max(1, len(steps) // _SMOOTHED)
-    parts = [steps[at : at + size] for at in range(0, len(steps), size)]
-    return [part[-1].epoch for part in parts], [sum(step.loss for step in part) / len(part) for part in parts]
-
-
-def _moved(trial: Trial, answer: str) -> tuple[list[float], list[float]]:
-    """The change of an answer's log-prob from the base, where it is 0."""
-    epochs, rewards = _points(trial, f"eval_rewards/{answer}", 0.0)
-    return epochs, [reward / trial.config.beta for reward in rewards] if trial.config else []
-
-
-def _start_of_loss(trial: Trial) -> float | None:
-    config = trial.config
-    return _LN_2 if config and config.loss == "sigmoid" and not config.sft_weight else None
-
-
-Series = Callable[[Trial], tuple[list[float], list[float]]]
-# Name: title, series, and the level of the base model or of chance.
-_CURVES: dict[str, tuple[str, Series, float | None]] = {
-    "training-loss": ("Training loss", _training, None),
-    "loss": ("Validation loss", lambda trial: _points(trial, "eval_loss", _start_of_loss(trial)), None),
-    "accuracy": ("Validation accuracy", lambda trial: _points(trial, "eval_rewards/accuracies", None), 0.5),
-    "margin": ("Reward margin", lambda trial: _points(trial, "eval_rewards/margins", 0.0), 0.0),
-    "chosen": ("Chosen log-probs, change (nats)", lambda trial: _moved(trial, "chosen"), 0.0),
-    "rejected": ("Rejected log-probs, change (nats)", lambda trial: _moved(trial, "rejected"), 0.0),
-    "kl": ("KL from the base (nats per token)", lambda trial: _points(trial, "eval_kl", 0.0), 0.0),
-}
-
-
-def _known(gathered: ReportData, series: Series) -> bool:
-    return any(series(trial)[0] for trial in gathered.trials)
-
-
-def _draw(gathered: ReportData, name: str, title: str, series: Series, level: float | None) -> str:
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
+def _draw(gathered: ReportData, series: Series) -> str:
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": series.name, "font.family": "sans-serif"}):
         figure = Figure(figsize=(4.2, 2.7), layout="constrained")
         axes = figure.subplots()
-        if level is not None:
-            axes.axhline(level, color=_INK, linewidth=0.8, linestyle=(0, (1, 3)))
+        if series.base_level is not None:
+            axes.axhline(series.base_level, color=_INK, linewidth=0.8, linestyle=(0, (1, 3)))
         for number, trial in enumerate(gathered.trials):
-            _line(axes, number, *series(trial), winner=trial.name == gathered.selection.winner)
-        _style(axes, title, max(record.trial.epochs for record in gathered.records.values()))
+            _line(axes, number, series.points(trial), winner=trial.name == gathered.selection.winner)
+        _style(axes, series.title, max(record.trial.epochs for record in gathered.records.values()))
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _inline(buffer.getvalue(), title, "; ".join(_described(gathered, series)))
+    return _inline(buffer.getvalue(), series.title, "; ".join(_described(gathered, series)))
 
 
-def _line(axes: Axes, number: int, x: list[float], y: list[float], *, winner: bool) -> None:
+def _line(axes: Axes, number: int, points: Points, *, winner: bool) -> None:
     axes.plot(
-        x,
-        y,
+        [x for x, _ in points],
+        [y for _, y in points],
         color=colour(number),
         linewidth=2.6 if winner else 1.3,
         marker=_MARKERS[number % len(_MARKERS)],
@@ -129,9 +88,8 @@ def _style(axes: Axes, title: str, epochs: int) -> None:
 
 def _described(gathered: ReportData, series: Series) -> Iterator[str]:
     for trial in gathered.trials:
-        x, y = series(trial)
-        if x:
-            yield f"{trial.label}: " + ", ".join(f"{value:.3g}" for value in y[-6:])
+        if points := series.points(trial):
+            yield f"{trial.label}: " + ", ".join(f"{value:.3g}" for _, value in points[-6:])
 
 
 def _inline(svg: str, title: str, description: str) -> str:

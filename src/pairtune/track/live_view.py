@@ -9,12 +9,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from pairtune.run.metrics import Evaluation, TrainingStep
+from pairtune.track.sinks import Sink
 
 # Interval of progress lines without a terminal.
 _QUIET_SECONDS = 30
 
 
-class LiveView:
+class LiveView(Sink):
     """Shows the progress of all trials of a sweep; a context manager that restores the terminal at the end.
 
     Args:

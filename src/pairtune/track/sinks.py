@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Protocol
 
 from pairtune.files import write_atomic
 from pairtune.run.folder import Run
 from pairtune.run.metrics import Evaluation, TrainingStep
 
 
-class Sink(Protocol):
-    """Receives the progress and metrics of a sweep's trials."""
+class Sink:
+    """Receives the progress and metrics of a sweep's trials; a sink overrides what it needs."""
 
     def start(self, trial: str, total_steps: int, steps: int, lines: int) -> None:
         """A trial starts or resumes.
@@ -34,7 +33,7 @@ class Sink(Protocol):
         """A trial has ended; `status` is that of its record."""
 
 
-class JsonlSink:
+class JsonlSink(Sink):
     """Appends each record to the trial's `metrics.jsonl`, one line per record, written at once."""
 
     def __init__(self, run: Run) -> None:
@@ -50,14 +49,8 @@ class JsonlSink:
         with self._run.paths.trial(trial).metrics.open("a", encoding="utf-8") as file:
             file.write(text + "\n")
 
-    def on_progress(self, trials: Sequence[str], what: str, done: int, total: int) -> None:
-        pass
 
-    def finish(self, trial: str, status: str, best_epoch: int | None) -> None:
-        pass
-
-
-class Sinks:
+class Sinks(Sink):
     """Several sinks as one."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:

@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pairtune.run.metrics import Evaluation, TrainingStep
+from pairtune.track.sinks import Sink
 
 # Measurement interval in seconds, and the share of waiting above which it is reported.
 _SECONDS, _SHARE = 15.0, 0.25
 
 
-class StarvedSink:
+class StarvedSink(Sink):
     """Measures how long this process's threads waited for a CPU (on Linux; elsewhere it reports nothing).
 
     Args:
@@ -34,9 +35,6 @@ class StarvedSink:
     def on_progress(self, trials: Sequence[str], what: str, done: int, total: int) -> None:
         """Measure again if the interval has passed: evaluations take time too."""
         self._look_if_due()
-
-    def finish(self, trial: str, status: str, best_epoch: int | None) -> None:
-        """Do nothing."""
 
     def _look_if_due(self) -> None:
         if not self._reported and time.monotonic() - self._since >= _SECONDS:

@@ -20,6 +20,7 @@ from pairtune.files import fingerprint
 from pairtune.run.folder import Run
 from pairtune.run.metrics import Evaluation, TrainingStep
 from pairtune.run.records import Selection
+from pairtune.track.sinks import Sink
 
 _PROJECT = "pairtune"
 _WANDB_WAITS = 30  # timeout in seconds, in case there is no network
@@ -57,7 +58,7 @@ def open_tracker(name: Track, run: Run, say: Say) -> Tracker:
     return TensorboardTracker(run) if name == "tensorboard" else MlflowTracker(run)
 
 
-class TrackerSink:
+class TrackerSink(Sink):
     """A tracker as a sink.
 
     Args:
@@ -85,9 +86,6 @@ class TrackerSink:
             self._losses[trial, line.epoch] = line.eval_loss
         with self._tolerating() as tracker:
             tracker.log(trial, line.step, tracked_names(line))
-
-    def on_progress(self, trials: Sequence[str], what: str, done: int, total: int) -> None:
-        pass
 
     def finish(self, trial: str, status: str, best_epoch: int | None) -> None:
         self._open.discard(trial)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -34,24 +34,32 @@ def _client() -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=settings.PAIRTUNE_KEY or "none", max_retries=0, timeout=600)
 
 
-_listed: tuple[float, list[dict[str, Any]]] = (0.0, [])
+@dataclass
+class _ModelList:
+    """The models of the server, asked for again after two seconds, since every chat page shows them."""
+
+    known: list[dict[str, Any]] = field(default_factory=list)
+    asked: float = 0.0
+
+    async def get(self) -> list[dict[str, Any]] | None:
+        if self.known and time.monotonic() - self.asked < _LIST_SECONDS:
+            return self.known
+        try:
+            listed = [model async for model in _client().models.list()]
+        except openai.OpenAIError:
+            return None
+        self.known = [{"id": each.id, **(getattr(each, "pairtune", None) or {})} for each in listed]
+        self.asked = time.monotonic()
+        return self.known
+
+
+_LIST_SECONDS = 2
+_model_list = _ModelList()
 
 
 async def models() -> list[dict[str, Any]] | None:
-    """List the models with the worker's details; None if the server cannot be reached.
-
-    Cached for two seconds, since every chat page shows them.
-    """
-    global _listed  # noqa: PLW0603 - one server, one list
-    asked, known = _listed
-    if time.monotonic() - asked < 2 and known:
-        return known
-    try:
-        found = [{"id": each.id, **(getattr(each, "pairtune", None) or {})} async for each in _client().models.list()]
-    except openai.OpenAIError:
-        return None
-    _listed = (time.monotonic(), found)
-    return found
+    """List the models with the worker's details; None if the server cannot be reached."""
+    return await _model_list.get()
 
 
 async def answer(model: str, turns: Sequence[Mapping[str, str]], sampling: Mapping[str, Any]) -> AsyncIterator[Part]:

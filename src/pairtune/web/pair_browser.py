@@ -13,6 +13,7 @@ from django.http import HttpRequest, HttpResponse
 from django.views.decorators.http import require_GET
 
 from pairtune.config import SourceConfig
+from pairtune.data.inspection import odd_lengths
 from pairtune.data.preference import PreferencePair
 from pairtune.data.source_reader import SourceReader
 from pairtune.errors import BadInput
@@ -43,17 +44,11 @@ class ShownPair:
 
     @property
     def findings(self) -> list[str]:
-        """The data doctor's findings for this pair."""
+        """What the model's margin and the data inspection say about this pair."""
         found = []
         if self.margin is not None and self.margin <= 0:
             found.append("model disagrees with the label")
-        if self.pair and self.pair.chosen.strip() == self.pair.rejected.strip():
-            found.append("both answers are the same")
-        if min(self.tokens[1:]) <= 3:
-            found.append("an answer is almost empty")
-        if max(self.tokens[1:]) > 4 * max(1, min(self.tokens[1:])):
-            found.append("one answer is more than four times as long")
-        return found
+        return found + odd_lengths(*self.tokens[1:])
 
     @property
     def differences(self) -> tuple[str, str]:

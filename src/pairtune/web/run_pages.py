@@ -56,7 +56,7 @@ def run(request: HttpRequest, name: str) -> HttpResponse:
     context = {
         "run": shown,
         "titles": [title for title, _ in COLUMNS],
-        "curves": curves(shown.trials),
+        "curves": curves([each.trial for each in shown.trials]),
         "box": f"0 0 {WIDTH} {HEIGHT}",
         "log": _tail(Path(job.log)) if job and shown.state != "finished" else "",
         "page": "runs",

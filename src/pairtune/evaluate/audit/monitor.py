@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from pairtune.config import TrialConfig
 from pairtune.evaluate.audit.check import find_live
-from pairtune.evaluate.audit.evidence import Evidence, TrialLog
+from pairtune.evaluate.audit.evidence import RUN_FOLDER, Evidence, TrialLog
 from pairtune.evaluate.audit.own_runs import add_lines
 from pairtune.run.folder import Run
 from pairtune.run.metrics import Evaluation, TrainingStep
 from pairtune.run.records import Finding
+from pairtune.track.sinks import Sink
 
 
-class LiveAudit:
+class LiveAudit(Sink):
     """Checks the live rules after every evaluation; each reports at most once per trial.
 
     Args:
@@ -39,13 +40,7 @@ class LiveAudit:
         add_lines(log, [line])
         if not isinstance(line, Evaluation):
             return
-        for finding in find_live(Evidence(self._run.root, "run folder", [log])):
+        for finding in find_live(Evidence(self._run.root, RUN_FOLDER, [log])):
             if (trial, finding.rule) not in self._said:
                 self._said.add((trial, finding.rule))
                 self._say(finding)
-
-    def on_progress(self, trials: Sequence[str], what: str, done: int, total: int) -> None:
-        pass
-
-    def finish(self, trial: str, status: str, best_epoch: int | None) -> None:
-        pass
