@@ -6,7 +6,7 @@ formats are migrated when they are read (`pairtune.run.schema`).
 
 from __future__ import annotations
 
-from pairtune.run.records.answers import (
+from pairtune.run.records.answer_records import (
     Answer,
     AnswersRecord,
     AnswerSummary,
@@ -18,7 +18,7 @@ from pairtune.run.records.answers import (
     ModelAnswers,
     WinRate,
 )
-from pairtune.run.records.audit import (
+from pairtune.run.records.audit_record import (
     AuditRecord,
     Finding,
 )
@@ -30,20 +30,20 @@ from pairtune.run.records.base import (
     Record,
     dump,
 )
-from pairtune.run.records.data import (
+from pairtune.run.records.data_record import (
     DataRecord,
     DecodedPair,
     SourceAccount,
     SplitRecord,
 )
-from pairtune.run.records.environment import (
+from pairtune.run.records.environment_record import (
     BaseModelRecord,
     Environment,
     KernelChoice,
     Machine,
     MachineChoices,
 )
-from pairtune.run.records.selection import (
+from pairtune.run.records.selection_records import (
     AgainstBase,
     Comparison,
     ExampleSummary,
@@ -53,7 +53,7 @@ from pairtune.run.records.selection import (
     Share,
     TestRecord,
 )
-from pairtune.run.records.trials import (
+from pairtune.run.records.trial_records import (
     Rounding,
     SweepRecord,
     TrialRecord,

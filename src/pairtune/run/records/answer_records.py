@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pairtune.conversation import Message
 from pairtune.run.records.base import Interval, Part, Record
-from pairtune.run.records.data import SourceAccount
-from pairtune.run.records.selection import ExampleSummary, Measured
+from pairtune.run.records.data_record import SourceAccount
+from pairtune.run.records.selection_records import ExampleSummary, Measured
 
 
 class Answer(Part):
