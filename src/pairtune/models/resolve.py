@@ -202,8 +202,11 @@ def _dequantised(file: Path, flag: str = "--model") -> Path:
 
     def fill(target: Path) -> None:
         import torch
+        from transformers import logging
 
         from pairtune.models.read_gguf import read_gguf
+
+        logging.disable_progress_bar()
 
         model, tokenizer = read_gguf(file)
         model = model.to(torch.bfloat16)
