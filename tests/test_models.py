@@ -18,7 +18,7 @@ from pairtune.models.load import (
     pick_dtype,
     weights_fingerprint,
 )
-from pairtune.models.resolve import BUNDLED, bundled_gguf, resolve_model
+from pairtune.models.resolve import BUNDLED, bundled_gguf, resolve_model, resolve_target
 
 
 @pytest.mark.parametrize(
@@ -122,3 +122,10 @@ def test_without_the_package_the_bundled_name_means_the_hub(monkeypatch):
     monkeypatch.setattr(resolving, "bundled_gguf", lambda: None)
     with pytest.raises(BadInput, match="HuggingFaceTB/SmolLM2-135M-Instruct: .*cannot be loaded from the Hub"):
         resolve_model(BUNDLED)
+
+
+def test_a_models_folder_with_a_config_yaml_is_a_model(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / "config.yaml").write_text("some: other tool's")
+    assert resolve_model(str(folder)).folder == folder
+    assert resolve_target(str(folder)).run is None

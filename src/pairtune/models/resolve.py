@@ -101,7 +101,8 @@ def resolve_target(name: str, flag: str = "MODEL") -> Target:
         BadInput: it is none of these, is an unfinished run, or cannot be loaded (for example a Hub id while offline).
     """
     path = Path(name).expanduser()
-    if found := find_run(path):
+    has_weights = (path / "config.json").is_file() or (path / ADAPTER_SETTINGS).is_file()
+    if not has_weights and (found := find_run(path)):  # a model's folder may have a config.yaml too
         run, trial = found
         run = Run.finished(run.root)
         weights = run.paths.trial(trial).best if trial else run.paths.best

@@ -154,13 +154,16 @@ class Catalogue:
         own = None if model.adapted else model.folder
         # The key includes the weights' hash: a run that was repeated under the same name is another model.
         key = (str(own or model.base), model.dtype, fingerprint.partition("+")[2] if own else "")
-        with self._lock:
-            if key not in self._schedulers:
-                self._forget_idle()
-                base = open_base(model.base, model.dtype)
-                loaded = load_model(own or base.source, base.dtype, base.device)
-                self._schedulers[key] = BatchScheduler(loaded, self._limits)
-            scheduler, tokenizer = self._schedulers[key], self._tokenizer(model, fingerprint)
+        scheduler = self._schedulers.get(key)  # without the lock: loading another model may take minutes
+        if scheduler is None:
+            with self._lock:
+                if key not in self._schedulers:
+                    self._forget_idle()
+                    base = open_base(model.base, model.dtype)
+                    loaded = load_model(own or base.source, base.dtype, base.device)
+                    self._schedulers[key] = BatchScheduler(loaded, self._limits)
+                scheduler = self._schedulers[key]
+        tokenizer = self._tokenizer(model, fingerprint)
         ends = frozenset(end_tokens(scheduler.runner.model, tokenizer))
         adapter = AdapterRef(self._hash(model.folder), model.folder) if model.adapted and model.folder else None
         return OpenedModel(scheduler, adapter, tokenizer, ends, fingerprint)
