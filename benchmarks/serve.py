@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
     run = Run.finished(asked.run)
-    from pairtune.config import resolve
+    from pairtune.resolve_config import resolve
 
     config = resolve(run.paths.config, {}).config
     base = open_base(config.model, config.dtype)

@@ -19,12 +19,12 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pairtune.config import resolve
 from pairtune.data.preference import PreferencePair
 from pairtune.files import user_cache
 from pairtune.models.load import LoadedBase, load_tokenizer
 from pairtune.models.resolve import resolve_model
 from pairtune.pipeline import tune
+from pairtune.resolve_config import resolve
 from pairtune.run.folder import Run
 from pairtune.run.metrics import Evaluation, TrainingStep
 

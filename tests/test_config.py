@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from typer.main import get_command
 
 from pairtune.cli import app
-from pairtune.config import RunConfig, flag_of, resolve
+from pairtune.config import RunConfig, flag_of
 from pairtune.errors import BadInput
 from pairtune.options import OPTIONS
+from pairtune.resolve_config import resolve
 from pairtune.sweep.search import open_search
 
 DOCS = Path(__file__).parents[1] / "docs"

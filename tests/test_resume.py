@@ -159,8 +159,8 @@ def carry_on(out: Path, settings: dict) -> None:
     """The child process: start the run, or resume it."""
     import torch
 
-    from pairtune.config import resolve
     from pairtune.pipeline import resume, tune
+    from pairtune.resolve_config import resolve
 
     torch.set_num_threads(1)
     quiet = Console(quiet=True)

@@ -509,7 +509,7 @@ def _output() -> Console:
 def _tune(file: Path | None, flags: dict[str, Any], as_json: bool) -> None:
     from rich.console import Console
 
-    from pairtune.config import resolve
+    from pairtune.resolve_config import resolve
 
     resolved = resolve(file, flags)  # before importing torch, so that a mistyped flag is reported at once
     from pairtune.run.folder import check_new

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from rich.console import Console
 
-from pairtune.config import Resolved, RunConfig, resolve
+from pairtune.config import RunConfig
 from pairtune.data.prepare import PreparedData, prepare_data
 from pairtune.engine.kernels import Kernels
 from pairtune.engine.processes import Processes
@@ -31,6 +31,7 @@ from pairtune.models.load import LoadedBase, blank_model, device_name, open_base
 from pairtune.publish.export import Format
 from pairtune.publish.hub import push_run
 from pairtune.report.write import write_report
+from pairtune.resolve_config import Resolved, resolve
 from pairtune.run.folder import Run
 from pairtune.run.records import (
     AnswersRecord,

@@ -12,9 +12,10 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pairtune.config import RunConfig, TrialConfig, resolve
+from pairtune.config import RunConfig, TrialConfig
 from pairtune.errors import BadInput
 from pairtune.files import fill_folder, read_json, write_atomic, write_json
+from pairtune.resolve_config import resolve
 from pairtune.run.cache import FileCache, LogCache
 from pairtune.run.metrics import Evaluation, MetricsLog
 from pairtune.run.paths import RunPaths, TrialPaths

@@ -26,11 +26,11 @@ from django.utils.cache import patch_vary_headers
 from django.utils.http import content_disposition_header
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
-from pairtune.config import resolve
 from pairtune.errors import BadInput
 from pairtune.files import write_atomic
 from pairtune.options import OPTIONS, Option
 from pairtune.report.report_data import COLUMNS
+from pairtune.resolve_config import resolve
 from pairtune.web.live_curves import HEIGHT, WIDTH, curves
 from pairtune.web.models import Job
 from pairtune.web.run_view import all_runs, find_run, is_alive
