@@ -1,7 +1,7 @@
-"""The configuration of a run: typed, validated, read from and written to YAML, every default with its reason.
+"""The configuration of a run: typed, validated, each setting with its help, and each default with its reason.
 
-A `RunConfig` is what the user asks for; a `TrialConfig` is one point of its grid. Values come from the defaults, a YAML
-file and flags; the later ones override. `Resolved.origins` records which it was, and the run's `config.yaml` states it.
+A `RunConfig` is what the user asks for; a `TrialConfig` is one point of its grid. `pairtune.resolve_config` makes one
+out of defaults, a YAML file and flags.
 """
 
 from __future__ import annotations

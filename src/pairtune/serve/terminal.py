@@ -55,10 +55,10 @@ class BatchedModels:
         base, *tuned = self._catalogue.models().values()
         self._served = {"base": base} | ({"tuned": tuned[0]} if tuned else {})
         self.has_tuned = bool(tuned)
+        if tuned and tuned[0].adapted and tuned[0].folder:  # found out before the base is loaded
+            read_adapter(tuned[0].folder, torch.float32, torch.device("cpu"))
         # Loaded now, so that the first answer does not wait.
-        opened = self._catalogue.open(self._served["tuned" if tuned else "base"])
-        if opened.adapter:
-            read_adapter(opened.adapter.folder, torch.float32, torch.device("cpu"))
+        self._catalogue.open(self._served["tuned" if tuned else "base"])
 
     def stream(self, name: str, conversation: Conversation, params: SamplingParams) -> Generator[str, None, None]:
         """See `ChatModels`."""
