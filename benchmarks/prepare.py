@@ -44,7 +44,7 @@ def write_rows(data: Path, rows: int, out: Path) -> None:
 def measure(what: str, data: Path, model: str, rows: int | None) -> dict[str, Any]:
     """Run one measurement in this process."""
     started = time.perf_counter()
-    from pairtune.config import RunConfig, SourceConfig
+    from pairtune.config import Reading, RunConfig, SourceConfig
     from pairtune.data.preference import PreferencePair
     from pairtune.data.prepare import prepare_data
     from pairtune.data.source_reader import SourceReader
@@ -65,7 +65,7 @@ def measure(what: str, data: Path, model: str, rows: int | None) -> dict[str, An
             raise SystemExit(f"{what}: the cache was {'unexpectedly' if prepared.from_cache else 'not'} used")
         count = sum(source["rows_in"] for source in prepared.record["sources"])
     else:
-        reader = SourceReader.open(SourceConfig(source=str(data)), "DATA", {}, rows)
+        reader = SourceReader.open(SourceConfig(source=str(data)), "DATA", Reading(), rows)
         pairs = [pair for _, pair in reader.parsed() if isinstance(pair, PreferencePair)]
         count = len(pairs)
         if what == "encode":

@@ -12,7 +12,7 @@ from conftest import GEMMA, byte_tokenizer, gemma_tokenizer, shared_file
 from datasets import Dataset
 from trl.data_utils import is_conversational
 
-from pairtune.config import SourceConfig
+from pairtune.config import Reading, SourceConfig
 from pairtune.data.convert import convert_source
 from pairtune.data.inspect_source import inspect_source
 from pairtune.data.inspection import Inspection, LengthSummary, PromptCounts
@@ -27,7 +27,7 @@ def row(number, **changes):
 
 
 def reading(path, limit=None):
-    return SourceReader.open(SourceConfig(source=str(path)), "SRC", {}, limit)
+    return SourceReader.open(SourceConfig(source=str(path)), "SRC", Reading(), limit)
 
 
 def inspect(tmp_path, rows, max_length=1024):
@@ -195,7 +195,10 @@ def test_inspect_of_what_cannot_be_used_exits_with_2(tmp_path, tiny_model):
     assert (done.returncode, "verdict: not usable" in done.stdout, done.stderr) == (2, True, "")
     for arguments, message in (
         ([tmp_path / "missing.jsonl"], "missing.jsonl: no such file or folder"),
-        ([tmp_path / "empty.jsonl", "--column", "answer=x"], "--column answer=x: should be prompt=NAME"),
+        (
+            [tmp_path / "empty.jsonl", "--column", "answer=x"],
+            "--column answer=x: should be PART=NAME, where PART is prompt",
+        ),
         ([tmp_path / "empty.jsonl", "--model", "missing.gguf"], "--model missing.gguf: no such file"),
     ):
         done = run("inspect", *arguments)

@@ -14,7 +14,7 @@ import torch
 from conftest import make_pair, shared_file, train_one
 from transformers import AttentionInterface
 
-from pairtune.config import SourceConfig, TrialConfig
+from pairtune.config import Reading, SourceConfig, TrialConfig
 from pairtune.data.source_reader import SourceReader
 from pairtune.data.table import PairTable
 from pairtune.data.tokens import PairTokenizer, TokenizedPair
@@ -48,7 +48,9 @@ def made(tiny_base):
 @pytest.fixture
 def real(tiny_base):
     """60 short pairs from rm-static: 30 steps."""
-    reader = SourceReader.open(SourceConfig(source=str(shared_file("rm_static_train.jsonl.gz"))), "--data", {}, 1500)
+    reader = SourceReader.open(
+        SourceConfig(source=str(shared_file("rm_static_train.jsonl.gz"))), "--data", Reading(), 1500
+    )
     encoder = PairTokenizer(tiny_base.tokenizer, 400)
     short = [
         result.pair

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pairtune.config import Reading
 from pairtune.data.conversations import read_prompt
-from pairtune.data.formats import FORMATS, RowParser, detect_format, parse_row
+from pairtune.data.formats import FORMATS, detect_format
 from pairtune.data.preference import BadRow, LeftOut
+from pairtune.data.row_parser import RowParser, parse_row
 
 ROW = {
     "prompt": "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Name a fish.\n\nAssistant:",
@@ -104,7 +108,153 @@ SAMPLES = [
     ("SHP", {"history": "Name a fish.", "human_ref_A": "No.", "human_ref_B": "A carp.", "labels": "0"}, 1),
     ("arena", {"conversation_a": ASKED + CHOSEN, "conversation_b": ASKED + REJECTED, "winner": "model_a"}, 3),
     ("arena", {"conversation_a": ASKED + REJECTED, "conversation_b": ASKED + CHOSEN, "winner": "model_b"}, 3),
+    (
+        "arena table",
+        {
+            "id": 1,
+            "model_a": "m",
+            "model_b": "n",
+            "prompt": '["Hi","Name a fish."]',
+            "response_a": '["Hello.","No."]',
+            "response_b": '["Hello.","A carp."]',
+            "winner_model_a": 0,
+            "winner_model_b": 1,
+            "winner_tie": 0,
+        },
+        3,
+    ),
+    ("arena pairs", {"prompt": "Name a fish.", "response_a": "A carp.", "response_b": "No.", "winner": "model_a"}, 1),
+    (
+        "PPE",
+        {
+            "prompt": "Name a fish.",
+            "response_1": "No.",
+            "response_2": "A carp.",
+            "model_a": "m",
+            "model_b": "n",
+            "winner": "model_b",
+        },
+        1,
+    ),
+    ("LLMBar", {"input": "Name a fish.", "output_1": "No.", "output_2": "A carp.", "label": 2}, 1),
+    (
+        "AlpacaFarm",
+        {"instruction": "Name", "input": "a fish.", "output_1": "A carp.", "output_2": "No.", "preference": 1.0},
+        "Name\na fish.",
+    ),
+    (
+        "PandaLM",
+        {
+            "idx": 0,
+            "instruction": "Name a fish.",
+            "input": float("nan"),
+            "response1": "No.",
+            "response2": "A carp.",
+            "annotator1": 2,
+            "annotator2": 2,
+            "annotator3": 0,
+        },
+        1,
+    ),
+    ("JudgeBench", {"question": "Name a fish.", "response_A": "No.", "response_B": "A carp.", "label": "B>A"}, 1),
+    ("Auto-J", {"prompt": "Name a fish.", "response 1": "A carp.", "response 2": "No.", "label": 0}, 1),
+    ("Auto-J", {"prompt": "Name a fish.", "response 1": "No.", "response 2": "A carp.", "label": 1}, 1),
+    (
+        "Prometheus",
+        {
+            "orig_instruction": "Name a fish.",
+            "orig_response_A": "A carp.",
+            "orig_response_B": "No.",
+            "orig_preference": "A",
+            "instruction": "You are a judge",
+        },
+        1,
+    ),
+    (
+        "HelpSteer2 preference",
+        {"prompt": "Name a fish.", "response_1": "A carp.", "response_2": "No.", "preference_strength": -2},
+        1,
+    ),
+    (
+        "HelpSteer2 preference",
+        {
+            "prompt": "Hi\n<extra_id_1>Assistant\nHello.\n<extra_id_1>User\nName a fish.",
+            "response_1": "No.",
+            "response_2": "A carp.",
+            "preference_strength": 1,
+        },
+        3,
+    ),
+    ("HelpSteer3", {"context": ASKED, "response1": "No.", "response2": "A carp.", "overall_preference": 3}, 3),
+    (
+        "PKU-SafeRLHF",
+        {
+            "prompt": "Name a fish.",
+            "response_0": "No.",
+            "response_1": "A carp.",
+            "better_response_id": 1,
+            "safer_response_id": 0,
+        },
+        1,
+    ),
+    (
+        "WebGPT",
+        {
+            "question": {"dataset": "d", "id": "7", "full_text": "Name a fish."},
+            "answer_0": "A carp.",
+            "answer_1": "No.",
+            "score_0": 0.5,
+            "score_1": -0.5,
+        },
+        1,
+    ),
+    (
+        "summary comparisons",
+        {
+            "info": {"id": "7", "post": "Name a fish.", "title": "t"},
+            "summaries": [{"text": " No.", "policy": "p"}, {"text": " A carp.", "policy": "q"}],
+            "choice": 1,
+        },
+        1,
+    ),
+    (
+        "UltraFeedback completions",
+        {
+            "instruction": "Name a fish.",
+            "completions": [
+                {"response": "Perhaps.", "overall_score": 5.0},
+                {"response": "A carp.", "overall_score": 8.5},
+                {"response": "No.", "overall_score": 1.0},
+            ],
+        },
+        1,
+    ),
+    (
+        "CodeUltraFeedback",
+        {
+            "instruction": "Name a fish.",
+            "preference": "readability",
+            "responses": [{"model": "m", "response": "No."}, {"model": "n", "response": "A carp."}],
+            "annotations": [{"model": "n", "rating": "4"}, {"model": "m", "rating": "1"}],
+        },
+        1,
+    ),
+    (
+        "Nectar",
+        {
+            "prompt": ROW["prompt"],
+            "answers": [{"answer": "No.", "rank": 7.0}, {"answer": "A carp.", "rank": 1.0}],
+        },
+        3,
+    ),
+    ("RM-Bench", {"prompt": "Name a fish.", "chosen": ["A carp."], "rejected": ["No."], "domain": "chat"}, 1),
+    ("UltraInteract", {"trajectory": SHARE, "chosen": "A carp.", "rejected": "No."}, 3),
+    ("ShareGPT", {"conversations": SHARE, "chosen": "A carp.", "rejected": "No."}, 3),
+    ("distilabel", {"instruction": "Name a fish.", "generations": ["No.", "A carp."], "ratings": [1, 5]}, 1),
+    ("distilabel", {"instruction": "Name a fish.", "generations": ["A carp.", "No."], "rating": [4.0, 2.0]}, 1),
 ]
+# Formats whose rows have one answer each and become pairs together.
+JOINED = {"HelpSteer"}
 
 
 @pytest.mark.parametrize(("name", "row", "prompt"), SAMPLES)
@@ -117,7 +267,7 @@ def test_each_format_is_told_by_its_keys_and_gives_the_same_pair(name, row, prom
 
 
 def test_every_format_has_a_sample():
-    assert {known.name for known in FORMATS} == {name for name, _, _ in SAMPLES}
+    assert {known.name for known in FORMATS} - JOINED == {name for name, _, _ in SAMPLES}
 
 
 def test_the_pair_goes_out_in_trls_conversational_format():
@@ -138,8 +288,10 @@ def test_text_in_parts_is_text():
 
 
 def test_columns_can_be_named():
-    parser = RowParser({"prompt": "ask", "chosen": "good", "rejected": "bad", "system": "rules"})
-    pair = parser.parse({"ask": "Name a fish.", "good": "A carp.", "bad": "No.", "rules": "Be brief."}, "f:1")
+    parser = RowParser(Reading({"prompt": "ask", "chosen": "good", "rejected": "bad", "system": "rules"}))
+    row = {"ask": "Name a fish.", "good": "A carp.", "bad": "No.", "rules": "Be brief."}
+    parser.prepare([row], Counter, "--data f")
+    (pair,) = parser.parse(row, "f:1")
     assert pair.prompt == (SYSTEM, user("Name a fish."))
     assert (pair.chosen, pair.rejected) == ("A carp.", "No.")
     with pytest.raises(BadRow, match="is missing") as caught:
@@ -200,12 +352,17 @@ ARENA = {"conversation_a": ASKED + CHOSEN, "conversation_b": ASKED + REJECTED, "
         (CONVERSATION, {"chosen": [user("Me?")]}, "no answer at the end", "chosen"),
         (CONVERSATION, {"chosen": [assistant(" ")]}, "empty turn", "chosen"),
         (CONVERSATION, {"chosen": [{**assistant("a"), "tool_calls": [{}]}]}, "tool calls", "chosen"),
+        (CONVERSATION, {"prompt": [{**user("a"), "tool_calls": [{}]}]}, "tool calls", "prompt"),
+        (CONVERSATION, {"prompt": [user("a"), {"role": "tool", "content": "b"}]}, "roles do not alternate", "prompt"),
+        (CONVERSATION, {"tools": "no JSON"}, "tools are no list", "tools"),
+        (CONVERSATION, {"images": ["a.png"]}, "images", "images"),
+        (CONVERSATION, {"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "images", "prompt"),
         (CONVERSATION, {"rejected": []}, "empty rejected", "rejected"),
         (CONVERSATION, {"rejected": [assistant("a"), user("b"), assistant("c")]}, "prompts differ", "rejected"),
         ({"chosen": "Yes.", "rejected": "No."}, {}, "no common prefix", "rejected"),
         ({"prompt": "p", "completion": "c", "label": True}, {}, "not a pair", ""),
         ({"a": 1, "b": 2}, {}, "unknown format", ""),
-        (ARENA, {"winner": "me"}, "unknown winner", "winner"),
+        (ARENA, {"winner": "me"}, "unknown label", "winner"),
     ],
 )
 def test_unusable_rows_are_refused_by_reason_and_field(row, change, reason, field):
@@ -247,7 +404,7 @@ def test_a_missing_field_is_named_with_those_that_are_there(name):
 
 
 def test_a_field_name_with_a_line_break_keeps_the_message_on_one_line():
-    with pytest.raises(BadRow, match=r"it has a b, c\."):
+    with pytest.raises(BadRow, match=r"it has a b, c\. Nearest"):
         parse_row({"a\nb": 1, "c": 2}, "file:1")
 
 

@@ -22,7 +22,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from pairtune.config import SourceConfig, TrialConfig
+from pairtune.config import Reading, SourceConfig, TrialConfig
 from pairtune.data.source_reader import SourceReader
 from pairtune.data.table import PairTable, TokenIds
 from pairtune.data.tokens import PairTokenizer, TokenizedPair
@@ -327,7 +327,7 @@ def bundled(dtype):
     base = replace(open_base("smollm2-135m", "float32"), dtype=dtype)
     source = SourceConfig(source=str(shared_file("rm_static_train.jsonl.gz")))
     encoder = PairTokenizer(base.tokenizer, 1024)
-    read = SourceReader.open(source, "--data", {}, 20).encoded(encoder.encode)
+    read = SourceReader.open(source, "--data", Reading(), 20).encoded(encoder.encode)
     pairs = [each.pair for batch in read for _, each in batch if isinstance(each, TokenizedPair)]
     tables = [PairTable.of(each, base.tokenizer) for each in (pairs[:16], pairs[16:17])]
     return TrialInputs(base, weights_fingerprint(load_start(trial(), base)), *tables, "eval_loss")

@@ -35,7 +35,9 @@ def prepared(**settings):
 
 
 def balanced(record):
-    return all(source.rows_in == source.kept + sum(source.dropped.values()) for source in record.sources)
+    return all(
+        source.rows_in + source.further == source.kept + sum(source.dropped.values()) for source in record.sources
+    )
 
 
 def keys(pairs):
@@ -76,6 +78,7 @@ def test_a_validation_prompt_that_is_trained_on_is_dropped_and_counted(tmp_path)
         "source": held,
         "split": "validation",
         "rows_in": 2,
+        "further": 0,
         "kept": 1,
         "dropped": {"prompt is in another split": 1},
         "shortened": 0,
@@ -115,6 +118,7 @@ def test_a_bad_row_stops_with_file_row_and_field_or_is_skipped_and_counted(tmp_p
         "source": train,
         "split": "train",
         "rows_in": 6,
+        "further": 0,
         "kept": 3,
         "dropped": {"no chosen": 1, "empty chosen": 1, "not valid JSON": 1},
         "shortened": 0,
@@ -200,7 +204,7 @@ def test_the_bundled_splits_share_no_conversation():
 
 def test_books_that_do_not_balance_are_a_fault():
     count = RowCount("s", "train", rows_in=3, kept=1, dropped=Counter({"empty": 1}))
-    with pytest.raises(AssertionError, match="3 rows in, 1 kept"):
+    with pytest.raises(AssertionError, match="3 rows in and 0 further pairs, 1 kept"):
         count.account()
 
 

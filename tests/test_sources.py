@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from pairtune.config import SourceConfig
 from pairtune.data import row_files
-from pairtune.data.formats import parse_row
 from pairtune.data.preference import BadRow
+from pairtune.data.row_parser import parse_row
 from pairtune.data.sources import BUNDLED_SPLITS, bundled_source, open_source
 from pairtune.errors import BadInput
 

@@ -7,7 +7,7 @@ from conftest import shared_file
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pairtune.config import SourceConfig
+from pairtune.config import Reading, SourceConfig
 from pairtune.data.preference import PreferencePair
 from pairtune.data.source_reader import SourceReader
 from pairtune.data.splits import CONTINUED, NEAR, SAME, Prompt, draw_splits, find_leaks, group_prompts, prompt_key
@@ -196,7 +196,7 @@ def test_no_conversation_is_left_in_two_given_splits(train, held):
 
 @pytest.mark.parametrize("name", ["hh_harmless_2000.jsonl.gz", "rm_static_train.jsonl.gz", "sharegpt_dpo_en_demo.json"])
 def test_no_real_conversation_stands_in_two_splits(name):
-    reader = SourceReader.open(SourceConfig(source=str(shared_file(name))), "--data", {}, None)
+    reader = SourceReader.open(SourceConfig(source=str(shared_file(name))), "--data", Reading(), None)
     talks = [pair.prompt for _, pair in reader.parsed() if isinstance(pair, PreferencePair)]
     splits = draw_splits([Prompt.of(turns) for turns in talks], (0.1, 0.1), 0)
     assert min(splits.count(split) for split in range(3)) > 0.05 * len(talks)

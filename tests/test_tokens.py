@@ -13,9 +13,9 @@ from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from pairtune.chat_templates import adds_bos
-from pairtune.config import SourceConfig
-from pairtune.data.formats import parse_row
+from pairtune.config import Reading, SourceConfig
 from pairtune.data.preference import BadRow, LeftOut, PreferencePair
+from pairtune.data.row_parser import parse_row
 from pairtune.data.source_reader import SourceReader
 from pairtune.data.table import PairTable, write_table
 from pairtune.data.tokens import PairTokenizer, TokenizedPair, decode_pair
@@ -90,7 +90,7 @@ def test_ids_equal_trls_for_real_pairs_and_the_bundled_tokenizer(bundled, templa
     path = shared_file("rm_static_test.jsonl.gz")
     pairs = [
         pair
-        for _, pair in SourceReader.open(SourceConfig(source=str(path)), "--data", {}, 60).parsed()
+        for _, pair in SourceReader.open(SourceConfig(source=str(path)), "--data", Reading(), 60).parsed()
         if isinstance(pair, PreferencePair)
     ]
     own = bundled.chat_template

@@ -14,11 +14,12 @@ import typer
 from pairtune import __version__
 from pairtune.errors import BadInput, RunFailed, plural
 from pairtune.extras import require
-from pairtune.flags import WithSettings, WithSettingsHelp
+from pairtune.flags import COLUMN_PARTS, WithSettings, WithSettingsHelp
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from pairtune.config import Reading, RunConfig
     from pairtune.data.source_reader import SourceReader
     from pairtune.run.folder import Run
 
@@ -54,6 +55,7 @@ pairtune tune settings.yaml --data Dahoas/rm-static@train --eval-data Dahoas/rm-
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 # Options without a help text of their own are settings of a run; see `pairtune.flags`.
 Columns = Annotated[list[str] | None, typer.Option("--column")]
+Confirmed = Annotated[bool, typer.Option("--yes", help="Confirm that the named columns say which answer is better.")]
 SourceArgument = Annotated[
     str,
     typer.Argument(metavar="SRC", help="As for tune's --data: a file, a folder, a Hub id, or bundled:concise."),
@@ -256,6 +258,8 @@ def evaluate(
     samples: Annotated[int, typer.Option(min=0, help="Prompts answered by both models and judged; 0 for none.")] = 32,
     limit: Annotated[int | None, typer.Option(min=1)] = None,
     columns: Columns = None,
+    pairs: str = "best-worst",
+    min_gap: float = 0.0,
     on_bad_row: str = "stop",
     dtype: str = "auto",
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -266,7 +270,7 @@ def evaluate(
     _check_choice("--dtype", dtype, ("auto", "float32", "bfloat16"))
     if not 0 < beta < float("inf"):
         raise BadInput(f"--beta: must be greater than 0, not {beta:g}")
-    reader = _open_reader(data, columns, limit, "--data")
+    reader = _open_reader(data, _reading(columns, pairs, min_gap), limit, "--data")
 
     import tempfile
 
@@ -282,15 +286,13 @@ def evaluate(
     candidate = open_candidate(target, base, beta, dtype)
     with tempfile.TemporaryDirectory(prefix="pairtune-") as folder:
         with console.status("reading pairs") as status:
-            pairs, rows = read_pairs(candidate, reader, on_bad_row, Path(folder))  # type: ignore[arg-type]
+            read, rows = read_pairs(candidate, reader, on_bad_row, Path(folder))  # type: ignore[arg-type]
             status.update("evaluating")
-            total = len(pairs)
-            found = evaluate_pairs(
-                candidate, pairs, rows, lambda done: status.update(f"evaluating: {done:,}/{total:,}")
-            )
+            total = len(read)
+            found = evaluate_pairs(candidate, read, rows, lambda done: status.update(f"evaluating: {done:,}/{total:,}"))
             if samples:
                 answered = answer_prompts(
-                    candidate, pairs, samples, seed, lambda name, done: status.update(f"answering: {name} {done}")
+                    candidate, read, samples, seed, lambda name, done: status.update(f"answering: {name} {done}")
                 )
         if samples:
             if (cost := answered.cost(judging)) and not yes:
@@ -397,11 +399,18 @@ def inspect(
     max_length: Annotated[int, typer.Option(min=16)] = 1024,
     limit: Annotated[int | None, typer.Option(min=1)] = None,
     columns: Columns = None,
+    pairs: str = "best-worst",
+    min_gap: float = 0.0,
+    yes: Confirmed = False,
     figures: Annotated[Path | None, typer.Option(help="Folder for histograms as PNG.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Report what a source contains, what is wrong with it, and what a model would see. Exit code 2 if not usable."""
-    reader = _open_reader(source, columns, limit)
+    """Report what a source contains, what is wrong with it, and what a model would see.
+
+    Exit code 2 if it is not usable, or if columns were named and nobody has confirmed (here or with --yes) that the
+    better answer is the one that is shown.
+    """
+    reader = _open_reader(source, _reading(columns, pairs, min_gap, yes), limit)
 
     from rich.console import Console
 
@@ -423,7 +432,11 @@ def inspect(
         typer.echo(json.dumps(dump(found) | drawn))
     else:
         _output().print(render_inspection(found), highlight=False)
-    if found.verdict == "not usable":
+    if found.verdict == "not confirmed" and sys.stdin.isatty() and not as_json:
+        if typer.confirm(f"Is this the better answer: {found.better}?", err=True):
+            return
+        raise BadInput("not confirmed; name other columns (pairtune data inspect --help)")
+    if found.verdict in ("not usable", "not confirmed"):
         raise typer.Exit(2)
 
 
@@ -433,12 +446,15 @@ def convert(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New .jsonl or .parquet file to write.")],
     limit: Annotated[int | None, typer.Option(min=1)] = None,
     columns: Columns = None,
+    pairs: str = "best-worst",
+    min_gap: float = 0.0,
+    yes: Confirmed = False,
     on_bad_row: str = "stop",
     as_json: Json = False,
 ) -> None:
     """Convert a source to TRL's conversational format."""
     _check_choice("--on-bad-row", on_bad_row, ("stop", "skip"))
-    reader = _open_reader(source, columns, limit)
+    reader = _open_reader(source, _reading(columns, pairs, min_gap, yes), limit)
 
     from pairtune.data.convert import convert_source
     from pairtune.run.records import dump
@@ -449,6 +465,9 @@ def convert(
         return
     dropped = "".join(f", {rows:,} {reason}" for reason, rows in account.dropped.items())
     typer.echo(f"{out}: {plural(account.kept, 'pair')} from {plural(account.rows_in, 'row')}{dropped}")
+    typer.echo(f"the better answer: {reader.better}", err=True)
+    for field, rows in reader.parser.unused.items():
+        typer.echo(f"not used: {field} ({plural(rows, 'row')})", err=True)
 
 
 def _finished(path: Path) -> tuple[Run, str | None]:
@@ -471,11 +490,23 @@ def _check_choice(flag: str, given: str, choices: tuple[str, ...]) -> None:
         raise BadInput(f"{flag}: should be {', '.join(choices[:-1])} or {choices[-1]} (given: {given!r})")
 
 
-def _open_reader(source: str, columns: list[str] | None, limit: int | None, flag: str = "SRC") -> SourceReader:
+def _open_reader(source: str, reading: Reading, limit: int | None, flag: str = "SRC") -> SourceReader:
+    """The source, of which the first rows are known to be readable."""
     from pairtune.config import SourceConfig
     from pairtune.data.source_reader import SourceReader
 
-    return SourceReader.open(SourceConfig(source=source), flag, _columns(columns).get("columns", {}), limit)
+    reader = SourceReader.open(SourceConfig(source=source), flag, reading, limit)
+    reader.probe()
+    return reader
+
+
+def _reading(columns: list[str] | None, pairs: str, min_gap: float, confirmed: bool = False) -> Reading:
+    from pairtune.config import Reading
+
+    _check_choice("--pairs", pairs, ("best-worst", "all"))
+    if not 0 <= min_gap < float("inf"):
+        raise BadInput(f"--min-gap: must be 0 or more, not {min_gap:g}")
+    return Reading(_columns(columns).get("columns", {}), pairs, min_gap, confirmed)  # type: ignore[arg-type]
 
 
 def _weighted(data: list[str] | None, weights: list[float] | None) -> dict[str, Any]:
@@ -491,12 +522,14 @@ def _weighted(data: list[str] | None, weights: list[float] | None) -> dict[str, 
 
 def _columns(given: list[str] | None) -> dict[str, Any]:
     """The setting `columns` from `PART=NAME` arguments."""
-    columns = {}
+    columns: dict[str, str] = {}
     for text in given or []:
         part, equals, name = text.partition("=")
-        if part not in ("prompt", "chosen", "rejected", "system") or not (equals and name):
-            raise BadInput(f"--column {text}: should be prompt=NAME, chosen=NAME, rejected=NAME or system=NAME")
-        columns[part] = name
+        part = part.replace("-", "_")
+        if part not in COLUMN_PARTS or not (equals and name):
+            raise BadInput(f"--column {text}: should be PART=NAME, where PART is {', '.join(COLUMN_PARTS)}")
+        # Several annotators' columns may be given one by one.
+        columns[part] = f"{columns[part]},{name}" if part == "label" and part in columns else name
     return {"columns": columns} if columns else {}
 
 
@@ -515,11 +548,25 @@ def _tune(file: Path | None, flags: dict[str, Any], as_json: bool) -> None:
     from pairtune.run.folder import check_new
 
     check_new(resolved.config.out)
+    _probe(resolved.config)
     _share_processors(give_way=True)
 
     from pairtune.pipeline import tune
 
     _show(tune(resolved, Console(stderr=True)), as_json)
+
+
+def _probe(config: RunConfig) -> None:
+    """Refuse sources in no known format before torch is imported."""
+    from pairtune.data.source_reader import SourceReader
+
+    for flag, sources in (
+        ("--data", config.data),
+        ("--eval-data", config.eval_data),
+        ("--test-data", config.test_data),
+    ):
+        for source in sources or []:
+            SourceReader.open(source, flag, config.reading, config.limit).probe()
 
 
 def _share_processors(*, give_way: bool) -> None:

@@ -7,6 +7,7 @@ out of defaults, a YAML file and flags.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import product
 from pathlib import Path, PurePath
@@ -78,7 +79,41 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
 
 
-Columns = dict[Literal["prompt", "chosen", "rejected", "system"], str]
+# What a column can hold: a part of a pair, one of two answers with what judges them, or a list of rated answers.
+ColumnPart = Literal[
+    "prompt",
+    "chosen",
+    "rejected",
+    "system",
+    "label",
+    "label_a",
+    "label_b",
+    "answer_a",
+    "answer_b",
+    "score_a",
+    "score_b",
+    "answers",
+    "scores",
+]
+Columns = dict[ColumnPart, str]
+Pairing = Literal["best-worst", "all"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the rows of a source are read.
+
+    Attributes:
+        columns: the columns that a person named, by what they hold.
+        pairing: which pairs a list of rated answers gives.
+        min_gap: the least difference between the scores of a pair's answers.
+        confirmed: whether the person confirmed the columns.
+    """
+
+    columns: Columns = field(default_factory=dict)
+    pairing: Pairing = "best-worst"
+    min_gap: float = 0.0
+    confirmed: bool = False
 
 
 class SourceConfig(_Strict):
@@ -317,11 +352,34 @@ class RunConfig(_Training):
     )
     columns: Columns = setting(
         {},
-        "Column that holds prompt, chosen, rejected or system; repeat for each.",
+        "Column that holds a part of the pairs: prompt, chosen, rejected, system; or two answers, answer_a and "
+        "answer_b, and what judges them, label (several annotators' columns with commas) or score_a and score_b; "
+        "or answers, a list, and their scores. label_a and label_b say which of the label's values mean an answer. "
+        "Repeat for each; --label NAME is short for --column label=NAME, and so on.",
         "detected from the keys of the rows",
         group=DATA,
         flag="--column",
         metavar="PART=NAME",
+    )
+    pairs: Pairing = setting(
+        "best-worst",
+        "Pairs that a list of rated answers gives: the best against the worst, or every two.",
+        "one pair a prompt, with the clearest difference",
+        group=DATA,
+    )
+    min_gap: Annotated[float, Field(ge=0)] = setting(
+        0.0,
+        "Leave out pairs whose scores differ by less.",
+        "only equal scores are left out",
+        group=DATA,
+        metavar="SCORE",
+    )
+    accept_columns: bool = setting(
+        False,
+        "Take the named columns as they are, although the data has a column that may be a label.",
+        "columns that a label may contradict are refused",
+        group=DATA,
+        flag="--yes",
     )
     validation_share: Share = setting(
         0.1,
@@ -456,6 +514,16 @@ class RunConfig(_Training):
         if value == "trl" and info.data.get("eval_dtype"):
             raise ValueError("evaluates in the dtype it trains in; omit --eval-dtype")
         return value
+
+    @property
+    def sources(self) -> list[SourceConfig]:
+        """The sources of all splits."""
+        return [*self.data, *(self.eval_data or []), *(self.test_data or [])]
+
+    @property
+    def reading(self) -> Reading:
+        """How the rows of all sources are read; a source may have columns of its own."""
+        return Reading(self.columns, self.pairs, self.min_gap, self.accept_columns)
 
     def row_limit(self, split: str) -> int | None:
         """The most rows to read from each source of a split (train, validation or test); None for all."""

@@ -7,18 +7,33 @@ up the settings only when they are called.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperOption
 
+from pairtune.errors import BadInput
+
 if TYPE_CHECKING:
     from pairtune.options import Option
 
 
+# What --column names; those in `_SHORT` have a flag of their own, which is rewritten before arguments are parsed.
+_SHORT = ("label", "label_a", "label_b", "answer_a", "answer_b", "score_a", "score_b")
+COLUMN_PARTS = ("prompt", "chosen", "rejected", "system", *_SHORT, "answers", "scores")
+_SHORT_FLAGS = {f"--{part.replace('_', '-')}": part for part in _SHORT}
+
+
 class WithSettingsHelp(TyperCommand):
     """A command with options that are named like settings and take their help and metavar from them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Parse the arguments, in which `--label NAME` stands for `--column label=NAME`, and so on."""
+        if any(param.name == "columns" for param in self.get_params(ctx)):
+            args = list(_spelled_out(args))
+        return super().parse_args(ctx, args)
 
     def get_params(self, ctx: Any) -> Any:
         """The command's parameters, with help and metavar filled in."""
@@ -56,6 +71,19 @@ class WithSettings(WithSettingsHelp):
         given = {param.name: ctx.params.pop(param.name) for param in _settings()}
         ctx.obj = {name: value for name, value in given.items() if value not in (None, [], ())}
         return super().invoke(ctx)
+
+
+def _spelled_out(args: list[str]) -> Iterator[str]:
+    rest = iter(args)
+    for arg in rest:
+        flag, equals, value = arg.partition("=")
+        if part := _SHORT_FLAGS.get(flag):
+            value = value if equals else next(rest, "")
+            if not value or (not equals and value.startswith("--")):
+                raise BadInput(f"{flag}: requires the name of a column")
+            yield from ("--column", f"{part}={value}")
+        else:
+            yield arg
 
 
 @cache

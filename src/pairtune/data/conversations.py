@@ -2,9 +2,10 @@ r"""Reads conversations from row fields: texts, HH transcripts (`\n\nHuman: … 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from pairtune.conversation import Message
 from pairtune.data.preference import BadRow
@@ -19,7 +20,13 @@ _ROLES = {
     "gpt": "assistant",
     "model": "assistant",
     "bot": "assistant",
+    "tool": "tool",
+    "function": "tool",
 }
+# Where rows keep a system message, and turns the reasoning before an answer.
+SYSTEM_FIELDS = ("system", "system_prompt")
+_THINKING = ("reasoning_content", "thinking", "reasoning")
+_IMAGE_PARTS = ("image", "image_url", "input_image", "video", "audio")
 
 
 def is_transcript(text: Any) -> bool:
@@ -45,6 +52,18 @@ def need(row: Mapping[str, Any], field: str) -> Any:
     if field not in row:
         raise BadRow(f"no {field}", field, f"is missing; the row has {field_names(row)}")
     return row[field]
+
+
+def need_list(row: Mapping[str, Any], field: str) -> list[Any]:
+    """A field's list.
+
+    Raises:
+        BadRow: the row has no such field, or it is no list.
+    """
+    value = need(row, field)
+    if not isinstance(value, list):
+        raise BadRow(f"{field} is no list", field, f"should be a list, but is {kind_of(value)}")
+    return value
 
 
 def field_names(row: Mapping[str, Any]) -> str:
@@ -91,12 +110,15 @@ def user_turn(text: str) -> list[Message]:
     return [{"role": "user", "content": text}]
 
 
-def system_turn(row: Mapping[str, Any], field: str = "system") -> list[Message]:
+def system_turn(row: Mapping[str, Any]) -> list[Message]:
     """The system message of a row that has one; empty ones are common and are omitted."""
-    value = row.get(field)
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return []
-    return [{"role": "system", "content": check_text(value, field)}]
+    field = next((name for name in SYSTEM_FIELDS if not is_empty(row.get(name))), None)
+    return [{"role": "system", "content": check_text(row[field], field)}] if field else []
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a field holds nothing: null, blank text, or an empty list or object."""
+    return value is None or (not value.strip() if isinstance(value, str) else value in ([], {}))
 
 
 def read_turns(value: Any, field: str) -> list[Message]:
@@ -122,14 +144,52 @@ def _read_turn(turn: Any, field: str, number: int) -> Message:
     if role is None:
         shown = one_line_of(speaker)
         raise BadRow("unknown role", field, f"turn {number} has the {name} {shown}; use system, user or assistant")
-    if turn.get("tool_calls"):
-        raise BadRow("tool calls", field, f"turn {number} calls tools, which is not supported")
     content = turn.get("content", turn.get("value"))
-    if isinstance(content, list) and content and all(_is_text_part(part) for part in content):
-        content = "".join(part["text"] for part in content)  # how chat APIs represent text: a list of parts
+    if isinstance(content, list) and content:
+        if any(isinstance(part, Mapping) and part.get("type") in _IMAGE_PARTS for part in content):
+            raise images_in(field)
+        if all(_is_text_part(part) for part in content):
+            content = "".join(part["text"] for part in content)  # how chat APIs represent text: a list of parts
+    calls = turn.get("tool_calls")
+    if calls:
+        if role != "assistant" or not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+            raise BadRow("tool calls", field, f"turn {number} has tool_calls that are not an assistant's list of calls")
+        content = "" if is_empty(content) else content
+        return {"role": role, "content": content and check_text(content, field), "tool_calls": calls}
     if isinstance(content, str) and not content.strip():
         raise BadRow("empty turn", field, f"turn {number} is empty; remove the row")
-    return {"role": role, "content": check_text(content, field)}
+    message: Message = {"role": role, "content": check_text(content, field)}
+    thinking = next((turn[name] for name in _THINKING if name in turn and not is_empty(turn[name])), None)
+    if thinking is not None and role == "assistant":
+        message["reasoning_content"] = check_text(thinking, field)
+    if role == "tool" and isinstance(turn.get("name"), str):
+        message["name"] = turn["name"]
+    return message
+
+
+def tools_of(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """The tools that a row offers, as JSON schemas; a list, or a text that holds one.
+
+    Raises:
+        BadRow: they are no list of objects.
+    """
+    within = row.get("input")  # OpenAI's format keeps them beside the messages
+    value = row.get("tools") or (within.get("tools") if isinstance(within, Mapping) else None)
+    if is_empty(value):
+        return ()
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            value = None
+    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
+        raise BadRow("tools are no list", "tools", "should be a list of JSON schemas")
+    return tuple(value)
+
+
+def images_in(field: str) -> BadRow:
+    """The fault of a row with an image."""
+    return BadRow("images", field, "has images, and only text can be trained on; remove the row")
 
 
 def _is_text_part(part: Any) -> bool:
@@ -164,22 +224,43 @@ def _read_transcript(text: str, field: str) -> list[Message]:
 def check_prompt(turns: Sequence[Message], field: str) -> None:
     """Make sure that a prompt can be answered: an optional system message, then alternating turns, a user last.
 
+    A turn that calls tools, and the tools' results after it, belong to the assistant's turn that follows; the prompt
+    may end with such results.
+
     Raises:
         BadRow: the roles do not alternate.
     """
-    start = 1 if turns and turns[0]["role"] == "system" else 0
-    for number, turn in enumerate(turns[start:], 1):
-        expected = "user" if number % 2 else "assistant"
-        if turn["role"] != expected:
-            fault = f"turn {start + number} should have the role {expected}, but has {turn['role']}"
-            raise BadRow("roles do not alternate", field, fault)
-    if (len(turns) - start) % 2 == 0:
+    expected, called = "user", False
+    for number, turn in enumerate(turns, 1):
+        role = turn["role"]
+        if role == "system" and number == 1:
+            continue
+        if role == "tool" and called:
+            continue
+        if role != expected:
+            raise BadRow(
+                "roles do not alternate", field, f"turn {number} should have the role {expected}, but has {role}"
+            )
+        called = bool(turn.get("tool_calls"))
+        if not called:
+            expected = "user" if role == "assistant" else "assistant"
+    if expected != "assistant" or (called and turns[-1]["role"] != "tool"):
         raise BadRow("prompt has no open turn", field, "should end with a user turn, which the answers respond to")
+
+
+class Parts(NamedTuple):
+    """What a row says: a prompt, the better answer, the other one, the reasoning before either, and what to count."""
+
+    prompt: list[Message]
+    chosen: str
+    rejected: str
+    thinking: tuple[str, str] = ("", "")
+    note: str = ""
 
 
 def split_answers(
     prompt: list[Message], chosen: list[Message], rejected: list[Message], fields: tuple[str, str]
-) -> tuple[list[Message], str, str]:
+) -> Parts:
     """Split two conversations into the prompt that they share and their last turns, the answers.
 
     Args:
@@ -196,10 +277,14 @@ def split_answers(
     for turns, field in zip((chosen, rejected), fields, strict=True):
         if turns[-1]["role"] != "assistant":
             raise BadRow("no answer at the end", field, f"should end with an assistant turn, not {turns[-1]['role']}")
+        if turns[-1].get("tool_calls"):
+            raise BadRow("tool calls", field, "ends with a call of tools; only answers in text can be compared")
         contexts.append(_context(prompt, turns[:-1]))
     if contexts[0] != contexts[1]:
         raise BadRow("prompts differ", fields[1], f"answers a different conversation than {fields[0]}; remove the row")
-    return contexts[0], chosen[-1]["content"], rejected[-1]["content"]
+    better, worse = chosen[-1], rejected[-1]
+    thinking = (better.get("reasoning_content", ""), worse.get("reasoning_content", ""))
+    return Parts(contexts[0], better["content"], worse["content"], thinking)
 
 
 def _context(prompt: list[Message], before: list[Message]) -> list[Message]:

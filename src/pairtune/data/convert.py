@@ -45,7 +45,7 @@ def convert_source(reader: SourceReader, out: Path, on_bad_row: OnBadRow) -> Row
             if isinstance(result, BadRow):
                 _drop(count, row, result, on_bad_row)
                 continue
-            count.keep(shortened=False)
+            count.keep(shortened=False, further=row.further)
             yield {**result.conversational(), "origin": result.origin}
 
     with replacing(out) as temporary:
@@ -73,7 +73,7 @@ def tokenize_source(
                 if isinstance(result, BadRow):
                     _drop(count, row, result, on_bad_row)
                     continue
-                count.keep(shortened=result.turns_cut > 0)
+                count.keep(shortened=result.turns_cut > 0, further=row.further)
                 kept.append(result)
             yield kept
 
@@ -84,7 +84,7 @@ def tokenize_source(
 def _drop(count: RowCount, row: SourceRow, fault: BadRow, on_bad_row: OnBadRow) -> None:
     if on_bad_row == "stop" and not isinstance(fault, LeftOut):
         raise BadInput(f"{describe_fault(row, fault)} (or --on-bad-row skip)")
-    count.drop(fault.reason)
+    count.drop(fault.reason, further=row.further)
 
 
 def _write_json_lines(path: Path, pairs: Iterator[dict[str, Any]]) -> None:
@@ -100,4 +100,11 @@ def _write_parquet(path: Path, pairs: Iterator[dict[str, Any]]) -> None:
     schema = pa.schema([("prompt", turns), ("chosen", turns), ("rejected", turns), ("origin", pa.string())])
     with pq.ParquetWriter(path, schema) as writer:
         while batch := list(islice(pairs, _BATCH)):
+            for pair in batch:
+                if pair.keys() - schema.names or any(turn.keys() > {"role", "content"} for turn in _turns(pair)):
+                    raise BadInput(f"{pair['origin']}: has tools or thinking, which only .jsonl can hold; write .jsonl")
             writer.write_table(pa.Table.from_pylist(batch, schema=schema))
+
+
+def _turns(pair: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*pair["prompt"], *pair["chosen"], *pair["rejected"]]

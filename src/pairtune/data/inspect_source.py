@@ -70,7 +70,10 @@ def inspect_source(
     found = seen.summary(reader, tokenizer, encoder)
     findings = list(_findings(found))
     levels = {finding.level for finding in findings}
+    reading = reader.parser.reading
     verdict: Verdict = "not usable" if "error" in levels else "ok with warnings" if "warning" in levels else "ok"
+    if verdict != "not usable" and (reading.columns or reader.config.columns) and not reading.confirmed:
+        verdict = "not confirmed"
     return found.model_copy(update={"findings": findings, "verdict": verdict})
 
 
@@ -85,6 +88,7 @@ class _Seen:
 
     special: re.Pattern[str]
     rows: int = 0
+    further: int = 0
     kept: int = 0
     dropped: dict[str, DroppedRows] = field(default_factory=dict)
     lengths: list[tuple[int, int, int]] = field(default_factory=list)
@@ -97,7 +101,8 @@ class _Seen:
 
     def take(self, row: SourceRow, whole: TokenizedPair | BadRow, used: TokenizedPair | BadRow) -> None:
         """Record a row: its lengths as it is in the source, everything else as it would be used."""
-        self.rows += 1
+        self.rows += not row.further
+        self.further += row.further
         if isinstance(whole, TokenizedPair):
             self.lengths.append((len(whole.prompt_ids), len(whole.chosen_ids), len(whole.rejected_ids)))
         if isinstance(used, TokenizedPair):
@@ -136,10 +141,14 @@ class _Seen:
         return Inspection(
             source=reader.source.name,
             format=reader.format,
+            better=reader.better,
             max_length=encoder.max_length,
             rows_in=self.rows,
+            further=self.further,
             kept=self.kept,
             dropped=self.dropped,
+            unused=dict(reader.parser.unused),
+            notes=dict(reader.parser.notes),
             lengths={name: _length_summary(values) for name, values in of_parts.items()},
             lengths_up_to=BINS,
             longer_wins=_longer_wins(chosen, rejected),
@@ -205,6 +214,7 @@ def _findings(found: Inspection) -> Iterator[DataFinding]:
         yield finding("note", f"rows without a usable preference are left out: {what}")
     if not kept:
         return
+    yield from _of_fields(found)
     yield from (finding("warning", message) for message in found.template_warnings)
     if kept < FEW_PAIRS:
         yield finding("warning", f"only {plural(kept, 'pair')}: too few to measure what a tuned model gains")
@@ -238,6 +248,15 @@ def _findings(found: Inspection) -> Iterator[DataFinding]:
             f"{plural(found.special_tokens.pairs, 'pair')} with the model's special tokens as text, first at "
             f"{found.special_tokens.places[0]}: the model will read them as turn markers",
         )
+
+
+def _of_fields(found: Inspection) -> Iterator[DataFinding]:
+    """What was not read, and what was read but should be known."""
+    if found.unused:
+        listed = ", ".join(f"{name} ({plural(rows, 'row')})" for name, rows in found.unused.items())
+        yield DataFinding(level="note", message=f"fields that are not used: {listed}")
+    for what, rows in found.notes.items():
+        yield DataFinding(level="note", message=f"{what}: {plural(rows, 'row')}")
 
 
 def _spans(interval: tuple[float, float], value: float) -> bool:

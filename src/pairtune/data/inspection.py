@@ -11,7 +11,7 @@ from pairtune.run.records import DecodedPair, Interval, Level, Part
 # Tokens of an answer with its end token, and the ratio of two answers' lengths, from which a pair is odd.
 _ALMOST_EMPTY, _MUCH_LONGER = 3, 4
 
-Verdict = Literal["ok", "ok with warnings", "not usable"]
+Verdict = Literal["ok", "ok with warnings", "not confirmed", "not usable"]
 
 
 class DroppedRows(Part):
@@ -79,14 +79,44 @@ class DataFinding(Part):
 
 
 class Inspection(Part):
-    """The result for one source; `lengths` is by part, None if there are no pairs; `odd_pairs` counts `odd_lengths`."""
+    """The result for one source.
+
+    Attributes:
+        source: as the user typed it.
+        format: its format; None if no row could be read.
+        better: which answer is taken for the better one, and why.
+        max_length: the limit in tokens.
+        rows_in: number of rows read.
+        further: number of pairs after the first of rows that give several.
+        kept: number of pairs; with all of `dropped` it equals `rows_in` plus `further`.
+        dropped: the other rows, by reason.
+        unused: number of rows with something in a field that is not read, by field.
+        notes: other counts of rows that were kept.
+        lengths: token counts by part; None if there are no pairs.
+        lengths_up_to: upper bounds of the histograms' bins.
+        longer_wins: how well length predicts the labels.
+        shortened: pairs whose prompt lost its oldest turns.
+        prompts: how many prompts there are, and how many unrelated ones.
+        duplicates: pairs that repeat another one.
+        conflicts: pairs whose answers another pair has the other way round.
+        special_tokens: pairs with the model's special tokens in their texts.
+        odd_pairs: pairs with `odd_lengths`.
+        example: the first pair, as the model sees it.
+        template_warnings: what the user should know about the tokenizer and its template.
+        findings: what the user should know.
+        verdict: whether the source can be trained on.
+    """
 
     source: str
     format: str | None
+    better: str
     max_length: int
     rows_in: int
+    further: int
     kept: int
     dropped: dict[str, DroppedRows]
+    unused: dict[str, int]
+    notes: dict[str, int]
     lengths: dict[str, LengthSummary | None]
     lengths_up_to: tuple[int, ...]
     longer_wins: LongerWins | None

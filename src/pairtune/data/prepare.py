@@ -31,7 +31,7 @@ from pairtune.run.schema import from_json, to_json
 SPLITS = ("train", "validation", "test")
 TRAIN, VALIDATION, TEST = range(3)
 
-_CACHE_FORMAT = "3"
+_CACHE_FORMAT = "4"
 _CACHE_BYTES = 4 << 30
 _RECORD, _PAIRS, _ROWS = "data.json", "pairs.arrow", "splits.npz"
 _PROMPTS = "prompts of "
@@ -104,14 +104,16 @@ class _SourcePart:
 
     Attributes:
         split: the split of its pairs; None if splits are drawn for them.
-        kept: number of its rows that became pairs.
+        kept: number of its pairs.
         dropped: counts of its other rows by reason.
+        dropped_further: how many of these were pairs after the first of their row.
     """
 
     reader: SourceReader
     split: int | None
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    dropped_further: int = 0
 
     @property
     def name(self) -> str:
@@ -125,7 +127,8 @@ class _SourcePart:
 def pair_hash(pair: PreferencePair) -> bytes:
     """An 8-byte hash of a pair's content, independent of its origin."""
     digest = hashlib.blake2b(digest_size=8)
-    for part in (*(f"{turn['role']}\0{turn['content']}" for turn in pair.prompt), pair.chosen, pair.rejected):
+    turns = (f"{turn['role']}\0{turn['content']}" for turn in pair.prompt)
+    for part in (*turns, pair.chosen, pair.rejected, *filter(None, pair.thinking)):
         data = part.encode()
         digest.update(len(data).to_bytes(8, "big") + data)
     return digest.digest()
@@ -144,7 +147,7 @@ def _open_all(config: RunConfig) -> list[_SourcePart]:
         (test or [], "--test-data", TEST),
     )
     return [
-        _SourcePart(SourceReader.open(source, flag, config.columns, config.row_limit(SPLITS[split or TRAIN])), split)
+        _SourcePart(SourceReader.open(source, flag, config.reading, config.row_limit(SPLITS[split or TRAIN])), split)
         for sources, flag, split in given
         for source in sources
     ]
@@ -154,9 +157,10 @@ def _cache_key(config: RunConfig, parts: Sequence[_SourcePart], encoder: PairTok
     settings = (config.on_bad_row, config.seed, config.validation_share, config.test_share)
     content = [_CACHE_FORMAT, encoder.fingerprint(), *map(str, settings)]
     for part in parts:
-        columns = sorted(part.reader.parser.columns.items())
+        reading = part.reader.parser.reading
+        columns = sorted(reading.columns.items())
         content += [part.name, part.reader.source.fingerprint()]
-        content += map(str, (part.split, part.reader.limit, part.weight, columns))
+        content += map(str, (part.split, part.reader.limit, part.weight, columns, reading.pairing, reading.min_gap))
     return fingerprint(content)
 
 
@@ -167,6 +171,7 @@ class _Kept:
     part: _SourcePart
     prompt: Prompt
     content: bytes
+    further: bool
     shortened: bool
 
 
@@ -208,7 +213,7 @@ class _Preparation:
         for part in self.parts:
             for batch in part.reader.encoded(self.encoder.encode):
                 yield [pair for row, result in batch if (pair := self._take(part, row, result))]
-                rows += len(batch)
+                rows += sum(not row.further for row, _ in batch)
                 self.on_progress(rows)
 
     def _take(self, part: _SourcePart, row: SourceRow, result: TokenizedPair | BadRow) -> TokenizedPair | None:
@@ -216,9 +221,11 @@ class _Preparation:
             if self.config.on_bad_row == "stop" and not isinstance(result, LeftOut):
                 raise BadInput(f"{describe_fault(row, result)} (or --on-bad-row skip)")
             part.dropped[result.reason] += 1
+            part.dropped_further += row.further
             return None
         prompts = (result.pair.prompt, result.prompt) if result.turns_cut else (result.prompt,)
-        self.kept.append(_Kept(part, Prompt.of(*prompts), pair_hash(result.pair), result.turns_cut > 0))
+        content = pair_hash(result.pair)
+        self.kept.append(_Kept(part, Prompt.of(*prompts), content, row.further, result.turns_cut > 0))
         part.kept += 1
         self.example = self.example or decode_pair(self.encoder.tokenizer, result)
         return result
@@ -276,13 +283,14 @@ class _Preparation:
         }
         for part in self.parts:
             count = counts[part, part.split or TRAIN]  # a dropped row has no split of its own
-            count.rows_in += part.dropped.total()
+            count.rows_in += part.dropped.total() - part.dropped_further
+            count.further += part.dropped_further
             count.dropped += part.dropped
         for number, (each, split) in enumerate(zip(self.kept, splits, strict=True)):
             if reason := self.left_out.get(number):
-                counts[each.part, split].drop(reason)
+                counts[each.part, split].drop(reason, further=each.further)
             else:
-                counts[each.part, split].keep(each.shortened)
+                counts[each.part, split].keep(each.shortened, further=each.further)
         return [count for count in counts.values() if count.rows_in or count.split == SPLITS[TRAIN]]
 
     def _raise_empty(self, split: str, counts: list[RowCount]) -> None:
@@ -298,6 +306,9 @@ class _Preparation:
         return DataRecord(
             sources=[count.account() for count in counts],
             formats={part.name: part.reader.format for part in self.parts},
+            better={part.name: part.reader.better for part in self.parts},
+            unused={part.name: dict(part.reader.parser.unused) for part in self.parts if part.reader.parser.unused},
+            notes={part.name: dict(part.reader.parser.notes) for part in self.parts if part.reader.parser.notes},
             splits={
                 name: SplitRecord(pairs=len(of_split), fingerprint=fingerprint(self.kept[n].content for n in of_split))
                 for name, of_split in rows.items()

@@ -44,12 +44,31 @@ def read_file(path: Path) -> Iterator[Row]:
         raise BadInput(
             f"{path}: only {', '.join(ENDINGS)} files can be read (also .gz and .zst); convert it to one of them"
         )
+    _refuse_pointer(path)
     number = 0
     try:
         for number, row in reader(path):
             yield number, row
     except (OSError, EOFError, zlib.error) as error:
         raise BadInput(f"{path}: damaged after row {number} ({one_line(error)}); download the file again") from error
+
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def _refuse_pointer(path: Path) -> None:
+    """Refuse what a clone without Git LFS leaves in a data file's place.
+
+    Raises:
+        BadInput: the file is such a pointer.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_POINTER))
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from error
+    if start == _POINTER:
+        raise BadInput(f"{path}: is a Git LFS pointer, not the data; run `git lfs pull` in its repository")
 
 
 def _reader(path: str | Path) -> Callable[[Path], Iterator[Row]] | None:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
+from typing import TYPE_CHECKING
 
-from pairtune.config import Columns, SourceConfig
-from pairtune.data.formats import RowParser
+from pairtune.config import Reading, SourceConfig
+from pairtune.data.columns import HEAD
+from pairtune.data.conversations import is_empty
+from pairtune.data.judged_rows import label_key
 from pairtune.data.preference import BadRow, PreferencePair
+from pairtune.data.row_parser import Parsed, RowParser, refuse_unknown
 from pairtune.data.sources import Source, SourceRow, open_source
-from pairtune.data.tokens import TokenizedPair
+
+if TYPE_CHECKING:
+    from pairtune.data.tokens import TokenizedPair
 
 _BATCH = 512
+# Rows whose labels are counted to learn what their values mean.
+_LABEL_ROWS = 100_000
 
-Encode = Callable[[Sequence[PreferencePair]], list[TokenizedPair | BadRow]]
+Encode = Callable[[Sequence[PreferencePair]], "list[TokenizedPair | BadRow]"]
 
 
 @dataclass(eq=False)
@@ -25,24 +34,44 @@ class SourceReader:
     source: Source
     parser: RowParser
     limit: int | None
+    where: str
 
     @classmethod
-    def open(cls, config: SourceConfig, flag: str, columns: Columns, limit: int | None) -> SourceReader:
+    def open(cls, config: SourceConfig, flag: str, reading: Reading, limit: int | None) -> SourceReader:
         """Find the source; see `open_source`. Its own columns override those given for all sources."""
-        return cls(config, open_source(config, flag), RowParser(config.columns or columns), limit)
+        if config.columns:
+            reading = Reading(config.columns, reading.pairing, reading.min_gap, reading.confirmed)
+        source = open_source(config, flag)
+        return cls(config, source, RowParser(reading, config.source), limit, f"{flag} {config.source}")
 
     @property
     def format(self) -> str | None:
         """The name of the format, once a pair has been read."""
         return self.parser.format.name if self.parser.format else None
 
-    def parsed(self) -> Iterator[tuple[SourceRow, PreferencePair | BadRow]]:
-        """Each row with its pair, or with the reason why it has none."""
-        for row in self.source.rows(self.limit):
-            try:
-                yield row, self.parser.parse(row.content, f"{row.file}:{row.number}")
-            except BadRow as fault:
-                yield row, fault
+    @property
+    def better(self) -> str:
+        """Which answer is taken for the better one, and why; empty until a pair has been read."""
+        return self.parser.format.better if self.parser.format else ""
+
+    def probe(self) -> None:
+        """Read the first rows of a local source, so that what cannot be read is refused before anything else starts.
+
+        Raises:
+            BadInput: the rows are in no known format, or the named columns cannot be used.
+        """
+        if not self.source.hub:
+            head = list(islice(self.source.rows(self.limit), HEAD))
+            parser = RowParser(self.parser.reading, self.config.source)
+            parser.prepare([row.content for row in head], self._values, self.where)
+            refuse_unknown(head, parser, self.where)
+
+    def parsed(self) -> Iterator[Parsed]:
+        """Each row with its pair, or with the reason why it has none; a row may give further pairs."""
+        rows = self.source.rows(self.limit)
+        head = list(islice(rows, HEAD)) if self.parser.reading.columns else []
+        self.parser.prepare([row.content for row in head], self._values, self.where)
+        yield from self.parser.parse_all(chain(head, rows))
 
     def encoded(self, encode: Encode) -> Iterator[list[tuple[SourceRow, TokenizedPair | BadRow]]]:
         """Every row with its pair tokenized by a method of `PairTokenizer`, in batches and in the source's order."""
@@ -50,6 +79,20 @@ class SourceReader:
         while batch := list(islice(rows, _BATCH)):
             tokenized = iter(encode([pair for _, pair in batch if isinstance(pair, PreferencePair)]))
             yield [(row, next(tokenized) if isinstance(pair, PreferencePair) else pair) for row, pair in batch]
+
+    def _values(self, column: str) -> Counter[str]:
+        """How often each value of a column occurs; the items of lists count one by one."""
+        found: Counter[str] = Counter()
+        for row in self.source.rows(min(self.limit or _LABEL_ROWS, _LABEL_ROWS)):
+            value = row.content.get(column) if isinstance(row.content, dict) else None
+            found.update(
+                label_key(each) for each in (value if isinstance(value, list) else [value]) if not _blank(each)
+            )
+        return found
+
+
+def _blank(value: object) -> bool:
+    return is_empty(value) or value != value  # noqa: PLR0124 - NaN
 
 
 def describe_fault(row: SourceRow, fault: BadRow) -> str:

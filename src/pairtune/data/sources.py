@@ -34,11 +34,13 @@ class SourceRow:
         file: the name of the file, or of the source if it is not a file.
         number: counted from 1; for JSON lines, the line number.
         content: the row, or a `BadRow` if it could not be read.
+        further: whether this stands for a pair after the first of its row.
     """
 
     file: str
     number: int
     content: Any
+    further: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ SCHEMA = pa.schema(
         ("prompt", pa.list_(_MESSAGE)),
         ("chosen", pa.string()),
         ("rejected", pa.string()),
+        ("tools", pa.string()),
         ("turns_cut", pa.int32()),
         ("prompt_ids", _IDS),
         ("chosen_ids", _IDS),
@@ -85,7 +87,7 @@ class PairTable(Sequence[PreferencePair]):
 
     def __iter__(self) -> Iterator[PreferencePair]:
         for start in range(0, len(self), 256):
-            block = self.columns("origin", "prompt", "chosen", "rejected", start=start, count=256)
+            block = self.columns("origin", "prompt", "chosen", "rejected", "tools", start=start, count=256)
             yield from map(_pair, block.to_pylist())
 
     def columns(self, *names: str, start: int = 0, count: int | None = None) -> pa.Table:
@@ -143,6 +145,7 @@ def _batch(pairs: Sequence[TokenizedPair]) -> pa.RecordBatch:
         "prompt": [each.prompt for each in pairs],
         "chosen": [each.pair.chosen for each in pairs],
         "rejected": [each.pair.rejected for each in pairs],
+        "tools": [json.dumps(each.pair.tools) if each.pair.tools else None for each in pairs],
         "turns_cut": [each.turns_cut for each in pairs],
         "prompt_ids": [each.prompt_ids for each in pairs],
         "chosen_ids": [each.chosen_ids for each in pairs],
@@ -152,4 +155,5 @@ def _batch(pairs: Sequence[TokenizedPair]) -> pa.RecordBatch:
 
 
 def _pair(row: dict[str, Any]) -> PreferencePair:
-    return PreferencePair(tuple(row["prompt"]), row["chosen"], row["rejected"], row["origin"])
+    tools = tuple(json.loads(row["tools"])) if row["tools"] else ()
+    return PreferencePair(tuple(row["prompt"]), row["chosen"], row["rejected"], row["origin"], tools=tools)

@@ -6,7 +6,9 @@ own, and would write it twice. The ids and the split equal TRL's for its convers
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,10 +16,12 @@ from jinja2 import TemplateError
 
 from pairtune.chat_templates import answer_end, leaves_out_bos
 from pairtune.conversation import Message
-from pairtune.data.preference import BadRow, LeftOut, PreferencePair
-from pairtune.errors import BadInput, one_line
+from pairtune.data.preference import ANSWERS, BadRow, LeftOut, PreferencePair
+from pairtune.errors import BadInput, one_line, plural
 from pairtune.files import fingerprint
 from pairtune.run.records import DecodedPair
+
+Tools = tuple[Mapping[str, Any], ...]
 
 # Number of pairs whose ids are computed both ways before the quick way is trusted.
 _CHECKED = 16
@@ -71,12 +75,14 @@ class PairTokenizer:
     @property
     def warnings(self) -> list[str]:
         """What the user should know about the tokenizer and its template."""
+        left_out = [f"{plural(pairs, 'pair')} with {what}" for what, pairs in self.template.left_out.items()]
         if not self.template.bos_left_out:
-            return []
+            return left_out
         return [
+            *left_out,
             f"the tokenizer begins plain text with {self.tokenizer.bos_token}, but the model's chat template does not "
             "write it, so conversations lack it, in training (as in TRL) and afterwards; if the model was trained "
-            "with it, put {{ bos_token }} at the beginning of its template"
+            "with it, put {{ bos_token }} at the beginning of its template",
         ]
 
     def encode(self, pairs: Sequence[PreferencePair]) -> list[TokenizedPair | BadRow]:
@@ -106,7 +112,7 @@ class PairTokenizer:
         }
         cut = 0
         while too_long:
-            cut += 2
+            cut += 1
             shorter = {at: _without_oldest(pair, cut) for at, pair in too_long.items()}
             retried = {at: pair for at, pair in shorter.items() if pair is not None}
             encoded = dict(zip(retried, self.encode_whole(list(retried.values())), strict=True))
@@ -155,10 +161,11 @@ def _clip(text: str, limit: int = 3000) -> str:
 
 
 def _without_oldest(pair: PreferencePair, count: int) -> PreferencePair | None:
-    """The pair without the `count` oldest turns after the system message; None if no turn would be left."""
-    system = 1 if pair.prompt[0]["role"] == "system" else 0
-    kept = pair.prompt[:system] + pair.prompt[system + count :]
-    return replace(pair, prompt=kept) if len(kept) > system else None
+    """The pair without the `count` oldest exchanges after the system message; None if no user turn would be left."""
+    starts = [at for at, turn in enumerate(pair.prompt) if turn["role"] == "user"]
+    if count >= len(starts):
+        return None
+    return replace(pair, prompt=pair.prompt[: starts[0]] + pair.prompt[starts[count] :])
 
 
 class _Template:
@@ -183,14 +190,23 @@ class _Template:
         self.quick = self._opens_with_special(self.header)
         self.header_ids = self._ids([self.header])[0] if self.quick else []
         self.checked = 0
+        self.left_out: Counter[str] = Counter()
 
     def encode(self, pairs: Sequence[PreferencePair]) -> list[TokenizedPair]:
         """Token ids of pairs of any length."""
-        prompts = self._render([list(pair.prompt) for pair in pairs], header=True)
+        results: dict[int, TokenizedPair] = {}
+        for tools, numbers in _by_tools(pairs):
+            encoded = self._encode([pairs[number] for number in numbers], tools)
+            results |= dict(zip(numbers, encoded, strict=True))
+        return [results[number] for number in range(len(pairs))]
+
+    def _encode(self, pairs: Sequence[PreferencePair], tools: Tools) -> list[TokenizedPair]:
+        """Token ids of pairs that offer the same tools."""
+        prompts = self._render([list(pair.prompt) for pair in pairs], header=True, tools=tools)
         chosen, rejected = (
-            self._render([[*pair.prompt, {"role": "assistant", "content": answer}] for pair, answer in answered])
-            for answered in ([(pair, pair.chosen) for pair in pairs], [(pair, pair.rejected) for pair in pairs])
+            self._render([[*pair.prompt, pair.answer(side)] for pair in pairs], tools=tools) for side in ANSWERS
         )
+        self._count_left_out(pairs, tools, prompts, (chosen, rejected))
         texts = list(zip(prompts, chosen, rejected, strict=True))
         return [
             TokenizedPair(pair, pair.prompt, ids, chosen_ids + self.end, rejected_ids + self.end)
@@ -224,9 +240,19 @@ class _Template:
             results.append((ids[at] + header, chosen_ids, rejected_ids))
         return results
 
-    def _render(self, conversations: list[list[Message]], *, header: bool = False) -> list[str]:
+    def _count_left_out(
+        self, pairs: Sequence[PreferencePair], tools: Tools, prompts: list[str], answers: tuple[list[str], list[str]]
+    ) -> None:
+        """Count what the template has no room for."""
+        if tools and self._render([list(pairs[0].prompt)], header=True)[0] == prompts[0]:
+            self.left_out["tools, for which the model's chat template has no room"] += len(pairs)
+        for pair, *texts in zip(pairs, *answers, strict=True):
+            if any(thinking and thinking not in text for thinking, text in zip(pair.thinking, texts, strict=True)):
+                self.left_out["thinking, for which the model's chat template has no room"] += 1
+
+    def _render(self, conversations: list[list[Message]], *, header: bool = False, tools: Tools = ()) -> list[str]:
         texts: list[str] = self.tokenizer.apply_chat_template(
-            conversations, tokenize=False, add_generation_prompt=header
+            conversations, tokenize=False, add_generation_prompt=header, tools=list(tools) or None
         )
         return texts
 
@@ -246,6 +272,15 @@ class _Template:
             for token in self.tokenizer.added_tokens_decoder.values()
             if not (token.lstrip or token.single_word or token.normalized)
         )
+
+
+def _by_tools(pairs: Sequence[PreferencePair]) -> list[tuple[Tools, list[int]]]:
+    """The numbers of the pairs that offer the same tools, with these tools."""
+    groups: dict[str, tuple[Tools, list[int]]] = {}
+    for number, pair in enumerate(pairs):
+        key = json.dumps(pair.tools) if pair.tools else ""
+        groups.setdefault(key, (pair.tools, []))[1].append(number)
+    return list(groups.values())
 
 
 def _part(prompt: list[int], chosen: list[int], rejected: list[int]) -> tuple[list[int], list[int], list[int]]:

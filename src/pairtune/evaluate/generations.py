@@ -36,11 +36,13 @@ Prompt = tuple[Message, ...]
 
 
 def held_out_prompts(pairs: Sequence[PreferencePair], count: int) -> list[Prompt]:
-    """The first `count` distinct prompts of held-out pairs, in order."""
+    """The first `count` distinct prompts of held-out pairs, in order; prompts with tools cannot be answered in text."""
     different: dict[int, Prompt] = {}
     for pair in pairs:
         if len(different) == count:
             break
+        if pair.tools or any(turn["role"] == "tool" for turn in pair.prompt):
+            continue
         different.setdefault(prompt_key(pair.prompt), pair.prompt)
     return list(different.values())
 

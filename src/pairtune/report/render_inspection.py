@@ -15,7 +15,12 @@ from pairtune.errors import plural
 from pairtune.run.records import DecodedPair
 
 _STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
-_VERDICTS = {"ok": "bold green", "ok with warnings": "bold yellow", "not usable": "bold red"}
+_VERDICTS = {
+    "ok": "bold green",
+    "ok with warnings": "bold yellow",
+    "not confirmed": "bold yellow",
+    "not usable": "bold red",
+}
 
 
 def render_inspection(found: Inspection) -> Group:
@@ -26,7 +31,10 @@ def render_inspection(found: Inspection) -> Group:
 def _parts(found: Inspection) -> Iterator[RenderableType]:
     yield Text(f"{found.source}: {found.format or 'unknown format'}", style="bold")
     dropped = sum(entry.rows for entry in found.dropped.values())
-    yield Text(f"{plural(found.rows_in, 'row')} = {plural(found.kept, 'pair')} + {dropped:,} dropped")
+    further = f" + {found.further:,} further pairs of these rows" if found.further else ""
+    yield Text(f"{plural(found.rows_in, 'row')}{further} = {plural(found.kept, 'pair')} + {dropped:,} dropped")
+    if found.better:
+        yield Text(f"the better answer: {found.better}")
     for reason, entry in sorted(found.dropped.items(), key=lambda named: -named[1].rows):
         yield Text(f"  {entry.rows:,} {reason}", style="yellow" if entry.stops else "")
         if entry.stops:
@@ -43,6 +51,8 @@ def _parts(found: Inspection) -> Iterator[RenderableType]:
     for finding in found.findings:
         yield Text(f"{finding.level}: {finding.message}", style=_STYLES[finding.level])
     yield Text(f"verdict: {found.verdict}", style=_VERDICTS[found.verdict])
+    if found.verdict == "not confirmed":
+        yield Text(f"If the better answer is {found.better}, say so with --yes; otherwise name other columns.")
 
 
 def _lengths(found: Inspection) -> Table:

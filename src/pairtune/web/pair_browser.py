@@ -152,14 +152,15 @@ def _texts(run: ShownRun) -> tuple[dict[str, PreferencePair], str]:
         return {}, run.fault
     found: dict[str, PreferencePair] = {}
     fault = ""
-    for account in run.data.sources if run.data else []:
+    # Drawn splits come from one source, which has an account for each of them.
+    splits = {account.source: account.split for account in run.data.sources} if run.data else {}
+    for name, split in splits.items():
         try:
-            reader = SourceReader.open(
-                SourceConfig(source=account.source), "--data", config.columns, account.rows_in or None
-            )
+            source = next((each for each in config.sources if each.source == name), SourceConfig(source=name))
+            reader = SourceReader.open(source, "--data", config.reading, config.row_limit(split))
             for _, pair in reader.parsed():
                 if isinstance(pair, PreferencePair):
                     found[pair.origin] = pair
         except BadInput as error:
-            fault = f"The texts of {account.source} can no longer be read: {error}"
+            fault = f"The texts of {name} can no longer be read: {error}"
     return found, fault

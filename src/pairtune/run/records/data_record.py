@@ -6,14 +6,16 @@ from pairtune.run.records.base import Part, Record
 
 
 class SourceAccount(Part):
-    """The row count of one source and split; `rows_in` always equals `kept` plus all of `dropped`.
+    """The row count of one source and split; `rows_in` plus `further` always equals `kept` plus all of `dropped`.
 
-    `shortened` counts kept pairs whose prompt lost its oldest turns.
+    `further` counts the pairs after the first of rows that give several, `shortened` kept pairs whose prompt lost its
+    oldest turns.
     """
 
     source: str
     split: str
     rows_in: int
+    further: int = 0
     kept: int
     dropped: dict[str, int]
     shortened: int = 0
@@ -36,12 +38,28 @@ class DecodedPair(Part):
 
 
 class DataRecord(Record):
-    """The counts of all rows read, and the content of the splits."""
+    """The counts of all rows read, and the content of the splits.
+
+    Attributes:
+        sources: the counts by source and split.
+        formats: each source's format.
+        better: what says in each source which answer is the better one.
+        unused: fields of each source that were not used, with the number of rows that have them.
+        notes: other things counted of each source's rows, such as annotators who disagree.
+        splits: the pairs of each split.
+        max_length: the limit in tokens that applied.
+        split_seed: the seed that splits were drawn with.
+        template_warnings: what the user should know about the tokenizer and its template.
+        example: the first pair, as the model sees it.
+    """
 
     file = "data.json"
 
     sources: list[SourceAccount]
     formats: dict[str, str | None] = {}
+    better: dict[str, str] = {}
+    unused: dict[str, dict[str, int]] = {}
+    notes: dict[str, dict[str, int]] = {}
     splits: dict[str, SplitRecord]
     max_length: int | None = None
     split_seed: int = 0
