@@ -51,6 +51,15 @@ def test_limit_and_sanity_check_read_that_many_rows(tmp_path):
         assert (len(data.train), len(data.validation), len(data.test)) == (expected, expected, 0)
 
 
+def test_the_sanity_check_takes_pairs_with_different_prompts(tmp_path):
+    """The first rows may be many answers to one question, of which no split could be held out."""
+    rows = [row(0, chosen=f"yes {number}") for number in range(30)] + [row(number) for number in range(1, 20)]
+    data = prepared(data=write(tmp_path / "t.jsonl", rows), sanity_check=True)
+    assert (len(data.train), len(data.validation), len(data.test)) == (3, 1, 1)
+    assert data.record.sources[0].dropped == {"related to an earlier prompt": 29}
+    assert balanced(data.record)
+
+
 def test_without_evaluation_data_prompts_are_held_out_with_all_their_pairs(tmp_path):
     rows = [row(number // 2, chosen=f"yes {number}") for number in range(60)]
     data = prepared(data=write(tmp_path / "t.jsonl", rows))

@@ -102,6 +102,14 @@ def test_near_copies_in_a_script_without_spaces_are_one_group():
     assert len(set(group_prompts(copies))) == 1
 
 
+@pytest.mark.parametrize("length", [10, 12, 15, 20, 25, 30, 45])
+def test_a_short_question_and_its_copies_without_a_character_are_one_group(length):
+    text = CHINESE[:length]
+    copies = [prompt(text), *(prompt(text[:at] + text[at + 1 :]) for at in range(length))]
+    assert len(set(group_prompts(copies))) == 1
+    assert all(relation(copies[0], copy) == NEAR for copy in copies[1:])
+
+
 @pytest.mark.parametrize("text", [CHINESE, JAPANESE, THAI, f"{CHINESE} with Python 3.12 and a little English"])
 def test_a_character_is_a_word_where_there_are_no_spaces(text):
     assert relation(prompt(text), prompt(text[:20] + text[21:])) == NEAR
@@ -114,6 +122,8 @@ def test_a_character_is_a_word_where_there_are_no_spaces(text):
         ("好", "嗨"),
         ("你好", "您好"),
         ("今天北京的天气怎么样?", "明天上海的天气怎么样?"),
+        ("请问法国的首都是什么?", "请问德国的首都是什么?"),
+        ("请写一首关于春天的诗歌。", "请写一首关于秋天的诗歌。"),
         ("光合作用是什么?请简单说明。", "相对论是什么?请简单说明。"),
         ("猫の名前を考えて", "犬の散歩のコツは?"),
     ],

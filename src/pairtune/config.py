@@ -70,7 +70,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=0.5)]
 Grid = Annotated[list[Positive], Field(min_length=1), AfterValidator(_different)]
 
-SANITY_ROWS = 5
+SANITY_PROMPTS = 5
 MAX_LENGTH = 1024
 SOURCES = "a .jsonl, .json, .csv or .parquet file, a folder, a Hub id (org/name:subset@split#revision), bundled:concise"
 
@@ -108,12 +108,14 @@ class Reading:
         pairing: which pairs a list of rated answers gives.
         min_gap: the least difference between the scores of a pair's answers.
         confirmed: whether the person confirmed the columns.
+        prompts: stop after this many pairs with unrelated prompts, and leave out those with related ones; None for all.
     """
 
     columns: Columns = field(default_factory=dict)
     pairing: Pairing = "best-worst"
     min_gap: float = 0.0
     confirmed: bool = False
+    prompts: int | None = None
 
 
 class SourceConfig(_Strict):
@@ -422,7 +424,7 @@ class RunConfig(_Training):
     )
     sanity_check: bool = setting(
         False,
-        f"Use only the first {SANITY_ROWS} rows, to check that everything works.",
+        f"Use only the first {SANITY_PROMPTS} pairs with unrelated prompts, to check that everything works.",
         "all rows are used",
         group=COMMON,
     )
@@ -523,12 +525,11 @@ class RunConfig(_Training):
     @property
     def reading(self) -> Reading:
         """How the rows of all sources are read; a source may have columns of its own."""
-        return Reading(self.columns, self.pairs, self.min_gap, self.accept_columns)
+        prompts = SANITY_PROMPTS if self.sanity_check else None
+        return Reading(self.columns, self.pairs, self.min_gap, self.accept_columns, prompts)
 
     def row_limit(self, split: str) -> int | None:
         """The most rows to read from each source of a split (train, validation or test); None for all."""
-        if self.sanity_check:
-            return SANITY_ROWS
         return self.limit if split == "train" or self.eval_limit is None else self.eval_limit
 
     @model_validator(mode="wrap")

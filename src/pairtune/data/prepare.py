@@ -31,7 +31,7 @@ from pairtune.run.schema import from_json, to_json
 SPLITS = ("train", "validation", "test")
 TRAIN, VALIDATION, TEST = range(3)
 
-_CACHE_FORMAT = "4"
+_CACHE_FORMAT = "5"
 _CACHE_BYTES = 4 << 30
 _RECORD, _PAIRS, _ROWS = "data.json", "pairs.arrow", "splits.npz"
 _PROMPTS = "prompts of "
@@ -161,6 +161,7 @@ def _cache_key(config: RunConfig, parts: Sequence[_SourcePart], encoder: PairTok
         columns = sorted(reading.columns.items())
         content += [part.name, part.reader.source.fingerprint()]
         content += map(str, (part.split, part.reader.limit, part.weight, columns, reading.pairing, reading.min_gap))
+        content.append(str(reading.prompts))
     return fingerprint(content)
 
 

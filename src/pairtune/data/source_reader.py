@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from pairtune.config import Reading, SourceConfig
 from pairtune.data.columns import HEAD
 from pairtune.data.conversations import is_empty
 from pairtune.data.judged_rows import label_key
-from pairtune.data.preference import BadRow, PreferencePair
+from pairtune.data.preference import BadRow, LeftOut, PreferencePair
 from pairtune.data.row_parser import Parsed, RowParser, refuse_unknown
 from pairtune.data.sources import Source, SourceRow, open_source
 
@@ -40,7 +40,7 @@ class SourceReader:
     def open(cls, config: SourceConfig, flag: str, reading: Reading, limit: int | None) -> SourceReader:
         """Find the source; see `open_source`. Its own columns override those given for all sources."""
         if config.columns:
-            reading = Reading(config.columns, reading.pairing, reading.min_gap, reading.confirmed)
+            reading = replace(reading, columns=config.columns)
         source = open_source(config, flag)
         return cls(config, source, RowParser(reading, config.source), limit, f"{flag} {config.source}")
 
@@ -71,7 +71,8 @@ class SourceReader:
         rows = self.source.rows(self.limit)
         head = list(islice(rows, HEAD)) if self.parser.reading.columns else []
         self.parser.prepare([row.content for row in head], self._values, self.where)
-        yield from self.parser.parse_all(chain(head, rows))
+        parsed = self.parser.parse_all(chain(head, rows))
+        yield from parsed if self.parser.reading.prompts is None else _unrelated(parsed, self.parser.reading.prompts)
 
     def encoded(self, encode: Encode) -> Iterator[list[tuple[SourceRow, TokenizedPair | BadRow]]]:
         """Every row with its pair tokenized by a method of `PairTokenizer`, in batches and in the source's order."""
@@ -89,6 +90,26 @@ class SourceReader:
                 label_key(each) for each in (value if isinstance(value, list) else [value]) if not _blank(each)
             )
         return found
+
+
+def _unrelated(parsed: Iterator[Parsed], count: int) -> Iterator[Parsed]:
+    """The rows up to the pair with which `count` unrelated prompts have been seen; related ones are left out."""
+    from pairtune.data.splits import Prompt, PromptIndex  # loads numpy, which refusing a source does not need
+
+    index, seen = PromptIndex(), 0
+    for row, result in parsed:
+        if not isinstance(result, PreferencePair):
+            yield row, result
+            continue
+        prompt = Prompt.of(result.prompt)
+        if next(index.related(prompt), None):
+            yield row, LeftOut("related to an earlier prompt", "", "has a prompt that is related to an earlier one")
+            continue
+        index.add(seen, prompt)
+        seen += 1
+        yield row, result
+        if seen == count:
+            return
 
 
 def _blank(value: object) -> bool:

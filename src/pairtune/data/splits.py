@@ -3,7 +3,8 @@
 Two prompts are related if they are equal apart from case and whitespace, if one conversation begins with the other, or
 if they are nearly the same: the estimated Jaccard similarity of their three-word shingles is 0.8 or more (MinHash;
 Broder 1997, "On the resemblance and containment of documents"). In scripts that are written without spaces, characters
-take the place of words. Related prompts are never in different splits.
+take the place of words and shingles have two of them, since a question may have no more than a dozen; such short ones
+are near as well if one lacks a single character of the other. Related prompts are never in different splits.
 
 System messages do not count for the similarity, because a long one that all rows share would make all of them similar.
 The same question under two system messages is therefore related, which errs on the safe side. A long text that all
@@ -28,7 +29,10 @@ NEAR_SIMILARITY = 0.8
 _PERMUTATIONS = 128
 # 32 bands of 4: a pair with similarity 0.8 is missed once in ten million times; candidates are verified.
 _BANDS = 32
-_SHINGLE = 3
+_SHINGLE, _UNSPACED_SHINGLE = 3, 2
+# Prompts without spaces of this many characters are compared exactly: shorter ones say too little, in longer ones a
+# single character hardly matters.
+_SHORT = range(8, 40)
 
 # Scripts without spaces, in which only a dictionary could find words: Thai, Lao, Tibetan, Myanmar, Khmer, the Tai
 # scripts, Balinese, Javanese; kana and bopomofo; Han. Korean uses spaces.
@@ -48,11 +52,24 @@ class Prompt:
         whole: hashes of the prompt as it was read and, if it lost its oldest turns, as it is used.
         begun: hashes of the shorter conversations that it begins with.
         sketch: MinHash of its user and assistant turns.
+        shingles: what the sketch is of, for short prompts in scripts without spaces; else empty.
     """
 
     whole: tuple[int, ...]
     begun: tuple[int, ...]
     sketch: RMinHash
+    shingles: frozenset[str] = frozenset()
+
+    def is_near(self, other: Prompt) -> bool:
+        """Whether two prompts are nearly the same."""
+        if self.shingles and other.shingles:
+            less, more = sorted((len(self.shingles - other.shingles), len(other.shingles - self.shingles)))
+            # Taking one character out of a text removes two of its pairs of characters and makes one, or removes one.
+            without_one = less < more <= 2
+            return without_one or len(self.shingles & other.shingles) >= NEAR_SIMILARITY * len(
+                self.shingles | other.shingles
+            )
+        return bool(self.sketch.jaccard(other.sketch) >= NEAR_SIMILARITY)
 
     @classmethod
     def of(cls, *prompts: Sequence[Message]) -> Prompt:
@@ -66,21 +83,30 @@ class Prompt:
                     begun.append(int.from_bytes(digest.digest()))
             whole.append(int.from_bytes(digest.digest()))
         dialogue = [turn for turn in prompts[0] if turn["role"] != "system"]
-        units = _units(dialogue) or _units(prompts[0])
+        units, unspaced = _units(dialogue)
+        if not units:
+            units, unspaced = _units(prompts[0])
+        size = _UNSPACED_SHINGLE if unspaced else _SHINGLE
+        shingles = [" ".join(units[at : at + size]) for at in range(max(1, len(units) - size + 1))]
         sketch = RMinHash(num_perm=_PERMUTATIONS, seed=1)
-        sketch.update([" ".join(units[at : at + _SHINGLE]) for at in range(max(1, len(units) - _SHINGLE + 1))])
-        return cls(tuple(whole), tuple(begun), sketch)
+        sketch.update(shingles)
+        return cls(
+            tuple(whole),
+            tuple(begun),
+            sketch,
+            frozenset(shingles) if unspaced and len(units) in _SHORT else frozenset(),
+        )
 
 
 def _words(turn: Message) -> str:
     return " ".join(turn["content"].casefold().split())
 
 
-def _units(turns: Sequence[Message]) -> list[str]:
-    """The units of shingles: words, and characters in scripts that are written without spaces."""
+def _units(turns: Sequence[Message]) -> tuple[list[str], bool]:
+    """The units of shingles, words or characters, and whether the text is in a script without spaces."""
     text = " ".join(_words(turn) for turn in turns)
-    unspaced = not text.isascii() and _HAS_UNSPACED.search(text)
-    return _UNITS.findall(text) if unspaced else text.split()
+    unspaced = not text.isascii() and bool(_HAS_UNSPACED.search(text))
+    return (_UNITS.findall(text) if unspaced else text.split()), unspaced
 
 
 def prompt_key(turns: Sequence[Message]) -> int:
@@ -119,7 +145,7 @@ class PromptIndex:
         for keys, index in ((prompt.begun, self._whole), (prompt.whole, self._begun)):
             yield from ((number, CONTINUED) for key in keys for number in index.get(key, ()))
         for number in self._near.query(prompt.sketch):
-            if self._prompts[number].sketch.jaccard(prompt.sketch) >= NEAR_SIMILARITY:
+            if self._prompts[number].is_near(prompt):
                 yield number, NEAR
 
 
