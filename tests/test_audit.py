@@ -21,7 +21,7 @@ from rich.console import Console
 from pairtune.errors import BadInput
 from pairtune.evaluate.audit.check import RULES, audit
 from pairtune.evaluate.audit.evidence import Evidence, TrialLog
-from pairtune.evaluate.audit.foreign import with_options
+from pairtune.evaluate.audit.logged_rows import with_options
 from pairtune.evaluate.audit.read import read_evidence
 from pairtune.report.render_audit import audit_markdown, render_audit
 from pairtune.run.records import AuditRecord, Finding
@@ -87,9 +87,9 @@ def test_the_assignments_tables_give_themselves_away(assignment):
     assert "labelled beta 0.1, but its rewards over its log-prob changes give beta 0.202" in evidence
     assert "labelled beta 0.2, but its rewards over its log-prob changes give beta 0.1," in evidence
     assert by_rule["beta-mislabelled"] == {"run 2", "run 3"}
-    assert "0.8333 cannot come from 5 rows" in evidence
     assert by_rule["train-loss-zero"] == {"run 2", "run 3", "run 4"}
-    assert "the winner cannot be distinguished from the others" in evidence
+    assert by_rule["rows-repeat"] == {"run 4"}
+    assert not {"few-rows", "accuracy-impossible", "winner-unsettled"} & by_rule.keys(), "rows are not guessed"
 
 
 def test_with_the_number_of_rows_the_accuracies_are_wrong(assignment):
@@ -98,6 +98,8 @@ def test_with_the_number_of_rows_the_accuracies_are_wrong(assignment):
     assert (
         "0.833333 cannot come from 5 rows; averaging over batches of 2 with a smaller last batch" in wrong[-1].evidence
     )
+    (unsettled,) = (each for each in findings(assignment, eval_rows=5) if each.rule == "winner-unsettled")
+    assert "the winner cannot be distinguished from the others" in unsettled.evidence
 
 
 def test_the_command_prints_the_findings_and_fails(assignment, tmp_path):
@@ -397,8 +399,11 @@ def test_a_first_row_at_step_ten_far_from_the_base_is_found():
 
 def test_a_first_mean_that_leaves_no_room_for_ln_2_is_found():
     """Ten losses of which the first is ln 2 have a mean of at least 0.069."""
-    assert "start-not-base" in verdicts(log(rewards(10, 0.5, -0.5, loss=0.05), rewards(20, 0.9, -0.9, loss=0.04)))[0]
-    assert "start-not-base" not in verdicts(log(rewards(10, 0.5, -0.5, loss=0.07), rewards(20, 0.9, -0.9, loss=0.0)))[0]
+    low = rewards(10, 0.5, -0.5, loss=0.05), rewards(20, 0.9, -0.9, loss=0.04)
+    assert "start-not-base" in verdicts(log(*low, loss="sigmoid"))[0]
+    assert "start-not-base" not in verdicts(log(*low))[0], "another loss can be that low"
+    enough = rewards(10, 0.5, -0.5, loss=0.07), rewards(20, 0.9, -0.9, loss=0.0)
+    assert "start-not-base" not in verdicts(log(*enough, loss="sigmoid"))[0]
 
 
 @pytest.mark.parametrize("every", [10, 20, 25])
@@ -448,7 +453,13 @@ def test_what_a_rule_needs_is_what_it_says(removed):
 
         tokens = {f"tokens/{answer}": generator.integers(5, 50, 40).astype(float) for answer in ("chosen", "rejected")}
         examples = tokens | {"rewards/accuracies": np.tile([1.0, 1.0, 1.0, 0.0], 10)}
-        made = log(*map(full, range(1, 30)), name=name, evaluations=[full(0), *map(full, (10, 20))])
+        made = log(
+            *map(full, range(1, 30)),
+            name=name,
+            max_grad_norm=1.0,
+            loss="sigmoid",
+            evaluations=[full(0), *map(full, (10, 20))],
+        )
         made.steps[0] |= {f"rewards/{answer}": 0.0 for answer in ("chosen", "rejected", "margins")}
         made.beta, made.eval_rows, made.examples = beta, 40, examples
         made.best_epoch = 2.0
@@ -481,11 +492,11 @@ def test_what_a_rule_needs_is_what_it_says(removed):
 
 
 def test_what_a_rule_saw_of_some_trials_only_is_said():
-    seen = log(*(rewards(n, 0.0, 0.0, grad_norm=0.5) for n in range(1, 30)), name="seen")
+    seen = log(*(rewards(n, 0.0, 0.0, grad_norm=0.5) for n in range(1, 30)), name="seen", max_grad_norm=1.0)
     record = audit(Evidence(Path("log"), "CSV", [seen, log(rewards(1, 0.0, 0.0), name="unseen")]))
     assert "always-clipped" in record.passed
-    assert record.partly_checked["always-clipped"] == {"unseen": "gradient norms of 20 steps"}
-    assert "partly checked: always-clipped (unseen lacks gradient norms of 20 steps)" in shown(record)
+    assert record.partly_checked["always-clipped"] == {"unseen": "the norm that gradients were clipped to"}
+    assert "partly checked: always-clipped (unseen lacks the norm that gradients were clipped to)" in shown(record)
 
 
 def shown(record):

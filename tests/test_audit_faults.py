@@ -83,7 +83,8 @@ def evaluations(**values):
 
     def change(row, number, evaluation):
         if evaluation:
-            row |= {f"eval_{name.replace('__', '/')}": value for name, value in values.items()}
+            named = {f"eval_{name.replace('__', '/')}": value for name, value in values.items()}
+            row |= {name: value(row[name]) if callable(value) else value for name, value in named.items()}
 
     return change
 
@@ -261,7 +262,132 @@ def truncated(run):
     )
 
 
+def margins(run):
+    change_lines(run, evaluations(rewards__margins=lambda value: value + 0.3))
+
+
+def accuracy(value, **more):
+    return lambda run: change_lines(run, evaluations(rewards__accuracies=value, **more))
+
+
+def positive_log_probs(run):
+    change_lines(run, evaluations(logps__chosen=abs))
+
+
+def loss_below_bound(run):
+    change_lines(run, evaluations(loss=0.2, rewards__chosen=0.1, rewards__rejected=0.0, rewards__margins=0.1))
+
+
+def negated_rewards(run):
+    def change(row, number, evaluation):
+        if evaluation:
+            row |= {"eval_rewards/chosen": -row["epoch"], "eval_rewards/rejected": row["epoch"]}
+            row |= {"eval_rewards/margins": -2.0 * row["epoch"]}
+            row |= {"eval_logps/chosen": -80.0 + 9 * row["epoch"], "eval_logps/rejected": -90.0 - 9 * row["epoch"]}
+
+    change_lines(run, change)
+
+
+def steps_go_back(run):
+    change_lines(
+        run, lambda row, number, evaluation: row.update(step=7 - row["step"] if row["step"] > 3 else row["step"])
+    )
+
+
+def evaluations_reversed(run):
+    """Four epochs in which the training goes away from the base and the evaluations come back to it."""
+    trial = first_trial(run)
+    lines = trial.metrics.read_text().splitlines()
+    step, evaluation = ({}, {})
+    for line in map(json.loads, lines):
+        step, evaluation = (step, line) if "eval_loss" in line else (line, evaluation)
+    rows = []
+    for epoch in range(1, 5):
+        rows.append(
+            {**step, "step": epoch, "epoch": epoch, "rewards/chosen": epoch / 10, "rewards/rejected": -epoch / 10}
+        )
+        away = (5 - epoch) / 10
+        rewards = {"eval_rewards/chosen": away, "eval_rewards/rejected": -away, "eval_rewards/margins": 2 * away}
+        rows.append({**evaluation, "step": epoch, "epoch": epoch, **rewards})
+    trial.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def pasted_evaluation(run):
+    seen = {}
+
+    def change(row, number, evaluation):
+        if evaluation:
+            row |= {name: value for name, value in seen.items() if name not in ("step", "epoch")}
+            seen.update(row)
+
+    change_lines(run, change)
+
+
+def same_trials(run):
+    one, other = (run.paths.trial(entry["name"]) for entry in json.loads(run.paths.sweep.read_text())["trials"])
+    shutil.copy(one.metrics, other.metrics)
+
+
+def constant_norm(run):
+    change_lines(run, lambda row, number, evaluation: evaluation or row.update(grad_norm=1.0))
+
+
+def rate_zero(run):
+    change_lines(run, lambda row, number, evaluation: evaluation or row.update(learning_rate=1e-3 * (row["step"] < 3)))
+
+
+def rate_jumps(run):
+    change_lines(
+        run, lambda row, number, evaluation: evaluation or row.update(learning_rate=1e-2 if row["step"] == 3 else 1e-3)
+    )
+
+
+def moved_reference(run):
+    """The second trial's base is where the first one ended."""
+    one, other = (run.paths.trial(entry["name"]) for entry in json.loads(run.paths.sweep.read_text())["trials"])
+
+    def place(start, beta):
+        def change(row, number, evaluation):
+            if evaluation:
+                for answer, sign in (("chosen", 1), ("rejected", -1)):
+                    row[f"eval_logps/{answer}"] = -80.0 + sign * (start + row["epoch"])
+                    row[f"eval_rewards/{answer}"] = beta * sign * row["epoch"]
+                row["eval_rewards/margins"] = 2 * beta * row["epoch"]
+
+        return change
+
+    change_lines(run, place(0.0, 0.1), one)
+    change_lines(run, place(2.0, 0.2), other)
+
+
+def trained_on_evaluation(run):
+    def change(row, number, evaluation):
+        moved = row["epoch"] if evaluation else row["step"]
+        start = "eval_" if evaluation else ""
+        for answer, sign in (("chosen", 1), ("rejected", -1)):
+            row[f"{start}logps/{answer}"] = -80.0 + sign * moved
+            row[f"{start}rewards/{answer}"] = 0.1 * sign * moved
+        row[f"{start}rewards/margins"] = 0.2 * moved
+
+    change_lines(run, change)
+
+
 FAULTS = {
+    "margin-arithmetic": (margins, "error"),
+    "accuracy-range": (accuracy(1.04), "error"),
+    "accuracy-contradiction": (accuracy(0.0), "error"),
+    "log-prob-positive": (positive_log_probs, "error"),
+    "loss-below-bound": (loss_below_bound, "error"),
+    "reward-sign": (negated_rewards, "error"),
+    "rows-order": (steps_go_back, "error"),
+    "evaluations-order": (evaluations_reversed, "error"),
+    "rows-repeat": (pasted_evaluation, "error"),
+    "trials-repeat": (same_trials, "error"),
+    "frozen-column": (constant_norm, "error"),
+    "learning-rate-zero": (rate_zero, "error"),
+    "learning-rate-schedule": (rate_jumps, "error"),
+    "reference-moved": (moved_reference, "warning"),
+    "evaluates-training-pairs": (trained_on_evaluation, "error"),
     "start-not-base": (starts_elsewhere, "error"),
     "trials-continue": (goes_on, "error"),
     "beta-mislabelled": (other_beta, "error"),
@@ -313,7 +439,8 @@ def test_every_rule_has_a_planted_fault():
 def test_the_clean_run_is_clean(clean):
     record = json.loads(clean.paths.audit.read_text())
     assert {finding["rule"] for finding in record["findings"]} <= {"few-rows", "beta-ranking", "winner-unsettled"}
-    assert record["not_checked"].keys() == {"always-clipped", "length-bias"}, "six steps and 24 pairs are too few"
+    few = {"always-clipped", "length-bias", "evaluations-order"}
+    assert record["not_checked"].keys() == few, "six steps, two epochs and 24 pairs are too few"
     assert not record["partly_checked"]
 
 

@@ -151,7 +151,7 @@ def resume(
 @app.command()
 def audit(
     path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="Run folder, trainer_state.json, .csv, or W&B offline run.")
+        Path, typer.Argument(metavar="PATH", help="Run folder, trainer_state.json or its rows, .csv, or W&B run.")
     ],
     eval_rows: Annotated[
         int | None, typer.Option(min=1, help="Number of validation rows, if the log does not state it.")
@@ -160,19 +160,28 @@ def audit(
         int | None, typer.Option(min=1, help="Evaluation batch size, if the log does not state it.")
     ] = None,
     beta: Annotated[
-        list[float] | None, typer.Option(help="DPO's beta, if the log does not state it; repeat for several.")
+        list[str] | None,
+        typer.Option(
+            metavar="[TRIAL=]FLOAT", help="DPO's beta, if the log does not state it; repeat for the trials, in order."
+        ),
+    ] = None,
+    loss: Annotated[
+        str | None, typer.Option(help="TRL's name of the loss (sigmoid is DPO's), if the log does not state it.")
     ] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the findings to this file as well.")] = None,
     as_json: Json = False,
 ) -> None:
     """Find what is wrong with a run from its own numbers. Exit code 1 if there is an error."""
     from pairtune.evaluate.audit.check import audit
-    from pairtune.evaluate.audit.foreign import with_options
+    from pairtune.evaluate.audit.logged_rows import with_options
     from pairtune.evaluate.audit.read import read_evidence
     from pairtune.report.render_audit import audit_markdown, render_audit
     from pairtune.run.records import dump
 
-    found = audit(with_options(read_evidence(path), eval_rows, batch_size, beta))
+    evidence = with_options(read_evidence(path), eval_rows, batch_size, beta, loss)
+    if beta and len(evidence.trials) > 1:
+        typer.echo(f"beta: {', '.join(f'{trial.name} {trial.beta:g}' for trial in evidence.trials)}", err=True)
+    found = audit(evidence)
     if markdown:
         from pairtune.files import write_atomic
 

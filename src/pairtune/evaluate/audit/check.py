@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pairtune.evaluate.audit import claims, learning, numbers, starts
+from pairtune.evaluate.audit import arithmetic, claims, learning, numbers, repeats, schedule, starts
 from pairtune.evaluate.audit.evidence import Evidence
 from pairtune.evaluate.audit.rule import Rule, finding_of
 from pairtune.run.records import LEVELS, AuditRecord, Finding
 
-RULES: tuple[Rule, ...] = starts.RULES + numbers.RULES + learning.RULES + claims.RULES
+RULES: tuple[Rule, ...] = (
+    arithmetic.RULES + repeats.RULES + schedule.RULES + starts.RULES + numbers.RULES + learning.RULES + claims.RULES
+)
 
 
 def find(evidence: Evidence, rules: Sequence[Rule] = RULES) -> list[Finding]:

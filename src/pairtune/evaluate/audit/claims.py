@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from itertools import combinations
 
 from pairtune.config import source_name
-from pairtune.evaluate.audit.evidence import Evidence, TrialLog
+from pairtune.errors import plural
+from pairtune.evaluate.audit.evidence import ANSWERS, Evidence, TrialLog
 from pairtune.evaluate.audit.rule import Hit, Rule
 from pairtune.statistics import ALPHA, share_interval
 
 _FEW_ROWS = 100
-_MOST_ROWS = 20
+# Two sets of pairs whose mean log-probs under one base agree to this many nats, chosen and rejected, are the same.
+_SAME_NATS = 0.01
 _CUT_SHARE, _CUT_MUCH = 0.05, 0.2
 _NAMED = 3
 
@@ -29,39 +31,24 @@ def _few_rows(evidence: Evidence) -> Iterator[Hit]:
         yield Hit(
             "warning",
             tuple(trial.name for trial in trials),
-            f"{rows} validation row{'' if rows == 1 else 's'}{_known(best)}: the 95% confidence interval of an "
+            f"{plural(rows, 'validation row')}: the 95% confidence interval of an "
             f"accuracy of {accuracy:.4f} is {low:.2f} to {high:.2f}{chance}",
         )
 
 
-def _known(trial: TrialLog) -> str:
-    return "" if trial.eval_rows else " (the fewest that give these accuracies; the number is not recorded)"
-
-
 def _by_rows(evidence: Evidence) -> dict[int, list[TrialLog]]:
-    """Trials by number of validation rows: as recorded, or the fewest that give their accuracies."""
-    unknown = [trial for trial in evidence.trials if not trial.eval_rows and math.isfinite(_accuracy(trial))]
-    needed = _least_rows(unknown) if unknown else None
+    """Trials by number of validation rows, where it is known."""
     by_rows: dict[int, list[TrialLog]] = {}
     for trial in evidence.trials:
-        rows = trial.eval_rows or (needed if trial in unknown else None)
-        if rows:
-            by_rows.setdefault(rows, []).append(trial)
+        if trial.eval_rows:
+            by_rows.setdefault(trial.eval_rows, []).append(trial)
     return by_rows
 
 
-def _least_rows(trials: list[TrialLog]) -> int | None:
-    values = [row["rewards/accuracies"] for trial in trials for row in trial.evaluations if "rewards/accuracies" in row]
-    fits = (
-        rows
-        for rows in range(1, _MOST_ROWS)
-        if all(abs(value * rows - round(value * rows)) < 1e-5 * rows for value in values)
-    )
-    return next(fits, None)
-
-
 def _accuracy(trial: TrialLog) -> float:
-    return (trial.best or {}).get("rewards/accuracies", math.nan)
+    """The accuracy that counts; NaN if there is none, or none that a share of pairs can be."""
+    accuracy = (trial.best or {}).get("rewards/accuracies", math.nan)
+    return accuracy if 0 <= accuracy <= 1 else math.nan
 
 
 def _ranked_across_betas(evidence: Evidence) -> Iterator[Hit]:
@@ -129,6 +116,43 @@ def _splits_overlap(evidence: Evidence) -> Iterator[Hit]:
                 f"{one} ({len(ours)} pairs) and {other} ({len(theirs)} pairs) share {shared} "
                 f"prompt{'' if shared == 1 else 's'}",
             )
+
+
+def _evaluates_training_pairs(evidence: Evidence) -> Iterator[Hit]:
+    """Validation pairs that are the training pairs: their mean log-probs under the base are equal."""
+    for trial in evidence.trials:
+        base, trained = trial.base_logps(evidence.betas.get(trial.name)), _trained_base(trial, evidence)
+        if len(base) == len(trained) == len(ANSWERS) and all(
+            abs(base[each] - trained[each]) < _SAME_NATS for each in base
+        ):
+            shown = ", ".join(f"{each} {trained[each]:.4f} and {base[each]:.4f}" for each in base)
+            yield Hit(
+                "error",
+                (trial.name,),
+                f"the base's mean log-probs, as training and evaluation rows imply them, are equal: {shown}",
+            )
+
+
+def _trained_base(trial: TrialLog, evidence: Evidence) -> dict[str, float]:
+    """The base's mean log-probs of the training pairs as implied by the rows of the first epoch, if these cover it."""
+    beta = evidence.betas.get(trial.name)
+    rows = [row for row in trial.steps if row.get("epoch", math.nan) <= 1 and "step" in row]
+    if not beta or trial.reference_free or not rows or rows[-1]["epoch"] != 1:
+        return {}
+    # A row is the mean over the steps since the row before.
+    steps = [row["step"] - before for row, before in zip(rows, [0.0, *(row["step"] for row in rows)], strict=False)]
+    found = {}
+    for answer in ANSWERS:
+        values = [row.get(f"logps/{answer}", math.nan) - row.get(f"rewards/{answer}", math.nan) / beta for row in rows]
+        mean = sum(value * count for value, count in zip(values, steps, strict=True)) / rows[-1]["step"]
+        if math.isfinite(mean):
+            found[answer] = mean
+    return found
+
+
+def _no_epoch(trial: TrialLog, evidence: Evidence) -> str:
+    known = trial.base_logps(evidence.betas.get(trial.name)) and _trained_base(trial, evidence)
+    return "" if known else "log-probs and rewards of all steps of an epoch"
 
 
 def _much_is_cut(evidence: Evidence) -> Iterator[Hit]:
@@ -226,6 +250,14 @@ RULES = (
         "Split by prompt, and drop the duplicates from the held-out side.",
         _splits_overlap,
         _no_prompts,
+    ),
+    Rule(
+        "evaluates-training-pairs",
+        "The validation pairs are the training pairs",
+        "What a model was trained on says nothing about other pairs.",
+        "Hold validation pairs out before training.",
+        _evaluates_training_pairs,
+        lacks=_no_epoch,
     ),
     Rule(
         "truncation",

@@ -37,13 +37,15 @@ class TrialLog:
         name: as in the source.
         learning_rate: as labelled; None if not recorded.
         beta: as labelled; None if not recorded.
-        loss: the loss type, as labelled; TRL's default if not recorded.
+        loss: the loss type, as labelled; empty if not recorded.
         loss_settings: other settings that change the loss's scale, by name, where recorded.
         steps: training steps, in order.
         evaluations: in order, with `train_loss` where the same row had the training loss.
         eval_rows: number of pairs per evaluation; None if not recorded.
-        batch_size: of evaluations; None if not recorded.
-        max_grad_norm: the norm that gradients were clipped to.
+        eval_batches: number of batches per evaluation; None if not recorded.
+        batch_size: of evaluations, as a person stated it; None if nobody did.
+        max_grad_norm: the norm that gradients were clipped to; None if not recorded.
+        batch_means: whether evaluations average the means of batches, as TRL does, except for the loss.
         status: `finished`, or how else the trial ended, with `reason`.
         best_epoch: the epoch that is reported as the best.
         saved: how the saved weights differ from the reported ones; empty where they agree or are unknown.
@@ -54,13 +56,15 @@ class TrialLog:
     name: str
     learning_rate: float | None = None
     beta: float | None = None
-    loss: str = "sigmoid"
+    loss: str = ""
     loss_settings: dict[str, float] = field(default_factory=dict)
     steps: list[Row] = field(default_factory=list)
     evaluations: list[Row] = field(default_factory=list)
     eval_rows: int | None = None
+    eval_batches: int | None = None
     batch_size: int | None = None
-    max_grad_norm: float = 1.0
+    max_grad_norm: float | None = None
+    batch_means: bool = False
     status: str = "finished"
     reason: str = ""
     best_epoch: float | None = None
@@ -82,6 +86,37 @@ class TrialLog:
     def series(self, metric: str) -> Numbers:
         """One metric over all evaluations; NaN where it is not recorded."""
         return np.array([row.get(metric, math.nan) for row in self.evaluations], dtype=np.float64)
+
+    @property
+    def is_dpo(self) -> bool | None:
+        """Whether the loss is -log sigmoid of the margin, as DPO's is; None if unknown.
+
+        Where the loss type is not recorded, the numbers can show it: other losses differ from -log sigmoid at margins
+        near 0, or fall below it, which the mean of DPO's loss cannot (Jensen). Rows of training and evaluations are
+        looked at apart, because a fault in one kind should not hide what the other shows.
+        """
+        if self.loss:
+            return self.loss == DPO
+        if any(map(_satisfied, self.steps)):
+            return False
+        kinds = [sigmoid_excess(self.steps), sigmoid_excess([] if self.uneven else self.evaluations)]
+        if any(map(_follows_sigmoid, kinds)):
+            return True
+        # A loss of exactly 0 may be a NaN that was written as 0, and says nothing about the type.
+        nonzero = [kind[kind[:, 0] + np.logaddexp(0, -kind[:, 1]) != 0] for kind in kinds]
+        return False if any(len(kind) and (kind[:, 0] < -_FAR_BELOW).mean() > _FEW_BELOW for kind in nonzero) else None
+
+    @property
+    def uneven(self) -> bool:
+        """Whether the pairs of a smaller last batch may count more than the others in an evaluation's margins.
+
+        The log shows the numbers of rows and batches, which several batch sizes can give; powers of two are usual.
+        """
+        if not self.batch_means or self.eval_batches == 1:
+            return False
+        rows, batches = self.eval_rows or 0, self.eval_batches or 0
+        usual = (2**power for power in range(12))
+        return not any(rows and rows % size == 0 and rows // size == batches for size in usual)
 
     @property
     def reference_free(self) -> bool:
@@ -136,6 +171,38 @@ class TrialLog:
             if np.isfinite(values).any():
                 implied[answer] = float(np.nanmedian(values))
         return implied
+
+
+DPO = "sigmoid"  # TRL's name of DPO's loss
+# How near a loss has to be to -log sigmoid at the smallest margin, per unit of that margin and in all; how far below is
+# rounding; and how far rows are below that a few of which do not belong to the others.
+_NEAR_SHARE, _NEAR, LOSS_ROUNDING, _FAR_BELOW, _FEW_BELOW = 0.06, 0.003, 2e-4, 0.05, 0.2
+
+
+def sigmoid_excess(rows: Sequence[Row]) -> Numbers:
+    """By how much each row's loss exceeds -log sigmoid of its margin; rows without either are left out, [rows, 2].
+
+    The second column is the margin.
+    """
+    pairs = [(row.get("loss", math.nan), row.get("rewards/margins", math.nan)) for row in rows]
+    known = np.array([pair for pair in pairs if all(map(math.isfinite, pair))], dtype=np.float64).reshape(-1, 2)
+    return np.stack([known[:, 0] - np.logaddexp(0, -known[:, 1]), known[:, 1]], axis=1)
+
+
+def _follows_sigmoid(found: Numbers) -> bool:
+    if len(found) < 2:
+        return False
+    below = found[:, 0] < -LOSS_ROUNDING
+    if below.any() and (below.mean() > _FEW_BELOW or found[below, 0].max() > -_FAR_BELOW):
+        return False
+    excess, margin = found[~below][np.abs(found[~below, 1]).argmin()]
+    return bool(excess <= _NEAR_SHARE * min(1.0, abs(margin)) + _NEAR)
+
+
+def _satisfied(row: Row) -> bool:
+    """Whether a row has neither loss nor gradient because all its pairs are told apart: a hinge loss does that."""
+    told_apart = row.get("rewards/accuracies") == 1 and row.get("rewards/margins", 0.0) >= 1
+    return told_apart and row.get("loss") == 0 and row.get("grad_norm") == 0
 
 
 _REWARDS_AND_LOGPS = tuple(f"{what}/{answer}" for what in ("rewards", "logps") for answer in ANSWERS)

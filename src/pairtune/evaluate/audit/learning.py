@@ -24,7 +24,7 @@ def _chosen_collapses(evidence: Evidence) -> Iterator[Hit]:
     for trial in evidence.trials:
         nats = _moved(trial, evidence, "chosen")
         base = trial.base_logps(evidence.betas.get(trial.name)).get("chosen", math.nan)
-        if nats is not None and nats < -_COLLAPSE_NATS and nats < _COLLAPSE_SHARE * base:
+        if nats is not None and base < 0 and nats < -_COLLAPSE_NATS and nats < _COLLAPSE_SHARE * base:
             yield Hit(
                 "warning",
                 (trial.name,),
@@ -143,7 +143,7 @@ def _below_chance(evidence: Evidence) -> Iterator[Hit]:
     for trial in evidence.trials:
         row = trial.best or {}
         accuracy = row.get("rewards/accuracies", math.nan)
-        if not trial.eval_rows or not math.isfinite(accuracy):
+        if not trial.eval_rows or not 0 <= accuracy <= 1:
             continue
         low, high = share_interval(accuracy * trial.eval_rows, trial.eval_rows)
         if high < 0.5 and row.get("rewards/margins", 0) < 0:

@@ -10,16 +10,16 @@ from pairtune.evaluate.audit.evidence import RUN_FOLDER, Evidence, Row, TrialLog
 from pairtune.evaluate.audit.rule import Hit, Rule
 
 LN_2 = math.log(2)
-# Losses that are ln 2 at the base, and above 0 for every finite margin.
-SIGMOID_LIKE = ("sigmoid", "sigmoid_norm", "robust")
+# Losses that are above 0 for every finite margin.
+_POSITIVE = ("sigmoid", "sigmoid_norm", "bco_pair", "nca_pair", "aot", "aot_unpaired")
 _ACCURACY = "rewards/accuracies"
 # Decimals of an accuracy that are compared; tables print at most six.
 _DECIMALS = 6
 # Above this margin, logs with four decimals show the loss as 0.
 _VANISHING_MARGIN = 9.0
-# The largest number of rows that accuracies alone can reveal.
-_TELLING_ROWS = 20
 _COMMON_BATCHES = (2, 4, 8)
+# Among the batch means of more rows than this, nearly every value is one.
+_MOST_AVERAGED = 200
 _NO_EFFECT_NATS = 0.02
 _CLIPPED_SHARE, _CLIPPED_STEPS = 0.95, 20
 
@@ -31,33 +31,15 @@ def _impossible_accuracy(evidence: Evidence) -> Iterator[Hit]:
         values = _accuracies(trial)
         room = _rounding(values)
         wrong = sorted({value for value in values if not _possible(value, trial.eval_rows, room)})
-        if wrong:
-            shown = ", ".join(f"{value:.6g}" for value in wrong)
+        if not wrong:
+            continue
+        shown = f"{', '.join(f'{value:.6g}' for value in wrong)} cannot come from {_rows(trial.eval_rows)}"
+        if size := _logged_batches(trial, wrong):
             yield Hit(
-                "error", (trial.name,), f"{shown} cannot come from {_rows(trial.eval_rows)}{_by_batches(wrong, trial)}"
+                "note", (trial.name,), f"{shown}; TRL averages over batches, here of {size} with a smaller last one"
             )
-    unknown = [trial for trial in evidence.trials if not trial.eval_rows]
-    found = {value for trial in unknown for value in _accuracies(trial)}
-    room = _rounding(found)
-    needed = next(
-        (rows for rows in range(1, _TELLING_ROWS) if all(_possible(value, rows, room) for value in found)), None
-    )
-    if not found or needed is None or needed < 3:
-        return
-    batched = next(
-        ((rows, size) for rows in range(needed - 1, 1, -1) for size in _COMMON_BATCHES if _averaged(found, rows, size)),
-        None,
-    )
-    if batched:
-        rows, size = batched
-        shown = ", ".join(f"{value:.4f}" for value in sorted(found))
-        yield Hit(
-            "warning",
-            tuple(trial.name for trial in unknown),
-            f"accuracies {shown} need {needed} rows or a multiple of that: {max(found):.4f} cannot come from {rows} "
-            f"rows. Averaging the means of batches of {size} gives all of them from {rows} rows; state the number of "
-            "rows with --eval-rows",
-        )
+        else:
+            yield Hit("error", (trial.name,), f"{shown}{_by_batches(wrong, trial)}")
 
 
 def _rows(count: int) -> str:
@@ -82,7 +64,7 @@ def _possible(accuracy: float, rows: int, room: float) -> bool:
 def _averaged(accuracies: Sequence[float] | set[float], rows: int, size: int) -> bool:
     """Whether all of these can be means of batch means with a smaller last batch."""
     full, last = divmod(rows, size)
-    if not last or not full:
+    if not last or not full or rows > _MOST_AVERAGED:
         return False
     means = {
         (of_full / size + of_last / last) / (full + 1)
@@ -90,6 +72,13 @@ def _averaged(accuracies: Sequence[float] | set[float], rows: int, size: int) ->
     }
     room = _rounding(accuracies)
     return all(any(abs(value - mean) <= room for mean in means) for value in accuracies)
+
+
+def _logged_batches(trial: TrialLog, wrong: Sequence[float]) -> int | None:
+    """The size of the batches that the log itself shows, if it explains these accuracies."""
+    rows, batches = trial.eval_rows or 0, trial.eval_batches or 0
+    sizes = [size for size in range(2, rows) if math.ceil(rows / size) == batches] if trial.batch_means else []
+    return next((size for size in sizes if _averaged(wrong, rows, size)), None)
 
 
 def _by_batches(wrong: Sequence[float], trial: TrialLog) -> str:
@@ -102,7 +91,7 @@ def _by_batches(wrong: Sequence[float], trial: TrialLog) -> str:
 
 def _zero_loss(evidence: Evidence) -> Iterator[Hit]:
     for trial in evidence.trials:
-        if trial.loss not in SIGMOID_LIKE:
+        if _may_be_zero(trial):
             continue
         steps = [row for row in trial.steps if row.get("loss") == 0]
         epochs = [row for row in trial.evaluations if row.get("train_loss") == 0]
@@ -111,12 +100,18 @@ def _zero_loss(evidence: Evidence) -> Iterator[Hit]:
         # Where margins are recorded and large, the loss was rounded to 0: the pairs were memorised.
         rounded = bool(steps) and all(row.get("rewards/margins", 0) >= _VANISHING_MARGIN for row in steps)
         if what:
+            known = trial.loss in _POSITIVE or trial.is_dpo
             yield Hit(
-                "warning" if rounded else "error",
+                "error" if known and not rounded else "warning",
                 (trial.name,),
-                f"training loss of 0.000000 in {' and '.join(what)}; at the base it is 0.693, and no finite margin "
-                "makes it 0",
+                f"training loss of 0.000000 in {' and '.join(what)}; DPO's is 0.693 at the base, and no finite margin "
+                f"makes it 0{'' if known else ' (the loss type is not recorded; --loss states it)'}",
             )
+
+
+def _may_be_zero(trial: TrialLog) -> bool:
+    """Whether the loss is known to be one that is 0 for pairs that are told apart well enough."""
+    return trial.loss not in _POSITIVE if trial.loss else trial.is_dpo is False or trial.reference_free
 
 
 def _not_a_number(evidence: Evidence) -> Iterator[Hit]:
@@ -151,32 +146,33 @@ _MAY_OVERFLOW = ("grad_norm",)
 
 
 def _hides_nan(row: Row, trial: TrialLog) -> bool:
-    if row.get("loss") != 0 or trial.loss not in SIGMOID_LIKE:
+    if row.get("loss") != 0:
         return False
+    if not math.isfinite(row.get("grad_norm", 0.0)):
+        return True
     # The loss is convex, so the mean loss is at least the loss of the mean margin.
-    return not math.isfinite(row.get("grad_norm", 0.0)) or row.get("rewards/margins", math.inf) < _VANISHING_MARGIN
+    return bool(trial.is_dpo) and row.get("rewards/margins", math.inf) < _VANISHING_MARGIN
 
 
 def _no_effect(evidence: Evidence) -> Iterator[Hit]:
     for trial in evidence.trials:
         if trial.reference_free:
             continue
-        row, beta = trial.evaluations[-1] if trial.evaluations else {}, evidence.betas.get(trial.name, 0.1)
-        moved = [abs(row.get(f"rewards/{answer}", math.nan)) / beta for answer in ("chosen", "rejected")]
+        row, beta = trial.evaluations[-1] if trial.evaluations else {}, evidence.betas.get(trial.name)
+        moved = [abs(row.get(f"rewards/{answer}", math.nan)) for answer in ("chosen", "rejected")]
+        if beta is None and any(moved):
+            continue
+        moved = [abs(row.get(f"rewards/{answer}", math.nan)) / (beta or 1.0) for answer in ("chosen", "rejected")]
         if all(distance < _NO_EFFECT_NATS for distance in moved):
             exactly = all(distance == 0 for distance in moved)
-            loss = (
-                f"; the loss is {row['loss']:.6f} (ln 2 is {LN_2:.6f})"
-                if "loss" in row and trial.loss in SIGMOID_LIKE
-                else ""
-            )
+            loss = f"; the loss is {row['loss']:.6f} (ln 2 is {LN_2:.6f})" if "loss" in row and trial.is_dpo else ""
             yield Hit(
                 "error" if exactly else "warning",
                 (trial.name,),
                 f"at the end, mean log-probs are {max(moved):.4f} nats or less from the base{loss}",
             )
         without = sum(step.get("grad_norm") == 0 for step in trial.steps)
-        if without:
+        if without and trial.is_dpo is not False:  # satisfied pairs have no gradient in a hinge loss
             yield Hit(
                 "warning", (trial.name,), f"the gradient norm is exactly 0 in {without} of {len(trial.steps)} steps"
             )
@@ -185,6 +181,8 @@ def _no_effect(evidence: Evidence) -> Iterator[Hit]:
 def _always_clipped(evidence: Evidence) -> Iterator[Hit]:
     for trial in evidence.trials:
         norms = [step["grad_norm"] for step in trial.steps if math.isfinite(step.get("grad_norm", math.nan))]
+        if trial.max_grad_norm is None:
+            continue
         clipped = sum(norm > trial.max_grad_norm for norm in norms)
         if len(norms) >= _CLIPPED_STEPS and clipped >= _CLIPPED_SHARE * len(norms):
             middle = sorted(norms)[len(norms) // 2]
@@ -209,8 +207,8 @@ def _no_accuracies(trial: TrialLog, evidence: Evidence) -> str:
 
 
 def _no_losses(trial: TrialLog, evidence: Evidence) -> str:
-    if trial.loss not in SIGMOID_LIKE:
-        return f"a loss that is above 0 for every finite margin, but {trial.loss} may be 0"
+    if _may_be_zero(trial):
+        return "a loss that is above 0 for every finite margin, but this one may be 0"
     losses = [row.get("loss", math.nan) for row in trial.steps]
     losses += [row.get("train_loss", math.nan) for row in trial.evaluations]
     return "" if any(map(math.isfinite, losses)) else "training losses"
@@ -224,11 +222,15 @@ def _no_rewards(trial: TrialLog, evidence: Evidence) -> str:
     if trial.reference_free:
         return "rewards against a reference, but this loss has none"
     last = trial.evaluations[-1] if trial.evaluations else {}
-    known = all(math.isfinite(last.get(f"rewards/{answer}", math.nan)) for answer in ("chosen", "rejected"))
-    return "" if known else "evaluation rewards"
+    values = [last.get(f"rewards/{answer}", math.nan) for answer in ("chosen", "rejected")]
+    if not all(map(math.isfinite, values)):
+        return "evaluation rewards"
+    return "" if evidence.betas.get(trial.name) or not any(values) else "a beta"
 
 
 def _no_norms(trial: TrialLog, evidence: Evidence) -> str:
+    if trial.max_grad_norm is None:
+        return "the norm that gradients were clipped to"
     known = sum(math.isfinite(step.get("grad_norm", math.nan)) for step in trial.steps)
     return "" if known >= _CLIPPED_STEPS else f"gradient norms of {_CLIPPED_STEPS} steps"
 

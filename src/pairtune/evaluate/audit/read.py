@@ -6,16 +6,13 @@ from pathlib import Path
 
 from pairtune.errors import BadInput
 from pairtune.evaluate.audit.evidence import Evidence
-from pairtune.evaluate.audit.foreign import (
-    STATE,
-    evidence_of_csv,
-    evidence_of_trainer_states,
-    evidence_of_wandb,
-)
 from pairtune.evaluate.audit.own_runs import evidence_of_run
+from pairtune.evaluate.audit.tables import evidence_of_csv
+from pairtune.evaluate.audit.trainer_states import STATE, evidence_of_trainer_states
+from pairtune.evaluate.audit.wandb_logs import evidence_of_wandb
 from pairtune.run.folder import find_run, is_run
 
-_KINDS = "a run folder, a trainer_state.json (or a folder of them), a .csv, or a W&B offline run"
+_KINDS = "a run folder, a trainer_state.json (or a folder of them), its rows as .json or .jsonl, a .csv, or a W&B run"
 
 
 def read_evidence(path: Path) -> Evidence:
@@ -25,7 +22,8 @@ def read_evidence(path: Path) -> Evidence:
         BadInput: there is nothing at `path` that can be audited.
     """
     if path.is_file():
-        readers = {".csv": evidence_of_csv, ".json": evidence_of_trainer_states, ".wandb": evidence_of_wandb}
+        states = evidence_of_trainer_states
+        readers = {".csv": evidence_of_csv, ".json": states, ".jsonl": states, ".wandb": evidence_of_wandb}
         if reader := readers.get(path.suffix.lower()):
             return reader(path)
     elif path.is_dir():

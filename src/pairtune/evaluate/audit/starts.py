@@ -18,20 +18,31 @@ _LATE_ROOMS, _LATE_SHARE, _LATE_ROWS = 10.0, 0.95, 3
 # A trial whose first epoch ends this many times further from the base than another's at the same learning rate started
 # elsewhere; beta hardly changes how far AdamW goes.
 _FURTHER, _FAR_NATS = 2.5, 5.0
+# The same in an evaluation before the first step, which averages over more pairs.
+_START_EVALUATION_NATS, _USUAL_BETA = 0.25, 0.1
+# A first row this many times further from the base than another trial's, and at least this share of the way that the
+# other one had gone at its end, is no start at the base; the other one has to have grown by this factor.
+_AT_ONCE, _AS_FAR, _GREW = 3.0, 0.4, 2.0
+# A mean of both rewards that is this many nats from 0 at once, and this many times as far as it moves afterwards.
+_COMMON_NATS, _STEADY = 2.0, 4.0
 # A trial starts where another ended if it is closer to that end than this fraction of the distance from the base.
 _SAME_PLACE, _WAY_NATS = 0.01, 1.0
+# Implied log-probs are exact to this, and a trial has to have moved by this to have another end than its base.
+_SAME_NATS, _MOVED_NATS = 2e-3, 0.05
 
 
 def _not_at_base(evidence: Evidence) -> Iterator[Hit]:
     continued = {after.name: before.name for before, after in _continued(evidence)}
     clean: list[TrialLog] = []
     for trial in evidence.trials:
-        if found := _first_step(trial, evidence) or _no_room_for_the_base(trial):
+        if found := _first_step(trial, evidence) or _step_zero(trial, evidence) or _no_room_for_the_base(trial):
             yield Hit("error", (trial.name,), found)
         elif found := _does_not_grow(trial, evidence):
             yield Hit("warning", (trial.name,), found)
         elif trial.name in continued:
             yield Hit("error", (trial.name,), _elsewhere(trial, continued[trial.name], evidence))
+        elif found := _far_at_once(trial, evidence):
+            yield Hit("error", (trial.name,), found)
         elif found := _too_far(trial, clean, evidence):
             # Only a suspicion, unless other trials here are known to continue one another.
             yield Hit("error" if continued else "warning", (trial.name,), found)
@@ -65,6 +76,70 @@ def _first_step(trial: TrialLog, evidence: Evidence) -> str:
     return f"at its first step, before any update, its rewards are {shown} instead of 0"
 
 
+def _step_zero(trial: TrialLog, evidence: Evidence) -> str:
+    """An evaluation before the first step (`eval_on_start`): means over many pairs, so rounding hardly shows."""
+    if trial.reference_free:
+        return ""
+    row = next((row for row in trial.evaluations if row.get("step") == 0), {})
+    nats = _nats(row, trial, evidence)
+    if nats is None or max(map(abs, nats)) <= _START_EVALUATION_NATS:
+        return ""
+    shown = " and ".join(f"{answer} {row[f'rewards/{answer}']:+.4f}" for answer in ANSWERS)
+    return f"in the evaluation before its first step, its rewards are {shown} instead of 0"
+
+
+def _nats(row: Row, trial: TrialLog, evidence: Evidence) -> tuple[float, float] | None:
+    """How far a row's chosen and rejected log-probs are from the base, in nats; a beta of 0.1 where it is unknown."""
+    beta = evidence.betas.get(trial.name, _USUAL_BETA)
+    chosen, rejected = (row.get(f"rewards/{answer}", math.nan) / beta for answer in ANSWERS)
+    return (chosen, rejected) if math.isfinite(chosen) and math.isfinite(rejected) else None
+
+
+def _far_at_once(trial: TrialLog, evidence: Evidence) -> str:
+    """Whether the first row, a mean over several steps, is as far from the base as another trial got only at its end.
+
+    Both trials log at the same steps and have the same base; how far AdamW goes in a few steps depends on the learning
+    rate, and hardly on beta or the loss.
+    """
+    first = _late(trial)
+    ours = _way(first, trial, evidence)
+    if first is None or ours is None:
+        return ""
+    for other in evidence.trials:
+        theirs = _late(other)
+        start, end = _way(theirs, other, evidence), _way(other.steps[-1] if other.steps else None, other, evidence)
+        if other is trial or theirs is None or not start or not end or theirs["step"] != first["step"]:
+            continue
+        faster = max(1.0, _early_rate(trial) / _early_rate(other)) if _early_rate(other) else 1.0
+        grew = end >= _GREW * start  # so the other one started near the base
+        same = _same_base(other, trial, evidence)
+        if grew and same and ours > _AT_ONCE * faster * start and ours >= _AS_FAR * end and ours > _WAY_NATS:
+            return (
+                f"in its first row, the mean of steps 1 to {first['step']:g}, its log-probs are {ours:.1f} nats from "
+                f"the base; those of {other.name} were {start:.1f} nats away then, and {end:.1f} at its end"
+            )
+    return ""
+
+
+def _early_rate(trial: TrialLog) -> float:
+    """About the mean learning rate of the steps up to the first row; 0 if unknown.
+
+    The first row has the rate of its last step, from which a falling schedule is followed back to the first step.
+    """
+    rates = [(row.get("step", 0.0), row.get("learning_rate", 0.0)) for row in trial.steps[:2]]
+    if len(rates) < 2:
+        return trial.learning_rate or 0.0
+    (at, first), (later, second) = rates
+    fall = max(0.0, first - second) / (later - at) if later > at else 0.0
+    return first + fall * at / 2
+
+
+def _way(row: Row | None, trial: TrialLog, evidence: Evidence) -> float | None:
+    """How far a row's mean log-probs are from the base: the length of both answers' distances, in nats."""
+    nats = _nats(row, trial, evidence) if row and not trial.reference_free else None
+    return math.hypot(*nats) if nats else None
+
+
 def _late(trial: TrialLog) -> Row | None:
     """The first row of a log, where it comes after the first step and averages all steps up to then."""
     first = trial.steps[0] if trial.steps and not trial.reference_free else {}
@@ -74,7 +149,7 @@ def _late(trial: TrialLog) -> Row | None:
 def _no_room_for_the_base(trial: TrialLog) -> str:
     """A start at the base contributes ln 2 to the first mean, and losses are never negative."""
     row = _late(trial)
-    if row is None or trial.loss != "sigmoid" or not math.isfinite(row.get("loss", math.nan)):
+    if row is None or not trial.is_dpo or not math.isfinite(row.get("loss", math.nan)):
         return ""
     least = math.log(2) / row["step"]
     if row["loss"] >= _LEAST_SHARE * least:
@@ -91,19 +166,34 @@ def _does_not_grow(trial: TrialLog, evidence: Evidence) -> str:
     if row is None:
         return ""
     room, after = _room(trial, evidence) * _LATE_ROOMS, trial.steps[1 : 1 + _LATE_ROWS]
-    shown = []
-    for answer in ANSWERS:
-        first = row.get(f"rewards/{answer}", math.nan)
-        later = [abs(step.get(f"rewards/{answer}", math.nan)) for step in after]
-        # At the fastest, rewards jump to their final value at once: then all steps of the mean but the first have it.
-        share = max(_LATE_SHARE, 1 - 1 / row["step"])
-        if not abs(first) > max(room, share * max(later, default=0.0)):
-            return ""
-        shown.append(f"{answer} {first:+.4f}")
-    return (
-        f"the rewards in its first row, the mean of steps 1 to {row['step']:g}, are {' and '.join(shown)}, and those "
-        "in the next rows are no further from 0: they did not grow from 0"
-    )
+    # At the fastest, rewards jump to their final value at once: then all steps of the mean but the first have it.
+    share = max(_LATE_SHARE, 1 - 1 / row["step"])
+    first, later = _rewards(row), [_rewards(step) for step in after]
+    shown = " and ".join(f"{answer} {value:+.4f}" for answer, value in zip(ANSWERS, first, strict=True))
+    if all(
+        abs(each) > max(room, share * max((abs(step[at]) for step in later), default=0.0))
+        for at, each in enumerate(first)
+    ):
+        return (
+            f"the rewards in its first row, the mean of steps 1 to {row['step']:g}, are {shown}, and those in the next "
+            "rows are no further from 0: they did not grow from 0"
+        )
+    # What both answers have in common moves little in training, unless policy and reference differ from the start.
+    middle, middles = sum(first) / 2, [sum(step) / 2 for step in later]
+    if len(middles) < _LATE_ROWS or not all(map(math.isfinite, (middle, *middles))):
+        return ""
+    moved = max(middles) - min(middles)
+    if abs(middle) > max(_COMMON_NATS * room / _LATE_ROOMS, _STEADY * moved, share * max(map(abs, middles))):
+        return (
+            f"the rewards in its first row, the mean of steps 1 to {row['step']:g}, are {shown}: their mean is "
+            f"{middle:+.4f} at once and stays there ({', '.join(f'{each:+.4f}' for each in middles)}), so it did not "
+            "grow from 0"
+        )
+    return ""
+
+
+def _rewards(row: Row) -> list[float]:
+    return [row.get(f"rewards/{answer}", math.nan) for answer in ANSWERS]
 
 
 def _elsewhere(trial: TrialLog, before: str, evidence: Evidence) -> str:
@@ -148,6 +238,38 @@ def _distance(trial: TrialLog, evidence: Evidence) -> float | None:
     beta, first = evidence.betas.get(trial.name), trial.evaluations[0] if trial.evaluations else {}
     reward = first.get("rewards/chosen", math.nan)
     return abs(reward) / beta if beta and math.isfinite(reward) else None
+
+
+def _other_reference(evidence: Evidence) -> Iterator[Hit]:
+    """Trials whose implied base is not the others' but the policy that another trial ended with."""
+    for trial in evidence.trials:
+        base = trial.base_logps(evidence.betas.get(trial.name))
+        for other in evidence.trials:
+            if other is trial or len(base) < len(ANSWERS) or _same_place(base, other, evidence, first=True):
+                continue
+            if _same_place(base, other, evidence):
+                ends = ", ".join(
+                    f"{answer} {base[answer]:.4f} and {other.evaluations[-1][f'logps/{answer}']:.4f}"
+                    for answer in ANSWERS
+                )
+                yield Hit(
+                    "warning",
+                    (other.name, trial.name),
+                    f"log-probs of {trial.name}'s reference, and of {other.name} at its last evaluation: {ends}",
+                )
+                break
+
+
+def _same_place(base: dict[str, float], other: TrialLog, evidence: Evidence, *, first: bool = False) -> bool:
+    """Whether implied log-probs are those of another trial's last evaluation, or (`first`) of its own base."""
+    theirs = other.base_logps(evidence.betas.get(other.name))
+    end = other.evaluations[-1] if other.evaluations else {}
+    for answer in ANSWERS:
+        last, start = end.get(f"logps/{answer}", math.nan), theirs.get(answer, math.nan)
+        gap = abs(base[answer] - (start if first else last))
+        if not gap <= _SAME_PLACE * abs(last - start) + _SAME_NATS or not (first or abs(last - start) > _MOVED_NATS):
+            return False
+    return True
 
 
 def _continued(evidence: Evidence) -> Iterator[tuple[TrialLog, TrialLog]]:
@@ -261,6 +383,15 @@ RULES = (
         "happens when the same model object is trained again. The grid was one long training run.",
         "Reload the base weights for every trial and run them again; the recorded trials cannot be compared.",
         _continue_one_another,
+        _no_two,
+    ),
+    Rule(
+        "reference-moved",
+        "A trial's reference is where another trial ended",
+        "The first trial's tuned model became the second one's reference. As a second round this is right, and its "
+        "rewards are measured from there; in a grid it means that model and reference were both used again.",
+        "If these are trials of one grid, reload the base weights for every trial and run them again.",
+        _other_reference,
         _no_two,
     ),
     Rule(

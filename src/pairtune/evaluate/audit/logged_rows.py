@@ -1,0 +1,133 @@
+"""What logs of other tools have in common: TRL's column names, the number of validation rows, settings beside a log."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pairtune.errors import BadInput, plural
+from pairtune.evaluate.audit.evidence import Evidence, TrialLog
+from pairtune.evaluate.audit.own_runs import add_row
+
+# Rounding of what transformers logs: speeds to three decimals, times to four.
+_SPEED, _TIME = 5e-4, 5e-5
+
+
+def trl_name(name: str) -> str:
+    """TRL's name for a column: transformers logs `train/loss` and `eval/loss` to trackers."""
+    if name.startswith("eval/"):
+        return "eval_" + name.removeprefix("eval/")
+    if name in ("train/global_step", "_step"):
+        return "step"
+    return name.removeprefix("train/")
+
+
+def trl_names(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row under TRL's names, without a tracker's own columns; of several steps the trainer's own counts."""
+    named: dict[str, Any] = {}
+    for name in sorted(row, key=lambda name: name == "_step"):
+        if trl_name(name) not in named and not trl_name(name).startswith("_"):
+            named[trl_name(name)] = row[name]
+    return named
+
+
+def add_rows(log: TrialLog, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add logged rows under TRL's names; those without a loss or rewards, such as a summary, are none."""
+    for row in rows:
+        if any(start + name in row for start in ("", "eval_") for name in ("loss", "rewards/chosen")):
+            add_row(log, row)
+    log.batch_means = True
+    log.eval_rows, log.eval_batches = _per_evaluation(log, "samples"), _per_evaluation(log, "steps")
+    rates = [row["learning_rate"] for row in log.steps if row.get("learning_rate", 0) > 0]
+    if log.learning_rate is None and rates:
+        log.learning_rate = max(rates)
+
+
+def _per_evaluation(log: TrialLog, what: str) -> int | None:
+    """The number of rows or batches of an evaluation: its time, times how many of them it made per second."""
+    found = set()
+    for row in log.evaluations:
+        seconds, speed = row.get("runtime", math.nan), row.get(f"{what}_per_second", math.nan)
+        if not (math.isfinite(seconds) and math.isfinite(speed)) or min(seconds, speed) <= 0:
+            continue
+        count = round(seconds * speed)
+        room = _SPEED * seconds + _TIME * speed
+        if room < 0.5 and abs(seconds * speed - count) <= room:
+            found.add(count)
+    return found.pop() if len(found) == 1 else None
+
+
+def describe(log: TrialLog, settings: Mapping[str, Any]) -> None:
+    """Take a trial's settings from what was written beside its log, under the names of TRL's arguments."""
+    log.beta = _number(settings.get("beta")) or log.beta
+    log.learning_rate = _number(settings.get("learning_rate")) or log.learning_rate
+    norm = _number(settings.get("max_grad_norm"))
+    if norm is not None:
+        log.max_grad_norm = norm if norm > 0 else math.inf
+    kinds = settings.get("loss_type", settings.get("loss"))
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    if all(isinstance(kind, str) for kind in kinds):
+        log.loss = kinds[0] if len(kinds) == 1 else "several"
+    if settings.get("f_divergence_type", "reverse_kl") not in ("reverse_kl", None) or settings.get("use_weighting"):
+        log.loss = f"{log.loss} (changed)"
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def with_options(
+    evidence: Evidence,
+    eval_rows: int | None = None,
+    batch_size: int | None = None,
+    betas: Sequence[str | float] | None = None,
+    loss: str | None = None,
+) -> Evidence:
+    """Add what a log does not record.
+
+    Args:
+        evidence: what the log records.
+        eval_rows: number of validation rows.
+        batch_size: of evaluations.
+        betas: one for all trials, one for each in their order, or `NAME=BETA`.
+        loss: TRL's name of the loss.
+
+    Raises:
+        BadInput: a beta is no number above 0, there is no trial of that name, or their number is neither 1 nor that of
+            the trials.
+    """
+    given = _betas(evidence, betas or [])
+    for trial in evidence.trials:
+        if eval_rows and eval_rows != trial.eval_rows:
+            trial.eval_rows, trial.eval_batches = eval_rows, None
+        trial.batch_size = batch_size or trial.batch_size
+        trial.beta = given.get(trial.name, trial.beta)
+        trial.loss = loss or trial.loss
+    return evidence
+
+
+def _betas(evidence: Evidence, given: Sequence[str | float]) -> dict[str, float]:
+    """The given betas by trial."""
+    names = [trial.name for trial in evidence.trials]
+    listed, betas = [], {}
+    for text in map(str, given):
+        name, equals, value = text.rpartition("=")
+        try:
+            beta = float(value)
+        except ValueError:
+            beta = math.nan
+        if not 0 < beta < math.inf:
+            raise BadInput(f"--beta {text}: should be a number above 0, or TRIAL=NUMBER")
+        if not equals:
+            listed.append(beta)
+        elif name in names:
+            betas[name] = beta
+        else:
+            raise BadInput(f"--beta {text}: there is no trial {name}; the trials are {', '.join(names)}")
+    if listed and len(listed) not in (1, len(names)):
+        raise BadInput(
+            f"--beta: {len(listed)} given for {plural(len(names), 'trial')}; give one, or one for each trial in the "
+            f"order {', '.join(names)}, or TRIAL=NUMBER"
+        )
+    return {name: listed[at % len(listed)] for at, name in enumerate(names)} | betas if listed else betas
