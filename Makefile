@@ -60,9 +60,11 @@ machines: lint
 	@for threads in 1 2 4; do \
 		echo "OMP_NUM_THREADS=$$threads"; PAIRTUNE_THREADS=$$threads OMP_NUM_THREADS=$$threads $(MACHINES) -k "here or first" || exit 1; done
 
-# A hundred clean runs, of which the audit may flag at most five; about three minutes.
+# The audit: a hundred clean runs of our own, of which it may flag at most five, and logs of TRL made anew, honest and
+# with planted faults; about half an hour.
 alarms: lint
 	HF_HUB_OFFLINE=1 PAIRTUNE_CLEAN_RUNS=100 $(BIN)/pytest -s tests/test_audit_faults.py -k clean_runs
+	HF_HUB_OFFLINE=1 PAIRTUNE_ALARMS=fresh $(BIN)/pytest tests/test_audit_matrix.py
 
 # On your own pairs: make bench DATA=pairs.jsonl. Takes about ten minutes; run nothing else meanwhile.
 DATA ?= bundled:concise
@@ -81,9 +83,10 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Generates docs/settings.md from the settings.
+# Generates docs/settings.md from the settings, and docs/audit-matrix.md from recorded logs.
 docs: install
 	$(BIN)/python scripts/settings_reference.py
+	$(BIN)/python tests/audit_matrix.py
 
 pins: install
 	@{ head -1 constraints.txt; $(BIN)/python -m pip freeze --all --exclude-editable --exclude pip --exclude pairtune | sed 's/+cpu$$//'; } > constraints.new

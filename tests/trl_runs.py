@@ -1,6 +1,7 @@
 """Logs of real TRL trainings on a tiny random model, for the audit: honest ones, and ones with a known fault.
 
-`python tests/trl_runs.py FOLDER [PART]` writes those whose names contain PART into FOLDER/honest and FOLDER/faulty.
+`python tests/trl_runs.py FOLDER [PART]` writes those whose names contain PART into FOLDER/honest and FOLDER/faulty, and
+leaves out those that are there; with `--record FILE` it then packs all of them into FILE, which `make test` audits.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import copy
 import functools
 import gc
 import json
+import lzma
 import math
 import os
 import random
@@ -50,6 +52,8 @@ Row = dict[str, Any]
 State = dict[str, Any]
 STATE = "trainer_state.json"
 TRAIN_ROWS, EVAL_ROWS, STEPS = 40, 24, 60
+# Another number makes another model and other pairs, for logs that no rule has been tried on.
+SEED = int(os.environ.get("PAIRTUNE_ALARM_SEED", "0"))
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # what adapters change
 
 FILLERS = "apples bread clouds doors eggs frogs grass honey ink jam keys lamps milk nuts oats pens".split()
@@ -101,7 +105,7 @@ def model_folder(seed: int = 7) -> Path:
     """The folder of a tiny random model, in scratch space that goes with this process."""
     root = Path(tempfile.mkdtemp(prefix="trl-runs-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed + 1000 * SEED)
     config = LlamaConfig(
         vocab_size=len(tokenizer()),
         hidden_size=32,
@@ -132,7 +136,7 @@ def answer(draw: random.Random, sign: str) -> str:
 
 def pairs(rows: int, seed: int, noise: float = 0.15, *, swapped: bool = False) -> datasets.Dataset:
     """Pairs that can be learnt, of which a share is labelled the other way round."""
-    draw = random.Random(seed)
+    draw = random.Random(seed + 1000 * SEED)
     columns: dict[str, list[str]] = {"prompt": [], "chosen": [], "rejected": []}
     for number in range(rows):
         good, bad = answer(draw, "surely"), answer(draw, "never")
@@ -640,11 +644,6 @@ TRAINED: dict[str, tuple[str, Callable[[Spec, Path], None], dict[str, Any]]] = {
     "not-a-number-rate": ("not-a-number", one(learning_rate=1e6, max_grad_norm=0.0), {}),
     "overfitted": ("overfitted", one(learning_rate=3e-3, rows=16, noise=0.3), {}),
     "chosen-collapses": ("chosen-collapses", one(learning_rate=4e-3, beta=0.02, loss_type="apo_down"), {}),
-    "chosen-collapses-by-weight": (
-        "chosen-collapses",
-        one(learning_rate=4e-3, loss_type=["sigmoid", "sft"], loss_weights=[1.0, -0.05]),
-        {},
-    ),
     "seed-ignored": ("identical", seed_ignored, {}),
     "evaluation-stale": ("evaluation-stale", one(trainer_class=Stale, learning_rate=1e-3), {}),
 }
@@ -909,6 +908,42 @@ def main(root: Path, part: str = "") -> None:
             print(f"{group}/{spec.name} {time.monotonic() - start:.1f} s", flush=True)
 
 
+# Columns that no rule looks at, of which a recorded log is free.
+UNUSED = ("logits/", "entropy", "num_tokens", "mean_token_accuracy", "total_flos")
+KEPT = ("log_history", "best_metric", "best_model_checkpoint", "best_global_step", "global_step", "max_steps")
+
+
+def record(root: Path, file: Path) -> None:
+    """Pack all logs below `root` into one compressed JSON file: by name, each file's content by its path."""
+    packed: dict[str, Any] = {}
+    for group, specs in (("honest", HONEST), ("faulty", FAULTY)):
+        for spec in specs:
+            folder = root / group / spec.name
+            files = {
+                str(path.relative_to(folder)): _trimmed(json.loads(path.read_text())) for path in folder.rglob(STATE)
+            }
+            cards = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("README.md")}
+            log = {"fault": spec.fault, "options": spec.options, "files": files | cards}
+            packed[f"{group}/{spec.name}"] = log
+    file.write_bytes(lzma.compress(json.dumps(packed).encode(), preset=9))
+
+
+def _trimmed(state: State) -> State:
+    """A state with its rows, its best checkpoint and its steps; numbers keep nine digits, as many as float32 has."""
+    rows = [
+        {
+            name: float(f"{value:.9g}") if isinstance(value, float) and math.isfinite(value) else value
+            for name, value in row.items()
+            if not any(unused in name for unused in UNUSED)
+        }
+        for row in state["log_history"]
+    ]
+    return {**{name: state[name] for name in KEPT if name in state}, "log_history": rows}
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    main(Path(sys.argv[1]), *sys.argv[2:3])
+    into = sys.argv.index("--record") if "--record" in sys.argv else len(sys.argv)
+    main(Path(sys.argv[1]), *sys.argv[2:into])
+    if into < len(sys.argv):
+        record(Path(sys.argv[1]), Path(sys.argv[into + 1]))
