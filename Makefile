@@ -83,9 +83,10 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Generates docs/settings.md from the settings, and docs/audit-matrix.md from recorded logs.
+# Generates docs/settings.md and docs/formats.md from the code, and docs/audit-matrix.md from recorded logs.
 docs: install
 	$(BIN)/python scripts/settings_reference.py
+	$(BIN)/python scripts/formats_reference.py
 	$(BIN)/python tests/audit_matrix.py
 
 pins: install

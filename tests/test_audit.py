@@ -503,3 +503,88 @@ def shown(record):
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(render_audit(record))
     return console.export_text()
+
+
+def step_row(step: int) -> dict[str, float]:
+    rewards = {"rewards/chosen": 0.1, "rewards/rejected": 0.0}
+    return {"step": step, "epoch": step / 10, "loss": 0.6, "learning_rate": 1e-4, **rewards}
+
+
+ROWS = [step_row(10), step_row(20), eval_row(20, 0.55)]
+
+
+def wandb_names(row: dict[str, float]) -> dict[str, float]:
+    """A row as transformers logs it to W&B, with W&B's own columns."""
+
+    def named(name: str) -> str:
+        return f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name.replace('step', 'global_step')}"
+
+    return {"_step": row["step"] // 10, "_runtime": 1.5} | {named(name): value for name, value in row.items()}
+
+
+@pytest.mark.parametrize("name", ["log.json", "log.jsonl", "history.json", "history.csv"])
+def test_bare_rows_and_exports_of_wandb_are_logs(tmp_path, name):
+    rows = list(map(wandb_names, ROWS)) if name.startswith("history") else ROWS
+    path = tmp_path / name
+    if name.endswith(".csv"):
+        write_csv(path, rows)
+    else:
+        path.write_text(json.dumps(rows) if name.endswith(".json") else "\n".join(map(json.dumps, rows)))
+    (trial,) = read_evidence(path).trials
+    assert [row["step"] for row in trial.steps] == [10, 20]
+    assert [(row["step"], row["loss"]) for row in trial.evaluations] == [(20, 0.55)]
+    assert trial.learning_rate == 1e-4
+
+
+def test_an_exported_chart_has_a_column_for_each_run(tmp_path):
+    path = tmp_path / "chart.csv"
+    path.write_text(
+        '"Step","low rate - eval/loss","low rate - eval/loss__MIN","high rate - eval/loss"\n'
+        '"10","0.65","0.65","0.6"\n"20","0.6","0.6",""\n'
+    )
+    trials = {trial.name: trial.evaluations for trial in read_evidence(path).trials}
+    assert {name: [row["loss"] for row in rows] for name, rows in trials.items()} == {
+        "low rate": [0.65, 0.6],
+        "high rate": [0.6],
+    }
+
+
+def test_a_list_without_losses_is_no_log(tmp_path):
+    (tmp_path / "rows.json").write_text('[{"step": 1}]')
+    with pytest.raises(BadInput, match="has no log_history with losses"):
+        read_evidence(tmp_path / "rows.json")
+
+
+def test_rows_and_batches_follow_from_times_and_speeds(tmp_path):
+    timed = {**eval_row(10, 0.6), "eval_runtime": 2.5123, "eval_samples_per_second": 15.921}
+    timed["eval_steps_per_second"] = 1.99
+    (trial,) = read_evidence(trainer_state(tmp_path, [timed])).trials
+    assert (trial.eval_rows, trial.eval_batches) == (40, 5)
+    vague = {**timed, "eval_runtime": 4000.0, "eval_samples_per_second": 0.002}
+    (trial,) = read_evidence(trainer_state(tmp_path, [vague])).trials
+    assert trial.eval_rows is None, "a speed between 0.0015 and 0.0025 may be that of 6 to 10 rows"
+
+
+def test_settings_beside_a_log_are_read_but_no_pickle(tmp_path):
+    path = trainer_state(tmp_path, [eval_row(10, 0.6)])
+    (tmp_path / "args.json").write_text(json.dumps({"beta": 0.3, "loss_type": ["hinge"], "max_grad_norm": 0.5}))
+    (tmp_path / "training_args.bin").write_bytes(b"\x80\x04.")
+    (trial,) = read_evidence(path).trials
+    assert (trial.beta, trial.loss, trial.max_grad_norm) == (0.3, "hinge", 0.5)
+    (tmp_path / "args.json").unlink()
+    (tmp_path / "README.md").write_text("This model was trained with ORPO, a method.")
+    assert read_evidence(path).trials[0].loss == "orpo"
+
+
+def test_betas_go_to_trials_by_name_or_in_their_natural_order(tmp_path):
+    for number in (1, 2, 10):
+        trainer_state(tmp_path / f"trial-{number}", [eval_row(10, 0.6)])
+    evidence = read_evidence(tmp_path)
+    assert [trial.name for trial in evidence.trials] == ["trial-1", "trial-2", "trial-10"]
+    with_options(evidence, betas=["0.1", "0.2", "trial-2=0.5", "0.3"])
+    assert [trial.beta for trial in evidence.trials] == [0.1, 0.5, 0.3]
+    for beta, message in (("x", "number above 0"), ("trial-3=0.1", "there is no trial trial-3"), ("-1", "above 0")):
+        with pytest.raises(BadInput, match=message):
+            with_options(evidence, betas=[beta])
+    with pytest.raises(BadInput, match="--loss sigmod: should be one of sigmoid"):
+        with_options(evidence, loss="sigmod")

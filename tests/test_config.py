@@ -188,8 +188,9 @@ def test_options_tell_types_ranges_and_grids():
     assert not OPTIONS["max_length"].varies
 
 
-def test_the_reference_is_up_to_date():
-    spec = spec_from_file_location("settings_reference", DOCS.parent / "scripts" / "settings_reference.py")
+@pytest.mark.parametrize("name", ["settings", "formats"])
+def test_the_reference_is_up_to_date(name):
+    spec = spec_from_file_location(name, DOCS.parent / "scripts" / f"{name}_reference.py")
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (DOCS / "settings.md").read_text() == module.reference(), "`make docs` writes it"
+    assert (DOCS / f"{name}.md").read_text() == module.reference(), "`make docs` writes it"

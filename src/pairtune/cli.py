@@ -263,7 +263,7 @@ def evaluate(
     beta: Annotated[float, typer.Option(help="Beta for losses and rewards, unless a run sets it.")] = 0.1,
     judge: Annotated[str, typer.Option(help="rule, a reward model, or an OpenAI-style endpoint (http...).")] = "rule",
     judge_model: Annotated[str | None, typer.Option(help="Name of the judge model at the endpoint.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Call the endpoint without confirming the cost first.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Confirm the cost of an endpoint, and named columns.")] = False,
     samples: Annotated[int, typer.Option(min=0, help="Prompts answered by both models and judged; 0 for none.")] = 32,
     limit: Annotated[int | None, typer.Option(min=1)] = None,
     columns: Columns = None,
@@ -279,7 +279,7 @@ def evaluate(
     _check_choice("--dtype", dtype, ("auto", "float32", "bfloat16"))
     if not 0 < beta < float("inf"):
         raise BadInput(f"--beta: must be greater than 0, not {beta:g}")
-    reader = _open_reader(data, _reading(columns, pairs, min_gap), limit, "--data")
+    reader = _open_reader(data, _reading(columns, pairs, min_gap, yes), limit, "--data")
 
     import tempfile
 

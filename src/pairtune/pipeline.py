@@ -282,6 +282,16 @@ def _prepare(config: RunConfig, base: LoadedBase, console: Console) -> PreparedD
             console.print(
                 f"{source.source}: oldest turns removed from {plural(source.shortened, 'prompt')}", highlight=False
             )
+    for given in config.sources:
+        if given.columns or config.columns:
+            better = data.record.better.get(given.source, "")
+            console.print(f"{given.source}: the better answer: {better}", highlight=False, soft_wrap=True)
+    for name, unused in data.record.unused.items():
+        fields = ", ".join(f"{field} ({plural(rows, 'row')})" for field, rows in unused.items())
+        console.print(f"{name}: not used: {fields}", highlight=False, soft_wrap=True)
+    for name, notes in data.record.notes.items():
+        for note, rows in notes.items():
+            console.print(f"{name}: {note}: {plural(rows, 'row')}", highlight=False, soft_wrap=True)
     for warning in data.record.template_warnings:
         console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
     return data

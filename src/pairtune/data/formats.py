@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from pairtune.conversation import Message
@@ -43,10 +44,6 @@ class Format:
     also: tuple[str, ...] = ()
     better: str = "chosen, as its name says"
 
-    def has_keys(self, row: Row) -> bool:
-        """Whether a row has this format's keys."""
-        return all(key in row for key in self.keys)
-
     def uses(self, field: str) -> bool:
         """Whether a field of a row is read."""
         return field in self.keys or field in self.also or field in _ALWAYS
@@ -58,7 +55,14 @@ _ALWAYS = (*SYSTEM_FIELDS, "tools")
 
 def detect_format(row: Row) -> Format | None:
     """The format of a row, by its keys and the types of their values."""
-    return next((known for known in FORMATS if known.has_keys(row) and known.fits(row)), None)
+    return next((known for known in formats_with(tuple(row)) if known.fits(row)), None)
+
+
+@lru_cache(maxsize=1024)
+def formats_with(keys: tuple[Any, ...]) -> tuple[Format, ...]:
+    """The formats whose keys are all among these."""
+    present = set(keys)
+    return tuple(known for known in FORMATS if present.issuperset(known.keys))
 
 
 def _listed(*fields: str) -> Callable[[Row], bool]:

@@ -10,7 +10,7 @@ from typing import Any
 from pairtune.config import Reading
 from pairtune.data.columns import check_columns, format_of_columns, unknown_format, unpaired
 from pairtune.data.conversations import Parts, check_prompt, field_names, images_in, is_empty, kind_of, tools_of
-from pairtune.data.formats import FORMATS, Format, detect_format
+from pairtune.data.formats import Format, detect_format, formats_with
 from pairtune.data.pair_rows import Row, same_answers
 from pairtune.data.preference import BadRow, LeftOut, PreferencePair
 from pairtune.data.rated_rows import Rated, RatedAnswer, pairs_of
@@ -157,8 +157,7 @@ class RowParser:
     def _nearest(self, row: Row) -> Format:
         if fault := unpaired(row):
             raise fault
-        candidates = [known for known in FORMATS if known.has_keys(row)]
-        if candidates:
+        if candidates := formats_with(tuple(row)):
             most = max(len(known.keys) for known in candidates)
             return [known for known in candidates if len(known.keys) == most][-1]
         missing = [name for name in ("chosen", "rejected") if name not in row]

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
+from pairtune.config import Loss
 from pairtune.errors import BadInput, plural
 from pairtune.evaluate.audit.evidence import Evidence, TrialLog
 from pairtune.evaluate.audit.own_runs import add_row
 
 # Rounding of what transformers logs: speeds to three decimals, times to four.
 _SPEED, _TIME = 5e-4, 5e-5
+
+
+# Losses by TRL's and this project's names.
+LOSSES = (*get_args(Loss), "bco_pair", "aot", "aot_pair", "aot_unpaired", "sft", "cpo")
 
 
 def trl_name(name: str) -> str:
@@ -94,9 +99,11 @@ def with_options(
         loss: TRL's name of the loss.
 
     Raises:
-        BadInput: a beta is no number above 0, there is no trial of that name, or their number is neither 1 nor that of
-            the trials.
+        BadInput: there is no such loss; a beta is no number above 0, or its trial does not exist; or the number of
+            betas is neither 1 nor that of the trials.
     """
+    if loss is not None and loss not in LOSSES:
+        raise BadInput(f"--loss {loss}: should be one of {', '.join(LOSSES)}")
     given = _betas(evidence, betas or [])
     for trial in evidence.trials:
         if eval_rows and eval_rows != trial.eval_rows:

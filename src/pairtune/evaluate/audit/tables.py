@@ -45,7 +45,8 @@ def evidence_of_csv(path: Path) -> Evidence:
     if not titles & {"eval_loss", "loss", "rewards/chosen", "eval_rewards/chosen"}:
         raise BadInput(f"{path}: has neither eval_loss nor rewards/chosen among its columns ({', '.join(rows[0])})")
     # In a log of steps the learning rate follows its schedule, so it does not identify trials.
-    told_by = ("run", "beta") if "grad_norm" in titles else ("run", "learning_rate", "beta")
+    of_steps = "grad_norm" in titles or any(re.match("train/", title or "") for title in rows[0])
+    told_by = ("run", "beta") if of_steps else ("run", "learning_rate", "beta")
     trials: dict[tuple[str, ...], TrialLog] = {}
     logged: dict[tuple[str, ...], list[dict[str, float]]] = {}
     for number, cells in enumerate(rows, 2):
