@@ -88,7 +88,13 @@ SHAPES: dict[str, Shape] = {
         "response_B": b,
         "label": coded("A>B", "B>A", "A=B")(w),
     },
-    "Auto-J": lambda q, a, b, w: {"prompt": q, "response 1": a, "response 2": b, "label": coded(0, 1, 2)(w)},
+    "Auto-J": lambda q, a, b, w: {
+        "scenario": "planning",
+        "prompt": q,
+        "response 1": a,
+        "response 2": b,
+        "label": coded(0, 1, 2)(w),
+    },
     "AlpacaFarm": lambda q, a, b, w: {
         "instruction": q,
         "input": "",
@@ -246,17 +252,16 @@ def test_rows_of_one_prompt_become_pairs_together(tmp_path):
 
 def test_answer_lists_give_a_pair_for_each_style(tmp_path):
     row = {"prompt": "Q", "chosen": ["a", "b", "c"], "rejected": ["x", "y", "c"], "domain": "chat"}
-    path = write(tmp_path / "rows.jsonl", [row, {**row, "rejected": ["x"]}])
+    path = write(tmp_path / "rows.jsonl", [row, {**row, "chosen": ["a"], "rejected": ["x", "y"]}])
     assert [(pair.chosen, pair.rejected, pair.origin) for pair in pairs(reader(path))] == [
         ("a", "x", f"{path}:1"),
         ("b", "y", f"{path}:1.2"),
+        ("a", "x", f"{path}:2"),
+        ("a", "y", f"{path}:2.2"),
     ]
     found = inspected(reader(path))
-    assert (found.rows_in, found.further, found.kept) == (2, 2, 2)
-    assert {reason: entry.rows for reason, entry in found.dropped.items()} == {
-        "chosen equals rejected": 1,
-        "answer lists differ in length": 1,
-    }
+    assert (found.rows_in, found.further, found.kept) == (2, 3, 4)
+    assert {reason: entry.rows for reason, entry in found.dropped.items()} == {"chosen equals rejected": 1}
 
 
 # --- columns that a person names -------------------------------------------------------------------------------------

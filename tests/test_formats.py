@@ -35,6 +35,8 @@ ASKED = [user("Hi"), assistant("Hello."), user("Name a fish.")]
 CHOSEN, REJECTED = [assistant("A carp.")], [assistant("No.")]
 SHARE = [{"from": "human" if turn["role"] == "user" else "gpt", "value": turn["content"]} for turn in ASKED]
 
+ASK = "Name a fish."
+
 # One row of each format for the conversation ASKED (or its last turn alone) with the answers "A carp." and "No.".
 SAMPLES = [
     ("rm-static", ROW, 3),
@@ -157,8 +159,16 @@ SAMPLES = [
         1,
     ),
     ("JudgeBench", {"question": "Name a fish.", "response_A": "No.", "response_B": "A carp.", "label": "B>A"}, 1),
-    ("Auto-J", {"prompt": "Name a fish.", "response 1": "A carp.", "response 2": "No.", "label": 0}, 1),
-    ("Auto-J", {"prompt": "Name a fish.", "response 1": "No.", "response 2": "A carp.", "label": 1}, 1),
+    (
+        "Auto-J",
+        {"scenario": "x", "prompt": ASK, "response 1": "A carp.", "response 2": "No.", "label": 0},
+        1,
+    ),
+    (
+        "Auto-J",
+        {"scenario": "x", "prompt": ASK, "response 1": "No.", "response 2": "A carp.", "label": 1},
+        1,
+    ),
     (
         "Prometheus",
         {

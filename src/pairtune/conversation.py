@@ -17,6 +17,7 @@ class Message(TypedDict):
         reasoning_content: the reasoning before an assistant's text.
         tool_calls: an assistant's calls, as OpenAI's API writes them.
         name: of the tool whose result this is.
+        tool_call_id: of the call that it answers.
     """
 
     role: str
@@ -24,6 +25,7 @@ class Message(TypedDict):
     reasoning_content: NotRequired[str]
     tool_calls: NotRequired[Sequence[Mapping[str, object]]]
     name: NotRequired[str]
+    tool_call_id: NotRequired[str]
 
 
 # Turns with `role` and `content`.

@@ -17,7 +17,7 @@ from typing import Any
 from pairtune.config import Reading
 from pairtune.data import judged_rows, rated_rows
 from pairtune.data.conversations import field_names, is_empty, is_transcript, one_line_of
-from pairtune.data.formats import FORMATS, Format, detect_format
+from pairtune.data.formats import FORMATS, PROMPTS, Format, detect_format
 from pairtune.data.judged_rows import Verdict, label_key, named
 from pairtune.data.pair_rows import Row
 from pairtune.data.preference import BadRow
@@ -29,11 +29,12 @@ _MOST_VALUES = 12
 
 _PAIR_PARTS = ("prompt", "chosen", "rejected", "system")
 _ITEM_TEXTS = ("text", "answer", "response", "content", "completion", "output")
-_ITEM_SCORES = ("score", "rating", "overall_score", "reward")
+_ITEM_SCORES = ("score", "rating", "overall_score", "reward", "rank")
 
-# Columns that may say which of two answers is better; used to warn and to propose a command, never to label.
+# Columns that may say which of two answers is better, in lower case with underscores; used to warn and to propose a
+# command, never to label.
 _LABELS = re.compile(
-    r"(^|_)(label|labels|winner|preference|preferred|choice|better|best|verdict|annotator\d*|gold)(_|$)", re.I
+    r"(^|_)(labels?|winner|preference|preferred|choice|better|best|verdict|votes?|judge?ment|which|annotator|gold)(_|$)"
 )
 _FIRST = re.compile(r"(?:^|[_ ]|(?<=[a-z]))(a|1|0|first|left)$", re.I)
 _SECONDS = {"a": "b", "1": "2", "0": "1", "first": "second", "left": "right"}
@@ -56,16 +57,33 @@ def check_columns(reading: Reading, head: Sequence[Any], where: str) -> None:
         for column in _columns_in(part, name):
             if not any(column in row for row in rows):
                 raise BadInput(f"{where}: --column {part}={name}: there is no column {column}; {_present(rows)}")
-    labels = [name for name in rows[0] if _LABELS.search(str(name)) and name not in reading.columns.values()]
+    labels = [name for row in rows for name in row if is_label(name) and name not in reading.columns.values()]
     if {"chosen", "rejected"} & reading.columns.keys() and labels and not reading.confirmed:
         values = ", ".join(
             one_line_of(value, 20) for value in dict.fromkeys(str(row.get(labels[0])) for row in rows[:20])
         )
         raise BadInput(
             f"{where}: the column {labels[0]} (values {values}) may say which answer is better, row by row; if so, use "
-            f"{_flags(_judged_columns(rows[0], labels[0]) | _as_answers(reading.columns))}; if the better answer is "
-            f"always in {reading.columns.get('chosen', 'chosen')}, add --yes"
+            f"{_flags(_judged_columns(rows[0], str(labels[0])) | _as_answers(reading.columns))}; if the better answer "
+            f"is always in {reading.columns.get('chosen', 'chosen')}, add --yes"
         )
+
+
+def check_codes(head: Sequence[Any], values: Callable[[str], Counter[str]], where: str) -> None:
+    """Make sure that a label which is a code means what the format takes it for.
+
+    Raises:
+        BadInput: its values are not those of the format that the rows look like.
+    """
+    rows = (row for row in head if isinstance(row, Mapping))
+    row, known = next(((row, found) for row in rows if (found := detect_format(row))), ({}, None))
+    for field in known.codes if known else ():
+        codes = values(field)
+        if known and codes and not known.proof(codes):
+            raise BadInput(
+                f"{where}: the rows look like {known.name}, but the values of {field} are not its codes: "
+                f"{_shown(codes)}; say what they mean: {_flags(_judged_columns(row, field))} --label-a VALUE"
+            )
 
 
 def _columns_in(part: str, name: str) -> list[str]:
@@ -95,7 +113,11 @@ def format_of_columns(
     """
     columns: Mapping[str, str] = {str(part): name for part, name in reading.columns.items()}
     asked = set(columns)
-    row = next((row for row in head if isinstance(row, Mapping)), {})
+    row = _typical(columns, [row for row in head if isinstance(row, Mapping)])
+    one_way = asked & {"chosen", "rejected"}, asked & {"score_a", "score_b"}, asked & {"label"}, asked & {"answers"}
+    if sum(map(bool, one_way)) > 1:
+        given = ", ".join(sorted(set().union(*one_way)))
+        raise BadInput(f"{where}: {given} say which answer is better in different ways; name one of them")
     if "answers" in asked:
         return _rated_format(columns, row, where)
     if asked & {"label", "score_a", "score_b", "answer_a", "answer_b"}:
@@ -103,9 +125,20 @@ def format_of_columns(
     return _pair_format(columns, row, where)
 
 
+def _typical(columns: Mapping[str, str], rows: Sequence[Row]) -> Row:
+    """The first row that has something in every named column."""
+    named_columns = [column for part, name in columns.items() for column in _columns_in(part, name)]
+    full = (row for row in rows if all(not is_empty(row.get(column)) for column in named_columns))
+    return next(full, rows[0] if rows else {})
+
+
 def _pair_format(columns: Mapping[str, str], row: Row, where: str) -> Format:
     """The format that the rows have once the named columns are called prompt, chosen, rejected and system."""
     known = detect_format(_renamed(row, columns))
+    if "prompt" not in columns and "prompt" not in row:
+        beside = [name for name in row if str(name).strip().lower() in PROMPTS and name not in columns.values()]
+        if beside and isinstance(row[beside[0]], str) and not is_transcript(row.get(columns.get("chosen", "chosen"))):
+            raise BadInput(f"{where}: name the column of the prompt too, perhaps --column prompt={beside[0]}")
     if known is None:
         missing = [part for part in ("chosen", "rejected") if part not in columns and part not in row]
         if missing:
@@ -214,20 +247,31 @@ def learn_values(columns: Mapping[str, str], values: Counter[str], where: str) -
         **{label_key(value): "a" for value in columns.get("label_a", "").split(",") if value},
         **{label_key(value): "b" for value in columns.get("label_b", "").split(",") if value},
     }
+    if both := {label for label in said if label in _listed(columns.get("label_a"))} & _listed(columns.get("label_b")):
+        raise BadInput(
+            f"{where}: --label-a and --label-b both have {', '.join(sorted(both))}; a value means one answer"
+        )
     found = list(values)
     flag = f"{where}: --label {columns['label']}"
     if said:
         if unknown := [value for value in said if value not in found]:
             raise BadInput(f"{flag}: no row has the value {unknown[0]}; it has {_shown(values)}")
-        rest = [value for value in found if value not in said]
+        ties = {value for value in found if value not in said and named(value) == "tie"}
+        rest = [value for value in found if value not in said and value not in ties]
         missing: Verdict | None = "b" if "b" not in said.values() else "a" if "a" not in said.values() else None
         if missing and len(rest) != 1:
             raise BadInput(
                 f"{flag}: has {_shown(values)}; say as well which value means answer {missing}, with "
                 f"--label-{missing} VALUE"
             )
-        learned = said | dict.fromkeys(rest, missing or "tie")
+        learned = said | dict.fromkeys(rest, missing or "tie") | dict.fromkeys(ties, "tie")
         return learned, f"{_in_words(learned, a, b)}, as --label-{'a' if 'label_a' in columns else 'b'} says"
+    swapped = _side(a) == "b" and _side(b) == "a"
+    if swapped and not {label_key(a), label_key(b)} & set(found):
+        raise BadInput(
+            f"{flag}: {a} was named as the first answer, and {b} as the second, so {_shown(values)} may mean either; "
+            "name them the other way round, or say it with --label-a VALUE"
+        )
     by_name = {value: verdict for value in found if (verdict := named(value, (a, b)))}
     if len(by_name) == len(found) and found:
         return by_name, f"{_in_words(by_name, a, b)}, which the values name"
@@ -238,6 +282,19 @@ def learn_values(columns: Mapping[str, str], values: Counter[str], where: str) -
         f"{flag}: has {_shown(values)}, which do not say which answer is better; say which value means {a}: "
         f"--label-a VALUE (and --label-b VALUE, if a third one means a tie)"
     )
+
+
+def _listed(text: str | None) -> set[str]:
+    return {label_key(value) for value in (text or "").split(",") if value}
+
+
+def _side(column: str) -> Verdict | None:
+    """Which answer a column's name says it is, by its last part: response_b, answer2, right."""
+    ending = _FIRST.search(column)
+    if ending:
+        return "a"
+    other = re.search(r"(?:^|[_ ]|(?<=[a-z]))(b|2|second|right)$|^(right)_", column, re.I)
+    return "b" if other else "a" if re.match("left_", column, re.I) else None
 
 
 def _shown(values: Counter[str]) -> str:
@@ -261,14 +318,17 @@ def _rated_format(columns: Mapping[str, str], row: Row, where: str) -> Format:
     item = listed[0] if isinstance(listed, list) and listed else None
     if isinstance(item, Mapping):
         text = next((name for name in _ITEM_TEXTS if isinstance(item.get(name), str)), None)
-        score = scores if scores in item else next((name for name in _ITEM_SCORES if name in item), None)
+        score: str | None = scores if scores in item else next((name for name in _ITEM_SCORES if name in item), None)
         if text is None or score is None or (scores and scores not in item):
             raise BadInput(
                 f"{where}: --column answers={answers}: its items should have a text and a score; they have "
                 f"{field_names(item)}; name the score with --column scores=NAME"
             )
-        read = rated_rows.items(prompt, answers, text, score)
-        better = f"of {answers}, the item whose {score} is higher"
+        ranks = bool(re.search("rank|place|position", score, re.I))
+        read = rated_rows.items(prompt, answers, text, score, ranks=ranks)
+        better = f"of {answers}, the item whose {score} is {'lower, because it is a rank' if ranks else 'higher'}"
+    elif scores and re.search("rank|place|position", scores, re.I):
+        raise BadInput(f"{where}: --column scores={scores}: looks like ranks, of which the lowest is best; give scores")
     elif scores:
         read = rated_rows.parallel(prompt, answers, scores)
         better = f"of {answers}, the text whose value in {scores} is higher"
@@ -295,7 +355,8 @@ def unknown_format(row: Row, source: str) -> BadRow:
 
 def unpaired(row: Row) -> BadRow | None:
     """The fault of rows with a single answer and a thumb: KTO's format, in the spellings of TRL and LLaMA-Factory."""
-    labels = [name for name in ("label", "kto_tag") if isinstance(row.get(name), bool | int)]
+    thumbs = {"true", "false", "0", "1", "desirable", "undesirable"}
+    labels = [name for name in ("label", "kto_tag") if label_key(row.get(name)) in thumbs]
     single = {"completion", "messages", "output", "response"} & row.keys()
     if labels and single and not ({"chosen", "rejected", "rejected_response", "rejected_messages"} & row.keys()):
         return BadRow("not a pair", "", "has one answer with a label (KTO's format); give two answers per row")
@@ -316,13 +377,17 @@ def _nearest(row: Row) -> list[str]:
 
 def _proposed(row: Row) -> dict[str, str]:
     """The columns that a row seems to have, by their names."""
-    if labels := [str(name) for name in row if _LABELS.search(str(name))]:
+    if labels := [str(name) for name in row if is_label(name)]:
         return _judged_columns(row, labels[0])
     first, second = _two_answers(row)
     scores = [str(name) for name in row if re.search("score|rating|reward", str(name), re.I)]
-    if first and len(scores) == 2:
-        pair = {"answer_a": first, "answer_b": second, "score_a": scores[0], "score_b": scores[1]}
+    of_first, of_second = ([name for name in scores if _side(name) == side] for side in ("a", "b"))
+    if first and len(of_first) == len(of_second) == 1:
+        pair = {"answer_a": first, "answer_b": second, "score_a": of_first[0], "score_b": of_second[0]}
         return {"prompt": _like(row, _PROMPTS), **pair}
+    for name, value in row.items():
+        if isinstance(value, list) and value and isinstance(value[0], Mapping) and set(_ITEM_SCORES) & value[0].keys():
+            return {"prompt": _like(row, _PROMPTS), "answers": str(name)}
     return {"prompt": _like(row, _PROMPTS), "chosen": _like(row, _BETTER), "rejected": _like(row, _WORSE)}
 
 
@@ -357,12 +422,22 @@ def _two_answers(row: Row) -> tuple[str, str]:
 def _like(row: Row, words: Sequence[str]) -> str:
     """The column whose name is, or contains, one of these words."""
     names = [str(name) for name in row]
-    for fits in (lambda name, word: name.lower() == word, lambda name, word: word in name.lower()):
+    for fits in (lambda name, word: name.lower() == word, lambda name, word: word in _words(name)):
         for word in words:
             for name in names:
                 if fits(name, word):
                     return name
     return "NAME"
+
+
+def is_label(name: Any) -> bool:
+    """Whether a column's name suggests that it says which answer is better."""
+    return bool(_LABELS.search("_".join(_words(str(name)))))
+
+
+def _words(name: str) -> list[str]:
+    """The words of a column's name in lower case: betterAnswer, better-answer and better_answer are the same."""
+    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", name)]
 
 
 _SHORT = ("label", "answer_a", "answer_b", "score_a", "score_b")

@@ -3,6 +3,7 @@ r"""Reads conversations from row fields: texts, HH transcripts (`\n\nHuman: … 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -117,8 +118,10 @@ def system_turn(row: Mapping[str, Any]) -> list[Message]:
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a field holds nothing: null, blank text, or an empty list or object."""
-    return value is None or (not value.strip() if isinstance(value, str) else value in ([], {}))
+    """Whether a field holds nothing: null, NaN, blank text, or an empty list or object."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, float) and math.isnan(value)) or value in ([], {})
 
 
 def read_turns(value: Any, field: str) -> list[Message]:
@@ -162,8 +165,10 @@ def _read_turn(turn: Any, field: str, number: int) -> Message:
     thinking = next((turn[name] for name in _THINKING if name in turn and not is_empty(turn[name])), None)
     if thinking is not None and role == "assistant":
         message["reasoning_content"] = check_text(thinking, field)
-    if role == "tool" and isinstance(turn.get("name"), str):
-        message["name"] = turn["name"]
+    if role == "tool":
+        for key in ("name", "tool_call_id"):
+            if isinstance(turn.get(key), str):
+                message[key] = turn[key]
     return message
 
 
@@ -304,4 +309,5 @@ def kind_of(value: Any) -> str:
 
 def one_line_of(value: Any, limit: int = 40) -> str:
     """The beginning of a value as one printable line."""
-    return " ".join(str(value).split())[:limit].encode("utf-8", "replace").decode()
+    line = " ".join(str(value).split())[:limit].encode("utf-8", "replace").decode()
+    return "".join(character if character.isprintable() else "?" for character in line)

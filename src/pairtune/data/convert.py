@@ -50,6 +50,10 @@ def convert_source(reader: SourceReader, out: Path, on_bad_row: OnBadRow) -> Row
 
     with replacing(out) as temporary:
         write(temporary, pairs())
+        if not count.kept:
+            raise BadInput(
+                f"{reader.source.name}: no row is a usable pair ({', '.join(count.dropped) or 'it is empty'})"
+            )
     return count
 
 

@@ -6,7 +6,7 @@ The first entry that fits is used, so formats with rarer keys come first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,8 +14,8 @@ from typing import Any
 from pairtune.conversation import Message
 from pairtune.data import judged_rows, pair_rows, rated_rows
 from pairtune.data.conversations import SYSTEM_FIELDS, Parts, is_transcript, need, system_turn
-from pairtune.data.judged_rows import by_name, by_preference, by_scores, by_sign, by_value, judged, prompt_in
-from pairtune.data.pair_rows import Row, alpaca, texts, turns, untied
+from pairtune.data.judged_rows import by_name, by_preference, by_sign, by_value, judged, prompt_in
+from pairtune.data.pair_rows import Row, alpaca, texts, turns
 from pairtune.data.rated_rows import Rated, RatedAnswer
 
 # What a row gives: a pair, several, or rated answers that pairs are made of.
@@ -34,6 +34,9 @@ class Format:
         prompt_field: the field to name in messages about the prompt.
         also: keys that are read where a row has them.
         better: which answer is taken for the better one, and why.
+        strict: whether rows that have the keys but do not fit are in another format, not faulty rows of this one.
+        codes: fields whose values are codes, which other files use otherwise.
+        proof: whether the values that occur in a source show that it uses the codes as this format does.
     """
 
     name: str
@@ -43,14 +46,17 @@ class Format:
     prompt_field: str = "prompt"
     also: tuple[str, ...] = ()
     better: str = "chosen, as its name says"
+    strict: bool = False
+    codes: tuple[str, ...] = ()
+    proof: Callable[[Collection[str]], bool] = lambda values: True
 
     def uses(self, field: str) -> bool:
         """Whether a field of a row is read."""
         return field in self.keys or field in self.also or field in _ALWAYS
 
 
-# Read in every format: the system message and the tools.
-_ALWAYS = (*SYSTEM_FIELDS, "tools")
+# Read in every format: the system message, the tools, and what says that a pair is a tie.
+_ALWAYS = (*SYSTEM_FIELDS, "tools", "status", *(field for pair in pair_rows.SCORES for field in pair))
 
 
 def detect_format(row: Row) -> Format | None:
@@ -77,6 +83,10 @@ def _pair_of_texts(row: Row) -> bool:
     return isinstance(row["chosen"], str) and isinstance(row["rejected"], str)
 
 
+def _no_prompt_column(row: Row) -> bool:
+    return _pair_of_texts(row) and not any(str(name).strip().lower() in PROMPTS for name in row)
+
+
 def _lists_of_texts(row: Row) -> bool:
     return all(
         isinstance(row[side], list) and row[side] and all(isinstance(text, str) for text in row[side]) for side in _PAIR
@@ -95,8 +105,33 @@ def _items_with(field: str, key: str) -> Callable[[Row], bool]:
     return fits
 
 
-def _label_is(field: str, *values: str) -> Callable[[Row], bool]:
-    return lambda row: judged_rows.label_key(row[field]) in values
+def _numbered(found: Collection[str]) -> bool:
+    """Whether labels count the answers from 1, not from 0."""
+    return "2" in found and set(found) <= {"1", "2"}
+
+
+def _with_two(found: Collection[str]) -> bool:
+    return "2" in found
+
+
+def _with_zero(found: Collection[str]) -> bool:
+    return "0" in found
+
+
+def _signed(found: Collection[str]) -> bool:
+    """Whether strengths have a sign, and are not a scale from 1."""
+    return any(_number(value) < 0 for value in found)
+
+
+def _above_one(found: Collection[str]) -> bool:
+    return any(_number(value) > 1 for value in found)
+
+
+def _number(value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        return 0.0
 
 
 def _helpsteer_prompt(row: Row) -> list[Message]:
@@ -106,7 +141,8 @@ def _helpsteer_prompt(row: Row) -> list[Message]:
 _PAIR = ("chosen", "rejected")
 _RESPONSES = ("chosen_response", "rejected_response")
 _listed_pair = _listed(*_PAIR)
-_SCORED = tuple(field for pair in pair_rows.SCORES for field in pair)
+# Names of columns that hold a prompt; beside such a column, two answers' common beginning is no prompt.
+PROMPTS = frozenset({"prompt", "instruction", "question", "input", "inputs", "query", "context", "history", "post"})
 _RATINGS = ("ratings", "rating")
 
 FORMATS: tuple[Format, ...] = (
@@ -148,9 +184,10 @@ FORMATS: tuple[Format, ...] = (
         "LLMBar",
         ("input", "output_1", "output_2", "label"),
         judged(prompt_in("input"), "output_1", "output_2", by_value("label", {"1": "a", "2": "b"})),
-        _label_is("label", "1", "2"),
-        "input",
+        prompt_field="input",
         better="output_1 where label is 1, output_2 where it is 2",
+        codes=("label",),
+        proof=_numbered,
     ),
     Format(
         "AlpacaFarm",
@@ -159,6 +196,8 @@ FORMATS: tuple[Format, ...] = (
         prompt_field="instruction",
         also=("input",),
         better="output_1 where preference is below 1.5, output_2 where it is above",
+        codes=("preference",),
+        proof=_above_one,
     ),
     Format(
         "PandaLM",
@@ -167,6 +206,8 @@ FORMATS: tuple[Format, ...] = (
         prompt_field="instruction",
         also=("input", *(f"annotator{number}" for number in range(2, 10))),
         better="the response that more than half of the annotators prefer (1 is response1, 2 is response2, 0 neither)",
+        codes=("annotator1",),
+        proof=_with_two,
     ),
     Format(
         "JudgeBench",
@@ -177,9 +218,11 @@ FORMATS: tuple[Format, ...] = (
     ),
     Format(
         "Auto-J",
-        ("prompt", "response 1", "response 2", "label"),
+        ("scenario", "prompt", "response 1", "response 2", "label"),
         judged(prompt_in("prompt"), "response 1", "response 2", by_value("label", {"0": "a", "1": "b", "2": "tie"})),
         better="response 1 where label is 0, response 2 where it is 1; 2 is a tie",
+        codes=("label",),
+        proof=_with_zero,
     ),
     Format(
         "Prometheus",
@@ -198,6 +241,8 @@ FORMATS: tuple[Format, ...] = (
         ("prompt", "response_1", "response_2", "preference_strength"),
         judged(_helpsteer_prompt, "response_1", "response_2", by_sign("preference_strength")),
         better="response_1 where preference_strength is negative, response_2 where it is positive",
+        codes=("preference_strength",),
+        proof=_signed,
     ),
     Format(
         "HelpSteer3",
@@ -205,6 +250,8 @@ FORMATS: tuple[Format, ...] = (
         judged(prompt_in("context"), "response1", "response2", by_sign("overall_preference")),
         prompt_field="context",
         better="response1 where overall_preference is negative, response2 where it is positive",
+        codes=("overall_preference",),
+        proof=_signed,
     ),
     Format(
         "PKU-SafeRLHF",
@@ -215,7 +262,7 @@ FORMATS: tuple[Format, ...] = (
     Format(
         "WebGPT",
         ("question", "answer_0", "answer_1", "score_0", "score_1"),
-        judged(judged_rows.webgpt_prompt, "answer_0", "answer_1", by_scores("score_0", "score_1")),
+        rated_rows.scored(judged_rows.webgpt_prompt, ("answer_0", "answer_1"), ("score_0", "score_1")),
         prompt_field="question",
         better="the answer with the higher score",
     ),
@@ -234,6 +281,7 @@ FORMATS: tuple[Format, ...] = (
         _items_with("completions", "response"),
         "instruction",
         better="the completion with the higher overall_score",
+        strict=True,
     ),
     Format(
         "CodeUltraFeedback",
@@ -248,6 +296,7 @@ FORMATS: tuple[Format, ...] = (
         rated_rows.items(prompt_in("prompt"), "answers", "answer", "rank", ranks=True),
         _ranked,
         better="the answer with the lower rank",
+        strict=True,
     ),
     Format(
         "HelpSteer",
@@ -272,22 +321,22 @@ FORMATS: tuple[Format, ...] = (
         ("rejected_response", "rejected_messages"),
         "the last turn of messages, against the rejected one",
     ),
-    Format("RM-Bench", ("prompt", *_PAIR), pair_rows.answer_lists, _lists_of_texts),
+    Format("RM-Bench", ("prompt", *_PAIR), pair_rows.answer_lists, _lists_of_texts, strict=True),
     Format("ShareGPT", ("conversations", *_PAIR), turns("conversations"), prompt_field="conversations"),
     Format("UltraInteract", ("trajectory", *_PAIR), turns("trajectory"), prompt_field="trajectory"),
-    Format("UltraFeedback", ("prompt", *_PAIR), untied(turns("prompt")), _scored, also=_SCORED),
+    Format("UltraFeedback", ("prompt", *_PAIR), turns("prompt"), _scored),
     Format("TRL conversational", ("prompt", *_PAIR), turns("prompt"), _listed_pair),
     Format("Axolotl", ("messages", *_PAIR), turns("messages"), _listed_pair, "messages"),
     Format("rm-static", ("prompt", "response", *_PAIR), texts("prompt"), _pair_of_texts),
-    Format("TRL standard", ("prompt", *_PAIR), untied(texts("prompt")), _pair_of_texts, also=_SCORED),
+    Format("TRL standard", ("prompt", *_PAIR), texts("prompt"), _pair_of_texts),
     Format("orca", ("question", *_PAIR), texts("question"), prompt_field="question"),
-    Format("orca", ("system", "input", *_PAIR), untied(texts("input")), prompt_field="input", also=("status",)),
+    Format("orca", ("system", "input", *_PAIR), texts("input"), prompt_field="input"),
     Format(
         "Argilla",
         ("instruction", *_RESPONSES),
-        untied(alpaca(*_RESPONSES)),
+        alpaca(*_RESPONSES),
         prompt_field="instruction",
-        also=("input", "history", *_SCORED),
+        also=("input", "history"),
         better="chosen_response, as its name says",
     ),
     Format(
@@ -319,7 +368,7 @@ FORMATS: tuple[Format, ...] = (
         "TRL standard, implicit prompt",
         _PAIR,
         pair_rows.implicit_text,
-        _pair_of_texts,
+        _no_prompt_column,
         "chosen",
         better="chosen, as its name says; what both texts begin with is taken for the prompt",
     ),

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from pairtune.chat_templates import special_tokens
+from pairtune.data.columns import is_label
 from pairtune.data.inspection import (
     DataFinding,
     DroppedRows,
@@ -255,6 +256,11 @@ def _of_fields(found: Inspection) -> Iterator[DataFinding]:
     if found.unused:
         listed = ", ".join(f"{name} ({plural(rows, 'row')})" for name, rows in found.unused.items())
         yield DataFinding(level="note", message=f"fields that are not used: {listed}")
+        for name in filter(is_label, found.unused):
+            yield DataFinding(
+                level="warning",
+                message=f"{name} is not used, although its name suggests that it says which answer is better",
+            )
     for what, rows in found.notes.items():
         yield DataFinding(level="note", message=f"{what}: {plural(rows, 'row')}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -39,7 +40,7 @@ _NAMES: dict[str, Verdict] = {
     **dict.fromkeys(("a", "model_a", "response_a", "answer_a", "assistant_a", "left", "first", "a>b", "a>>b"), "a"),
     **dict.fromkeys(("b", "model_b", "response_b", "answer_b", "assistant_b", "right", "second", "b>a", "b>>a"), "b"),
     **dict.fromkeys(("tie", "tie (bothbad)", "both_bad", "bothbad", "both", "neither", "equal", "draw"), "tie"),
-    **dict.fromkeys(("same", "none", "a=b", "tie (inconsistent)", "a tie"), "tie"),
+    **dict.fromkeys(("same", "a=b", "tie (inconsistent)", "a tie"), "tie"),
 }
 
 
@@ -55,7 +56,7 @@ def named(value: Any, answers: tuple[str, str] = ("", "")) -> Verdict | None:
     """The verdict of a label that names an answer, by its column or in usual words; None if it does not."""
     key = label_key(value)
     columns: dict[str, Verdict] = {answers[0].casefold(): "a", answers[1].casefold(): "b"}
-    return columns.get(key) or _NAMES.get(key)
+    return (columns.get(key) or _NAMES.get(key)) if key else None
 
 
 def majority(votes: Sequence[Verdict]) -> tuple[Verdict, bool]:
@@ -84,7 +85,8 @@ def judge(prompt: list[Message], answers: tuple[Any, Any], fields: tuple[str, st
 
 
 def _answer(value: Any, field: str) -> list[Message]:
-    return read_transcript(value, field) if is_transcript(value) else as_turns(value, field)
+    whole = is_transcript(value) and value.lstrip().startswith("Human:")  # an answer may begin with "Assistant:"
+    return read_transcript(value, field) if whole else as_turns(value, field)
 
 
 def judged(prompt: Callable[[Row], list[Message]], a: str, b: str, verdict: ReadVerdict) -> Callable[[Row], Parts]:
@@ -114,9 +116,12 @@ def voted(
     return read
 
 
+_ANNOTATOR = re.compile(r"annotator\d+")
+
+
 def pandalm_votes(row: Row) -> list[Verdict]:
     """PandaLM: a field for each annotator; 1 and 2 name an answer, 0 says that both are alike."""
-    fields = [field for field in row if field.startswith("annotator") and not is_empty(row[field])]
+    fields = [field for field in row if _ANNOTATOR.fullmatch(field) and not is_empty(row[field])]
     return [by_value(field, {"0": "tie", "1": "a", "2": "b"})(row) for field in fields]
 
 
@@ -143,16 +148,27 @@ def webgpt_prompt(row: Row) -> list[Message]:
     question = need(row, "question")
     if not isinstance(question, Mapping):
         raise BadRow("question is not an object", "question", f"should be an object, but is {kind_of(question)}")
-    return user_turn(read_text(question, "full_text"))
+    return system_turn(row) + user_turn(read_text(question, "full_text"))
 
 
 # --- who is better ---------------------------------------------------------------------------------------------------
+
+
+def _need_label(row: Row, field: str) -> None:
+    """Leave out a row that nobody has judged.
+
+    Raises:
+        LeftOut: its label is empty.
+    """
+    if is_empty(need(row, field)):
+        raise LeftOut("no verdict", field, "is empty: nothing was judged")
 
 
 def by_value(field: str, values: Mapping[str, Verdict]) -> ReadVerdict:
     """The verdict of a label with these values."""
 
     def verdict(row: Row) -> Verdict:
+        _need_label(row, field)
         found = values.get(label_key(need(row, field)))
         if found is None:
             known = ", ".join(values)
@@ -168,6 +184,7 @@ def by_name(field: str, *answers: str) -> ReadVerdict:
     """The verdict of a label that names the better answer."""
 
     def verdict(row: Row) -> Verdict:
+        _need_label(row, field)
         found = named(need(row, field), (answers[0], answers[1]) if answers else ("", ""))
         if found is None:
             raise BadRow(
@@ -188,12 +205,12 @@ def by_sign(field: str) -> ReadVerdict:
     return verdict
 
 
-def by_scores(a: str, b: str, gap: float = 0.0) -> ReadVerdict:
-    """The answer with the higher score; scores that differ by no more than `gap` are a tie."""
+def by_scores(a: str, b: str, min_gap: float = 0.0) -> ReadVerdict:
+    """The answer with the higher score; scores that are equal, or differ by less than `min_gap`, are a tie."""
 
     def verdict(row: Row) -> Verdict:
         ahead = number(need(row, a), a) - number(need(row, b), b)
-        return "tie" if abs(ahead) <= gap else "a" if ahead > 0 else "b"
+        return "tie" if ahead == 0 or abs(ahead) < min_gap else "a" if ahead > 0 else "b"
 
     return verdict
 
@@ -202,10 +219,8 @@ def by_preference(field: str) -> ReadVerdict:
     """AlpacaFarm and AlpacaEval: 1 prefers the first answer, 2 the second; judges' means lie between, 1.5 is a tie."""
 
     def verdict(row: Row) -> Verdict:
-        value = row.get(field)
-        if value is None or value != value:  # noqa: PLR0124 - NaN: the judge's answer could not be read
-            raise LeftOut("no verdict", field, "is empty: nothing was judged")
-        preference = number(value, field)
+        _need_label(row, field)  # the judge's answer could not be read
+        preference = number(row[field], field)
         if preference in (0, 1.5):
             return "tie"
         if not 1 <= preference <= 2:
@@ -223,7 +238,7 @@ def number(value: Any, field: str) -> float:
     """
     try:
         found = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = math.nan
     if not math.isfinite(found):
         raise BadRow(f"{field} is no number", field, f"should be a number, but is {one_line_of(value) or 'empty'}")
@@ -234,13 +249,13 @@ def number(value: Any, field: str) -> float:
 
 
 def arena(row: Row) -> Parts:
-    """Two conversations and the winner; MT-bench's `turn` says after how many questions it was judged."""
+    """Two conversations and the winner; `turn` is the number of questions after which MT-bench's were judged."""
     fields = ("conversation_a", "conversation_b")
     conversations = [read_turns(need(row, field), field) for field in fields]
-    judged_turn = row.get("turn")
-    if isinstance(judged_turn, int) and "judge" in row:
-        conversations = [turns[: 2 * judged_turn] for turns in conversations]
-    return judge([], (conversations[0], conversations[1]), fields, by_name("winner")(row))
+    if not is_empty(row.get("turn")):
+        questions = int(number(row["turn"], "turn"))
+        conversations = [turns[: 2 * questions] for turns in conversations]
+    return judge(system_turn(row), (conversations[0], conversations[1]), fields, by_name("winner")(row))
 
 
 def arena_lists(row: Row) -> Parts:
@@ -259,7 +274,7 @@ def arena_lists(row: Row) -> Parts:
             turns += user_turn(check_text(question, "prompt"))
             turns.append({"role": "assistant", "content": check_text(reply, field)})
         conversations.append(turns)
-    return judge([], (conversations[0], conversations[1]), fields, _one_hot(row))
+    return judge(system_turn(row), (conversations[0], conversations[1]), fields, _one_hot(row))
 
 
 def _one_hot(row: Row) -> Verdict:
@@ -289,7 +304,12 @@ def summaries(row: Row) -> Parts:
         raise BadRow("not two summaries", "summaries", "should be a list of two")
     field = next((name for name in ("post", "article") if not is_empty(info.get(name))), "post")
     texts = [read_text(each, "text") if isinstance(each, Mapping) else check_text(each, "summaries") for each in both]
-    return judge(user_turn(read_text(info, field)), (texts[0], texts[1]), ("summaries", "summaries"), _CHOICE(row))
+    return judge(
+        system_turn(row) + user_turn(read_text(info, field)),
+        (texts[0], texts[1]),
+        ("summaries", "summaries"),
+        _CHOICE(row),
+    )
 
 
 _CHOICE = by_value("choice", {"0": "a", "1": "b"})

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import product
 from typing import Any
 
 from pairtune.conversation import Message
 from pairtune.data.conversations import (
     Parts,
     check_text,
+    is_empty,
     need,
     need_list,
     read_prompt,
@@ -27,9 +29,13 @@ ReadPair = Callable[[Row], Parts]
 # Fields with the scores of the chosen and of the rejected answer.
 SCORES = (
     ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
     ("chosen-rating", "rejected-rating"),
+    ("chosen_rating", "rejected_rating"),
+    ("rating_chosen", "rating_rejected"),
     ("chosen_avg_rating", "rejected_avg_rating"),
 )
+INVERTED = "chosen has a lower score than rejected"
 
 
 def same_answers() -> BadRow:
@@ -72,7 +78,7 @@ def as_turns(value: Any, field: str) -> list[Message]:
 def hh(row: Row) -> Parts:
     """Two HH transcripts."""
     chosen, rejected = (read_transcript(read_text(row, field), field) for field in ("chosen", "rejected"))
-    return split_answers([], chosen, rejected, ("chosen", "rejected"))
+    return split_answers(system_turn(row), chosen, rejected, ("chosen", "rejected"))
 
 
 def implicit_text(row: Row) -> Parts:
@@ -91,17 +97,18 @@ def implicit_text(row: Row) -> Parts:
             "rejected",
             "has no beginning in common with chosen, so there is no prompt; give a prompt field",
         )
-    prompt = user_turn(chosen[:shared].strip())
+    prompt = system_turn(row) + user_turn(chosen[:shared].strip())
     return Parts(prompt, check_text(chosen[shared:], "chosen"), check_text(rejected[shared:], "rejected"))
 
 
 def instruction(row: Row) -> list[Message]:
     """The prompt of alpaca rows: `instruction`, with `input` below it, after `system` and `history`."""
     text = read_text(row, "instruction")
-    if isinstance(row.get("input"), str) and row["input"].strip():
+    if not is_empty(row.get("input")):
         text += "\n" + check_text(row["input"], "input")  # LLaMA-Factory joins the two with a line break
     past: list[Message] = []
-    for number, turn in enumerate(row.get("history") or [], 1):
+    history = [] if is_empty(row.get("history")) else need_list(row, "history")
+    for number, turn in enumerate(history, 1):
         if not isinstance(turn, list) or len(turn) != 2:
             raise BadRow("history is not turns", "history", f"turn {number} should be [question, answer]")
         question, answer = (check_text(each, "history") for each in turn)
@@ -119,7 +126,7 @@ def ms_swift(row: Row) -> Parts:
     whole = read_turns(need(row, "messages"), "messages")
     if "rejected_messages" in row:
         rejected = read_turns(row["rejected_messages"], "rejected_messages")
-        return split_answers([], whole, rejected, ("messages", "rejected_messages"))
+        return split_answers(system_turn(row), whole, rejected, ("messages", "rejected_messages"))
     answer = need(row, "rejected_response")
     if isinstance(answer, list):
         if len(answer) != 1:
@@ -127,7 +134,8 @@ def ms_swift(row: Row) -> Parts:
             raise BadRow("several rejected answers", "rejected_response", fault)
         (answer,) = answer
     rejected_turn: Message = {"role": "assistant", "content": check_text(answer, "rejected_response")}
-    return split_answers([], whole, [*whole[:-1], rejected_turn], ("messages", "rejected_response"))
+    sides = whole, [*whole[:-1], rejected_turn]
+    return split_answers(system_turn(row), *sides, ("messages", "rejected_response"))
 
 
 def openai(row: Row) -> Parts:
@@ -137,30 +145,31 @@ def openai(row: Row) -> Parts:
         raise BadRow("no messages", "input", "should be an object with messages")
     fields = ("preferred_output", "non_preferred_output")
     preferred, other = (read_turns(need(row, field), field) for field in fields)
-    return split_answers(read_turns(request["messages"], "input"), preferred, other, fields)
+    return split_answers(system_turn(row) + read_turns(request["messages"], "input"), preferred, other, fields)
 
 
 def answer_lists(row: Row) -> list[Parts]:
-    """RM-Bench: as many chosen as rejected answers; those at the same place in the lists are of one style."""
+    """Lists of chosen and rejected answers: RM-Bench's, of which those at the same place are of one style, else all."""
     prompt = system_turn(row) + read_prompt(need(row, "prompt"), "prompt")
     better, worse = need_list(row, "chosen"), need_list(row, "rejected")
-    if len(better) != len(worse):
-        raise BadRow(
-            "answer lists differ in length", "rejected", f"has {len(worse)} answers, but chosen has {len(better)}"
-        )
-    sides = zip(better, worse, strict=True)
+    sides = zip(better, worse, strict=True) if len(better) == len(worse) else product(better, worse)
     return [Parts(prompt, check_text(good, "chosen"), check_text(bad, "rejected")) for good, bad in sides]
 
 
-def untied(read: ReadPair) -> ReadPair:
-    """A reader for formats with scores; equal scores are a tie, in which the choice of "chosen" is arbitrary."""
+def check_scores(row: Row) -> str:
+    """What to count of a row with scores for chosen and rejected; empty if they say what the names say.
 
-    def checked(row: Row) -> Parts:
-        if row.get("status") == "tie":  # of distilabel's orca pairs
-            raise LeftOut("tie", "status", "is tie, so nothing is preferred")
-        for better, worse in SCORES:
-            if row.get(better) is not None and row.get(better) == row.get(worse):
-                raise LeftOut("tie", worse, f"is the same as {better}, so nothing is preferred")
-        return read(row)
-
-    return checked
+    Raises:
+        LeftOut: the scores are equal, so the choice of "chosen" is arbitrary, or the row says that it is a tie.
+    """
+    if row.get("status") == "tie":  # of distilabel's orca pairs
+        raise LeftOut("tie", "status", "is tie, so nothing is preferred")
+    for better, worse in SCORES:
+        scores = row.get(better), row.get(worse)
+        if None in scores:
+            continue
+        if scores[0] == scores[1]:
+            raise LeftOut("tie", worse, f"is the same as {better}, so nothing is preferred")
+        if all(isinstance(score, int | float) for score in scores) and scores[0] < scores[1]:  # type: ignore[operator]
+            return INVERTED
+    return ""

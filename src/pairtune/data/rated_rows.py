@@ -107,6 +107,18 @@ def parallel(prompt: Callable[[Row], list[Message]], answers: str, scores: str) 
     return read
 
 
+def scored(
+    prompt: Callable[[Row], list[Message]], answers: tuple[str, str], scores: tuple[str, str]
+) -> Callable[[Row], Rated]:
+    """A reader of two texts with a score for each."""
+
+    def read(row: Row) -> Rated:
+        texts = [read_text(row, field) for field in answers]
+        return Rated(prompt(row), texts, [number(need(row, field), field) for field in scores])
+
+    return read
+
+
 def helpsteer(row: Row) -> RatedAnswer:
     """HelpSteer: one answer a row; those to one prompt stand in neighbouring rows, and `helpfulness` rates them."""
     prompt = system_turn(row) + helpsteer_turns(need(row, "prompt"), "prompt")

@@ -6,13 +6,16 @@ decides what to do. Damage that hides how many rows follow (a truncated archive)
 
 from __future__ import annotations
 
+import ast
 import csv
 import gzip
 import io
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -103,7 +106,7 @@ def _parse_line(number: int, line: bytes) -> Any:
         return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError as error:
         return BadRow("not UTF-8", "", f"is not UTF-8 (byte {error.start + 1}); save the file as UTF-8")
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
         return BadRow("not valid JSON", "", f"is not valid JSON ({one_line(error)}); write one object per line")
 
 
@@ -135,6 +138,10 @@ def _array_items(path: Path, text: TextIO) -> Iterator[Any]:
             if not held:
                 raise BadInput(f"{path}: ends after row {row} without a closing ]; download the file again")
         if held[0] == "]":
+            if (held[1:] + text.read(_BLOCK)).strip():
+                raise BadInput(
+                    f"{path}: goes on after the ] that ends its rows; write one array, or one object per line"
+                )
             return
         row += 1
         item, held = _take_item(f"{path}: row {row}", decoder, text, held[1:] if row > 1 else held)
@@ -151,7 +158,7 @@ def _take_item(where: str, decoder: json.JSONDecoder, text: TextIO, held: str) -
             if rest[:1] in (",", "]"):  # otherwise it may be the beginning of a longer number
                 return item, rest
             fault = "a comma or ] is missing after it"
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             fault = one_line(error)
         block = text.read(max(_BLOCK, len(held))) if len(held) < _LARGEST_ROW else ""
         if not block:
@@ -166,6 +173,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         rows = csv.DictReader(text, restkey="", strict=True)
         number = 0
+        _check_names(path, rows.fieldnames or [])
         while True:
             number += 1
             try:
@@ -177,12 +185,33 @@ def _read_csv(path: Path) -> Iterator[Row]:
             yield number, _whole_row(row, len(rows.fieldnames or []))
 
 
+def _check_names(path: Path, names: Iterable[str]) -> None:
+    """Make sure that no column hides another one.
+
+    Raises:
+        BadInput: two columns have the same name.
+    """
+    if twice := [name for name, times in Counter(names).items() if times > 1]:
+        raise BadInput(f"{path}: has {len(twice) + 1} columns called {twice[0]!r}; give each a name of its own")
+
+
 def _whole_row(row: dict[str, Any], columns: int) -> Any:
     if "" in row and isinstance(row[""], list):
         return BadRow("too many cells", "", f"has more cells than the {columns} of the header; quote cells with commas")
     if None in row.values():
         return BadRow("too few cells", "", f"has fewer cells than the {columns} of the header")
-    return row
+    turns = {name: read for name, value in row.items() if (read := _turns_in(value)) is not None}
+    return {**row, **turns} if turns else row
+
+
+def _turns_in(cell: str) -> Any:
+    """The list of turns that a cell holds as JSON or as Python wrote it; None if it is an ordinary text."""
+    if not cell.lstrip().startswith("[{") or not any(f"{quote}role{quote}" in cell for quote in "'\""):
+        return None
+    for read in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return read(cell)
+    return None
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
@@ -191,12 +220,13 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
     try:
         with pq.ParquetFile(path) as file:
+            _check_names(path, file.schema_arrow.names)
             number = 0
             for batch in file.iter_batches(batch_size=256):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise BadInput(f"{path}: cannot be read as Parquet ({one_line(error)})") from error
 
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from pairtune.config import Reading
-from pairtune.data.columns import check_columns, format_of_columns, unknown_format, unpaired
+from pairtune.data.columns import check_codes, check_columns, format_of_columns, unknown_format, unpaired
 from pairtune.data.conversations import Parts, check_prompt, field_names, images_in, is_empty, kind_of, tools_of
 from pairtune.data.formats import Format, detect_format, formats_with
-from pairtune.data.pair_rows import Row, same_answers
+from pairtune.data.pair_rows import Row, check_scores, same_answers
 from pairtune.data.preference import BadRow, LeftOut, PreferencePair
 from pairtune.data.rated_rows import Rated, RatedAnswer, pairs_of
 from pairtune.data.sources import SourceRow
@@ -21,7 +21,7 @@ from pairtune.errors import BadInput
 Parsed = tuple[SourceRow, PreferencePair | BadRow]
 
 _UNKNOWN = ("unknown format", "not a pair")
-_IMAGES = ("images", "image", "videos", "audios")
+_IMAGES = ("images", "image", "image_path", "image_url", "videos", "audios")
 
 
 class RowParser:
@@ -57,7 +57,9 @@ class RowParser:
         Raises:
             BadInput: the columns that a person named cannot be used.
         """
-        if self.reading.columns and self._mapped is None:
+        if not self.reading.columns:
+            check_codes(head, values, where)
+        elif self._mapped is None:
             check_columns(self.reading, head, where)
             self._mapped = format_of_columns(self.reading, head, values, where)
 
@@ -139,6 +141,8 @@ class RowParser:
                 raise images_in(field)
         known = self._format_of(row)
         self._count_unused(known, row)
+        if note := check_scores(row):
+            self.notes[note] += 1
         content = known.read(row)
         self.format = known
         return content
@@ -157,7 +161,7 @@ class RowParser:
     def _nearest(self, row: Row) -> Format:
         if fault := unpaired(row):
             raise fault
-        if candidates := formats_with(tuple(row)):
+        if candidates := [known for known in formats_with(tuple(row)) if not known.strict]:
             most = max(len(known.keys) for known in candidates)
             return [known for known in candidates if len(known.keys) == most][-1]
         missing = [name for name in ("chosen", "rejected") if name not in row]

@@ -69,7 +69,7 @@ class SourceReader:
     def parsed(self) -> Iterator[Parsed]:
         """Each row with its pair, or with the reason why it has none; a row may give further pairs."""
         rows = self.source.rows(self.limit)
-        head = list(islice(rows, HEAD)) if self.parser.reading.columns else []
+        head = list(islice(rows, HEAD))
         self.parser.prepare([row.content for row in head], self._values, self.where)
         parsed = self.parser.parse_all(chain(head, rows))
         yield from parsed if self.parser.reading.prompts is None else _unrelated(parsed, self.parser.reading.prompts)
@@ -84,10 +84,10 @@ class SourceReader:
     def _values(self, column: str) -> Counter[str]:
         """How often each value of a column occurs; the items of lists count one by one."""
         found: Counter[str] = Counter()
-        for row in self.source.rows(min(self.limit or _LABEL_ROWS, _LABEL_ROWS)):
+        for row in self.source.rows(_LABEL_ROWS):  # not only those to read, which may lack a value
             value = row.content.get(column) if isinstance(row.content, dict) else None
             found.update(
-                label_key(each) for each in (value if isinstance(value, list) else [value]) if not _blank(each)
+                label_key(each) for each in (value if isinstance(value, list) else [value]) if not is_empty(each)
             )
         return found
 
@@ -110,10 +110,6 @@ def _unrelated(parsed: Iterator[Parsed], count: int) -> Iterator[Parsed]:
         yield row, result
         if seen == count:
             return
-
-
-def _blank(value: object) -> bool:
-    return is_empty(value) or value != value  # noqa: PLR0124 - NaN
 
 
 def describe_fault(row: SourceRow, fault: BadRow) -> str:
