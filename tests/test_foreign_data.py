@@ -346,7 +346,7 @@ def test_scores_and_rated_lists_can_be_named(tmp_path):
         ({"label": "gold", "answer_a": "left", "answer_b": "right"}, "name the column of the prompt"),
         ({"prompt": "ask", "label": "gold", "answer_a": "left"}, "--answer-b: name the columns of both answers"),
         ({"prompt": "ask", "answer_a": "left", "answer_b": "right"}, "name what says which answer is better"),
-        ({**AB, "label_a": "7"}, r"no row has the value 7; it has 1 \(1 times\), 2 \(1 times\)"),
+        ({**AB, "label_a": "7"}, r"no row has the value 7; it has 1 \(1 row\), 2 \(1 row\)"),
         ({"prompt": "ask", "answers": "left"}, "name the column of the scores too"),
     ],
 )
@@ -506,3 +506,141 @@ def test_converted_rows_keep_tools_and_thinking(tmp_path):
     assert pair.thinking == ("The tool said so.", "")
     with pytest.raises(BadInput, match=r"has tools or thinking, which only \.jsonl can hold"):
         convert_source(reader(path), tmp_path / "out.parquet", "stop")
+
+
+# --- what looks like something else ----------------------------------------------------------------------------------
+
+
+def two(q: str, names: tuple[str, str], **more) -> dict[str, Any]:
+    return {q: "Q", names[0]: "one", names[1]: "two", **more}
+
+
+@pytest.mark.parametrize(
+    ("rows", "name"),
+    [
+        ([two("input", ("output_1", "output_2"), label=value) for value in (1, 0)], "LLMBar"),
+        ([two("input", ("output_1", "output_2"), label=1)], "LLMBar"),
+        ([two("instruction", ("output_1", "output_2"), preference=value) for value in (1, 0)], "AlpacaFarm"),
+        ([two("instruction", ("response1", "response2"), annotator1=value) for value in (1, 0)], "PandaLM"),
+        ([two("prompt", ("response 1", "response 2"), scenario="x", label=value) for value in (1, 2)], "Auto-J"),
+        ([two("context", ("response1", "response2"), overall_preference=value) for value in (1, 5)], "HelpSteer3"),
+    ],
+)
+def test_codes_are_those_of_the_format_or_have_to_be_said(tmp_path, rows, name):
+    """The same columns with other codes would be read backwards; skipping bad rows would keep only these."""
+    opened = reader(write(tmp_path / "rows.jsonl", rows))
+    for read in (opened.probe, lambda: pairs(opened)):
+        with pytest.raises(BadInput, match=f"look like {name}, but the values of .* are not its codes.*--label"):
+            read()
+
+
+def test_a_limit_does_not_hide_the_other_codes(tmp_path):
+    rows = [two("input", ("output_1", "output_2"), label=value) for value in (1, 1, 2)]
+    source = SourceConfig(source=write(tmp_path / "rows.jsonl", rows))
+    assert len(pairs(SourceReader.open(source, "SRC", Reading(), 2))) == 2
+
+
+@pytest.mark.parametrize("winner", ["", " ", None, float("nan")])
+def test_an_empty_winner_is_no_verdict(winner):
+    sides = {f"conversation_{side}": [user("Q"), assistant(side)] for side in "ab"}
+    with pytest.raises(LeftOut) as caught:
+        parse_row({**sides, "winner": winner}, "f:1")
+    assert caught.value.reason == "no verdict"
+
+
+@pytest.mark.parametrize(
+    ("values", "more", "message"),
+    [
+        (["A", "tie"], {"label_a": "A"}, "say as well which value means answer b"),
+        ([0, 1], {"label_a": "1", "label_b": "1"}, "both have 1; a value means one answer"),
+        ([1, 2], {"answer_a": "answer_2", "answer_b": "answer_1"}, "may mean either; name them the other way round"),
+        (
+            [1, 2],
+            {"score_a": "ask", "score_b": "ask"},
+            "label, score_a, score_b say which answer is better in different",
+        ),
+    ],
+)
+def test_what_contradicts_itself_is_refused(tmp_path, values, more, message):
+    rows = labelled(values, answer_1="1", answer_2="2")
+    with pytest.raises(BadInput, match=message):
+        reader(write(tmp_path / "rows.jsonl", rows), columns={**AB, **more}).probe()
+
+
+def test_a_tie_stays_a_tie_when_one_answer_is_said(tmp_path):
+    opened = reader(write(tmp_path / "rows.jsonl", labelled(["x", "y", "tie"])), columns={**AB, "label_a": "x"})
+    assert [pair.chosen for pair in pairs(opened)] == ["l0", "r1"]
+
+
+def test_ranks_are_best_when_lowest(tmp_path):
+    rows = [{"q": "Q", "all": [{"text": "best", "rank": 1}, {"text": "worst", "rank": 4}]}]
+    path = write(tmp_path / "rows.jsonl", rows)
+    opened = reader(path, columns={"prompt": "q", "answers": "all"})
+    assert [pair.chosen for pair in pairs(opened)] == ["best"]
+    assert "because it is a rank" in opened.better
+
+
+@pytest.mark.parametrize(
+    ("row", "flags"),
+    [
+        (
+            {"prompt": "Q", "answer_1": "a", "answer_2": "b", "score_2": 5, "score_1": 1},
+            "--answer-a answer_1 --answer-b answer_2 --score-a score_1 --score-b score_2",
+        ),
+        ({"query": "Q", "unchosen": "b", "chosen_text": "a"}, "--column prompt=query --column chosen=chosen_text"),
+        ({"prompt": "Q", "answers": [{"text": "a", "score": 3}]}, "--column answers=answers"),
+        ({"query": "Q", "chosen": "The sea", "rejected": "The sky"}, "--column prompt=query --column chosen=chosen"),
+        ({"Prompt": "Q", "chosen": "The sea", "rejected": "The sky"}, "--column prompt=Prompt --column chosen=chosen"),
+    ],
+)
+def test_the_proposed_command_names_what_belongs_together(row, flags):
+    with pytest.raises(BadRow) as caught:
+        parse_row(row, "f:1")
+    assert flags in str(caught.value)
+
+
+def test_scores_that_contradict_the_names_are_counted(tmp_path):
+    rows = [
+        {"prompt": f"Q {n}", "chosen": "a", "rejected": "b", "chosen_score": n, "rejected_score": 1} for n in range(3)
+    ]
+    found = inspected(reader(write(tmp_path / "rows.jsonl", rows)))
+    assert (found.kept, found.notes) == (2, {"chosen has a lower score than rejected": 1})
+    assert found.dropped["tie"].rows == 1
+
+
+def test_a_label_beside_chosen_and_rejected_is_warned_of(tmp_path):
+    rows = [{"prompt": f"Q {n}", "chosen": "a", "rejected": "b", "betterAnswer": 1} for n in range(3)]
+    found = inspected(reader(write(tmp_path / "rows.jsonl", rows)))
+    assert any(each.level == "warning" and "betterAnswer is not used" in each.message for each in found.findings)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", '[{"a": 1}] [{"a": 2}]', "goes on after the ] that ends its rows"),
+        ("a.csv", "prompt,chosen,chosen\nQ,a,b\n", "has 2 columns called 'chosen'"),
+    ],
+)
+def test_rows_and_columns_do_not_vanish(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(BadInput, match=message):
+        pairs(reader(str(tmp_path / name)))
+
+
+def test_numbers_beyond_reason_are_faults_and_no_crash(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": ' + "9" * 5000 + "}\n")
+    ((_, fault),) = reader(str(path)).parsed()
+    assert isinstance(fault, BadRow)
+    scored = {"question": {"full_text": "Q"}, "answer_0": "a", "answer_1": "b", "score_0": 10**400, "score_1": 1}
+    with pytest.raises(BadRow, match="should be a number"):
+        parse_row(scored, "f:1")
+    with pytest.raises(BadRow, match="should be a list"):
+        parse_row({"instruction": "Q", "history": 3, "chosen": "a", "rejected": "b"}, "f:1")
+
+
+def test_turns_in_the_cells_of_a_table_are_turns(tmp_path):
+    turns = "[{'role': 'assistant', 'content': 'a'}]", json.dumps([assistant("b")]).replace('"', '""')
+    (tmp_path / "a.csv").write_text('prompt,chosen,rejected\nQ,"{}","{}"\n'.format(*turns))
+    (pair,) = pairs(reader(str(tmp_path / "a.csv")))
+    assert (pair.chosen, pair.rejected) == ("a", "b")

@@ -21,7 +21,7 @@ from pairtune.data.formats import FORMATS, PROMPTS, Format, detect_format
 from pairtune.data.judged_rows import Verdict, label_key, named
 from pairtune.data.pair_rows import Row
 from pairtune.data.preference import BadRow
-from pairtune.errors import BadInput
+from pairtune.errors import BadInput, plural
 
 # Rows at the beginning of a source in which a named column has to occur at least once.
 HEAD = 100
@@ -298,7 +298,9 @@ def _side(column: str) -> Verdict | None:
 
 
 def _shown(values: Counter[str]) -> str:
-    listed = ", ".join(f"{one_line_of(value, 20)} ({rows:,} times)" for value, rows in values.most_common(_MOST_VALUES))
+    listed = ", ".join(
+        f"{one_line_of(value, 20)} ({plural(rows, 'row')})" for value, rows in values.most_common(_MOST_VALUES)
+    )
     return (listed or "no values") + (", …" if len(values) > _MOST_VALUES else "")
 
 

@@ -83,13 +83,18 @@ def _pair_of_texts(row: Row) -> bool:
     return isinstance(row["chosen"], str) and isinstance(row["rejected"], str)
 
 
+def has_prompt_column(row: Row) -> bool:
+    """Whether a column is called as those are that hold a prompt."""
+    return any(str(name).strip().lower() in PROMPTS for name in row)
+
+
 def _no_prompt_column(row: Row) -> bool:
-    return _pair_of_texts(row) and not any(str(name).strip().lower() in PROMPTS for name in row)
+    return _pair_of_texts(row) and not has_prompt_column(row)
 
 
 def _lists_of_texts(row: Row) -> bool:
     return all(
-        isinstance(row[side], list) and row[side] and all(isinstance(text, str) for text in row[side]) for side in _PAIR
+        isinstance(row[side], list) and row[side] and all(isinstance(text, str) for text in row[side]) for side in PAIR
     )
 
 
@@ -138,9 +143,9 @@ def _helpsteer_prompt(row: Row) -> list[Message]:
     return system_turn(row) + rated_rows.helpsteer_turns(need(row, "prompt"), "prompt")
 
 
-_PAIR = ("chosen", "rejected")
+PAIR = ("chosen", "rejected")
 _RESPONSES = ("chosen_response", "rejected_response")
-_listed_pair = _listed(*_PAIR)
+_listed_pair = _listed(*PAIR)
 # Names of columns that hold a prompt; beside such a column, two answers' common beginning is no prompt.
 PROMPTS = frozenset({"prompt", "instruction", "question", "input", "inputs", "query", "context", "history", "post"})
 _RATINGS = ("ratings", "rating")
@@ -321,16 +326,16 @@ FORMATS: tuple[Format, ...] = (
         ("rejected_response", "rejected_messages"),
         "the last turn of messages, against the rejected one",
     ),
-    Format("RM-Bench", ("prompt", *_PAIR), pair_rows.answer_lists, _lists_of_texts, strict=True),
-    Format("ShareGPT", ("conversations", *_PAIR), turns("conversations"), prompt_field="conversations"),
-    Format("UltraInteract", ("trajectory", *_PAIR), turns("trajectory"), prompt_field="trajectory"),
-    Format("UltraFeedback", ("prompt", *_PAIR), turns("prompt"), _scored),
-    Format("TRL conversational", ("prompt", *_PAIR), turns("prompt"), _listed_pair),
-    Format("Axolotl", ("messages", *_PAIR), turns("messages"), _listed_pair, "messages"),
-    Format("rm-static", ("prompt", "response", *_PAIR), texts("prompt"), _pair_of_texts),
-    Format("TRL standard", ("prompt", *_PAIR), texts("prompt"), _pair_of_texts),
-    Format("orca", ("question", *_PAIR), texts("question"), prompt_field="question"),
-    Format("orca", ("system", "input", *_PAIR), texts("input"), prompt_field="input"),
+    Format("RM-Bench", ("prompt", *PAIR), pair_rows.answer_lists, _lists_of_texts, strict=True),
+    Format("ShareGPT", ("conversations", *PAIR), turns("conversations"), prompt_field="conversations"),
+    Format("UltraInteract", ("trajectory", *PAIR), turns("trajectory"), prompt_field="trajectory"),
+    Format("UltraFeedback", ("prompt", *PAIR), turns("prompt"), _scored),
+    Format("TRL conversational", ("prompt", *PAIR), turns("prompt"), _listed_pair),
+    Format("Axolotl", ("messages", *PAIR), turns("messages"), _listed_pair, "messages"),
+    Format("rm-static", ("prompt", "response", *PAIR), texts("prompt"), _pair_of_texts),
+    Format("TRL standard", ("prompt", *PAIR), texts("prompt"), _pair_of_texts),
+    Format("orca", ("question", *PAIR), texts("question"), prompt_field="question"),
+    Format("orca", ("system", "input", *PAIR), texts("input"), prompt_field="input"),
     Format(
         "Argilla",
         ("instruction", *_RESPONSES),
@@ -347,8 +352,8 @@ FORMATS: tuple[Format, ...] = (
     ),
     Format(
         "alpaca",
-        ("instruction", *_PAIR),
-        alpaca(*_PAIR),
+        ("instruction", *PAIR),
+        alpaca(*PAIR),
         prompt_field="instruction",
         also=("input", "history"),
     ),
@@ -362,11 +367,11 @@ FORMATS: tuple[Format, ...] = (
         )
         for ratings in _RATINGS
     ),
-    Format("TRL conversational, implicit prompt", _PAIR, turns(None), _listed_pair, "chosen"),
-    Format("HH transcripts", _PAIR, pair_rows.hh, lambda row: is_transcript(row["chosen"]), "chosen"),
+    Format("TRL conversational, implicit prompt", PAIR, turns(None), _listed_pair, "chosen"),
+    Format("HH transcripts", PAIR, pair_rows.hh, lambda row: is_transcript(row["chosen"]), "chosen"),
     Format(
         "TRL standard, implicit prompt",
-        _PAIR,
+        PAIR,
         pair_rows.implicit_text,
         _no_prompt_column,
         "chosen",

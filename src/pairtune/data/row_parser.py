@@ -10,7 +10,7 @@ from typing import Any
 from pairtune.config import Reading
 from pairtune.data.columns import check_codes, check_columns, format_of_columns, unknown_format, unpaired
 from pairtune.data.conversations import Parts, check_prompt, field_names, images_in, is_empty, kind_of, tools_of
-from pairtune.data.formats import Format, detect_format, formats_with
+from pairtune.data.formats import PAIR, Format, detect_format, formats_with, has_prompt_column
 from pairtune.data.pair_rows import Row, check_scores, same_answers
 from pairtune.data.preference import BadRow, LeftOut, PreferencePair
 from pairtune.data.rated_rows import Rated, RatedAnswer, pairs_of
@@ -161,7 +161,10 @@ class RowParser:
     def _nearest(self, row: Row) -> Format:
         if fault := unpaired(row):
             raise fault
-        if candidates := [known for known in formats_with(tuple(row)) if not known.strict]:
+        candidates = [known for known in formats_with(tuple(row)) if not known.strict]
+        if has_prompt_column(row):  # whose name no format has: what has no prompt column is none of those without one
+            candidates = [known for known in candidates if known.keys != PAIR]
+        if candidates:
             most = max(len(known.keys) for known in candidates)
             return [known for known in candidates if len(known.keys) == most][-1]
         missing = [name for name in ("chosen", "rejected") if name not in row]
