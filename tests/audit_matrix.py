@@ -49,7 +49,7 @@ EXPECTED = {
     "loss-constant": {"frozen-column"},
     "norm-constant": {"frozen-column"},
     "margin": {"margin-arithmetic"},
-    "accuracy-range": {"accuracy-range"},
+    "accuracy-range": {"value-range"},
     "accuracy-against-margin": {"accuracy-contradiction"},
     "accuracy-of-rows": {"accuracy-impossible"},
     "logps-positive": {"log-prob-positive"},

@@ -588,3 +588,104 @@ def test_betas_go_to_trials_by_name_or_in_their_natural_order(tmp_path):
             with_options(evidence, betas=[beta])
     with pytest.raises(BadInput, match="--loss sigmod: should be one of sigmoid"):
         with_options(evidence, loss="sigmod")
+
+
+def edited_rows(**changes) -> list[dict[str, float]]:
+    """Six evaluations of a sound trial, and what is changed in them, by number."""
+    rows = [eval_row(step, 0.6) for step in range(10, 70, 10)]
+    for number, row in enumerate(rows, 1):
+        moved = evaluation(0.1, number, -2.0 * number)
+        row.update({name if name == "eval_loss" else f"eval_{name}": value for name, value in moved.items()})
+        row.update(changes.get(f"at_{number}", {}))
+    return rows
+
+
+def test_one_evaluation_with_other_log_probs_is_found_and_a_synchronised_reference_is_not(tmp_path):
+    sound = trainer_state(tmp_path / "sound", edited_rows())
+    assert "base-inconsistent" not in rules(findings(sound))
+    off = trainer_state(tmp_path / "off", edited_rows(at_4={"eval_logps/rejected": -160.0}))
+    (found,) = (each for each in findings(off) if each.rule == "base-inconsistent")
+    assert found.level == "error"
+    assert "the evaluation at step 40" in found.evidence
+    later = {f"at_{number}": {"eval_logps/chosen": -100.0 - number} for number in (4, 5, 6)}
+    assert "base-inconsistent" not in rules(findings(trainer_state(tmp_path / "synchronised", edited_rows(**later))))
+
+
+@pytest.mark.parametrize("decimals", [2, 3, 4])
+def test_printed_tables_are_as_exact_as_they_are_printed(tmp_path, decimals):
+    generator = np.random.default_rng(decimals)
+    for number in range(40):
+        rows = []
+        for step in range(10, 70, 10):
+            moved = evaluation(0.1, *np.cumsum(generator.normal(0, 2, 2)))
+            rows.append({"step": step, "learning_rate": 5e-6, **moved, "eval_loss": moved["eval_loss"] + 0.01})
+        path = tmp_path / f"{number}.csv"
+        names = list(rows[0])
+        lines = [",".join(names), *(",".join(f"{row[name]:.{decimals}f}" for name in names) for row in rows)]
+        path.write_text("\n".join(lines) + "\n")
+        assert not errors(findings(path)) - {"chosen-collapse"}
+
+
+def test_nan_is_found_however_it_is_written_and_gaps_are_none(tmp_path):
+    rows = [{**step_row(step), "grad_norm": 1.0} for step in (10, 20, 30)]
+    for number, value in enumerate((None, "NaN", "nan", math.nan)):
+        path = trainer_state(tmp_path / str(number), [rows[0], {**rows[1], "loss": value}, rows[2]])
+        assert "nan-as-zero" in rules(findings(path))
+    gaps = [{**row, "eval_loss": None, "eval_rewards/chosen": None} for row in rows]
+    (trial,) = read_evidence(trainer_state(tmp_path / "gaps", gaps)).trials
+    assert (len(trial.steps), len(trial.evaluations)) == (3, 0)
+    path = tmp_path / "nan.csv"
+    path.write_text("step,loss,grad_norm,eval_loss\n1,0.6,1.0,\n2,nan,1.0,\n3,,,0.6\n")
+    assert "nan-as-zero" in rules(findings(path))
+
+
+def test_what_the_log_shows_cannot_be_overruled(tmp_path):
+    timed = {**eval_row(10, 0.6), "eval_runtime": 2.5, "eval_samples_per_second": 16.0, "eval_steps_per_second": 2.0}
+    evidence = read_evidence(trainer_state(tmp_path, [timed]))
+    with_options(evidence, eval_rows=40)
+    with pytest.raises(BadInput, match="--eval-rows 7: the log of .* shows 40"):
+        with_options(evidence, eval_rows=7)
+
+
+def test_a_checkpoint_is_a_log_of_its_own(tmp_path):
+    trainer_state(tmp_path / "run" / "checkpoint-10", [eval_row(10, 0.6)])
+    trainer_state(tmp_path / "run" / "tmp-checkpoint-20", [eval_row(10, 0.6), eval_row(20, 0.5)], global_step=20)
+    assert [trial.name for trial in read_evidence(tmp_path / "run" / "checkpoint-10").trials] == ["checkpoint-10"]
+    (trial,) = read_evidence(tmp_path / "run").trials
+    assert len(trial.evaluations) == 2
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"global_step": "abc", "trial_params": "x"},
+        {"global_step": [1], "trial_params": [2]},
+        {"global_step": 10**400, "best_metric": 10**400, "best_model_checkpoint": "a/checkpoint-10"},
+        {"best_metric": 0.6, "best_model_checkpoint": "a/checkpoint-²"},
+        {"best_metric": 0.6, "best_model_checkpoint": "a/checkpoint-" + "9" * 5000},
+    ],
+)
+def test_odd_states_are_no_crash(tmp_path, state):
+    rows = [
+        {**eval_row(10, 0.6), "eval_runtime": 1e308, "eval_samples_per_second": 1e308},
+        {"step": 10**400, "loss": 1},
+    ]
+    findings(trainer_state(tmp_path, rows, **state))
+
+
+def test_tables_with_decimal_commas_and_runs_of_one_name(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("step;loss;eval_loss\n10;0,61;0,62\n20;0,5;0,55\n")
+    (trial,) = read_evidence(path).trials
+    assert [row["loss"] for row in trial.evaluations] == [0.62, 0.55]
+    path.write_text("Name,beta,loss_type,eval/loss\nrun,0.1,sigmoid,0.6\nrun,0.1,hinge,0.9\n")
+    assert [(trial.name, trial.loss) for trial in read_evidence(path).trials] == [
+        ("run (1)", "sigmoid"),
+        ("run (2)", "hinge"),
+    ]
+
+
+def test_a_second_evaluation_of_the_same_weights_is_no_copy(tmp_path):
+    rows = edited_rows()
+    path = trainer_state(tmp_path, [*rows, {**rows[-1], "eval_runtime": 1.0}])
+    assert not rules(findings(path)).keys() & {"rows-repeat", "rows-order"}

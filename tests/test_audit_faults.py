@@ -152,7 +152,11 @@ def hidden_nan(run):
 def no_effect(run):
     change_lines(
         run,
-        evaluations(loss=float(np.log(2)), rewards__chosen=0.0, rewards__rejected=0.0, rewards__margins=0.0),
+        evaluations(
+            **{f"rewards__{name}": 0.0 for name in ("chosen", "rejected", "margins")},
+            **{f"logps__{answer}": -80.0 for answer in ("chosen", "rejected")},
+            loss=float(np.log(2)),
+        ),
     )
 
 
@@ -312,6 +316,19 @@ def evaluations_reversed(run):
     trial.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def other_row(run):
+    """Five epochs, of which the third has the log-probs of other pairs."""
+    trial = first_trial(run)
+    evaluation = next(row for row in map(json.loads, trial.metrics.read_text().splitlines()) if "eval_loss" in row)
+    rows = []
+    for epoch in range(1, 6):
+        rewards = {"eval_rewards/chosen": epoch / 10, "eval_rewards/rejected": -epoch / 10}
+        logps = {"eval_logps/chosen": epoch - 80.0, "eval_logps/rejected": -epoch - 90.0 - 5.0 * (epoch == 3)}
+        margin = {"eval_rewards/margins": epoch / 5, "eval_loss": 0.6 - epoch / 100}
+        rows.append({**evaluation, "step": epoch, "epoch": epoch, **rewards, **logps, **margin})
+    trial.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def pasted_evaluation(run):
     seen = {}
 
@@ -374,11 +391,12 @@ def trained_on_evaluation(run):
 
 FAULTS = {
     "margin-arithmetic": (margins, "error"),
-    "accuracy-range": (accuracy(1.04), "error"),
+    "value-range": (accuracy(1.04), "error"),
     "accuracy-contradiction": (accuracy(0.0), "error"),
     "log-prob-positive": (positive_log_probs, "error"),
     "loss-below-bound": (loss_below_bound, "error"),
     "reward-sign": (negated_rewards, "error"),
+    "base-inconsistent": (other_row, "error"),
     "rows-order": (steps_go_back, "error"),
     "evaluations-order": (evaluations_reversed, "error"),
     "rows-repeat": (pasted_evaluation, "error"),
@@ -439,7 +457,7 @@ def test_every_rule_has_a_planted_fault():
 def test_the_clean_run_is_clean(clean):
     record = json.loads(clean.paths.audit.read_text())
     assert {finding["rule"] for finding in record["findings"]} <= {"few-rows", "beta-ranking", "winner-unsettled"}
-    few = {"always-clipped", "length-bias", "evaluations-order"}
+    few = {"always-clipped", "length-bias", "evaluations-order", "base-inconsistent"}
     assert record["not_checked"].keys() == few, "six steps, two epochs and 24 pairs are too few"
     assert not record["partly_checked"]
 

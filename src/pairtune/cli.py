@@ -185,6 +185,8 @@ def audit(
     if markdown:
         from pairtune.files import write_atomic
 
+        if markdown.is_dir() or not markdown.parent.is_dir():
+            raise BadInput(f"--markdown {markdown}: is a folder, or in a folder that does not exist; name a file")
         write_atomic(markdown, audit_markdown(found))
     if as_json:
         typer.echo(json.dumps(dump(found)))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 
-from pairtune.evaluate.audit.evidence import ANSWERS, LOSS_ROUNDING, Evidence, Row, TrialLog, sigmoid_excess
+from pairtune.evaluate.audit.evidence import ANSWERS, KTO, LOSS_ROUNDING, Evidence, Row, TrialLog, sigmoid_excess
 from pairtune.evaluate.audit.rule import Hit, Rule
+from pairtune.run.records import Level
 
 _ACCURACY, _MARGIN, _CHOSEN, _REJECTED = (f"rewards/{name}" for name in ("accuracies", "margins", "chosen", "rejected"))
 # A margin may differ from the difference of the rewards by this much, and by this share of them: means in float32, and
@@ -20,10 +22,14 @@ _CLEARLY = 1e-3
 # Rewards that move against log-probs by at least this much per nat, over log-probs that spread by this many nats.
 _AGAINST, _SPREAD_NATS = 1e-3, 0.2
 _NAMED = 3
+# Evaluations needed to tell which one is off, and by how many nats it has to be.
+_BASES, _BASE_NATS = 3, 0.05
 # How far an evaluation's loss may be below, if its margins are means over batches that were taken to be equal.
 _BATCHES_ROOM = 0.03
+# The same for a row that averages several steps, of which some may have fewer batches to accumulate.
+_STEPS_ROOM = 0.01
 
-Fault = Callable[[Row], str]
+Fault = Callable[[Row, TrialLog], str]
 
 
 def rows_of(trial: TrialLog) -> list[tuple[str, Row]]:
@@ -45,7 +51,7 @@ def _by_row(fault: Fault) -> Callable[[Evidence], Iterator[Hit]]:
     def check(evidence: Evidence) -> Iterator[Hit]:
         for trial in evidence.trials:
             rows = rows_of(trial)
-            found = [(place, said) for place, row in rows if (said := fault(row))]
+            found = [(place, said) for place, row in rows if (said := fault(row, trial))]
             if found:
                 shown = "; ".join(f"{place}: {said}" for place, said in found[:_NAMED])
                 more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
@@ -54,27 +60,32 @@ def _by_row(fault: Fault) -> Callable[[Evidence], Iterator[Hit]]:
     return check
 
 
-def _margin_fault(row: Row) -> str:
+def _margin_fault(row: Row, trial: TrialLog) -> str:
     margin, chosen, rejected = (row.get(name, math.nan) for name in (_MARGIN, _CHOSEN, _REJECTED))
-    room = _MARGIN_ROUNDING + _MARGIN_SHARE * (abs(chosen) + abs(rejected))
-    if not abs(margin - (chosen - rejected)) > room:  # also where one of them is missing
+    room = _MARGIN_ROUNDING + _MARGIN_SHARE * (abs(chosen) + abs(rejected)) + trial.off(_MARGIN, _CHOSEN, _REJECTED)
+    if trial.loss == KTO or not abs(margin - (chosen - rejected)) > room:  # also where one of them is missing
         return ""
     return f"margin {margin:.4f}, but chosen minus rejected reward is {chosen - rejected:.4f}"
 
 
-def _accuracy_fault(row: Row) -> str:
+def _out_of_range(row: Row, trial: TrialLog) -> str:
+    found = []
     accuracy = row.get(_ACCURACY, 0.0)
-    return f"accuracy {accuracy:g}" if accuracy < 0 or accuracy > 1 else ""
+    if accuracy < 0 or accuracy > 1:
+        found.append(f"accuracy {accuracy:g}")
+    found += [f"{name} {row[name]:g}" for name in ("grad_norm", "learning_rate") if row.get(name, 0.0) < 0]
+    return " and ".join(found)
 
 
-def _contradiction(row: Row) -> str:
+def _contradiction(row: Row, trial: TrialLog) -> str:
     accuracy, margin = row.get(_ACCURACY, math.nan), row.get(_MARGIN, math.nan)
-    if (accuracy == 0 and margin > _CLEARLY) or (accuracy == 1 and margin < -_CLEARLY):
+    clearly = _CLEARLY + trial.off(_MARGIN)
+    if (accuracy == 0 and margin > clearly) or (accuracy == 1 and margin < -clearly):
         return f"accuracy {accuracy:g}, but the mean margin is {margin:+.4f}"
     return ""
 
 
-def _logp_fault(row: Row) -> str:
+def _logp_fault(row: Row, trial: TrialLog) -> str:
     values = {answer: row.get(f"logps/{answer}", math.nan) for answer in ANSWERS}
     return " and ".join(f"{answer} log-prob {value:+.4f}" for answer, value in values.items() if value > _LOGP_ROUNDING)
 
@@ -85,13 +96,25 @@ def _loss_below(evidence: Evidence) -> Iterator[Hit]:
             continue
         evaluations = [] if trial.uneven else trial.evaluations
         room = _BATCHES_ROOM if trial.batch_means and trial.eval_batches != 1 else LOSS_ROUNDING
-        kinds = ((_placed("step", trial.steps), LOSS_ROUNDING), (_placed("evaluation", evaluations), room))
+        of_one = {id(row) for before, row in pairwise([{"step": 0.0}, *trial.steps]) if _one_step(before, row)}
+        alone = [row for row in trial.steps if id(row) in of_one]
+        several = [row for row in trial.steps if id(row) not in of_one]
+        kinds = (
+            (_placed("step", alone), LOSS_ROUNDING),
+            (_placed("step", several), _STEPS_ROOM),
+            (_placed("evaluation", evaluations), room),
+        )
         found = [
             f"{place}: loss {row['loss']:.4f}, margin {margin:.4f}"
             for rows, room in kinds
             for place, row in rows
             for excess, margin in sigmoid_excess([row])
-            if excess < -room * (1 + abs(margin))
+            if excess < -room * (1 + abs(margin)) - trial.off("loss", _MARGIN)
+        ]
+        found += [
+            f"{place}: loss {row['loss']:.4f}"
+            for place, row in _placed("evaluation", trial.evaluations if trial.uneven else [])
+            if row.get("loss", 0.0) < 0
         ]
         if found:
             more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
@@ -101,6 +124,11 @@ def _loss_below(evidence: Evidence) -> Iterator[Hit]:
                 f"{'; '.join(found[:_NAMED])}{more}; the mean of -log sigmoid(margin) is at least -log sigmoid of the "
                 "mean margin",
             )
+
+
+def _one_step(before: Row, row: Row) -> bool:
+    """Whether a row is that of a single step; without step numbers it may be a mean of several."""
+    return row.get("step", math.nan) - before.get("step", math.nan) == 1
 
 
 def _wrong_sign(evidence: Evidence) -> Iterator[Hit]:
@@ -115,6 +143,42 @@ def _wrong_sign(evidence: Evidence) -> Iterator[Hit]:
                 (trial.name,),
                 f"over the evaluations, rewards fall while log-probs rise, or the reverse: {', '.join(wrong)}",
             )
+
+
+def _base_changes(evidence: Evidence) -> Iterator[Hit]:
+    """Evaluations whose log-probs and rewards imply another base than those before and after them."""
+    for trial in evidence.trials:
+        beta = trial.beta or _robust_slope(trial)
+        if _no_bases(trial, evidence) or not beta:
+            continue
+        for answer in ANSWERS:
+            bases = trial.series(f"logps/{answer}") - trial.series(f"rewards/{answer}") / beta
+            middle = float(np.median(bases))
+            room = _BASE_NATS + trial.off(f"logps/{answer}") + trial.off(f"rewards/{answer}") / beta
+            off = [number for number, base in enumerate(bases) if abs(base - middle) > room]
+            # A reference that is updated (sync_ref_model) changes for good; a wrong row is followed by right ones.
+            if not off or len(off) > len(bases) // 3 or (off[-1] == len(bases) - 1 and len(off) > 1):
+                continue
+            places = [place for place, _ in _placed("evaluation", trial.evaluations)]
+            shown = ", ".join(f"{places[number]}: {bases[number]:.3f}" for number in off)
+            level: Level = "error" if off[-1] < len(bases) - 1 else "warning"
+            yield Hit(
+                level,
+                (trial.name,),
+                f"{answer} log-prob minus reward over beta, which is the base's, is {middle:.3f}, but {shown}",
+            )
+
+
+def _robust_slope(trial: TrialLog) -> float | None:
+    """Beta as the median slope of rewards on log-probs over all pairs of evaluations, which single rows do not move."""
+    slopes = []
+    for answer in ANSWERS:
+        logps, rewards = trial.series(f"logps/{answer}"), trial.series(f"rewards/{answer}")
+        moved = np.subtract.outer(logps, logps), np.subtract.outer(rewards, rewards)
+        far = np.abs(moved[0]) > _SPREAD_NATS
+        slopes += (moved[1][far] / moved[0][far]).tolist()
+    middle = float(np.median(slopes)) if len(slopes) > _BASES else 0.0
+    return middle if middle > 0 else None
 
 
 def _slope(trial: TrialLog, answer: str) -> float | None:
@@ -145,7 +209,28 @@ def _no_bound(trial: TrialLog, evidence: Evidence) -> str:
         return "DPO's loss, but this is another one"
     if trial.is_dpo is None:
         return "the loss type (--loss), which the numbers do not show"
+    if trial.uneven and not any(len(sigmoid_excess([row])) for row in trial.steps):
+        return "the number of batches of an evaluation, which TRL's margins depend on"
     return _lacks("loss", _MARGIN)(trial, evidence)
+
+
+def _no_margin(trial: TrialLog, evidence: Evidence) -> str:
+    if trial.loss == KTO:
+        return "pairs, but KTO averages chosen and rejected answers over different rows"
+    return _lacks(_MARGIN, _CHOSEN, _REJECTED)(trial, evidence)
+
+
+def _no_bases(trial: TrialLog, evidence: Evidence) -> str:
+    if trial.reference_free:
+        return "rewards against a reference, but this loss has none"
+    known = [row for row in trial.evaluations if {"logps/chosen", "rewards/chosen"} <= row.keys()]
+    if len(known) < _BASES:
+        return f"log-probs and rewards of {_BASES} evaluations"
+    beta = trial.beta or _robust_slope(trial)
+    if not beta:
+        return "a beta"
+    coarse = trial.off("logps/chosen") + trial.off("rewards/chosen") / beta > _BASE_NATS / 2
+    return "log-probs and rewards with more decimals" if coarse else ""
 
 
 def _no_line(trial: TrialLog, evidence: Evidence) -> str:
@@ -162,15 +247,20 @@ RULES = (
         "The margin is the chosen reward minus the rejected one, in every row and in every mean.",
         "Find out which of the three columns was changed or computed otherwise; do not use any of them until then.",
         _by_row(_margin_fault),
-        lacks=_lacks(_MARGIN, _CHOSEN, _REJECTED),
+        lacks=_no_margin,
     ),
     Rule(
-        "accuracy-range",
-        "An accuracy is not between 0 and 1",
-        "An accuracy is the share of pairs whose chosen answer has the higher reward.",
+        "value-range",
+        "A value is outside its range",
+        "An accuracy is the share of pairs whose chosen answer has the higher reward, between 0 and 1; a norm and a "
+        "learning rate are never negative.",
         "Divide percentages by 100; correct the code that sums instead of averaging.",
-        _by_row(_accuracy_fault),
-        lacks=_lacks(_ACCURACY),
+        _by_row(_out_of_range),
+        lacks=lambda trial, evidence: (
+            ""
+            if any(name in row for _, row in rows_of(trial) for name in (_ACCURACY, "grad_norm", "learning_rate"))
+            else "accuracies, gradient norms or learning rates"
+        ),
     ),
     Rule(
         "accuracy-contradiction",
@@ -204,5 +294,14 @@ RULES = (
         "Check whether policy and reference, or chosen and rejected, are swapped where rewards are computed.",
         _wrong_sign,
         lacks=_no_line,
+    ),
+    Rule(
+        "base-inconsistent",
+        "An evaluation implies another base",
+        "The reference does not change and neither do the pairs, so log-prob minus reward over beta is the same in "
+        "every evaluation.",
+        "Find out whether these rewards or log-probs belong to other pairs, another model, or another row.",
+        _base_changes,
+        lacks=_no_bases,
     ),
 )

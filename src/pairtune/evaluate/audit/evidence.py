@@ -46,6 +46,7 @@ class TrialLog:
         batch_size: of evaluations, as a person stated it; None if nobody did.
         max_grad_norm: the norm that gradients were clipped to; None if not recorded.
         batch_means: whether evaluations average the means of batches, as TRL does, except for the loss.
+        rounding: how far the printed values of a column may be off, for columns with few decimals.
         status: `finished`, or how else the trial ended, with `reason`.
         best_epoch: the epoch that is reported as the best.
         saved: how the saved weights differ from the reported ones; empty where they agree or are unknown.
@@ -65,6 +66,7 @@ class TrialLog:
     batch_size: int | None = None
     max_grad_norm: float | None = None
     batch_means: bool = False
+    rounding: dict[str, float] = field(default_factory=dict)
     status: str = "finished"
     reason: str = ""
     best_epoch: float | None = None
@@ -100,11 +102,18 @@ class TrialLog:
         if any(map(_satisfied, self.steps)):
             return False
         kinds = [sigmoid_excess(self.steps), sigmoid_excess([] if self.uneven else self.evaluations)]
-        if any(map(_follows_sigmoid, kinds)):
+        seen = [_follows_sigmoid(kind) for kind in kinds]
+        if True in seen:
             return True
         # A loss of exactly 0 may be a NaN that was written as 0, and says nothing about the type.
         nonzero = [kind[kind[:, 0] + np.logaddexp(0, -kind[:, 1]) != 0] for kind in kinds]
-        return False if any(len(kind) and (kind[:, 0] < -_FAR_BELOW).mean() > _FEW_BELOW for kind in nonzero) else None
+        if any(len(kind) and (kind[:, 0] < -_FAR_BELOW).mean() > _FEW_BELOW for kind in nonzero):
+            return None if "mostly" in seen else False
+        return True if "mostly" in seen else None
+
+    def off(self, *names: str) -> float:
+        """How far a sum of these columns' values may be off, because they were printed with few decimals."""
+        return sum(self.rounding.get(name, 0.0) for name in names)
 
     @property
     def uneven(self) -> bool:
@@ -158,7 +167,8 @@ class TrialLog:
         slope = float(x @ y) / square
         freedom = len(x) - len(moved) - 1
         scatter = float(np.sqrt(np.square(y - slope * x).sum() / freedom)) if freedom > 0 else 0.0
-        error = max(scatter, _REWARD_ROUNDING + abs(slope) * _LOGP_ROUNDING) / math.sqrt(square)
+        printed = self.off("rewards/chosen") + abs(slope) * self.off("logps/chosen")
+        error = max(scatter, printed + _REWARD_ROUNDING + abs(slope) * _LOGP_ROUNDING) / math.sqrt(square)
         return (slope, 4 * error) if slope > 0 and 4 * error < slope / 2 else None
 
     def base_logps(self, beta: float | None) -> dict[str, float]:
@@ -173,10 +183,10 @@ class TrialLog:
         return implied
 
 
-DPO = "sigmoid"  # TRL's name of DPO's loss
+DPO, KTO = "sigmoid", "kto"  # TRL's names of these losses
 # How near a loss has to be to -log sigmoid at the smallest margin, per unit of that margin and in all; how far below is
 # rounding; and how far rows are below that a few of which do not belong to the others.
-_NEAR_SHARE, _NEAR, LOSS_ROUNDING, _FAR_BELOW, _FEW_BELOW = 0.06, 0.003, 2e-4, 0.05, 0.2
+_NEAR_SHARE, _NEAR, LOSS_ROUNDING, _FAR_BELOW, _FEW_BELOW, _MANY_ROWS = 0.06, 0.003, 2e-4, 0.05, 0.2, 20
 
 
 def sigmoid_excess(rows: Sequence[Row]) -> Numbers:
@@ -189,14 +199,17 @@ def sigmoid_excess(rows: Sequence[Row]) -> Numbers:
     return np.stack([known[:, 0] - np.logaddexp(0, -known[:, 1]), known[:, 1]], axis=1)
 
 
-def _follows_sigmoid(found: Numbers) -> bool:
+def _follows_sigmoid(found: Numbers) -> bool | str:
+    """Whether rows lie where those of DPO's loss do: all of them, or "mostly", with a few that are far below."""
     if len(found) < 2:
         return False
     below = found[:, 0] < -LOSS_ROUNDING
-    if below.any() and (below.mean() > _FEW_BELOW or found[below, 0].max() > -_FAR_BELOW):
+    few = len(found) >= _MANY_ROWS and below.mean() <= _FEW_BELOW and found[below, 0].max(initial=-1.0) <= -_FAR_BELOW
+    if below.any() and not few:
         return False
     excess, margin = found[~below][np.abs(found[~below, 1]).argmin()]
-    return bool(excess <= _NEAR_SHARE * min(1.0, abs(margin)) + _NEAR)
+    near = excess <= _NEAR_SHARE * min(1.0, abs(margin)) + _NEAR
+    return bool(near) and ("mostly" if below.any() else True)
 
 
 def _satisfied(row: Row) -> bool:

@@ -8,15 +8,16 @@ from typing import Any, get_args
 
 from pairtune.config import Loss
 from pairtune.errors import BadInput, plural
-from pairtune.evaluate.audit.evidence import Evidence, TrialLog
-from pairtune.evaluate.audit.own_runs import add_row
+from pairtune.evaluate.audit.evidence import KTO, Evidence, TrialLog
+from pairtune.evaluate.audit.own_runs import add_row, as_number
 
 # Rounding of what transformers logs: speeds to three decimals, times to four.
 _SPEED, _TIME = 5e-4, 5e-5
+_HUGE = 1e12  # no setting is as large
 
 
 # Losses by TRL's and this project's names.
-LOSSES = (*get_args(Loss), "bco_pair", "aot", "aot_pair", "aot_unpaired", "sft", "cpo")
+LOSSES = (*get_args(Loss), "bco_pair", "aot", "aot_pair", "aot_unpaired", "sft", "cpo", "kto")
 
 
 def trl_name(name: str) -> str:
@@ -39,14 +40,39 @@ def trl_names(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def add_rows(log: TrialLog, rows: Iterable[Mapping[str, Any]]) -> None:
     """Add logged rows under TRL's names; those without a loss or rewards, such as a summary, are none."""
-    for row in rows:
+    for row in map(_without_gaps, rows):
         if any(start + name in row for start in ("", "eval_") for name in ("loss", "rewards/chosen")):
             add_row(log, row)
     log.batch_means = True
+    if any("kl" in row for row in (*log.steps, *log.evaluations)):
+        log.loss = log.loss or KTO
     log.eval_rows, log.eval_batches = _per_evaluation(log, "samples"), _per_evaluation(log, "steps")
     rates = [row["learning_rate"] for row in log.steps if row.get("learning_rate", 0) > 0]
     if log.learning_rate is None and rates:
         log.learning_rate = max(rates)
+
+
+def _without_gaps(row: Mapping[str, Any]) -> dict[str, float]:
+    """A row's numbers, without the nulls and NaNs of tables that have every column in every row.
+
+    A null loss or norm, or a NaN, is one only beside another metric of its kind, training or evaluation.
+    """
+    numbers = {name: math.nan if value is None else as_number(value) for name, value in row.items()}
+    measured = {
+        name.startswith("eval_")
+        for name, value in numbers.items()
+        if value is not None and math.isfinite(value) and _is_metric(name)
+    }
+
+    def is_gap(name: str, value: float) -> bool:
+        named = row[name] is not None or (_is_metric(name) and "/" not in name)
+        return math.isnan(value) and not (named and name.startswith("eval_") in measured)
+
+    return {name: value for name, value in numbers.items() if value is not None and not is_gap(name, value)}
+
+
+def _is_metric(name: str) -> bool:
+    return "/" in name or name.removeprefix("eval_") in ("loss", "grad_norm")
 
 
 def _per_evaluation(log: TrialLog, what: str) -> int | None:
@@ -55,6 +81,8 @@ def _per_evaluation(log: TrialLog, what: str) -> int | None:
     for row in log.evaluations:
         seconds, speed = row.get("runtime", math.nan), row.get(f"{what}_per_second", math.nan)
         if not (math.isfinite(seconds) and math.isfinite(speed)) or min(seconds, speed) <= 0:
+            continue
+        if not math.isfinite(seconds * speed):
             continue
         count = round(seconds * speed)
         room = _SPEED * seconds + _TIME * speed
@@ -65,21 +93,24 @@ def _per_evaluation(log: TrialLog, what: str) -> int | None:
 
 def describe(log: TrialLog, settings: Mapping[str, Any]) -> None:
     """Take a trial's settings from what was written beside its log, under the names of TRL's arguments."""
-    log.beta = _number(settings.get("beta")) or log.beta
-    log.learning_rate = _number(settings.get("learning_rate")) or log.learning_rate
-    norm = _number(settings.get("max_grad_norm"))
+    beta = number_of(settings.get("beta"))
+    log.beta = beta if beta and beta > 0 else log.beta
+    log.learning_rate = number_of(settings.get("learning_rate")) or log.learning_rate
+    norm = number_of(settings.get("max_grad_norm"))
     if norm is not None:
         log.max_grad_norm = norm if norm > 0 else math.inf
     kinds = settings.get("loss_type", settings.get("loss"))
     kinds = kinds if isinstance(kinds, list) else [kinds]
-    if all(isinstance(kind, str) for kind in kinds):
+    if kinds and all(kind in LOSSES for kind in kinds):
         log.loss = kinds[0] if len(kinds) == 1 else "several"
     if settings.get("f_divergence_type", "reverse_kl") not in ("reverse_kl", None) or settings.get("use_weighting"):
         log.loss = f"{log.loss} (changed)"
 
 
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+def number_of(value: Any) -> float | None:
+    """A finite number of an ordinary size; None for anything else."""
+    usual = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _HUGE
+    return float(value) if usual else None
 
 
 def with_options(
@@ -99,15 +130,16 @@ def with_options(
         loss: TRL's name of the loss.
 
     Raises:
-        BadInput: there is no such loss; a beta is no number above 0, or its trial does not exist; or the number of
-            betas is neither 1 nor that of the trials.
+        BadInput: the log shows another number of rows; there is no such loss; a beta is no number above 0, or its trial
+            does not exist; or the number of betas is neither 1 nor that of the trials.
     """
     if loss is not None and loss not in LOSSES:
         raise BadInput(f"--loss {loss}: should be one of {', '.join(LOSSES)}")
     given = _betas(evidence, betas or [])
     for trial in evidence.trials:
-        if eval_rows and eval_rows != trial.eval_rows:
-            trial.eval_rows, trial.eval_batches = eval_rows, None
+        if eval_rows and trial.eval_rows and eval_rows != trial.eval_rows:
+            raise BadInput(f"--eval-rows {eval_rows}: the log of {trial.name} shows {trial.eval_rows}")
+        trial.eval_rows = eval_rows or trial.eval_rows
         trial.batch_size = batch_size or trial.batch_size
         trial.beta = given.get(trial.name, trial.beta)
         trial.loss = loss or trial.loss

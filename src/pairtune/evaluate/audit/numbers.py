@@ -6,8 +6,11 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 
-from pairtune.evaluate.audit.evidence import RUN_FOLDER, Evidence, Row, TrialLog
+import numpy as np
+
+from pairtune.evaluate.audit.evidence import ANSWERS, RUN_FOLDER, Evidence, Row, TrialLog
 from pairtune.evaluate.audit.rule import Hit, Rule
+from pairtune.statistics import Numbers
 
 LN_2 = math.log(2)
 # Losses that are above 0 for every finite margin.
@@ -20,7 +23,7 @@ _VANISHING_MARGIN = 9.0
 _COMMON_BATCHES = (2, 4, 8)
 # Among the batch means of more rows than this, nearly every value is one.
 _MOST_AVERAGED = 200
-_NO_EFFECT_NATS = 0.02
+_NO_EFFECT_NATS, _MOVES_NATS, _COARSE = 0.02, 0.2, 1e-5
 _CLIPPED_SHARE, _CLIPPED_STEPS = 0.95, 20
 
 
@@ -160,11 +163,12 @@ def _no_effect(evidence: Evidence) -> Iterator[Hit]:
             continue
         row, beta = trial.evaluations[-1] if trial.evaluations else {}, evidence.betas.get(trial.name)
         moved = [abs(row.get(f"rewards/{answer}", math.nan)) for answer in ("chosen", "rejected")]
-        if beta is None and any(moved):
-            continue
+        moves = [np.ptp(known) for side in ANSWERS if len(known := _known(trial.series(f"logps/{side}")))]
+        if (beta is None and any(moved)) or max(moves, default=0.0) > _MOVES_NATS:
+            continue  # where log-probs change, rewards near 0 are those of a reference that follows
         moved = [abs(row.get(f"rewards/{answer}", math.nan)) / (beta or 1.0) for answer in ("chosen", "rejected")]
         if all(distance < _NO_EFFECT_NATS for distance in moved):
-            exactly = all(distance == 0 for distance in moved)
+            exactly = all(distance == 0 for distance in moved) and trial.off("rewards/chosen") < _COARSE
             loss = f"; the loss is {row['loss']:.6f} (ln 2 is {LN_2:.6f})" if "loss" in row and trial.is_dpo else ""
             yield Hit(
                 "error" if exactly else "warning",
@@ -176,6 +180,10 @@ def _no_effect(evidence: Evidence) -> Iterator[Hit]:
             yield Hit(
                 "warning", (trial.name,), f"the gradient norm is exactly 0 in {without} of {len(trial.steps)} steps"
             )
+
+
+def _known(values: Numbers) -> Numbers:
+    return values[np.isfinite(values)]
 
 
 def _always_clipped(evidence: Evidence) -> Iterator[Hit]:

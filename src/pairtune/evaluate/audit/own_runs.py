@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -48,13 +49,25 @@ def split_metrics(row: Mapping[str, object]) -> tuple[bool, dict[str, float]]:
 
     An evaluation's own training loss is called `train_loss`.
     """
-    numbers = {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
+    numbers = {name: number for name, value in row.items() if (number := as_number(value)) is not None}
     if not any(name.startswith(_EVALUATION) for name in numbers):
         return False, numbers
     evaluation = {name.removeprefix(_EVALUATION): value for name, value in numbers.items() if name != "loss"}
     if "loss" in numbers:
         evaluation["train_loss"] = numbers["loss"]
     return True, evaluation
+
+
+def as_number(value: object) -> float | None:
+    """A logged value as a number, also where JSON has it as text; None if it is none."""
+    if not isinstance(value, int | float | str):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None
+    except OverflowError:
+        return math.inf
 
 
 def _log(trial: Trial) -> TrialLog:

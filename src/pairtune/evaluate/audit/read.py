@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pairtune.errors import BadInput
-from pairtune.evaluate.audit.evidence import Evidence
+from pairtune.errors import BadInput, one_line
+from pairtune.evaluate.audit.evidence import RUN_FOLDER, Evidence
 from pairtune.evaluate.audit.own_runs import evidence_of_run
 from pairtune.evaluate.audit.tables import evidence_of_csv
 from pairtune.evaluate.audit.trainer_states import STATE, evidence_of_trainer_states
@@ -19,8 +19,18 @@ def read_evidence(path: Path) -> Evidence:
     """Read the evidence at `path`.
 
     Raises:
-        BadInput: there is nothing at `path` that can be audited.
+        BadInput: there is nothing at `path` that can be audited, or it cannot be read.
     """
+    try:
+        found = _read(path)
+    except (OSError, RecursionError) as error:
+        raise BadInput(f"{path}: cannot be read ({one_line(error)})") from error
+    if found.kind != RUN_FOLDER and not any(trial.steps or trial.evaluations for trial in found.trials):
+        raise BadInput(f"{path}: has no logged rows with losses or rewards")
+    return found
+
+
+def _read(path: Path) -> Evidence:
     if path.is_file():
         states = evidence_of_trainer_states
         readers = {".csv": evidence_of_csv, ".json": states, ".jsonl": states, ".wandb": evidence_of_wandb}

@@ -15,9 +15,11 @@ _PLACE = ("step", "epoch", "learning_rate", "num_tokens", "train_loss", "total_f
 _OF_THE_MACHINE = ("runtime", "per_second")
 # Two rows with this many equal numbers that are no round values are one row.
 _EQUAL_NUMBERS = 3
-_DECIMALS = 4
+_DECIMALS = 4  # tables print so many, with which honest rows can agree
 # Rows from which a column that never changes is taken for frozen.
 _FROZEN_ROWS = 5
+_CHANGED = 0.01  # of the margin
+_COARSE = 1e-5
 # Evaluations needed to see where they go, and by which factor the first and the last have to differ.
 _EVALUATIONS, _FURTHER = 4, 1.5
 
@@ -37,13 +39,13 @@ def _out_of_order(evidence: Evidence) -> Iterator[Hit]:
 
 
 def _fingerprint(row: Row) -> tuple[tuple[str, float], ...]:
-    """A row's measured numbers; empty where there are too few to tell it from others."""
+    """A row's measured numbers; empty where there are too few, or too coarse ones, to tell it from others."""
     numbers = {
         name: value
         for name, value in row.items()
         if name not in _PLACE and not name.endswith(_OF_THE_MACHINE) and math.isfinite(value)
     }
-    telling = [value for value in numbers.values() if round(value, _DECIMALS - 2) != value]
+    telling = [value for value in numbers.values() if round(value, _DECIMALS) != value]
     return tuple(sorted(numbers.items())) if len(telling) >= _EQUAL_NUMBERS else ()
 
 
@@ -54,7 +56,8 @@ def _repeated(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
     for row in rows:
         key = _fingerprint(row)
         if key and key in first:
-            found.append((first[key], row))
+            if row.get("step") != first[key].get("step", math.nan):  # a second evaluation of the same weights
+                found.append((first[key], row))
         elif key:
             first[key] = row
     return found
@@ -107,29 +110,37 @@ def _trials_repeat(evidence: Evidence) -> Iterator[Hit]:
         ):
             known = {key for row in rows if (key := _fingerprint(row))}
             same = sum(_fingerprint(row) in known for row in theirs)
-            if same and 2 * same >= len(theirs):
+            if same and 2 * same >= min(len(rows), len(theirs)):
+                # One run that was continued, or its copy from before that, agrees up to where the shorter one ends.
+                prefix = len(rows) != len(theirs) and same == min(len(rows), len(theirs))
                 yield Hit(
-                    "error",
+                    "note" if prefix else "error",
                     (one.name, other.name),
-                    f"{same} of {len(theirs)} {what} of {other.name} have every number of {one.name}",
+                    f"{same} of {len(theirs)} {what} of {other.name} have every number of {one.name}"
+                    + (", which is shorter or longer: one may be the other's beginning" if prefix else ""),
                 )
                 break
 
 
 def _frozen(evidence: Evidence) -> Iterator[Hit]:
     for trial in evidence.trials:
-        rows = trial.steps
-        if len(rows) < _FROZEN_ROWS or not _moves(trial):
+        if not _moves(trial):
             continue
-        for name in ("loss", "grad_norm"):
-            values = {row[name] for row in rows if name in row}
-            margins = {row.get("rewards/margins") for row in rows}
-            if len(values) == 1 and len(margins) > 1 and sum(name in row for row in rows) >= _FROZEN_ROWS:
-                (value,) = values
-                if value == 0:
-                    continue  # other rules look at zeros
+        for name, what, rows in (
+            ("loss", "steps", trial.steps),
+            ("grad_norm", "steps", trial.steps),
+            ("loss", "evaluations", trial.evaluations),
+        ):
+            known = [row for row in rows if name in row and "rewards/margins" in row]
+            values, margins = {row[name] for row in known}, [row["rewards/margins"] for row in known]
+            if len(known) < _FROZEN_ROWS or len(values) > 1 or max(margins) - min(margins) < _CHANGED:
+                continue
+            (value,) = values
+            if (
+                value and math.isfinite(value) and trial.off(name) < _COARSE
+            ):  # other rules look at zeros, and coarse numbers can be equal
                 yield Hit(
-                    "error", (trial.name,), f"{name} is {value:g} in all {len(rows)} rows, while the margins change"
+                    "error", (trial.name,), f"{name} is {value:g} in all {len(known)} {what}, while the margins change"
                 )
 
 
@@ -141,6 +152,8 @@ def _evaluations_reversed(evidence: Evidence) -> Iterator[Hit]:
             continue
         trained, evaluated = zip(*ways, strict=True)
         away, back = _ordered(trained), _ordered(evaluated[::-1])
+        if evaluated[-1] <= 3 * trial.off("rewards/chosen", "rewards/rejected"):
+            continue
         if away and back and trained[-1] >= _FURTHER * trained[0] and evaluated[0] >= _FURTHER * evaluated[-1]:
             shown = " to ".join(f"{way:.3f}" for way in (evaluated[0], evaluated[-1]))
             yield Hit(

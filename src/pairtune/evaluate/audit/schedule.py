@@ -23,6 +23,8 @@ def _rates(trial: TrialLog) -> list[tuple[float, float]]:
 def _zero_rates(evidence: Evidence) -> Iterator[Hit]:
     for trial in evidence.trials:
         rates = _rates(trial)
+        if _no_rates(trial, evidence):
+            continue
         inner = rates[1:-1]  # a warm-up may begin at 0, and a schedule may end there
         zero = [step for step, rate in inner if rate == 0]
         if len(rates) >= _ROWS and len(zero) >= max(2, _ZERO_SHARE * len(rates)):
@@ -35,26 +37,29 @@ def _zero_rates(evidence: Evidence) -> Iterator[Hit]:
 def _no_schedule(evidence: Evidence) -> Iterator[Hit]:
     for trial in evidence.trials:
         rates = _rates(trial)
-        if len(rates) < _ROWS:
+        if _no_rates(trial, evidence):
             continue
-        if alone := _stands_out(rates):
+        # One row that stands out is wrong; where several do, it is a schedule that goes up and down.
+        if len(outliers := _standing_out(rates)) == 1:
+            (alone,) = outliers
             yield Hit("error", (trial.name,), alone)
         elif again := _rises_again(rates):
             # Restarts that are logged at long intervals can look like this.
             yield Hit("warning", (trial.name,), again)
 
 
-def _stands_out(rates: Sequence[tuple[float, float]]) -> str:
-    """A single row whose rate is several times that of both neighbours, or a fraction of it."""
+def _standing_out(rates: Sequence[tuple[float, float]]) -> list[str]:
+    """Rows whose rate is several times that of both neighbours, or a fraction of it."""
+    found = []
     for (_, before), (step, rate), (_, after) in zip(rates, rates[1:], rates[2:], strict=False):
-        if not before or not after:
-            continue
-        factors = rate / before, rate / after
-        if max(before, after) > _STANDS_OUT * min(before, after):
+        if not before or not after or max(before, after) > _STANDS_OUT * min(before, after):
             continue  # a jump from one level to another, such as a restart
+        factors = rate / before, rate / after
         if min(factors) > _STANDS_OUT or max(factors) < 1 / _STANDS_OUT:
-            return f"the learning rate is {rate:.3g} at step {step:g}, but {before:.3g} before and {after:.3g} after it"
-    return ""
+            found.append(
+                f"the learning rate is {rate:.3g} at step {step:g}, but {before:.3g} before and {after:.3g} after it"
+            )
+    return found
 
 
 def _rises_again(rates: Sequence[tuple[float, float]]) -> str:
@@ -74,6 +79,8 @@ def _rises_again(rates: Sequence[tuple[float, float]]) -> str:
 
 
 def _no_rates(trial: TrialLog, evidence: Evidence) -> str:
+    if trial.off("learning_rate") and any(rate <= 2 * trial.off("learning_rate") for _, rate in _rates(trial)):
+        return "learning rates with more decimals"
     return "" if len(_rates(trial)) >= _ROWS else f"learning rates of {_ROWS} rows"
 
 

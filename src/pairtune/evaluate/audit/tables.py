@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ _TITLES = {
     "trial": "run",
     "name": "run",
 }
-_NO_VALUE = ("", "no log", "none", "-", "nan")
+_NO_VALUE = ("", "no log", "none", "-")
+# Columns with this many decimals are taken to be exact.
+_EXACT = 12
 _PERCENT = 2  # accuracies above this are percentages; between 1 and this they are wrong
 
 
@@ -34,8 +37,10 @@ def evidence_of_csv(path: Path) -> Evidence:
         BadInput: it cannot be read, a cell is not a number, or it has no column of evaluation metrics.
     """
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
+        text = path.read_text(encoding="utf-8-sig")
+        header = text.partition("\n")[0]
+        european = header.count(";") > header.count(",")
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=";" if european else ","))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise BadInput(f"{path}: cannot be read as CSV ({one_line(error)})") from error
     if not rows:
@@ -43,26 +48,54 @@ def evidence_of_csv(path: Path) -> Evidence:
     rows = _of_chart(rows)
     titles = {_name(title) for title in rows[0] if title}
     if not titles & {"eval_loss", "loss", "rewards/chosen", "eval_rewards/chosen"}:
-        raise BadInput(f"{path}: has neither eval_loss nor rewards/chosen among its columns ({', '.join(rows[0])})")
+        names = ", ".join(str(title) for title in rows[0])
+        raise BadInput(f"{path}: has neither eval_loss nor rewards/chosen among its columns ({names})")
     # In a log of steps the learning rate follows its schedule, so it does not identify trials.
     of_steps = "grad_norm" in titles or any(re.match("train/", title or "") for title in rows[0])
-    told_by = ("run", "beta") if of_steps else ("run", "learning_rate", "beta")
+    rates = [row[title] for row in rows for title in row if title and _name(title) == "learning_rate"]
+    # A rate that is another one in every row follows its schedule, and does not tell trials apart.
+    scheduled = "step" in titles and "run" not in titles and len(set(rates)) == len(rows) > 2
+    told_by = ("run", "beta") if of_steps or scheduled else ("run", "learning_rate", "beta")
     trials: dict[tuple[str, ...], TrialLog] = {}
     logged: dict[tuple[str, ...], list[dict[str, float]]] = {}
+    kinds: dict[tuple[str, ...], str] = {}
+    rounding = _roundings(rows)
     for number, cells in enumerate(rows, 2):
-        named = _named(cells, f"{path}, row {number}")
+        named = _named(_dotted(cells) if european else cells, f"{path}, row {number}")
         numbers = {name: value for name, value in named.items() if name not in told_by}
         if not any(name in numbers or f"eval_{name}" in numbers for name in ("loss", "rewards/chosen")):
             continue  # such as the summary at the end of training
         key = tuple(str(named.get(name, "")) for name in told_by)
+        if not {"step", "epoch"} & named.keys():
+            key = (*key, str(number))  # a list of runs has a row for each
         if key not in trials:
             rate = named.get("learning_rate") if "learning_rate" in told_by else None
             trials[key] = TrialLog(_trial_name(named, len(trials) + 1), rate, named.get("beta"))
+        kinds[key] = next((str(cells[title]) for title in cells if title and _name(title) == "loss_type"), "")
         logged.setdefault(key, []).append(_as_evaluation(numbers))
     for key, log in trials.items():
         add_rows(log, logged[key])
-        describe(log, {"beta": log.beta})
+        describe(log, {"beta": log.beta, "loss_type": kinds.get(key)})
+        log.rounding = rounding
     return Evidence(path, "CSV", list(trials.values()))
+
+
+def _dotted(cells: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A row with decimal points for decimal commas."""
+    return {title: cell.replace(",", ".") if isinstance(cell, str) else cell for title, cell in cells.items()}
+
+
+def _roundings(rows: Sequence[Mapping[Any, Any]]) -> dict[str, float]:
+    """Half a unit of the last decimal that a column's cells are printed with, for columns with few decimals."""
+    found = {}
+    for title in filter(None, rows[0]):
+        cells = [str(row.get(title) or "").strip() for row in rows]
+        if any("e" in cell.lower() for cell in cells):
+            continue
+        decimals = max((len(re.split(r"[.,]", cell)[-1]) for cell in cells if re.search(r"[.,]", cell)), default=0)
+        if 0 < decimals < _EXACT:
+            found[_name(title).removeprefix("eval_")] = 0.5 * 10.0**-decimals
+    return found
 
 
 def _of_chart(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -74,7 +107,7 @@ def _of_chart(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         step = next((row[title] for title in row if title and _name(title) == "step"), "")
         for title in titles:
-            name, _, metric = title.partition(" - ")
+            name, metric = re.split(r" - (?=(?:train|eval)/)", title, maxsplit=1)
             if row[title] and not metric.endswith(("__MIN", "__MAX")):
                 melted.setdefault((name, step), {"run": name, "step": step})[metric] = row[title]
     whole = dict.fromkeys(name for row in melted.values() for name in row)

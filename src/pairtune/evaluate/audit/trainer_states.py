@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pairtune.errors import BadInput, one_line
 from pairtune.evaluate.audit.evidence import Evidence, TrialLog
-from pairtune.evaluate.audit.logged_rows import add_rows, describe, trl_names
+from pairtune.evaluate.audit.logged_rows import add_rows, describe, number_of, trl_names
 
 STATE = "trainer_state.json"
 _CLEARLY = 0.01  # a rise of the evaluation loss that counts
@@ -25,19 +26,34 @@ def evidence_of_trainer_states(path: Path) -> Evidence:
     Raises:
         BadInput: a file is none of these.
     """
-    files = [path] if path.is_file() else sorted(path.rglob(STATE), key=_natural)
+    files = [path] if path.is_file() else sorted(_below(path), key=_natural)
     latest: dict[Path, tuple[float, Path, dict[str, Any]]] = {}
     for file in files:
         state = _trainer_state(file)
-        of_checkpoint = file.parent.name.startswith("checkpoint-")
-        training = file.parent.parent if of_checkpoint and path != file else file.parent
-        step = float(state.get("global_step") or 0)
+        of_checkpoint = file.parent.name.startswith(("checkpoint-", "tmp-checkpoint-"))
+        training = file.parent.parent if of_checkpoint and path not in (file, file.parent) else file.parent
+        step = number_of(state.get("global_step")) or 0.0
         if training not in latest or step >= latest[training][0]:
             latest[training] = step, file, state
     trials = [
         _log_of_state(_training_name(training, path), state, training) for training, (_, _, state) in latest.items()
     ]
     return Evidence(path, "TRL trainer_state.json", trials)
+
+
+def _below(path: Path) -> Iterator[Path]:
+    """The logs in a folder.
+
+    Raises:
+        BadInput: a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise BadInput(f"{error.filename}: cannot be read ({error.strerror})")
+
+    for folder, _, files in os.walk(path, onerror=refuse):
+        if STATE in files:
+            yield Path(folder) / STATE
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
@@ -53,10 +69,10 @@ def _training_name(training: Path, path: Path) -> str:
 
 def _trainer_state(file: Path) -> dict[str, Any]:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
         lines = file.suffix.lower() == ".jsonl"
-        state = [json.loads(line) for line in text.splitlines() if line.strip()] if lines else json.loads(text)
-    except (OSError, ValueError) as error:
+        state = [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{file}: cannot be read as JSON ({one_line(error)})") from error
     if isinstance(state, list):
         state = {"log_history": state}
@@ -73,7 +89,8 @@ def _is_row(row: Any) -> bool:
 def _log_of_state(name: str, state: Mapping[str, Any], training: Path) -> TrialLog:
     log = TrialLog(name)
     add_rows(log, state["log_history"])
-    describe(log, _settings_beside(training) | (state.get("trial_params") or {}))
+    params = state.get("trial_params")
+    describe(log, _settings_beside(training) | (params if isinstance(params, dict) else {}))
     _compare_steps(log, state, training)
     return log
 
@@ -87,9 +104,10 @@ def _settings_beside(training: Path) -> dict[str, Any]:
     for file in sorted(training.glob("*.json")):
         try:
             content = json.loads(file.read_text(encoding="utf-8")) if file.name != STATE else {}
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
-        if isinstance(content, dict) and {"beta", "loss_type"} & content.keys():
+        # The arguments of a preference trainer; a model's or a scheduler's config may have a loss_type or a beta too.
+        if isinstance(content, dict) and "beta" in content and {"loss_type", "learning_rate"} & content.keys():
             settings |= content
     card = training / "README.md"
     if "loss_type" not in settings and card.is_file():
@@ -105,9 +123,12 @@ _METHOD = re.compile(r"This model was trained with ([A-Z]+)")
 
 def _check_best(log: TrialLog, state: Mapping[str, Any], checkpoint: str) -> None:
     """Compare the best checkpoint and its metric with the evaluations."""
-    saved_step, metric = checkpoint.rpartition("-")[2], state.get("best_metric")
-    if not saved_step.isdigit() or not isinstance(metric, int | float):
+    saved_step, metric = checkpoint.rpartition("-")[2], number_of(state.get("best_metric"))
+    if not re.fullmatch(r"[0-9]{1,12}", saved_step) or metric is None:
         return
+    best_step = number_of(state.get("best_global_step"))
+    if best_step is not None and best_step != int(saved_step):
+        log.saved = f"the best checkpoint is from step {saved_step}, but best_global_step is {best_step:g}"
     of_step = [row for row in log.evaluations if row.get("step") == int(saved_step)]
     log.best_epoch = of_step[-1].get("epoch") if of_step else None
     named = {name for row in of_step for name, value in row.items() if _same(value, metric)}
@@ -136,7 +157,7 @@ def _same(one: float, other: float) -> bool:
 def _compare_steps(log: TrialLog, state: Mapping[str, Any], training: Path) -> None:
     """Check that the trainer's best checkpoint is that of the best evaluation."""
     losses = [(row["loss"], row.get("step")) for row in log.evaluations if math.isfinite(row.get("loss", math.nan))]
-    checkpoint, step = state.get("best_model_checkpoint"), state.get("global_step")
+    checkpoint, step = state.get("best_model_checkpoint"), number_of(state.get("global_step"))
     if checkpoint:
         _check_best(log, state, str(checkpoint))
         return
