@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 
 from pairtune.evaluate.audit.evidence import ANSWERS, BETA_SHARE, SAME_BASE_NATS, Evidence, Row, TrialLog
 from pairtune.evaluate.audit.rule import Hit, Rule
@@ -22,7 +23,7 @@ _FURTHER, _FAR_NATS = 2.5, 5.0
 _START_EVALUATION_NATS, _USUAL_BETA = 0.25, 0.1
 # A first row this many times further from the base than another trial's, and at least this share of the way that the
 # other one had gone at its end, is no start at the base; the other one has to have grown by this factor.
-_AT_ONCE, _AS_FAR, _GREW = 3.0, 0.4, 2.0
+_AT_ONCE, _AS_FAR, _GREW = 2.5, 0.4, 2.0
 # A mean of both rewards that is this many nats from 0 at once, and this many times as far as it moves afterwards.
 _COMMON_NATS, _STEADY = 2.0, 4.0
 # A trial starts where another ended if it is closer to that end than this fraction of the distance from the base.
@@ -183,12 +184,14 @@ def _does_not_grow(trial: TrialLog, evidence: Evidence) -> str:
     middle, middles = sum(first) / 2, [sum(step) / 2 for step in later]
     if len(middles) < _LATE_ROWS or not all(map(math.isfinite, (middle, *middles))):
         return ""
-    moved = max(middles) - min(middles)
-    if abs(middle) > max(_COMMON_NATS * room / _LATE_ROOMS, _STEADY * moved, share * max(map(abs, middles))):
+    if abs(middle) <= max(_COMMON_NATS * room / _LATE_ROOMS, share * max(map(abs, middles))):
+        return ""
+    steady = abs(middle) > _STEADY * (max(middles) - min(middles))
+    falls = all(0 < after / before <= 1 for before, after in pairwise([middle, *middles]) if before)
+    if steady or falls:
         return (
             f"the rewards in its first row, the mean of steps 1 to {row['step']:g}, are {shown}: their mean is "
-            f"{middle:+.4f} at once and stays there ({', '.join(f'{each:+.4f}' for each in middles)}), so it did not "
-            "grow from 0"
+            f"{middle:+.4f} at once, then {', '.join(f'{each:+.4f}' for each in middles)}, so it did not grow from 0"
         )
     return ""
 
@@ -265,12 +268,14 @@ def _same_place(base: dict[str, float], other: TrialLog, evidence: Evidence, *, 
     """Whether implied log-probs are those of another trial's last evaluation, or (`first`) of its own base."""
     theirs = other.base_logps(evidence.betas.get(other.name))
     end = other.evaluations[-1] if other.evaluations else {}
+    moved: list[float] = []
     for answer in ANSWERS:
         last, start = end.get(f"logps/{answer}", math.nan), theirs.get(answer, math.nan)
         gap = abs(base[answer] - (start if first else last))
-        if not gap <= _SAME_PLACE * abs(last - start) + _SAME_NATS or not (first or abs(last - start) > _MOVED_NATS):
+        moved.append(abs(last - start))
+        if not gap <= _SAME_PLACE * moved[-1] + _SAME_NATS:
             return False
-    return True
+    return first or max(moved) > _MOVED_NATS
 
 
 def _continued(evidence: Evidence) -> Iterator[tuple[TrialLog, TrialLog]]:
