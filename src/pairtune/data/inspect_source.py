@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pairtune.chat_templates import special_tokens
-from pairtune.data.columns import is_label
+from pairtune.data.column_names import is_label
 from pairtune.data.inspection import (
     DataFinding,
     DroppedRows,

@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from pairtune.config import Reading
-from pairtune.data.columns import check_codes, check_columns, format_of_columns, unknown_format, unpaired
+from pairtune.data.column_names import unknown_format, unpaired
+from pairtune.data.columns import check_codes, check_columns, format_of_columns
 from pairtune.data.conversations import Parts, check_prompt, field_names, images_in, is_empty, kind_of, tools_of
 from pairtune.data.formats import PAIR, Format, detect_format, formats_with, has_prompt_column
 from pairtune.data.pair_rows import Row, check_scores, same_answers
