@@ -148,7 +148,7 @@ def _wrong_sign(evidence: Evidence) -> Iterator[Hit]:
 def _base_changes(evidence: Evidence) -> Iterator[Hit]:
     """Evaluations whose log-probs and rewards imply another base than those before and after them."""
     for trial in evidence.trials:
-        beta = trial.beta or _robust_slope(trial)
+        beta = _robust_slope(trial) or trial.beta
         if _no_bases(trial, evidence) or not beta:
             continue
         for answer in ANSWERS:
@@ -226,7 +226,7 @@ def _no_bases(trial: TrialLog, evidence: Evidence) -> str:
     known = [row for row in trial.evaluations if {"logps/chosen", "rewards/chosen"} <= row.keys()]
     if len(known) < _BASES:
         return f"log-probs and rewards of {_BASES} evaluations"
-    beta = trial.beta or _robust_slope(trial)
+    beta = _robust_slope(trial) or trial.beta
     if not beta:
         return "a beta"
     coarse = trial.off("logps/chosen") + trial.off("rewards/chosen") / beta > _BASE_NATS / 2

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pairtune.evaluate.audit import arithmetic, claims, learning, numbers, repeats, schedule, starts
+from pairtune.evaluate.audit import arithmetic, claims, continuations, learning, numbers, repeats, schedule, starts
 from pairtune.evaluate.audit.evidence import Evidence
 from pairtune.evaluate.audit.rule import Rule, finding_of
 from pairtune.run.records import LEVELS, AuditRecord, Finding
 
-RULES: tuple[Rule, ...] = (
-    arithmetic.RULES + repeats.RULES + schedule.RULES + starts.RULES + numbers.RULES + learning.RULES + claims.RULES
-)
+_ROOMS = (arithmetic, repeats, schedule, starts, continuations, numbers, learning, claims)
+RULES: tuple[Rule, ...] = tuple(rule for room in _ROOMS for rule in room.RULES)
 
 
 def find(evidence: Evidence, rules: Sequence[Rule] = RULES) -> list[Finding]:
