@@ -568,7 +568,7 @@ def _tune(file: Path | None, flags: dict[str, Any], as_json: bool) -> None:
 
 
 def _probe(config: RunConfig) -> None:
-    """Refuse sources in no known format before torch is imported."""
+    """Refuse sources in no known format, and faults in their first rows, before torch is imported."""
     from pairtune.data.source_reader import SourceReader
 
     for flag, sources in (
@@ -577,7 +577,7 @@ def _probe(config: RunConfig) -> None:
         ("--test-data", config.test_data),
     ):
         for source in sources or []:
-            SourceReader.open(source, flag, config.reading, config.limit).probe()
+            SourceReader.open(source, flag, config.reading, config.limit).probe(config.on_bad_row)
 
 
 def _share_processors(*, give_way: bool) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pairtune.config import OnBadRow
-from pairtune.data.preference import BadRow, LeftOut, RowCount
-from pairtune.data.source_reader import SourceReader, describe_fault
+from pairtune.data.preference import BadRow, RowCount
+from pairtune.data.source_reader import SourceReader, stop_at
 from pairtune.data.sources import SourceRow
 from pairtune.data.table import write_table
 from pairtune.data.tokens import PairTokenizer, TokenizedPair
@@ -86,8 +86,8 @@ def tokenize_source(
 
 
 def _drop(count: RowCount, row: SourceRow, fault: BadRow, on_bad_row: OnBadRow) -> None:
-    if on_bad_row == "stop" and not isinstance(fault, LeftOut):
-        raise BadInput(f"{describe_fault(row, fault)} (or --on-bad-row skip)")
+    if on_bad_row == "stop":
+        stop_at(row, fault)
     count.drop(fault.reason, further=row.further)
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from pairtune.config import RunConfig
-from pairtune.data.preference import BadRow, LeftOut, PreferencePair, RowCount
-from pairtune.data.source_reader import SourceReader, describe_fault
+from pairtune.data.preference import BadRow, PreferencePair, RowCount
+from pairtune.data.source_reader import SourceReader, stop_at
 from pairtune.data.sources import BUNDLED, SourceRow, bundled_source
 from pairtune.data.splits import Prompt, draw_splits, find_leaks
 from pairtune.data.table import PairTable, write_table
@@ -219,8 +219,8 @@ class _Preparation:
 
     def _take(self, part: _SourcePart, row: SourceRow, result: TokenizedPair | BadRow) -> TokenizedPair | None:
         if isinstance(result, BadRow):
-            if self.config.on_bad_row == "stop" and not isinstance(result, LeftOut):
-                raise BadInput(f"{describe_fault(row, result)} (or --on-bad-row skip)")
+            if self.config.on_bad_row == "stop":
+                stop_at(row, result)
             part.dropped[result.reason] += 1
             part.dropped_further += row.further
             return None

@@ -188,13 +188,12 @@ def parse_row(row: Any, origin: str) -> PreferencePair:
     return RowParser().parse(row, origin)[0]
 
 
-def refuse_unknown(head: Sequence[SourceRow], parser: RowParser, where: str) -> None:
+def refuse_unknown(results: Sequence[Parsed], where: str) -> None:
     """Refuse a source none of whose first rows is in a known format.
 
     Raises:
         BadInput: with the fault of the first row.
     """
-    results = list(parser.parse_all(head))
     if results and all(isinstance(each, BadRow) and each.reason in _UNKNOWN for _, each in results):
         row, fault = results[0]
         raise BadInput(f"{where}: row {row.number} {fault}")

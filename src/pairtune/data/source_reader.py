@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
-from pairtune.config import Reading, SourceConfig
+from pairtune.config import OnBadRow, Reading, SourceConfig
 from pairtune.data.columns import HEAD
 from pairtune.data.conversations import is_empty
 from pairtune.data.judged_rows import label_key
 from pairtune.data.preference import BadRow, LeftOut, PreferencePair
 from pairtune.data.row_parser import Parsed, RowParser, refuse_unknown
 from pairtune.data.sources import Source, SourceRow, open_source
+from pairtune.errors import BadInput
 
 if TYPE_CHECKING:
     from pairtune.data.tokens import TokenizedPair
@@ -54,17 +55,23 @@ class SourceReader:
         """Which answer is taken for the better one, and why; empty until a pair has been read."""
         return self.parser.format.better if self.parser.format else ""
 
-    def probe(self) -> None:
+    def probe(self, on_bad_row: OnBadRow = "skip") -> None:
         """Read the first rows of a local source, so that what cannot be read is refused before anything else starts.
 
         Raises:
-            BadInput: the rows are in no known format, or the named columns cannot be used.
+            BadInput: the rows are in no known format, the named columns cannot be used, or one of the rows is faulty
+                and `on_bad_row` is stop.
         """
-        if not self.source.hub:
-            head = list(islice(self.source.rows(self.limit), HEAD))
-            parser = RowParser(self.parser.reading, self.config.source)
-            parser.prepare([row.content for row in head], self._values, self.where)
-            refuse_unknown(head, parser, self.where)
+        if self.source.hub:
+            return
+        head = list(islice(self.source.rows(self.limit), HEAD))
+        parser = RowParser(self.parser.reading, self.config.source)
+        parser.prepare([row.content for row in head], self._values, self.where)
+        results = list(parser.parse_all(head))
+        refuse_unknown(results, self.where)
+        if on_bad_row == "stop" and self.parser.reading.prompts is None:  # else fewer rows are read
+            for row, result in results:
+                stop_at(row, result)
 
     def parsed(self) -> Iterator[Parsed]:
         """Each row with its pair, or with the reason why it has none; a row may give further pairs."""
@@ -110,6 +117,16 @@ def _unrelated(parsed: Iterator[Parsed], count: int) -> Iterator[Parsed]:
         yield row, result
         if seen == count:
             return
+
+
+def stop_at(row: SourceRow, result: object) -> None:
+    """Stop at a faulty row; one that is only left out does not stop a run.
+
+    Raises:
+        BadInput: the result is a fault.
+    """
+    if isinstance(result, BadRow) and not isinstance(result, LeftOut):
+        raise BadInput(f"{describe_fault(row, result)} (or --on-bad-row skip)")
 
 
 def describe_fault(row: SourceRow, fault: BadRow) -> str:
