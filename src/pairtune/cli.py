@@ -571,13 +571,14 @@ def _probe(config: RunConfig) -> None:
     """Refuse sources in no known format, and faults in their first rows, before torch is imported."""
     from pairtune.data.source_reader import SourceReader
 
-    for flag, sources in (
-        ("--data", config.data),
-        ("--eval-data", config.eval_data),
-        ("--test-data", config.test_data),
-    ):
+    parts = (
+        ("--data", config.data, "train"),
+        ("--eval-data", config.eval_data, "validation"),
+        ("--test-data", config.test_data, "test"),
+    )
+    for flag, sources, split in parts:
         for source in sources or []:
-            SourceReader.open(source, flag, config.reading, config.limit).probe(config.on_bad_row)
+            SourceReader.open(source, flag, config.reading, config.row_limit(split)).probe(config.on_bad_row)
 
 
 def _share_processors(*, give_way: bool) -> None:
