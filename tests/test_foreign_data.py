@@ -7,11 +7,14 @@ same winner.
 from __future__ import annotations
 
 import json
+import os
+import pty
 import random
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -362,6 +365,23 @@ def test_named_columns_are_not_ok_before_somebody_says_so(tmp_path):
     assert inspected(reader(path, columns=AB, confirmed=True)).verdict == "ok"
     pair_columns = {"prompt": "ask", "chosen": "left", "rejected": "right"}
     assert inspected(reader(path, columns=pair_columns, confirmed=True)).better == "left, as --column says"
+
+
+@pytest.mark.parametrize(("answer", "code"), [(b"y\n", 0), (b"n\n", 2)])
+def test_a_person_at_a_terminal_is_asked(tmp_path, answer, code):
+    path = write(tmp_path / "rows.jsonl", labelled([1, 2]))
+    flags = [part for name, column in AB.items() for part in ("--column", f"{name}={column}")]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, [sys.executable, "-m", "pairtune", "data", "inspect", path, *flags])
+    said = b""
+    with suppress(OSError):  # how the end of a terminal reads
+        while block := os.read(terminal, 4096):
+            said += block
+            if b"[y/N]" in block:
+                os.write(terminal, answer)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code, said
+    assert b"Is this the better answer: left where the label is 1" in said
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
