@@ -371,16 +371,18 @@ def test_named_columns_are_not_ok_before_somebody_says_so(tmp_path):
 def test_a_person_at_a_terminal_is_asked(tmp_path, answer, code):
     path = write(tmp_path / "rows.jsonl", labelled([1, 2]))
     flags = [part for name, column in AB.items() for part in ("--column", f"{name}={column}")]
-    child, terminal = pty.fork()
-    if child == 0:
-        os.execv(sys.executable, [sys.executable, "-m", "pairtune", "data", "inspect", path, *flags])
+    terminal, end = pty.openpty()
+    whole = [sys.executable, "-m", "pairtune", "data", "inspect", path, *flags]
+    asked = subprocess.Popen(whole, stdin=end, stdout=end, stderr=end)
+    os.close(end)
     said = b""
     with suppress(OSError):  # how the end of a terminal reads
         while block := os.read(terminal, 4096):
             said += block
             if b"[y/N]" in block:
                 os.write(terminal, answer)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code, said
+    os.close(terminal)
+    assert asked.wait(60) == code, said
     assert b"Is this the better answer: left where the label is 1" in said
 
 
