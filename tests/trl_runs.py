@@ -929,7 +929,10 @@ def record(root: Path, file: Path) -> None:
 
 
 def _trimmed(state: State) -> State:
-    """A state with its rows, its best checkpoint and its steps; numbers keep nine digits, as many as float32 has."""
+    """A state with its rows, its best checkpoint and its steps; numbers keep nine digits, as many as float32 has.
+
+    TRL writes the checkpoint's absolute path, of which a record keeps what does not depend on the machine.
+    """
     rows = [
         {
             name: float(f"{value:.9g}") if isinstance(value, float) and math.isfinite(value) else value
@@ -938,7 +941,10 @@ def _trimmed(state: State) -> State:
         }
         for row in state["log_history"]
     ]
-    return {**{name: state[name] for name in KEPT if name in state}, "log_history": rows}
+    kept = {name: state[name] for name in KEPT if name in state}
+    if kept.get("best_model_checkpoint"):
+        kept["best_model_checkpoint"] = str(Path(*Path(kept["best_model_checkpoint"]).parts[-2:]))
+    return {**kept, "log_history": rows}
 
 
 if __name__ == "__main__":
