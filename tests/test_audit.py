@@ -583,6 +583,9 @@ def test_betas_go_to_trials_by_name_or_in_their_natural_order(tmp_path):
     assert [trial.name for trial in evidence.trials] == ["trial-1", "trial-2", "trial-10"]
     with_options(evidence, betas=["0.1", "0.2", "trial-2=0.5", "0.3"])
     assert [trial.beta for trial in evidence.trials] == [0.1, 0.5, 0.3]
+    command = [sys.executable, "-m", "pairtune", "audit", tmp_path, "--beta", "trial-2=0.5"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stderr == "beta: trial-2 0.5\n"
     for beta, message in (("x", "number above 0"), ("trial-3=0.1", "there is no trial trial-3"), ("-1", "above 0")):
         with pytest.raises(BadInput, match=message):
             with_options(evidence, betas=[beta])
@@ -670,7 +673,8 @@ def test_odd_states_are_no_crash(tmp_path, state):
         {**eval_row(10, 0.6), "eval_runtime": 1e308, "eval_samples_per_second": 1e308},
         {"step": 10**400, "loss": 1},
     ]
-    findings(trainer_state(tmp_path, rows, **state))
+    (trial,) = audit(read_evidence(trainer_state(tmp_path, rows, **state))).trials
+    assert trial == tmp_path.name
 
 
 def test_tables_with_decimal_commas_and_runs_of_one_name(tmp_path):

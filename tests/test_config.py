@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 from typer.main import get_command
 
 from pairtune.cli import app
-from pairtune.config import RunConfig, flag_of
+from pairtune.config import ColumnPart, RunConfig, flag_of
 from pairtune.errors import BadInput
+from pairtune.flags import COLUMN_PARTS
 from pairtune.options import OPTIONS
 from pairtune.resolve_config import resolve
 from pairtune.sweep.search import open_search
@@ -186,6 +188,11 @@ def test_options_tell_types_ranges_and_grids():
         "track",
     ]
     assert not OPTIONS["max_length"].varies
+
+
+def test_the_flags_know_every_part_that_a_column_can_hold():
+    """They are listed twice, because `--help` should not import pydantic."""
+    assert set(COLUMN_PARTS) == set(get_args(ColumnPart))
 
 
 @pytest.mark.parametrize("name", ["settings", "formats"])

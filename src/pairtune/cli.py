@@ -180,7 +180,8 @@ def audit(
 
     evidence = with_options(read_evidence(path), eval_rows, batch_size, beta, loss)
     if beta and len(evidence.trials) > 1:
-        typer.echo(f"beta: {', '.join(f'{trial.name} {trial.beta:g}' for trial in evidence.trials)}", err=True)
+        known = (f"{trial.name} {trial.beta:g}" for trial in evidence.trials if trial.beta)
+        typer.echo(f"beta: {', '.join(known)}", err=True)
     found = audit(evidence)
     if markdown:
         from pairtune.files import write_atomic

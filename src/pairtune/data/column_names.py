@@ -12,7 +12,7 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from pairtune.data.conversations import field_names
-from pairtune.data.formats import FORMATS, Format
+from pairtune.data.formats import FORMATS, PROMPTS, Format
 from pairtune.data.judged_rows import Verdict, label_key
 from pairtune.data.pair_rows import Row
 from pairtune.data.preference import BadRow
@@ -25,7 +25,6 @@ _LABELS = re.compile(
 )
 _FIRST = re.compile(r"(?:^|[_ ]|(?<=[a-z]))(a|1|0|first|left)$", re.I)
 _SECONDS = {"a": "b", "1": "2", "0": "1", "first": "second", "left": "right"}
-_PROMPTS = ("prompt", "instruction", "question", "input", "inputs", "query", "context", "history", "post", "ask")
 _BETTER = ("chosen", "preferred", "accepted", "good", "better", "positive", "win", "pos")
 _WORSE = ("rejected", "dispreferred", "refused", "bad", "worse", "negative", "lose", "neg")
 
@@ -81,18 +80,18 @@ def _proposed(row: Row) -> dict[str, str]:
     of_first, of_second = ([name for name in scores if side_of(name) == side] for side in ("a", "b"))
     if first and len(of_first) == len(of_second) == 1:
         pair = {"answer_a": first, "answer_b": second, "score_a": of_first[0], "score_b": of_second[0]}
-        return {"prompt": _like(row, _PROMPTS), **pair}
+        return {"prompt": _like(row, PROMPTS), **pair}
     for name, value in row.items():
         if isinstance(value, list) and value and isinstance(value[0], Mapping) and set(ITEM_SCORES) & value[0].keys():
-            return {"prompt": _like(row, _PROMPTS), "answers": str(name)}
-    return {"prompt": _like(row, _PROMPTS), "chosen": _like(row, _BETTER), "rejected": _like(row, _WORSE)}
+            return {"prompt": _like(row, PROMPTS), "answers": str(name)}
+    return {"prompt": _like(row, PROMPTS), "chosen": _like(row, _BETTER), "rejected": _like(row, _WORSE)}
 
 
 def judged_columns(row: Row, label: str) -> dict[str, str]:
     """The columns of two answers that a label judges, as far as their names tell."""
     first, second = _two_answers(row)
     return {
-        "prompt": _like(row, _PROMPTS),
+        "prompt": _like(row, PROMPTS),
         "label": label,
         "answer_a": first or "NAME",
         "answer_b": second or "NAME",

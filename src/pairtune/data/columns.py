@@ -206,7 +206,7 @@ def _votes(labels: Sequence[str], verdicts: Mapping[str, Verdict]) -> Callable[[
             (label, each)
             for label in labels
             for each in (row[label] if isinstance(row.get(label), list) else [row.get(label)])
-            if not is_empty(each) and each == each  # noqa: PLR0124 - NaN is no vote
+            if not is_empty(each)
         ]
         read = judged_rows.by_value
         return [read(label, verdicts)({label: each}) for label, each in given]

@@ -147,7 +147,7 @@ PAIR = ("chosen", "rejected")
 _RESPONSES = ("chosen_response", "rejected_response")
 _listed_pair = _listed(*PAIR)
 # Names of columns that hold a prompt; beside such a column, two answers' common beginning is no prompt.
-PROMPTS = frozenset({"prompt", "instruction", "question", "input", "inputs", "query", "context", "history", "post"})
+PROMPTS = ("prompt", "instruction", "question", "input", "inputs", "query", "context", "history", "post")
 _RATINGS = ("ratings", "rating")
 
 FORMATS: tuple[Format, ...] = (

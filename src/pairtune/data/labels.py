@@ -28,11 +28,9 @@ def learn_values(columns: Mapping[str, str], values: Counter[str], where: str) -
         BadInput: the values do not say it; the message counts them and shows the flag.
     """
     a, b = columns["answer_a"], columns["answer_b"]
-    said: dict[str, Verdict] = {
-        **{label_key(value): "a" for value in columns.get("label_a", "").split(",") if value},
-        **{label_key(value): "b" for value in columns.get("label_b", "").split(",") if value},
-    }
-    if both := {label for label in said if label in _listed(columns.get("label_a"))} & _listed(columns.get("label_b")):
+    means_a, means_b = _listed(columns.get("label_a")), _listed(columns.get("label_b"))
+    said: dict[str, Verdict] = {**dict.fromkeys(means_a, "a"), **dict.fromkeys(means_b, "b")}
+    if both := means_a & means_b:
         raise BadInput(
             f"{where}: --label-a and --label-b both have {', '.join(sorted(both))}; a value means one answer"
         )

@@ -19,7 +19,7 @@ _LATE_ROOMS, _LATE_SHARE, _LATE_ROWS = 10.0, 0.95, 3
 # elsewhere; beta hardly changes how far AdamW goes.
 _FURTHER, _FAR_NATS = 2.5, 5.0
 # The same in an evaluation before the first step, which averages over more pairs.
-_START_EVALUATION_NATS, _USUAL_BETA = 0.25, 0.1
+_START_EVALUATION_NATS = 0.25
 # A first row this many times further from the base than another trial's, and at least this share of the way that the
 # other one had gone at its end, is no start at the base; the other one has to have grown by this factor.
 _AT_ONCE, _AS_FAR, _GREW = 2.5, 0.4, 2.0
@@ -70,8 +70,8 @@ def _step_zero(trial: TrialLog, evidence: Evidence) -> str:
 
 
 def _nats(row: Row, trial: TrialLog, evidence: Evidence) -> tuple[float, float] | None:
-    """How far a row's chosen and rejected log-probs are from the base, in nats; a beta of 0.1 where it is unknown."""
-    beta = evidence.betas.get(trial.name, _USUAL_BETA)
+    """How far a row's chosen and rejected log-probs are from the base, in nats; None if a reward or beta is unknown."""
+    beta = evidence.betas.get(trial.name, math.nan)
     chosen, rejected = (row.get(f"rewards/{answer}", math.nan) / beta for answer in ANSWERS)
     return (chosen, rejected) if math.isfinite(chosen) and math.isfinite(rejected) else None
 
