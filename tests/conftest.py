@@ -28,6 +28,8 @@ from pairtune.resolve_config import resolve
 from pairtune.run.folder import Run
 from pairtune.run.metrics import Evaluation, TrainingStep
 
+pytest_plugins = ["site_server"]  # the site's fixtures, whose browser there may be only once in a process
+
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

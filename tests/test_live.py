@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import os
+from contextlib import contextmanager
 
+import pytest
 from conftest import evaluation
 from rich.console import Console
 
 from pairtune.run.folder import Run
 from pairtune.run.metrics import TrainingStep
-from pairtune.track.live_view import LiveView, clock
+from pairtune.track.live_view import LiveView
+from pairtune.track.live_view import clock as clock_of
 from pairtune.track.sinks import JsonlSink, Sinks
+from pairtune.track.time_left import ProgressSink, TimeLeft, forget_process
 
 STEP = TrainingStep(step=1, epoch=0.5, loss=0.6931, accuracy=0.25)
 EVALUATION = evaluation(step=2, epoch=1, loss=0.6, eval_loss=0.5, accuracy=0.75)
@@ -21,8 +26,16 @@ def at_step(step):
     return STEP.model_copy(update={"step": step})
 
 
+@contextmanager
+def viewing(trials, count, console):
+    """The live view with the estimate that it shows, as one sink."""
+    left = TimeLeft(trials, dict.fromkeys(trials, 1), count, evaluation_steps=0)
+    with LiveView(trials, count, left, console) as live:
+        yield Sinks([left, live])
+
+
 def follow(console):
-    with LiveView({"one": 2, "two": 2}, 2, console) as live:
+    with viewing({"one": 2, "two": 2}, 2, console) as live:
         live.start("one", 2, 0, 0)
         live.on_progress(["one"], "reference log-probs", 3, 8)
         live.log("one", STEP)
@@ -53,7 +66,7 @@ class Clock:
 
 def test_long_work_says_where_it_is_now_and_then(monkeypatch):
     out, clock = io.StringIO(), Clock(monkeypatch)
-    with LiveView({"one": 2, "two": 2}, 2, Console(file=out)) as live:
+    with viewing({"one": 2, "two": 2}, 2, Console(file=out)) as live:
         live.start("one", 2, 0, 0)
         live.start("two", 2, 0, 0)
         for done in range(10, 61, 10):
@@ -67,7 +80,7 @@ def test_long_work_says_where_it_is_now_and_then(monkeypatch):
 
 def test_the_time_left_of_an_evaluation_does_not_count_the_time_since_the_one_before(monkeypatch):
     out, clock = io.StringIO(), Clock(monkeypatch)
-    with LiveView({"one": 2}, 1, Console(file=out)) as live:
+    with viewing({"one": 2}, 1, Console(file=out)) as live:
         live.start("one", 2, 0, 0)
         live.on_progress(["one"], "evaluating", 2, 60)
         live.on_progress(["one"], "evaluating", 60, 60)
@@ -80,14 +93,45 @@ def test_the_time_left_of_an_evaluation_does_not_count_the_time_since_the_one_be
 
 def test_time_left_counts_all_trials_and_not_the_steps_of_an_earlier_call(monkeypatch):
     out, clock = io.StringIO(), Clock(monkeypatch)
-    with LiveView({"one": 10, "two": 10, "later": 20}, 3, Console(file=out)) as live:
+    with viewing({"one": 10, "two": 10, "later": 20}, 3, Console(file=out)) as live:
         live.start("one", 10, 5, 0)
         live.start("two", 10, 5, 0)
         for step in range(6, 11):
             clock.now += 20
             for name in ("one", "two"):
                 live.log(name, at_step(step))
-    assert out.getvalue().splitlines()[-1] == "17/40 steps of all trials, 4:23 left"
+    # Without each trial's first step, 5 steps took 60 s; 23 are left; what follows takes 12 % of the training.
+    assert clock_of(23 * 12 * 1.12 + 0.12 * 60) == "5:16"
+    assert out.getvalue().splitlines()[-1] == "17/40 steps of all trials, 5:16 left"
+
+
+def test_the_time_left_holds(monkeypatch, tmp_path):
+    """Steps of 2 s, evaluations of 30 s, and a first step that waits for a minute of preparation."""
+    now = Clock(monkeypatch)
+    run = Run(tmp_path)
+    left = TimeLeft({"one": 60}, {"one": 3}, 1, evaluation_steps=40)
+    sinks = Sinks([left, ProgressSink(run, left)])
+    training = 60 * 2 + 3 * 30
+    sinks.start("one", 60, 0, 0)
+    now.now += 60
+    over = 0
+    for step in range(1, 61):
+        now.now += 2
+        over += 2
+        sinks.log("one", at_step(step))
+        if step >= 2:
+            truth = (training - over) * 1.12 + 0.12 * over
+            assert left.seconds() == pytest.approx(truth, rel=0.12), step
+        if step % 20 == 0:
+            sinks.on_progress(["one"], "evaluating", 1, 2)
+            now.now += 30
+            over += 30
+            sinks.log("one", evaluation(step=step, epoch=step // 20, loss=0.6, eval_loss=0.5))
+    progress = run.progress
+    assert progress.stage == "training"
+    assert progress.pid == os.getpid()
+    forget_process(run)
+    assert (run.progress.pid, run.progress.seconds_left) == (0, None)
 
 
 def test_on_a_terminal_each_trial_has_its_line():
@@ -101,7 +145,7 @@ def test_on_a_terminal_each_trial_has_its_line():
 
 
 def test_times():
-    assert [clock(seconds) for seconds in (0, 59.6, 3600, 3725)] == ["0:00", "1:00", "1:00:00", "1:02:05"]
+    assert [clock_of(seconds) for seconds in (0, 59.6, 3600, 3725)] == ["0:00", "1:00", "1:00:00", "1:02:05"]
 
 
 def test_every_record_is_a_line_of_the_trials_file_and_every_sink_is_told(tmp_path):

@@ -14,10 +14,9 @@ from conftest import pairtune, small_run, write_pairs
 from huggingface_hub import ModelCard
 
 from pairtune.config import source_name
-from pairtune.report.curves import draw_curves
 from pairtune.report.phrases import duration
 from pairtune.report.report_data import ReportData
-from pairtune.report.write import write_report
+from pairtune.report.write import draw_curves, write_report
 from pairtune.run.folder import Run
 
 
@@ -31,7 +30,7 @@ def run(tiny_model, tmp_path_factory):
 
 
 def test_answers_on_validation_prompts_can_choose(tiny_model, tmp_path):
-    run = small_run(tiny_model, tmp_path, learning_rate=[3e-3, 1e-3], samples=3, select="win_rate")
+    run = small_run(tiny_model, tmp_path, learning_rate=[3e-3, 1e-3], samples=3, select="fewer_faults")
     choosing, generations, selection = (
         json.loads(path.read_text()) for path in (run.paths.choosing, run.paths.generations, run.paths.selection)
     )
@@ -138,10 +137,11 @@ def test_the_curves_are_all_there_and_speak(run):
     curves = draw_curves(ReportData(run))
     assert set(curves) == {"training-loss", "loss", "accuracy", "margin", "chosen", "rejected", "kl"}
     for name, svg in curves.items():
-        assert svg.startswith("<svg viewBox="), name
-        assert "<title>" in svg
+        assert svg.startswith('<svg class="chart" viewBox='), name
         assert "lr 0.003, beta 0.1:" in svg
-        assert "currentColor" in svg
+        assert (name == "training-loss") != ("<title>" in svg)  # its points are means of several steps
+        assert ('class="band' in svg) == (name not in ("training-loss", "kl"))
+        assert ">base</text>" in svg or ">chance</text>" in svg
         assert (run.paths.figures / f"{name}.svg").is_file()
     assert curves == draw_curves(ReportData(run))
 
@@ -195,7 +195,8 @@ def test_eval_of_a_run_repeats_its_own_numbers(run):
     assert record["data"]["kept"] == record["pairs"] == 10
     assert record["answers"]["win_rate"]["ties"] + record["answers"]["win_rate"]["wins"] <= 2
     shown = pairtune("eval", run.root, "--data", held, "--samples", 2, "--dtype", "float32").stdout
-    assert "win rate" in shown
+    assert "faults of form" in shown
+    assert "win rate" not in shown
     assert "The longer answer is better" in shown
 
 

@@ -63,14 +63,14 @@ def test_answers_choose_where_they_are_asked_for():
         result.trial.name: scores for result, scores in zip(RESULTS, ([0.5] * 8, [1.0] * 8, [0.0] * 8), strict=True)
     }
     records = {result.trial.name: noise(100) for result in RESULTS}
-    selection = select_best(RESULTS, records, "win_rate", wins)
-    assert (selection.winner, selection.metric, selection.value) == (RESULTS[1].trial.name, "win_rate", 1.0)
-    assert "highest win_rate (1.0000)" in selection.why
+    selection = select_best(RESULTS, records, "fewer_faults", wins)
+    assert (selection.winner, selection.metric, selection.value) == (RESULTS[1].trial.name, "fewer_faults", 1.0)
+    assert "highest fewer_faults (1.0000)" in selection.why
     assert "of 3 trials on 8 validation prompts" in selection.why
-    assert "win_rate on 8 prompts" in selection.verdict
+    assert "fewer_faults on 8 prompts" in selection.verdict
     (warning,) = selection.warnings
-    assert "was chosen for its win rate" in warning
-    level = select_best(RESULTS, records, "win_rate", dict.fromkeys(wins, [0.5] * 8))
+    assert "was chosen for having fewer faults" in warning
+    level = select_best(RESULTS, records, "fewer_faults", dict.fromkeys(wins, [0.5] * 8))
     assert level.winner == RESULTS[0].trial.name  # the lowest loss of those that are level
     assert "no two trials can be told apart" in level.verdict
 

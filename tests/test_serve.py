@@ -362,6 +362,7 @@ def test_openais_client_lists_completes_and_streams(client, run, tiny_model):
         ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages.0.role"),
         ({"temperature": -1}, 400, "temperature"),
         ({"n": 2}, 400, "n:"),
+        ({"extra_body": {"continue_final_message": True}}, 400, "needs add_generation_prompt false"),
         ({"messages": [{"role": "user", "content": "x" * 1_000_000}]}, 400, "longer than this model's 400 tokens"),
         ({"messages": [{"role": "user", "content": "x" * 500}]}, 400, "too many for this model"),
         ({"messages": [{"role": "user", "content": "x" * 3_000_000}]}, 413, "more than 2,000,000 bytes"),
@@ -372,6 +373,16 @@ def test_what_cannot_be_answered_is_said(client, more, status, message):
         client.chat.completions.create(**{**ask(), **more})
     assert refused.value.status_code == status
     assert message in str(refused.value)
+
+
+def test_an_answer_that_has_begun_goes_on(client):
+    begun = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes, 4"}]
+    more = {"continue_final_message": True, "add_generation_prompt": False}
+    answer = client.chat.completions.create(**ask(messages=begun), extra_body=more)
+    rendered = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes, 4"
+    ids = byte_tokenizer()(rendered, add_special_tokens=False)["input_ids"]
+    assert answer.usage.prompt_tokens == len(ids)
+    assert not answer.choices[0].message.content.startswith("Yes, 4")
 
 
 def test_odd_text_is_answered(client):

@@ -11,136 +11,17 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
-from axe_playwright_python.sync_playwright import Axe
-from conftest import small_run, write_pairs
-from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
+from playwright.sync_api import expect
+from site_server import NEEDS_CHROMIUM, PATIENCE, Site, say, serving, wait_done
 
 from pairtune.models.resolve import BUNDLED, bundled_gguf
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="Chromium is missing: apt-get install chromium, or another package that includes it"
-)
-PATIENCE = 60_000  # milliseconds; machines are busy
-
-
-@dataclass
-class Site:
-    """A running site."""
-
-    url: str
-    process: subprocess.Popen[str]
-    runs: Path
-
-    @property
-    def worker(self) -> psutil.Process:
-        return next(
-            child
-            for child in psutil.Process(self.process.pid).children()
-            # A run started from the page that has just ended no longer has a command line.
-            if child.status() != psutil.STATUS_ZOMBIE and "worker" in " ".join(child.cmdline())
-        )
-
-
-@contextmanager
-def serving(runs: Path, kept: Path, *arguments: str) -> Iterator[Site]:
-    """Start a site with its own worker in separate processes, and check that none are left behind."""
-    command = [sys.executable, "-m", "pairtune", "serve", *arguments, "--runs", str(runs), "--port", "0"]
-    environment = {**os.environ, "PAIRTUNE_SITE": str(kept), "OMP_NUM_THREADS": "1"}
-    log = (kept.parent / f"{kept.name}.log").open("w")
-    process = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=log)
-    try:
-        line = process.stdout.readline()
-        assert line.startswith("http://localhost:"), Path(log.name).read_text()
-        children = psutil.Process(process.pid).children(recursive=True)
-        yield Site(line.split("/  ")[0].replace("localhost", "127.0.0.1"), process, runs)
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(20)
-        log.close()
-    _, alive = psutil.wait_procs(children, timeout=20)
-    assert not alive, "a worker outlived its site"
-
-
-@pytest.fixture(scope="module")
-def runs(tiny_model, tmp_path_factory) -> Path:
-    """A finished, an unfinished and a broken run."""
-    folder = tmp_path_factory.mktemp("site") / "runs"
-    folder.mkdir()
-    data = folder.parent
-    small_run(tiny_model, data, learning_rate=[3e-2, 1e-2], epochs=[2], samples=2, out=folder / "small")
-    shutil.copytree(folder / "small", folder / "damaged")
-    (folder / "damaged" / "selection.json").write_text("{")
-    shutil.copytree(folder / "small", folder / "halfway")
-    for name in ("COMPLETE", "selection.json", "sweep.json", "audit.json", "report.html"):
-        (folder / "halfway" / name).unlink()
-    for file in (folder / "halfway").rglob("*"):
-        os.utime(file, (1_000_000_000, 1_000_000_000))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def site(runs, tmp_path_factory) -> Iterator[Site]:
-    with serving(runs, tmp_path_factory.mktemp("kept") / "data", "--context", "480") as site:
-        yield site
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=options)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def page(browser) -> Iterator[Page]:
-    """A page; the test fails if it sends requests to another host, or if a script fails."""
-    page = browser.new_page(viewport={"width": 1440, "height": 900})
-    page.set_default_timeout(PATIENCE)
-    foreign: list[str] = []
-    faults: list[str] = []
-
-    def look(request: Request) -> None:
-        if not request.url.startswith(("http://127.0.0.1:", "data:", "blob:")):
-            foreign.append(request.url)
-
-    page.on("request", look)
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on("console", lambda message: faults.append(message.text) if "Security Policy" in message.text else None)
-    yield page
-    page.close()
-    assert not foreign
-    assert not faults
-
-
-def say(page: Page, site: Site, words: str, *, compare: str = "", model: str = "small", tokens: int = 30) -> None:
-    """Write a message in the form and send it with the keyboard; the bundled model answers greedily."""
-    if not page.url.startswith(f"{site.url}/chat/"):
-        page.goto(site.url)
-    page.select_option("#model", model)
-    page.select_option("#compare", compare)
-    if not page.locator(".sampling[open]").count():
-        page.click(".sampling summary")
-    page.fill("[name=max_tokens]", str(tokens))
-    page.fill("[name=temperature]", "0" if model == BUNDLED else "0.7")
-    before = page.locator(".turn").count() if "/chat/" in page.url else 0
-    page.fill("#prompt", words)
-    page.press("#prompt", "Enter")
-    page.wait_for_url("**/chat/*/")
-    expect(page.locator(".turn")).to_have_count(before + 1, timeout=PATIENCE)
-
-
-def wait_done(page: Page, answers: int = 1) -> None:
-    expect(page.locator(".answer.done")).to_have_count(answers, timeout=PATIENCE)
+pytestmark = NEEDS_CHROMIUM
 
 
 def test_compare_shows_two_answers_with_two_fingerprints(page, site, tiny_model):
@@ -209,18 +90,24 @@ def test_stop_keeps_what_has_come(page, slow_site):
 def test_asking_again_and_editing_lose_nothing(page, site):
     say(page, site, "first words")
     wait_done(page)
-    page.get_by_role("button", name="Try again").click()
-    expect(page.locator(".answer.done .group")).to_contain_text("2/2", timeout=PATIENCE)
+    page.get_by_role("button", name="Regenerate").click()
+    expect(page.locator(".answer.done .versions")).to_contain_text("2 of 2", timeout=PATIENCE)
     page.get_by_role("button", name="Earlier answer").click()
-    expect(page.locator(".answer.done .group")).to_contain_text("1/2")
-    page.get_by_role("button", name="Edit").click()
-    assert page.input_value("#prompt") == "first words"
-    page.fill("#prompt", "second words")
-    page.press("#prompt", "Enter")
-    expect(page.locator(".said .words")).to_have_text("second words", timeout=PATIENCE)
+    expect(page.locator(".answer.done .versions")).to_contain_text("1 of 2")
+    edit(page, "first words", "second words")
     wait_done(page)
     page.get_by_role("button", name="Earlier version").click()
     expect(page.locator(".said .words")).to_have_text("first words")
+
+
+def edit(page, before: str, after: str) -> None:
+    """Put another message in the place of the only one."""
+    page.get_by_role("button", name="Edit", exact=True).click()
+    area = page.locator(".edit textarea")
+    assert area.input_value() == before
+    area.fill(after)
+    area.press("Enter")
+    expect(page.locator(".said .words")).to_have_text(after, timeout=PATIENCE)
 
 
 def test_history_is_found_and_survives_a_restart(page, slow_site, tmp_path):
@@ -254,7 +141,7 @@ def test_a_worker_that_is_killed_in_mid_answer_is_said_and_a_retry_works(page, s
         while not _answers(site):
             assert time.monotonic() < until
             time.sleep(0.3)
-        page.get_by_role("button", name="Try again").click()
+        page.get_by_role("button", name="Regenerate").click()
         expect(page.locator(".answer.done, .answer.writing")).to_have_count(1, timeout=PATIENCE)
         wait_done(page)
 
@@ -294,11 +181,12 @@ def test_a_model_that_is_gone_is_said(page, site, runs):
         wait_done(page)
     finally:
         shutil.rmtree(runs / "leaving")
-    page.get_by_role("button", name="Try again").click()
-    expect(page.locator(".answer.failed .notice")).to_contain_text("leaving is not available", timeout=PATIENCE)
+    page.get_by_role("button", name="Regenerate").click()
+    expect(page.locator(".answer.failed .notice")).to_contain_text("leaving is no longer available", timeout=PATIENCE)
     time.sleep(2.1)
     page.reload()
-    expect(page.locator(".notice").first).to_contain_text("Choose another one")
+    page.click(".chosen")
+    expect(page.locator("#models .notice")).to_contain_text("Choose another one")
 
 
 @pytest.mark.parametrize(
@@ -329,23 +217,32 @@ def test_prompts_that_cannot_be_answered_are_said(page, site):
 def test_markdown_is_rendered_and_harmless():
     from pairtune.web.text import markdown, marked_differences
 
-    html = markdown("# A\n\n- one\n- **two**\n\n|a|b|\n|-|-|\n|1|2|\n\n```py\nx < 1\n```\n")
-    assert all(tag in html for tag in ("<h1>", "<li>", "<strong>", "<td>", "<code>x &lt; 1"))
+    html = markdown("# A\n\n- one\n- **two**\n\n|a|b|\n|-|-:|\n|1|2|\n\n```py\nx < 1\n```\n")
+    assert all(tag in html for tag in ('<h1 dir="auto">', "<li>", "<strong>", '<td dir="auto">', 'class="to-right"'))
+    assert '<span class="n">x</span>' in html
     bad = "<script>x</script><b onclick=x>y</b> [a](javascript:x) [b](//evil.example) ![c](http://e.example/i)\x00"
     assert not re.search(r"<(script|b|img)\b|href=.javascript|src=", markdown(bad))
-    one, other = marked_differences("the <b>old</b> lamp", "the new lamp")
-    assert (one, other) == ("the <mark>&lt;b&gt;old&lt;/b&gt;</mark> lamp", "the <mark>new</mark> lamp")
+    for formula in ("$x^2$", "\\(x^2\\)", "$$\nx^2\n$$"):
+        assert "<msup><mi>x</mi><mn>2</mn></msup>" in markdown(formula), formula
+    assert "<math" not in markdown("It costs $5, or $10 for two.")
+    assert "<math" not in markdown("```\n$x$\n```")
+    hostile = "$\\href{javascript:alert(1)}{x}$ $\\text{<img src=x onerror=alert(1)>}$ $\\unicode{x3c}script>$"
+    assert not re.search(r"<(img|script|a)\b|javascript:[^}]*\"", markdown(hostile))
+    before, after = marked_differences("the <b>old</b> lamp", "the new lamp")
+    assert (before, after) == ("the <del>&lt;b&gt;old&lt;/b&gt;</del> lamp", "the <ins>new</ins> lamp")
 
 
 def test_runs_are_listed_whatever_their_state(page, site):
     page.goto(f"{site.url}/runs/")
-    states = dict(re.findall(r"(\w+) (finished|broken|interrupted|running)", page.locator(".runs").inner_text()))
+    rows = {row.locator("a").first.inner_text(): row for row in page.locator("#runs-body tr").all()}
+    states = {name: row.locator(".state").inner_text() for name, row in rows.items()}
     assert states == {"small": "finished", "damaged": "broken", "halfway": "interrupted"}
-    assert "selection.json: is not valid JSON" in page.locator(".runs").inner_text()
+    assert "selection.json: is not valid JSON" in rows["damaged"].inner_text()
+    assert rows["small"].locator(".spark").count() == 1
     page.get_by_role("link", name="small").click()
     text = page.locator("main").inner_text()
     assert "What the audit found" in text
-    assert page.locator("svg polyline").count() == 8
+    assert page.locator("#curves svg polyline").count() == 14
     assert page.locator("tr.kept").count() >= 3
     page.goto(f"{site.url}/runs/halfway/")
     assert "pairtune resume" in page.locator("main").inner_text()
@@ -353,8 +250,11 @@ def test_runs_are_listed_whatever_their_state(page, site):
 
 def test_report_and_model_can_be_downloaded(page, site, runs, tmp_path):
     report = httpx.get(f"{site.url}/runs/small/report")
-    assert report.text == (runs / "small" / "report.html").read_text()
+    back = '<header><p class="kind"><a href="/runs/small/">Back to small in Pairtune</a></p>'
+    assert report.text == (runs / "small" / "report.html").read_text().replace("<header>", back)
     page.goto(f"{site.url}/runs/small/report")  # its styles are allowed, or the page fixture fails
+    page.get_by_role("link", name="Back to small").click()
+    expect(page.locator("h1")).to_contain_text("small")
     (tmp_path / "a.zip").write_bytes(httpx.get(f"{site.url}/runs/small/download/adapter").content)
     with zipfile.ZipFile(tmp_path / "a.zip") as archive:
         packed = archive.read("small/adapter_model.safetensors")
@@ -374,11 +274,11 @@ def test_a_live_runs_curve_grows_while_watching(page, site, runs):
         metrics.write_text("\n".join(lines[:2]) + "\n" + lines[2][:20])  # the last line is being written
         page.goto(f"{site.url}/runs/live/")
         expect(page.locator(".state").first).to_have_text("running")
-        line = page.locator("svg polyline").first
+        line = page.locator("#curves svg polyline").first
         assert len(line.get_attribute("points").split()) == 2
         metrics.write_text("\n".join(lines) + "\n")
-        expect(page.locator("tbody tr")).to_have_count(2, timeout=PATIENCE)
-        assert len(page.locator("svg polyline").first.get_attribute("points").split()) == 8
+        expect(page.locator("#trials details tbody tr")).to_have_count(2, timeout=PATIENCE)
+        assert len(page.locator("#curves svg polyline").first.get_attribute("points").split()) == 8
     finally:
         shutil.rmtree(live)
 
@@ -388,7 +288,7 @@ def test_the_browser_finds_a_pair(page, site):
     expect(page.locator("#pairs .pair")).to_have_count(17)
     page.fill("[name=q]", "22 apples")
     expect(page.locator("#pairs .pair")).to_have_count(1)
-    expect(page.locator("#pairs mark").first).to_be_visible()
+    expect(page.locator("#pairs ins").first).to_be_visible()
     page.fill("[name=q]", "")
     page.select_option("[name=split]", "validation")
     expect(page.locator("#pairs .pair")).to_have_count(5)
@@ -398,64 +298,11 @@ def test_the_browser_finds_a_pair(page, site):
         assert "model disagrees with the label" in text
 
 
-def test_a_run_is_started_from_the_page_and_outlives_it(page, site, runs, tiny_model):
-    data = write_pairs(runs.parent / "more.jsonl", range(60, 80))
-    page.goto(f"{site.url}/runs/new")
-    page.fill("[name=name]", "small")
-    page.get_by_role("button", name="Start").click()
-    expect(page.locator("main")).to_contain_text("There is already a run named small")
-    page.fill("[name=name]", "fresh")
-    page.fill("[name=model]", str(tiny_model))
-    page.fill("[name=data]", str(data))
-    page.fill("[name=learning_rate]", "1e-3, nonsense")
-    page.get_by_role("button", name="Start").click()
-    expect(page.locator("main")).to_contain_text("Enter numbers, separated by commas")
-    page.fill("[name=learning_rate]", "1e-3")
-    page.get_by_role("button", name="Start").click()
-    page.wait_for_url("**/runs/")
-    until = time.monotonic() + 120
-    while not (runs / "fresh" / "COMPLETE").is_file():
-        assert time.monotonic() < until, page.locator("main").inner_text()
-        time.sleep(0.5)
-    page.goto(f"{site.url}/runs/fresh/")
-    expect(page.locator(".state").first).to_have_text("finished")
-
-
-def test_a_job_that_cannot_start_says_why(page, site):
-    page.goto(f"{site.url}/runs/new")
-    page.fill("[name=name]", "hopeless")
-    page.fill("[name=data]", "missing.jsonl")
-    page.get_by_role("button", name="Start").click()
-    page.wait_for_url("**/runs/")
-    until = time.monotonic() + 60
-    while "did not start" not in page.locator("main").inner_text():
-        assert time.monotonic() < until
-        time.sleep(0.5)
-        page.reload()
-    assert "--data missing.jsonl" in page.locator("main").inner_text()
-    page.get_by_role("button", name="Dismiss").click()
-    expect(page.locator("main")).not_to_contain_text("hopeless")
-
-
-@pytest.mark.parametrize(("width", "scheme"), [(1440, "light"), (390, "dark")])
-def test_pages_are_accessible(page, site, width, scheme):
-    page.set_viewport_size({"width": width, "height": 900})
-    page.emulate_media(color_scheme=scheme)
-    say(page, site, "Hi", compare="small/lr-0.01-beta-0.1")
-    wait_done(page, 2)
-    paths = ["", page.url.removeprefix(site.url), "/runs/", "/runs/small/", "/runs/halfway/", "/runs/damaged/"]
-    for path in [*paths, "/runs/new", "/runs/small/pairs", "/runs/small/report", "/nowhere"]:
-        page.goto(site.url + path)
-        found = Axe().run(page).response["violations"]
-        severe = [(each["id"], each["nodes"][0]["html"]) for each in found if each["impact"] in ("serious", "critical")]
-        assert not severe, f"{path}: {severe}"
-        assert page.evaluate("document.scrollingElement.scrollWidth <= innerWidth"), f"{path} is wider than the screen"
-
-
 def test_what_is_gone_is_not_a_fault(page, site):
     say(page, site, "to be deleted", tokens=300)
     path = page.url.removeprefix(site.url)
     token = page.input_value("#composer [name=csrfmiddlewaretoken]")
+    turn = page.locator(".turn").get_attribute("id").removeprefix("turn-")
     answer = page.locator(".answer").get_attribute("id").removeprefix("answer-")
     page.once("dialog", lambda dialog: dialog.accept())
     page.get_by_role("button", name="Delete").click()
@@ -466,7 +313,7 @@ def test_what_is_gone_is_not_a_fault(page, site):
         for where in (f"{path}say", f"/answers/{answer}/again", f"/answers/{answer}/choose", "/turns/99999/branch"):
             assert client.post(where, data={**form, "max_tokens": 5}).status_code == 404, where
         assert client.post("/chat/say", data={**form, "max_tokens": 5, "turn": "12"}).status_code == 404
-        assert client.get(f"/answers/{answer}/events").status_code == 404
+        assert client.get(f"/turns/{turn}/events").status_code == 404
     page.goto(site.url)
     assert "to be deleted" not in page.locator("#conversations").inner_text()
 
@@ -476,15 +323,12 @@ def test_again_in_a_branch_that_is_not_shown_answers_that_branch(page, browser, 
     wait_done(page)
     other = browser.new_page()
     other.goto(page.url)
-    page.get_by_role("button", name="Edit").click()
-    page.fill("#prompt", "the second branch")
-    page.press("#prompt", "Enter")
-    expect(page.locator(".said .words")).to_have_text("the second branch", timeout=PATIENCE)
+    edit(page, "the first branch", "the second branch")
     wait_done(page)
-    other.get_by_role("button", name="Try again").click()  # of the branch that this tab still shows
+    other.get_by_role("button", name="Regenerate").click()  # of the branch that this tab still shows
     page.wait_for_timeout(500)
     page.get_by_role("button", name="Earlier version").click()
-    expect(page.locator(".answer.done .group")).to_contain_text("2/2", timeout=PATIENCE)
+    expect(page.locator(".answer.done .versions")).to_contain_text("2 of 2", timeout=PATIENCE)
     other.close()
 
 
@@ -501,12 +345,20 @@ def test_a_site_without_models_says_so(page, tmp_path):
     (tmp_path / "runs").mkdir()
     with serving(tmp_path / "runs", tmp_path / "data") as site:
         page.goto(site.url)
-        expect(page.locator(".notice")).to_contain_text("There is no model to talk to yet")
+        expect(page.locator("h1")).to_contain_text("Tune a model to what people prefer")
+        page.click(".chosen")
+        expect(page.locator("#models .notice")).to_contain_text("There is no model to talk to yet")
         page.goto(f"{site.url}/runs/")
-        expect(page.locator(".empty")).to_contain_text("There is no run in")
+        expect(page.locator(".empty")).to_contain_text("No run yet")
     with serving(tmp_path / "runs", tmp_path / "data", "--backend", "http://127.0.0.1:9") as site:
         page.goto(site.url)
-        expect(page.locator(".notice")).to_contain_text("cannot be reached")
+        page.click(".chosen")
+        expect(page.locator("#models .notice")).to_contain_text("cannot be reached")
+        page.keyboard.press("Escape")
+        page.fill("#prompt", "Nobody is there")
+        page.press("#prompt", "Enter")
+        expect(page.locator("#fault")).to_contain_text("There is no model to answer yet. What you wrote stays here.")
+        assert page.input_value("#prompt") == "Nobody is there"
 
 
 def test_any_server_of_openais_protocol_does(page, runs, tmp_path, site):

@@ -110,6 +110,19 @@ def tune(
     _tune(config, given | _weighted(given.get("data"), weight) | _columns(given.get("columns")), as_json)
 
 
+@app.command(cls=WithSettings)
+def plan(
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Argument(help="YAML file with settings; flags override it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a run would read, how long it would take and how much memory, without starting it.
+
+    Takes the settings of `tune`.
+    """
+    _plan(config, context.obj | _columns(context.obj.get("columns")), as_json)
+
+
 @app.command(cls=WithSettingsHelp)
 def doctor(
     model: Annotated[str, typer.Option(help="Model whose shapes are tested.")] = "smollm2-135m",
@@ -264,7 +277,9 @@ def evaluate(
     data: Annotated[str, typer.Option(metavar="SRC", help="Pairs to evaluate on.")],
     base: Annotated[str | None, typer.Option(help="Base model to compare with; an adapter names its own.")] = None,
     beta: Annotated[float, typer.Option(help="Beta for losses and rewards, unless a run sets it.")] = 0.1,
-    judge: Annotated[str, typer.Option(help="rule, a reward model, or an OpenAI-style endpoint (http...).")] = "rule",
+    judge: Annotated[
+        str, typer.Option(help="rule (counts faults of form), a reward model, or an OpenAI-style endpoint (http...).")
+    ] = "rule",
     judge_model: Annotated[str | None, typer.Option(help="Name of the judge model at the endpoint.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Confirm the cost of an endpoint, and named columns.")] = False,
     samples: Annotated[int, typer.Option(min=0, help="Prompts answered by both models and judged; 0 for none.")] = 32,
@@ -566,6 +581,23 @@ def _tune(file: Path | None, flags: dict[str, Any], as_json: bool) -> None:
     from pairtune.pipeline import tune
 
     _show(tune(resolved, Console(stderr=True)), as_json)
+
+
+def _plan(file: Path | None, flags: dict[str, Any], as_json: bool) -> None:
+    from rich.console import Console
+
+    from pairtune.resolve_config import resolve
+
+    config = resolve(file, flags).config
+    _probe(config)
+
+    from pairtune.plan import plan_run
+    from pairtune.report.render_plan import render_plan
+    from pairtune.run.records import dump
+
+    with Console(stderr=True).status("reading") as status:
+        found = plan_run(config, status.update)
+    typer.echo(json.dumps(dump(found))) if as_json else _output().print(render_plan(found), highlight=False)
 
 
 def _probe(config: RunConfig) -> None:

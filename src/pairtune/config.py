@@ -50,7 +50,10 @@ Loss = Literal[
     "orpo",
 ]
 Search = Literal["grid", "random", "tpe"]
-Select = Literal["eval_loss", "accuracy", "margin", "win_rate"]
+Select = Annotated[
+    Literal["eval_loss", "accuracy", "margin", "fewer_faults"],
+    BeforeValidator(lambda value: "fewer_faults" if value == "win_rate" else value),  # its name in earlier versions
+]
 Track = Literal["wandb", "tensorboard", "mlflow"]
 DType = Literal["auto", "float32", "bfloat16"]
 Checkpointing = Literal["auto", "on", "off"]
@@ -555,8 +558,8 @@ class RunConfig(_Training):
     @field_validator("samples")
     @classmethod
     def _answers_that_choose(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if value == 0 and info.data.get("select") == "win_rate":
-            raise ValueError("must not be 0 with --select win_rate, which needs answers to select by")
+        if value == 0 and info.data.get("select") == "fewer_faults":
+            raise ValueError("must not be 0 with --select fewer_faults, which needs answers to select by")
         return value
 
     @field_validator("trial_count")

@@ -32,6 +32,7 @@ from pairtune.publish.export import Format
 from pairtune.publish.hub import push_run
 from pairtune.report.write import write_report
 from pairtune.resolve_config import Resolved, resolve
+from pairtune.run.examples import Examples
 from pairtune.run.folder import Run
 from pairtune.run.records import (
     AnswersRecord,
@@ -45,6 +46,7 @@ from pairtune.run.records import (
     SweepRecord,
 )
 from pairtune.sweep.final import evaluate_test
+from pairtune.sweep.regressions import find_regressions
 from pairtune.sweep.run import run_sweep
 from pairtune.sweep.search import Search, open_search
 from pairtune.sweep.select import (
@@ -57,6 +59,7 @@ from pairtune.sweep.select import (
 from pairtune.track.live_view import LiveView
 from pairtune.track.sinks import JsonlSink, Sink, Sinks
 from pairtune.track.starved import StarvedSink
+from pairtune.track.time_left import ProgressSink, TimeLeft, forget_process
 from pairtune.track.trackers import TrackerSink, check_trackers
 
 R = TypeVar("R", bound=AnswersRecord)
@@ -163,6 +166,21 @@ def _carry_out(
     console: Console,
 ) -> Run | None:
     """Run every stage after the data, or those that are left."""
+    try:
+        return _stages(config, base, data, run, processes, console)
+    finally:
+        if processes.first:
+            forget_process(run)
+
+
+def _stages(
+    config: RunConfig,
+    base: LoadedBase,
+    data: PreparedData,
+    run: Run,
+    processes: Processes,
+    console: Console,
+) -> Run | None:
     kernels = _choose_kernels(config, base, run, processes, console)
     search = open_search(config)
     steps = {each.name: math.ceil(len(data.train) / each.batch_size) * each.epochs for each in search.trials}
@@ -173,19 +191,25 @@ def _carry_out(
         f"{str(base.dtype).removeprefix('torch.')} on {base.device.type}{shared}",
         highlight=False,
     )
-    with stop_on_signals(console) as stopping, LiveView(steps, search.count, console) as live:
+    epochs = {each.name: each.epochs for each in search.trials}
+    left = TimeLeft(steps, epochs, search.count, len(data.validation) / max(1, config.batch_size))
+    progress = ProgressSink(run, left) if processes.first else None
+    with stop_on_signals(console) as stopping, LiveView(steps, search.count, left, console) as live:
         warn = partial(console.print, style="yellow", highlight=False, soft_wrap=True)
         watching = LiveAudit(run, search.trial, partial(_print_finding, console))
         trackers = _trackers(config, search, run, processes, console)
-        sinks: list[Sink] = [JsonlSink(run), live, watching, StarvedSink(warn), *trackers] if processes.first else []
+        sinks: list[Sink] = (
+            [left, JsonlSink(run), live, progress, watching, StarvedSink(warn), *trackers] if progress else []
+        )
         try:
             results = run_sweep(config, search, data, base, run, Sinks(sinks), kernels, stopping)
         finally:
             for tracker in trackers:
                 tracker.interrupt()  # does nothing once all trials have ended
     selection: Selection | None = None
-    if processes.first:
-        wins = _wins_on_validation(config, data, base, run, console) if config.select == "win_rate" else None
+    if progress:
+        progress.stage("comparing the trials")
+        wins = _wins_on_validation(config, data, base, run, console) if config.select == "fewer_faults" else None
         examples = best_examples(run, results)
         records = {name: each.metrics for name, each in examples.items()}
         groups = next(iter(examples.values())).groups
@@ -199,6 +223,8 @@ def _carry_out(
     if len(data.test) and not processes.from_first(run.paths.test.is_file()):
         with console.status("evaluating the test pairs") as status:
             total = len(data.test)
+            if progress:
+                progress.stage("evaluating the test pairs")
             evaluate_test(
                 search.trial(selection.winner),
                 selection,
@@ -208,18 +234,27 @@ def _carry_out(
                 kernels,
                 lambda done: status.update(f"evaluating the test pairs: {done}/{total}"),
             )
-    if processes.first:
+    if progress:
         if config.samples != 0:
+            progress.stage("answering held-out prompts")
             _write_generations(config, data, base, run, console)
-        run.write(audit(evidence_of_run(run.root)))
-        write_report(run)
-        for tracker in trackers:
-            tracker.conclude(run, selection)
-        run.mark_complete()
+        progress.stage("writing the report")
+        _conclude(data, run, selection, trackers)
         if config.push:
             _push(config, config.push, run, console)
     processes.wait()
     return run if processes.first else None
+
+
+def _conclude(data: PreparedData, run: Run, selection: Selection, trackers: Sequence[TrackerSink]) -> None:
+    """Audit the run, report it, and mark it as complete."""
+    _write_regressions(data, run, selection)
+    run.write(audit(evidence_of_run(run.root)))
+    write_report(run)
+    for tracker in trackers:
+        tracker.conclude(run, selection)
+    run.paths.progress.unlink(missing_ok=True)
+    run.mark_complete()
 
 
 def _choose_kernels(config: RunConfig, base: LoadedBase, run: Run, processes: Processes, console: Console) -> Kernels:
@@ -336,10 +371,18 @@ def _write_generations(config: RunConfig, data: PreparedData, base: LoadedBase, 
     run.write(_answer(Generations, models, prompts, config.seed, console))
 
 
+def _write_regressions(data: PreparedData, run: Run, selection: Selection) -> None:
+    """Record the held-out pairs on which tuning hurt: the test split's, or else the validation split's."""
+    tested = run.paths.test_examples.is_file()
+    split, pairs = ("test", data.test) if tested else ("validation", data.validation)
+    evaluated = run.paths.trial(selection.winner).examples(selection.best_epoch)
+    run.write(find_regressions(split, pairs, Examples.read(run.paths.test_examples if tested else evaluated)))
+
+
 def _wins_on_validation(
     config: RunConfig, data: PreparedData, base: LoadedBase, run: Run, console: Console
 ) -> dict[str, list[float]]:
-    """Every finished trial's scores against the base on validation prompts, for `--select win_rate`."""
+    """Every finished trial's scores against the base on validation prompts, for `--select fewer_faults`."""
     if run.get(Choosing) is None:
         prompts = held_out_prompts(data.validation, config.samples or MOST)
         run.write(_answer(Choosing, _answering_models(base, run), prompts, config.seed, console))

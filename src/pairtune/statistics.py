@@ -16,7 +16,8 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from pairtune.run.records import Share
+from pairtune.run.metrics import EXAMPLE_METRICS, evaluation_name
+from pairtune.run.records import Interval, Share
 
 Numbers = NDArray[np.float64]
 Groups = NDArray[np.int64]
@@ -105,6 +106,24 @@ def _by_group(values: Numbers, groups: Groups | None) -> tuple[Numbers, Numbers]
     sums = np.zeros((len(sizes), values.shape[1]))
     np.add.at(sums, member, values)
     return sums, sizes
+
+
+def metric_intervals(metrics: Numbers, groups: Groups | None = None) -> dict[str, Interval]:
+    """95 % intervals of the means over pairs, by metric name.
+
+    Args:
+        metrics: [pairs, EXAMPLE_METRICS].
+        groups: the group of each pair, [pairs].
+    """
+    intervals = bootstrap_intervals(metrics, groups)
+    accuracy = EXAMPLE_METRICS.index("rewards/accuracies")
+    right = metrics[:, accuracy]
+    effect = design_effect(right, groups)
+    intervals[accuracy] = share_interval(right.sum() / effect, len(right) / effect)  # 5 of 5 is not certainty
+    return {
+        evaluation_name(name): (float(low), float(high))
+        for name, (low, high) in zip(EXAMPLE_METRICS, intervals, strict=True)
+    }
 
 
 def design_effect(values: Numbers, groups: Groups | None) -> float:

@@ -45,7 +45,7 @@ def unknown_format(row: Row, source: str) -> BadRow:
         "unknown format",
         "",
         f"is in no known format; it has {field_names(row)}. Nearest are {nearest}. If it is another format, name the "
-        f"columns: pairtune data inspect {shlex.quote(source)} {as_flags(_proposed(row))}",
+        f"columns: pairtune data inspect {shlex.quote(source)} {as_flags(proposed_columns(row))}",
     )
 
 
@@ -71,7 +71,7 @@ def _nearest(row: Row) -> list[str]:
     return list(names)[:3]
 
 
-def _proposed(row: Row) -> dict[str, str]:
+def proposed_columns(row: Row) -> dict[str, str]:
     """The columns that a row seems to have, by their names."""
     if labels := [str(name) for name in row if is_label(name)]:
         return judged_columns(row, labels[0])

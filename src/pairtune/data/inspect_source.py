@@ -38,6 +38,7 @@ from pairtune.statistics import longer_wins
 # Upper bounds of the length histogram, in tokens; the last bin is open.
 BINS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 _PLACES = 5
+EXAMPLES = 3
 
 # Thresholds of the warnings, as a share of the pairs unless noted.
 MANY_DUPLICATES = 0.01
@@ -98,7 +99,7 @@ class _Seen:
     shortened: int = 0
     with_special: list[str] = field(default_factory=list)
     odd: Counter[str] = field(default_factory=Counter)
-    example: TokenizedPair | None = None
+    examples: list[TokenizedPair] = field(default_factory=list)
 
     def take(self, row: SourceRow, whole: TokenizedPair | BadRow, used: TokenizedPair | BadRow) -> None:
         """Record a row: its lengths as it is in the source, everything else as it would be used."""
@@ -122,7 +123,8 @@ class _Seen:
     def _keep(self, result: TokenizedPair) -> None:
         pair = result.pair
         self.kept += 1
-        self.example = self.example or result
+        if len(self.examples) < EXAMPLES:
+            self.examples.append(result)
         self.shortened += result.turns_cut > 0
         self.odd.update(odd_lengths(len(result.chosen_ids), len(result.rejected_ids)))
         prompt = Prompt.of(pair.prompt)
@@ -162,7 +164,7 @@ class _Seen:
             conflicts=sum(self.answers[key] for key in swapped),
             special_tokens=SpecialTokens(pairs=len(self.with_special), places=self.with_special[:_PLACES]),
             odd_pairs=dict(self.odd),
-            example=decode_pair(tokenizer, self.example) if self.example else None,
+            examples=[decode_pair(tokenizer, each) for each in self.examples],
             template_warnings=encoder.warnings,
         )
 

@@ -1,4 +1,4 @@
-"""What `pairtune data inspect` finds, as records; light to import, since reports load no tokenizer."""
+"""What `pairtune data inspect` and `pairtune plan` find, as records; light, since reports load no tokenizer."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from pairtune.cost import Cost, ModelShape, PairLengths, Speed
 from pairtune.run.records import DecodedPair, Interval, Level, Part
 
 # Tokens of an answer with its end token, and the ratio of two answers' lengths, from which a pair is odd.
@@ -101,7 +102,7 @@ class Inspection(Part):
         conflicts: pairs whose answers another pair has the other way round.
         special_tokens: pairs with the model's special tokens in their texts.
         odd_pairs: pairs with `odd_lengths`.
-        example: the first pair, as the model sees it.
+        examples: the first pairs, as the model sees them.
         template_warnings: what the user should know about the tokenizer and its template.
         findings: what the user should know.
         verdict: whether the source can be trained on.
@@ -126,7 +127,32 @@ class Inspection(Part):
     conflicts: int
     special_tokens: SpecialTokens
     odd_pairs: dict[str, int] = Field(default_factory=dict)
-    example: DecodedPair | None
+    examples: list[DecodedPair]
     template_warnings: list[str]
     findings: list[DataFinding] = Field(default_factory=list)
     verdict: Verdict = "ok"
+
+    @property
+    def example(self) -> DecodedPair | None:
+        """The first pair, as the model sees it."""
+        return self.examples[0] if self.examples else None
+
+
+class Plan(Part):
+    """What is known about a run before it starts.
+
+    Attributes:
+        inspections: the findings for each training source.
+        pairs: the number of pairs by split, about; splits are drawn when the run starts.
+        lengths: what the pairs are like; None if there are none.
+        shape: the model.
+        speed: this machine; None if the model's layers cannot be measured alone.
+        cost: time and memory; None if they cannot be told.
+    """
+
+    inspections: list[Inspection]
+    pairs: dict[str, int]
+    lengths: PairLengths | None
+    shape: ModelShape
+    speed: Speed | None
+    cost: Cost | None

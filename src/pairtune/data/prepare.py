@@ -159,7 +159,7 @@ def _cache_key(config: RunConfig, parts: Sequence[_SourcePart], encoder: PairTok
     for part in parts:
         reading = part.reader.parser.reading
         columns = sorted(reading.columns.items())
-        content += [part.name, part.reader.source.fingerprint()]
+        content += [part.name, part.reader.fingerprint()]
         content += map(str, (part.split, part.reader.limit, part.weight, columns, reading.pairing, reading.min_gap))
         content.append(str(reading.prompts))
     return fingerprint(content)

@@ -6,16 +6,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pairtune.config import OnBadRow, Reading, SourceConfig
 from pairtune.data.columns import HEAD
 from pairtune.data.conversations import is_empty
+from pairtune.data.edits import EditList, edited, is_edit_list, read_edits
 from pairtune.data.judged_rows import label_key
 from pairtune.data.preference import BadRow, LeftOut, PreferencePair
 from pairtune.data.row_parser import Parsed, RowParser, refuse_unknown
 from pairtune.data.sources import Source, SourceRow, open_source
 from pairtune.errors import BadInput
+from pairtune.files import fingerprint
 
 if TYPE_CHECKING:
     from pairtune.data.tokens import TokenizedPair
@@ -36,14 +39,20 @@ class SourceReader:
     parser: RowParser
     limit: int | None
     where: str
+    edits: EditList | None = None
 
     @classmethod
     def open(cls, config: SourceConfig, flag: str, reading: Reading, limit: int | None) -> SourceReader:
-        """Find the source; see `open_source`. Its own columns override those given for all sources."""
+        """Find the source, or that of an edit list; see `open_source`. Its own columns override those for all."""
         if config.columns:
             reading = replace(reading, columns=config.columns)
-        source = open_source(config, flag)
-        return cls(config, source, RowParser(reading, config.source), limit, f"{flag} {config.source}")
+        where, edits = f"{flag} {config.source}", None
+        if is_edit_list(config.source):
+            edits = read_edits(Path(config.source).expanduser(), where)
+            source = replace(open_source(SourceConfig(source=edits.source), where), name=config.source)
+        else:
+            source = open_source(config, flag)
+        return cls(config, source, RowParser(reading, config.source), limit, where, edits)
 
     @property
     def format(self) -> str | None:
@@ -54,6 +63,11 @@ class SourceReader:
     def better(self) -> str:
         """Which answer is taken for the better one, and why; empty until a pair has been read."""
         return self.parser.format.better if self.parser.format else ""
+
+    def fingerprint(self) -> str:
+        """A fingerprint of the source's content and of the edits."""
+        found = self.source.fingerprint()
+        return fingerprint([found, self.edits.model_dump_json()]) if self.edits else found
 
     def probe(self, on_bad_row: OnBadRow = "skip") -> None:
         """Read the first rows of a local source, so that what cannot be read is refused before anything else starts.
@@ -79,6 +93,8 @@ class SourceReader:
         head = list(islice(rows, HEAD))
         self.parser.prepare([row.content for row in head], self._values, self.where)
         parsed = self.parser.parse_all(chain(head, rows))
+        if self.edits:
+            parsed = edited(parsed, self.edits, self.parser.notes)
         yield from parsed if self.parser.reading.prompts is None else _unrelated(parsed, self.parser.reading.prompts)
 
     def encoded(self, encode: Encode) -> Iterator[list[tuple[SourceRow, TokenizedPair | BadRow]]]:

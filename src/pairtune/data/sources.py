@@ -126,6 +126,7 @@ def _open_folder(name: str, folder: Path, split: str, where: str) -> Source:
         if path.is_file()
         and is_data_file(path)
         and path.name not in _NOT_DATA
+        and not path.name.endswith(".edits.json")  # names its source; `data.edits`
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
     if not found:

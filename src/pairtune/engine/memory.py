@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pairtune.config import TrialConfig
-from pairtune.engine.policy import TRAIN_TOKENS
+from pairtune.cost import ModelShape, lockstep_memory
 from pairtune.engine.products import linear_layers, matrix_of
 from pairtune.engine.trial import TrialInputs, wants_checkpointing
 from pairtune.models.load import blank_model, free_bytes
@@ -18,8 +18,6 @@ _MOST = {"cpu": 4}
 _MOST_ELSEWHERE = 8
 # The rest is for temporary needs: writing a checkpoint, the logits of an evaluation, other programs.
 _USABLE = 0.7
-# A trained weight, its gradient and AdamW's two moments, all float32.
-_BYTES_PER_WEIGHT = 16
 
 
 def lockstep_width(trial: TrialConfig, inputs: TrialInputs) -> int:
@@ -54,13 +52,19 @@ def lockstep_bytes(
         longest: tokens of the longest pair.
         width: number of trials.
     """
-    config, size = model.config, dtype.itemsize
+    checkpointing = wants_checkpointing(trial, device)
+    parts = lockstep_memory(shape_of(model), trial, dtype.itemsize, longest, width, checkpointing=checkpointing)
+    return sum(parts.values())
+
+
+def shape_of(model: PreTrainedModel) -> ModelShape:
+    """The sizes of a model, whose weights may be on the meta device."""
     linear = [matrix_of(layer).shape for _, layer in linear_layers(model)]
-    adapter = sum(trial.lora_rank * (before + after) for before, after in linear)
-    # A layer keeps its input, q, k, v, the attention output and both norms (about 8 times the hidden size) and the
-    # MLP's three products and their input (4 times the larger size); the backward pass needs half as much again.
-    wide = max(after for _, after in linear)
-    kept = config.hidden_size if wants_checkpointing(trial, device) else 12 * config.hidden_size + 6 * wide
-    tokens = width * max(longest, min(TRAIN_TOKENS, trial.batch_size * longest))
-    weights = sum(parameter.numel() for parameter in model.parameters()) * size
-    return float(weights + width * adapter * _BYTES_PER_WEIGHT + tokens * config.num_hidden_layers * kept * size)
+    return ModelShape(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        layers=model.config.num_hidden_layers,
+        hidden=model.config.hidden_size,
+        widest=max(after for _, after in linear),
+        adapter_weights=sum(before + after for before, after in linear),
+        vocabulary=model.config.vocab_size,
+    )

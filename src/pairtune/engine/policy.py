@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from pairtune.cost import ROW_TOKENS
 from pairtune.data.table import TokenIds
 from pairtune.engine.kernels import Kernels
 from pairtune.engine.logps import token_logps
@@ -31,7 +32,7 @@ PACKED_FAMILIES = frozenset(
 
 # Tokens per row and trial in training: the same for any number of trials, so that gradients are accumulated in the same
 # order. Larger rows keep more activations for the backward pass, and beyond this size products get no faster.
-TRAIN_TOKENS = 512
+TRAIN_TOKENS = ROW_TOKENS
 # Tokens per row for all trials together in evaluation, where no activations are kept.
 EVALUATION_TOKENS = 4096
 

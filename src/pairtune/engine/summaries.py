@@ -12,14 +12,12 @@ from pairtune.config import Select
 from pairtune.data.table import PairTable
 from pairtune.run.examples import ExampleRecord, Examples
 from pairtune.run.metrics import EXAMPLE_METRICS, KL, EvaluationMetrics, evaluation_name
-from pairtune.run.records import ExampleSummary, Interval, Share
+from pairtune.run.records import ExampleSummary, Share
 from pairtune.statistics import (
     Groups,
     Numbers,
     bootstrap_intervals,
-    design_effect,
     longer_wins,
-    share_interval,
     share_of,
 )
 
@@ -28,7 +26,7 @@ RULES: dict[Select, tuple[str, bool]] = {
     "eval_loss": ("eval_loss", False),
     "accuracy": ("eval_rewards/accuracies", True),
     "margin": ("eval_rewards/margins", True),
-    "win_rate": ("eval_loss", False),  # ranks a trial's epochs; the trials themselves are ranked by win rate
+    "fewer_faults": ("eval_loss", False),  # ranks a trial's epochs; the trials themselves are ranked by their answers
 }
 
 
@@ -50,7 +48,7 @@ def score(metrics: EvaluationMetrics, rule: Select) -> float:
         "eval_loss": -metrics.eval_loss,
         "accuracy": metrics.accuracy,
         "margin": metrics.margin,
-        "win_rate": -metrics.eval_loss,
+        "fewer_faults": -metrics.eval_loss,
     }
     return value[rule]
 
@@ -58,24 +56,6 @@ def score(metrics: EvaluationMetrics, rule: Select) -> float:
 def examples_of(pairs: PairTable, records: Sequence[ExampleRecord]) -> Examples:
     """An evaluation's per-example records, in the order of the pairs, with the pairs' origins, groups and lengths."""
     return Examples.of(pairs.columns("origin")["origin"], pairs.groups, pairs.lengths(), records)
-
-
-def metric_intervals(metrics: Numbers, groups: Groups | None = None) -> dict[str, Interval]:
-    """95 % intervals of the means over pairs, by metric name.
-
-    Args:
-        metrics: [pairs, EXAMPLE_METRICS].
-        groups: the group of each pair, [pairs].
-    """
-    intervals = bootstrap_intervals(metrics, groups)
-    accuracy = EXAMPLE_METRICS.index("rewards/accuracies")
-    right = metrics[:, accuracy]
-    effect = design_effect(right, groups)
-    intervals[accuracy] = share_interval(right.sum() / effect, len(right) / effect)  # 5 of 5 is not certainty
-    return {
-        evaluation_name(name): (float(low), float(high))
-        for name, (low, high) in zip(EXAMPLE_METRICS, intervals, strict=True)
-    }
 
 
 def summarise_examples(examples: Examples) -> ExampleSummary:

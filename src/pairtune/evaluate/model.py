@@ -20,7 +20,7 @@ from pairtune.engine.kernels import Kernels
 from pairtune.engine.lora import LoraSettings
 from pairtune.engine.losses import LossSettings, Objective
 from pairtune.engine.saved_weights import SavedWeights, evaluate_weights
-from pairtune.engine.summaries import examples_of, mean_metrics, metric_intervals, summarise_examples
+from pairtune.engine.summaries import examples_of, mean_metrics, summarise_examples
 from pairtune.errors import BadInput, one_line
 from pairtune.evaluate.answers import summarise
 from pairtune.evaluate.generations import AnsweringModels, Prompt, held_out_prompts
@@ -31,6 +31,7 @@ from pairtune.models.resolve import Target, resolve_target
 from pairtune.run.folder import Run
 from pairtune.run.metrics import EvaluationMetrics
 from pairtune.run.records import Answer, EvaluationReport, JudgedAnswers, KernelChoice, Selection, SourceAccount
+from pairtune.statistics import metric_intervals
 
 # The settings that an adapter made elsewhere must have for the engine's kernels to run it.
 _PLAIN_LORA: dict[str, Any] = {

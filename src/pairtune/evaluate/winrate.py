@@ -15,6 +15,8 @@ from pairtune.statistics import ALPHA, Numbers, share_interval
 Progress = Callable[[int], None]
 
 WIN, TIE, LOSS = 1.0, 0.5, 0.0
+# What can be wrong with the form of an answer.
+FAULTS = ("empty", "cut off", "repeats itself", "in another language")
 _REPEATS = 0.3
 _RESAMPLES = 500
 _NEWTON_STEPS = 25
@@ -36,9 +38,9 @@ class Judge(Protocol):
 
 
 class RuleJudge:
-    """Counts objective faults: empty, cut off at the token limit, repeated phrases, another language.
+    """Counts faults of form (see `FAULTS`); it does not say which answer is better.
 
-    The answer with fewer faults wins; equal counts are a tie.
+    An answer that was cut off is one that was longer than the token limit, so that this count favours short answers.
     """
 
     name = "rule (fewer faults: empty, cut off, repeating, another language)"
@@ -54,11 +56,18 @@ class RuleJudge:
         return scores
 
 
+def faults_of(prompt: str, answer: Answer) -> tuple[str, ...]:
+    """The faults of form that an answer has, of `FAULTS`."""
+    if not answer.text:
+        return ("empty",)
+    found = (not answer.ended, repeated_share(answer.text) > _REPEATS, other_language(prompt, answer.text))
+    return tuple(name for name, there in zip(FAULTS[1:], found, strict=True) if there)
+
+
 def faults(prompt: str, answer: Answer) -> int:
     """How many faults an answer has by the rule."""
-    if not answer.text:
-        return 4  # worse than any non-empty answer
-    return (not answer.ended) + (repeated_share(answer.text) > _REPEATS) + other_language(prompt, answer.text)
+    found = faults_of(prompt, answer)
+    return len(FAULTS) if "empty" in found else len(found)  # an empty answer is worse than any other
 
 
 def better(ours: float, theirs: float) -> float:

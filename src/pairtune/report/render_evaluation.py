@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pairtune.errors import plural
+from pairtune.evaluate.winrate import RuleJudge
 from pairtune.run.records import EvaluationReport, JudgedAnswers, Share
 
 _SHOWN = (
@@ -67,6 +68,13 @@ def _answers(answers: JudgedAnswers) -> RenderableType:
     won = answers.win_rate
     low, high = won.interval
     low_same, high_same = won.length_controlled_interval
+    if answers.judge == RuleJudge.name:
+        said = (
+            f"faults of form (empty, cut off, repeating, another language): fewer than the base on {won.wins} "
+            f"prompts, as many on {won.ties}, more on {won.losses}; this is a count, not a judgement: "
+            "short answers are cut off less often"
+        )
+        return Group(table, Text(said, style="cyan"))
     said = (
         f"win rate {won.rate:.2f} [{low:.2f}, {high:.2f}] ({won.wins} won, {won.ties} tied, {won.losses} lost); "
         f"at equal lengths {won.length_controlled:.2f} [{low_same:.2f}, {high_same:.2f}]. Judge: {answers.judge}"

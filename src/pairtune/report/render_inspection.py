@@ -14,8 +14,8 @@ from pairtune.data.inspection import Inspection
 from pairtune.errors import plural
 from pairtune.run.records import DecodedPair
 
-_STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
-_VERDICTS = {
+STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
+VERDICTS = {
     "ok": "bold green",
     "ok with warnings": "bold yellow",
     "not confirmed": "bold yellow",
@@ -49,8 +49,8 @@ def _parts(found: Inspection) -> Iterator[RenderableType]:
         yield Text(f'"the longer answer wins" is right for {longer.accuracy:.1%} of pairs ({low:.1%} to {high:.1%})')
         yield _example(found.example)
     for finding in found.findings:
-        yield Text(f"{finding.level}: {finding.message}", style=_STYLES[finding.level])
-    yield Text(f"verdict: {found.verdict}", style=_VERDICTS[found.verdict])
+        yield Text(f"{finding.level}: {finding.message}", style=STYLES[finding.level])
+    yield Text(f"verdict: {found.verdict}", style=VERDICTS[found.verdict])
     if found.verdict == "not confirmed":
         yield Text(f"If the better answer is {found.better}, say so with --yes; otherwise name other columns.")
 

@@ -10,11 +10,14 @@ from pairtune.config import source_name
 from pairtune.errors import plural
 from pairtune.files import write_atomic
 from pairtune.report.card import model_card
-from pairtune.report.curves import draw_curves, legend, standalone
+from pairtune.report.charts import SERIES as COLOURS
+from pairtune.report.charts import draw, standalone, style
 from pairtune.report.phrases import differs, duration
 from pairtune.report.report_data import COLUMNS, WATTS, ReportData
+from pairtune.report.series import SERIES, charts
+from pairtune.report.verdict import disagreements, fault_counts, regressed_pairs, verdict, worse_prompts
 from pairtune.run.folder import Run
-from pairtune.run.records import Measured, ModelAnswers, Selection, Share
+from pairtune.run.records import LEVELS, Finding, Measured, ModelAnswers, Selection, Share
 
 
 def write_report(run: Run) -> None:
@@ -27,19 +30,45 @@ def write_report(run: Run) -> None:
     curves = draw_curves(gathered)
     for name, svg in curves.items():
         write_atomic(run.paths.figures / f"{name}.svg", standalone(svg))
+    winner = gathered.selection.winner
     shown = {
         "run": gathered,
         "curves": curves,
-        "legend": legend(gathered),
+        "titles": {series.name: series.title for series in SERIES},
+        "verdict": verdict(run),
+        "disagreements": disagreements(run),
+        "hurt_pairs": regressed_pairs(run),
+        "hurt_prompts": worse_prompts(gathered.generations, winner),
+        "faults": fault_counts(gathered.generations, winner),
         "labels": {trial.name: trial.label for trial in gathered.trials},
-        "colours": {name: colour for name, _, colour in legend(gathered)},
+        "colours": {trial.name: number % COLOURS for number, trial in enumerate(gathered.trials)},
+        "findings": _by_rule(gathered),
         "columns": COLUMNS,
         "watts": WATTS,
     }
-    write_atomic(run.paths.report, render("report.html.j2", style=render("report.css"), **shown))
+    write_atomic(run.paths.report, render("report.html.j2", style=style() + render("report.css"), **shown))
     text = render("report.md.j2", **shown)
     write_atomic(run.paths.report_text, text)
     write_atomic(run.paths.card, model_card(gathered, text))
+
+
+def draw_curves(gathered: ReportData) -> dict[str, str]:
+    """The curves that a run's records allow as SVG, by name; a point leads to its row in the table of epochs."""
+    found = charts(gathered.trials, gathered.selection.winner, lambda trial, epoch: f"#{_row_id(trial.name, epoch)}")
+    return {name: draw(chart) for name, chart in found.items()}
+
+
+def _row_id(trial: str, epoch: int) -> str:
+    return f"{trial}-epoch-{epoch}"
+
+
+def _by_rule(gathered: ReportData) -> list[list[Finding]]:
+    """The audit's findings, those of one rule together, the worst first."""
+    groups: dict[str, list[Finding]] = {}
+    findings = gathered.audit.findings if gathered.audit else []
+    for finding in sorted(findings, key=lambda each: LEVELS.index(each.level)):
+        groups.setdefault(finding.rule, []).append(finding)
+    return list(groups.values())
 
 
 def render(template: str, **values: Any) -> str:
@@ -63,9 +92,10 @@ def _environment() -> Environment:
         "plural": plural,
         "percent": lambda share: f"{share:.0%}",
         "quoted": _quoted,
+        "row_id": _row_id,
         "source_name": source_name,
         "value_interval": _value_interval,
-        "won": _won,
+        "fault_change": _fault_change,
     }
     return environment
 
@@ -83,12 +113,12 @@ def _differs(name: str, selection: Selection) -> str:
     return differs(next((entry for entry in selection.comparisons if entry.name == name), None))
 
 
-def _won(model: ModelAnswers) -> str:
+def _fault_change(model: ModelAnswers) -> str:
+    """On how many prompts a model's answer has fewer faults of form than the base's, and so on."""
     rate = model.win_rate
     if rate is None:
         return ""
-    low, high = rate.interval
-    return f"{rate.rate:.2f} [{low:.2f}, {high:.2f}] ({rate.wins} won, {rate.ties} tied, {rate.losses} lost)"
+    return f"fewer on {rate.wins}, as many on {rate.ties}, more on {rate.losses}"
 
 
 def _quoted(text: str) -> str:

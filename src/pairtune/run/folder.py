@@ -26,7 +26,9 @@ from pairtune.run.records import (
     Environment,
     Generations,
     MachineChoices,
+    Progress,
     Record,
+    Regressions,
     Selection,
     SweepRecord,
     TestRecord,
@@ -271,9 +273,19 @@ class Run:
         return self.get(Generations)
 
     @property
+    def regressions(self) -> Regressions | None:
+        """The held-out pairs on which tuning hurt most."""
+        return self.get(Regressions)
+
+    @property
     def audit(self) -> AuditRecord | None:
         """The findings of the audit."""
         return self.get(AuditRecord)
+
+    @property
+    def progress(self) -> Progress | None:
+        """What the process that works on the run is doing, or was doing when it ended."""
+        return self.get(Progress)
 
     @property
     def choices(self) -> MachineChoices:

@@ -25,6 +25,8 @@ class RunPaths:
     test = property(lambda self: self.root / "test.json")
     test_examples = property(lambda self: self.root / "test.parquet")
     generations = property(lambda self: self.root / "generations.json")
+    regressions = property(lambda self: self.root / "regressions.json")
+    progress = property(lambda self: self.root / "progress.json")
     audit = property(lambda self: self.root / "audit.json")
     report = property(lambda self: self.root / "report.html")
     report_text = property(lambda self: self.root / "report.md")

@@ -155,8 +155,8 @@ def _encode(model: OpenedModel, asked: ChatRequest) -> list[int]:
         message = f"the prompt is far longer than this model's {context:,} tokens; shorten it"
         raise _Refused(400, message, "context_length_exceeded", "messages")
     try:
-        ids = model.encode(turns)
-    except TemplateError as error:
+        ids = model.encode(turns, goes_on=asked.continue_final_message)
+    except (TemplateError, ValueError) as error:
         raise _Refused(400, f"the chat template rejects these messages: {error}", "bad_messages", "messages") from error
     if not ids:
         raise _Refused(400, "the chat template renders these messages as nothing", "bad_messages", "messages")

@@ -75,13 +75,19 @@ class OpenedModel:
         """Maximum tokens of prompt and answer together."""
         return self.scheduler.limits.context
 
-    def encode(self, turns: Conversation) -> list[int]:
+    def encode(self, turns: Conversation, *, goes_on: bool = False) -> list[int]:
         """Tokenize a conversation with the chat template, including the generation prompt.
+
+        Args:
+            turns: the conversation.
+            goes_on: whether its last turn is the beginning of an answer, which then stays open.
 
         Raises:
             TemplateError: the template rejects the conversation.
+            ValueError: the template changes the beginning of the answer, so that it cannot be continued.
         """
-        text = self.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
+        how = {"continue_final_message": True} if goes_on else {"add_generation_prompt": True}
+        text = self.tokenizer.apply_chat_template(list(turns), tokenize=False, **how)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 

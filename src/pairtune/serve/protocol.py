@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pairtune.models.sampling import SamplingParams
 
@@ -53,7 +53,18 @@ class ChatRequest(BaseModel):
     n: Literal[1] = 1
     logprobs: Literal[False] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    # As vLLM has them: the last message is the beginning of the answer, which goes on from there.
+    continue_final_message: bool = False
+    add_generation_prompt: bool = True
     pairtune: _Extension = _Extension()
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> ChatRequest:
+        if self.continue_final_message and (self.add_generation_prompt or self.messages[-1].role != "assistant"):
+            raise ValueError(
+                "continue_final_message needs add_generation_prompt false, and an assistant's message at the end"
+            )
+        return self
 
     def params(self, room: int) -> SamplingParams:
         """The sampling parameters, with at most `room` tokens."""

@@ -9,13 +9,14 @@ from pairtune.data.table import PairTable
 from pairtune.engine.kernels import Kernels
 from pairtune.engine.processes import Processes
 from pairtune.engine.saved_weights import SavedWeights, evaluate_weights
-from pairtune.engine.summaries import examples_of, mean_metrics, metric_intervals, summarise_examples
+from pairtune.engine.summaries import examples_of, mean_metrics, summarise_examples
 from pairtune.errors import RunFailed
 from pairtune.files import hash_file, saved_fingerprint
 from pairtune.models.load import LoadedBase
 from pairtune.run.folder import Run
 from pairtune.run.metrics import EvaluationMetrics
 from pairtune.run.records import Selection, TestRecord
+from pairtune.statistics import metric_intervals
 from pairtune.sweep.select import against_base
 
 

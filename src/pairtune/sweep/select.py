@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pairtune.config import Select
-from pairtune.engine.summaries import RULES, metric_intervals, score, summarise_examples
+from pairtune.engine.summaries import RULES, score, summarise_examples
 from pairtune.errors import RunFailed, plural
 from pairtune.files import fill_folder, saved_fingerprint
 from pairtune.run.examples import Examples
@@ -30,6 +30,7 @@ from pairtune.statistics import (
     Numbers,
     bootstrap_intervals,
     compare_all,
+    metric_intervals,
     paired_p_values,
     pairs_needed,
 )
@@ -43,7 +44,7 @@ _IN_THE_LOSS = {
     "simpo": {"simpo_gamma"},
     "discopop": {"discopop_tau"},
 }
-_CHOSEN_BY = "the winner was chosen for its win rate on these prompts, so this win rate is biased upwards"
+_CHOSEN_BY = "the winner was chosen for having fewer faults on these prompts, so its count of faults there is too low"
 
 
 def select_best(
@@ -56,13 +57,13 @@ def select_best(
     """Rank the trials by their best epochs, and test whether the ranking is more than noise.
 
     Trials that failed or were pruned are not ranked. Of tied trials the earlier one ranks higher; of trials with equal
-    win rates, the one with the lower loss.
+    scores, the one with the lower loss.
 
     Args:
         results: the records of all trials.
         records: [validation pairs, EXAMPLE_METRICS] of each ranked trial's best epoch, by name (see `best_examples`).
         rule: the selection rule.
-        wins: for the rule win_rate, each ranked trial's score against the base model per prompt: 1, a half or 0.
+        wins: for the rule fewer_faults, each ranked trial's score against the base model per prompt: 1, a half or 0.
         groups: the group of each validation pair, [pairs]; pairs of one conversation share a group.
 
     Returns:
@@ -180,7 +181,7 @@ def rounding_warnings(sweep: SweepRecord, selection: Selection) -> list[str]:
 
 def _one_scale(results: Sequence[TrialRecord], rule: Select) -> bool:
     """Whether the rule's metric is comparable across trials: margins depend on beta, losses on further settings."""
-    if rule in ("accuracy", "win_rate"):
+    if rule in ("accuracy", "fewer_faults"):
         return True
     settings = {"beta"} if rule == "margin" else {"beta", "loss"}
     for result in results if rule == "eval_loss" else ():

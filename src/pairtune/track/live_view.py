@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from pairtune.run.metrics import Evaluation, TrainingStep
 from pairtune.track.sinks import Sink
+from pairtune.track.time_left import TimeLeft
 
 # Interval of progress lines without a terminal.
 _QUIET_SECONDS = 30
@@ -21,16 +22,16 @@ class LiveView(Sink):
     Args:
         trials: number of steps of each trial known so far, by name, in grid order.
         count: number of trials in all.
+        left: the estimate of the time left; it must receive events before this sink does.
         console: the console to write to; stderr by default.
     """
 
-    def __init__(self, trials: Mapping[str, int], count: int, console: Console | None = None) -> None:
-        self._count = count
+    def __init__(self, trials: Mapping[str, int], count: int, left: TimeLeft, console: Console | None = None) -> None:
+        self._count, self._estimate = count, left
         self._console = console or Console(stderr=True)
         self._totals: dict[str, int] = {}
         self._steps: dict[str, int] = {}
-        self._found: dict[str, int] = {}  # steps made before this call started
-        self._started = self._printed = time.monotonic()
+        self._printed = time.monotonic()
         self._busy = ("", 0, 0.0)  # current work besides steps, units done, and start time
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -57,7 +58,7 @@ class LiveView(Sink):
     def start(self, trial: str, total_steps: int, steps: int, lines: int) -> None:
         if trial not in self._tasks:
             self._add(trial, total_steps)
-        self._totals[trial], self._found[trial] = total_steps, steps
+        self._totals[trial] = total_steps
         self._advance(trial, steps, "preparing")
 
     def log(self, trial: str, line: TrainingStep | Evaluation) -> None:
@@ -102,7 +103,7 @@ class LiveView(Sink):
         self._console.print(text, highlight=False, soft_wrap=True)
 
     def _add(self, trial: str, steps: int) -> None:
-        self._totals[trial], self._steps[trial], self._found[trial] = steps, 0, 0
+        self._totals[trial], self._steps[trial] = steps, 0
         self._tasks[trial] = self._progress.add_task(trial, total=steps, state="waiting", left="")
 
     def _steps_done(self) -> tuple[int, int]:
@@ -115,10 +116,8 @@ class LiveView(Sink):
         return f"{done}/{total} steps of all trials"
 
     def _left(self) -> str:
-        """Time left at the mean speed so far, including evaluations."""
-        done, total = self._steps_done()
-        here = done - sum(self._found.values())
-        return clock((time.monotonic() - self._started) / here * (total - done)) if here > 0 else "?"
+        seconds = self._estimate.seconds()
+        return "?" if seconds is None else clock(seconds)
 
     def _quiet_for_long(self) -> bool:
         """Whether the next progress line is due, without a terminal."""

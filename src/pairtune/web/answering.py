@@ -9,7 +9,7 @@ import asyncio
 import contextvars
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,8 +37,10 @@ _writing: dict[int, Writing] = {}
 
 
 async def start(answer: Answer, turns: list[dict[str, str]]) -> None:
-    """Start writing an answer."""
-    writing = _writing[answer.pk] = Writing()
+    """Start writing an answer, or go on with one that has text already."""
+    writing = _writing[answer.pk] = Writing(text=answer.text)
+    if answer.text:
+        turns = [*turns, {"role": "assistant", "content": answer.text}]
     # In a new context: the database thread of the request's context ends with the request.
     writing.task = asyncio.create_task(_write(answer, turns, writing), context=contextvars.Context())
 
@@ -61,15 +63,37 @@ async def follow(pk: int) -> AsyncIterator[Writing]:
         await asyncio.sleep(_SHOW_SECONDS)
 
 
+async def follow_all(pks: Sequence[int]) -> AsyncIterator[tuple[int, Writing | None]]:
+    """Yield every change of several answers with the answer's key; None when one of them has ended."""
+    changes: asyncio.Queue[tuple[int, Writing | None]] = asyncio.Queue()
+
+    async def watch(pk: int) -> None:
+        async for writing in follow(pk):
+            await changes.put((pk, writing))
+        await changes.put((pk, None))
+
+    watching = [asyncio.create_task(watch(pk)) for pk in pks]
+    try:
+        left = len(watching)
+        while left:
+            pk, writing = await changes.get()
+            left -= writing is None
+            yield pk, writing
+    finally:
+        for task in watching:
+            task.cancel()
+
+
 async def _write(answer: Answer, turns: list[dict[str, str]], writing: Writing) -> None:
     started = saved = time.monotonic()
-    state, reason = "done", ""
+    before, spent, goes_on = answer.tokens, answer.seconds, bool(answer.text)
+    state, reason, remedy = "done", "", ""
     try:
-        async for part in backend.answer(answer.model, turns, answer.sampling):
+        async for part in backend.answer(answer.model, turns, answer.sampling, goes_on=goes_on):
             writing.text += part.text
             writing.queue = part.queue
             answer.fingerprint = part.fingerprint or answer.fingerprint
-            answer.tokens = answer.tokens + bool(part.text) if part.tokens is None else part.tokens
+            answer.tokens = answer.tokens + bool(part.text) if part.tokens is None else before + part.tokens
             reason = part.reason or reason
             writing.changed.set()
             if time.monotonic() - saved > _SAVE_SECONDS:
@@ -78,18 +102,19 @@ async def _write(answer: Answer, turns: list[dict[str, str]], writing: Writing) 
     except asyncio.CancelledError:
         state = "stopped"
     except backend.Unanswered as failure:
-        state, reason = "failed", str(failure)
+        state, reason, remedy = "failed", str(failure), failure.remedy
     except Exception:
         log.exception("an answer could not be written")
-        state, reason = "failed", "The site failed; see its terminal for the reason."
+        state, reason, remedy = "failed", "The site failed; see its terminal for the reason.", "again"
     # An update, not a save: a conversation deleted meanwhile stays deleted, and fields that pages changed are kept.
     saved_row = Answer.objects.filter(pk=answer.pk).aupdate(
         text=writing.text,
         state=state,
         reason=reason,
+        remedy=remedy,
         fingerprint=answer.fingerprint,
         tokens=answer.tokens,
-        seconds=time.monotonic() - started,
+        seconds=spent + time.monotonic() - started,
     )
     try:
         await asyncio.shield(asyncio.ensure_future(saved_row))
@@ -99,14 +124,15 @@ async def _write(answer: Answer, turns: list[dict[str, str]], writing: Writing) 
         _writing.pop(answer.pk, None)
 
 
-def history(turn: Turn, slot: int, path: list[Turn]) -> list[dict[str, str]]:
-    """The conversation up to a turn, as the model in a slot has seen it."""
-    turns = []
+def history(conversation: Conversation, turn: Turn, slot: int, path: list[Turn]) -> list[dict[str, str]]:
+    """The conversation up to a turn, as the model in a slot has seen it, with the system message."""
+    turns = [{"role": "system", "content": conversation.system}] if conversation.system else []
     for each in path:
         turns.append({"role": "user", "content": each.prompt})
         if each.pk == turn.pk:
             break
-        shown = each.shown()
+        if not (shown := each.shown()):
+            continue
         last = shown[min(slot, len(shown) - 1)]
         written = _writing.get(last.pk)  # the text so far of an answer in progress
         turns.append({"role": "assistant", "content": written.text if written else last.text})
@@ -128,5 +154,5 @@ def _without_unset(sampling: dict[str, Any]) -> dict[str, Any]:
 def forget_unfinished() -> int:
     """Mark answers that a restart interrupted as failed; they keep their text."""
     lost = Answer.objects.filter(state="writing")
-    count: int = lost.update(state="failed", reason="The site was stopped while writing this answer.")
+    count: int = lost.update(state="failed", reason="The site was stopped while writing this answer.", remedy="again")
     return count

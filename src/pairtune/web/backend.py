@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -23,8 +23,43 @@ class Part:
     tokens: int | None = None
 
 
+@dataclass(frozen=True)
+class Model:
+    """A model that can be talked to.
+
+    Attributes:
+        id: its name at the server.
+        base: its base model's name; empty if the server does not say.
+        run: the run that it comes from; empty if there is none.
+        created: Unix time.
+    """
+
+    id: str
+    base: str = ""
+    run: str = ""
+    created: int = 0
+
+    @property
+    def is_base(self) -> bool:
+        """Whether others are tuned on it, and it is not tuned itself."""
+        return self.id == self.base and not self.run
+
+    @property
+    def label(self) -> str:
+        """Its name, with its role."""
+        return f"{self.id} (base)" if self.is_base else self.id
+
+
 class Unanswered(Exception):
-    """The answer failed; the message is shown to the user."""
+    """The answer failed; the message is shown to the user.
+
+    Attributes:
+        remedy: what helps: `again`, `shorten` the conversation, or choose from the `models`.
+    """
+
+    def __init__(self, message: str, remedy: str = "again") -> None:
+        super().__init__(message)
+        self.remedy = remedy
 
 
 @cache
@@ -38,36 +73,55 @@ def _client() -> openai.AsyncOpenAI:
 class _ModelList:
     """The models of the server, asked for again after two seconds, since every chat page shows them."""
 
-    known: list[dict[str, Any]] = field(default_factory=list)
+    known: list[Model] = field(default_factory=list)
     asked: float = 0.0
 
-    async def get(self) -> list[dict[str, Any]] | None:
+    async def get(self) -> list[Model] | None:
         if self.known and time.monotonic() - self.asked < _LIST_SECONDS:
             return self.known
         try:
-            listed = [model async for model in _client().models.list()]
+            listed = [model async for model in _client().models.list(timeout=_LIST_PATIENCE)]
         except openai.OpenAIError:
             return None
-        self.known = [{"id": each.id, **(getattr(each, "pairtune", None) or {})} for each in listed]
+        self.known = list(_different(listed))
         self.asked = time.monotonic()
         return self.known
 
 
-_LIST_SECONDS = 2
+_LIST_SECONDS, _LIST_PATIENCE = 2, 10
 _model_list = _ModelList()
 
 
-async def models() -> list[dict[str, Any]] | None:
-    """List the models with the worker's details; None if the server cannot be reached."""
+def _different(listed: Iterable[Any]) -> list[Model]:
+    """Every model of a run once, by its weights: its winner is listed under the run's name, and its trial's too."""
+    found: dict[tuple[str, str], Model] = {}
+    for each in listed:
+        more = getattr(each, "pairtune", None) or {}
+        model = Model(each.id, more.get("base") or "", more.get("run") or "", each.created or 0)
+        found.setdefault((model.run, more.get("fingerprint") or each.id), model)
+    return sorted(found.values(), key=lambda model: (model.is_base, -model.created, model.id.count("/")))
+
+
+async def models() -> list[Model] | None:
+    """List the models, the last tuned ones first and base models last; None if the server cannot be reached."""
     return await _model_list.get()
 
 
-async def answer(model: str, turns: Sequence[Mapping[str, str]], sampling: Mapping[str, Any]) -> AsyncIterator[Part]:
+async def answer(
+    model: str, turns: Sequence[Mapping[str, str]], sampling: Mapping[str, Any], *, goes_on: bool = False
+) -> AsyncIterator[Part]:
     """Stream an answer.
+
+    Args:
+        model: the model's name.
+        turns: the conversation.
+        sampling: temperature and so on, by OpenAI's names.
+        goes_on: whether the last turn is the beginning of the answer, to be continued.
 
     Raises:
         Unanswered: the server cannot be reached, refuses the request, or fails midway.
     """
+    more = {"continue_final_message": True, "add_generation_prompt": False} if goes_on else {}
     ended = False
     try:
         stream = await _client().chat.completions.create(
@@ -75,7 +129,7 @@ async def answer(model: str, turns: Sequence[Mapping[str, str]], sampling: Mappi
             messages=list(turns),
             stream=True,
             stream_options={"include_usage": True},
-            extra_body={"pairtune": {"queue": True}},
+            extra_body={"pairtune": {"queue": True}, **more},
             **sampling,
         )
         async for chunk in stream:
@@ -89,12 +143,15 @@ async def answer(model: str, turns: Sequence[Mapping[str, str]], sampling: Mappi
                 )
                 ended = ended or bool(choice.finish_reason)
     except openai.APIConnectionError as error:
-        raise Unanswered("The model server cannot be reached.") from error
+        raise Unanswered("The model server cannot be reached. It may be starting again; try in a moment.") from error
     except openai.NotFoundError as error:
-        raise Unanswered(f"The model {model} is not available.") from error
+        raise Unanswered(f"The model {model} is no longer available. Choose another one below.", "models") from error
     except openai.RateLimitError as error:
-        raise Unanswered("Too many requests are waiting.") from error
+        raise Unanswered("Too many requests are waiting. Try again in a moment.") from error
     except openai.APIError as error:
+        if error.code == "context_length_exceeded":
+            message = f"This conversation is too long for {model}: {error.message}."
+            raise Unanswered(message, "shorten") from error
         raise Unanswered(f"The model server reports: {error.message}") from error
     except Exception as error:
         raise Unanswered("The connection to the model server was lost.") from error

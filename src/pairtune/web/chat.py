@@ -1,36 +1,84 @@
-"""Chat views."""
+"""Chat views: pages for browsers without scripts, and the parts of them that htmx swaps in."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from asgiref.sync import sync_to_async
 from django import forms
 from django.db import transaction
 from django.db.models import Q
-from django.http import HttpRequest, HttpResponse, HttpResponseBadRequest, StreamingHttpResponse
+from django.http import HttpRequest, HttpResponse, HttpResponseBadRequest, JsonResponse, StreamingHttpResponse
 from django.shortcuts import aget_object_or_404, get_object_or_404, redirect, render
 from django.template.loader import render_to_string
+from django.urls import reverse
+from django.utils.http import content_disposition_header
+from django.utils.text import slugify
 from django.views.decorators.http import require_GET, require_POST
 
 from pairtune.web import answering, backend
-from pairtune.web.models import Answer, Conversation, Turn
+from pairtune.web.introduction import Introduction, introduce
+from pairtune.web.models import Answer, Conversation, Preset, Turn, Vote
 
 _SHOWN = 50  # conversations listed; search finds the others
 _LONGEST = 1_200_000  # characters of a prompt: beyond any model's context, below the request limit
+_LONGEST_SYSTEM = 20_000
+MOST_MODELS = 4
+SAMPLING = {"temperature": 0.7, "top_p": 1.0, "max_tokens": 512, "seed": None}
 
 
-class Asked(forms.Form):
+class ModelNames(forms.Field):
+    """The names of one to four models, each once."""
+
+    widget = forms.SelectMultiple
+
+    def clean(self, value: Any) -> list[str]:
+        """The names that were given, in their order."""
+        names = list(dict.fromkeys(filter(None, value or [])))
+        if not names:
+            raise forms.ValidationError("There is no model to answer yet. What you wrote stays here.")
+        if len(names) > MOST_MODELS or max(map(len, names)) > 300:
+            raise forms.ValidationError(f"Choose at most {MOST_MODELS} models.")
+        return names
+
+
+class Setup(forms.Form):
+    """The system message and the sampling parameters."""
+
+    system = forms.CharField(max_length=_LONGEST_SYSTEM, required=False, strip=False)
+    temperature = forms.FloatField(min_value=0, max_value=2, label="Temperature")
+    top_p = forms.FloatField(min_value=0.01, max_value=1, label="Top-p")
+    max_tokens = forms.IntegerField(min_value=1, max_value=8192, label="Most tokens")
+    seed = forms.IntegerField(min_value=0, max_value=2**31 - 1, required=False, label="Seed")
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The sampling parameters."""
+        return {name: self.cleaned_data[name] for name in SAMPLING}
+
+    def clean_system(self) -> str:
+        """The system message; white space alone is none."""
+        text: str = self.cleaned_data["system"].replace("\r\n", "\n")
+        return text if text.strip() else ""
+
+    def refusal(self) -> HttpResponse:
+        """The first error of every field, a line each, in words."""
+        lines = []
+        for name, errors in self.errors.items():
+            label = "" if name in ("prompt", "model", "__all__") else f"{self.fields[name].label or name}: "
+            lines.append(f"{label}{errors[0]}")
+        return HttpResponseBadRequest("\n".join(lines), content_type="text/plain; charset=utf-8")
+
+
+class Asked(Setup):
     """The form below a conversation."""
 
-    prompt = forms.CharField(max_length=_LONGEST, strip=False)
-    model = forms.CharField(max_length=300)
-    compare = forms.CharField(max_length=300, required=False)
-    temperature = forms.FloatField(min_value=0, max_value=2, initial=0.7)
-    top_p = forms.FloatField(min_value=0.01, max_value=1, initial=1.0)
-    max_tokens = forms.IntegerField(min_value=1, max_value=8192, initial=512)
-    seed = forms.IntegerField(min_value=0, max_value=2**31 - 1, required=False)
+    prompt = forms.CharField(max_length=_LONGEST, strip=False, error_messages={"required": "Write something first."})
+    model = ModelNames()
 
     def clean_prompt(self) -> str:
         """Refuse an empty prompt."""
@@ -39,15 +87,13 @@ class Asked(forms.Form):
             raise forms.ValidationError("Write something first.")
         return prompt
 
-    @property
-    def models(self) -> list[str]:
-        """The models that answer."""
-        return [each for each in (self.cleaned_data["model"], self.cleaned_data["compare"]) if each]
 
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """The sampling parameters."""
-        return {name: self.cleaned_data[name] for name in ("temperature", "top_p", "max_tokens", "seed")}
+@dataclass(frozen=True)
+class ModelChoice:
+    """One of the selects in which models are chosen; `gone` if the chosen one is not served any more."""
+
+    chosen: str
+    gone: bool = False
 
 
 @require_GET
@@ -58,33 +104,62 @@ async def chat(request: HttpRequest, pk: int | None = None) -> HttpResponse:
     return await sync_to_async(_page)(request, conversation, models)
 
 
-def _page(request: HttpRequest, conversation: Conversation | None, found: list[dict[str, Any]] | None) -> HttpResponse:
-    models = found or []
-    chosen = list(conversation.model_names) if conversation else []
-    wanted = request.GET.get("model")
-    if not chosen:
-        runs = [each["id"] for each in models if each.get("run")]
-        chosen = [wanted] if wanted else runs[:1] or [each["id"] for each in models[:1]]
-    known = {each["id"] for each in models}
+def _page(request: HttpRequest, conversation: Conversation | None, found: list[backend.Model] | None) -> HttpResponse:
+    chosen = conversation.model_names if conversation else _first_choice(found or [], request.GET.get("model", ""))
     context = {
         "conversation": conversation,
         "turns": conversation.path() if conversation else [],
         "conversations": _found(""),
-        "models": models,
-        "reachable": found is not None,
-        "gone": [each for each in chosen if models and each not in known],
-        "chosen": chosen[0] if chosen else "",
-        "second": chosen[1] if len(chosen) > 1 else "",
-        "sampling": {"temperature": 0.7, "top_p": 1.0, "max_tokens": 512, "seed": None}
-        | (conversation.sampling if conversation else {}),
+        "introduction": None if conversation else _introduction(found or [], chosen),
         "prompt": request.GET.get("prompt", ""),
+        "presets": [_with_settings(each) for each in Preset.objects.all()],
+        "system": conversation.system if conversation else "",
+        "sampling": SAMPLING | (conversation.sampling if conversation else {}),
         "page": "chat",
+        **_choices(found, chosen),
     }
     return render(request, "site/chat.html", context)
 
 
+def _first_choice(found: list[backend.Model], wanted: str) -> list[str]:
+    """The tuned model that was asked for, or else the latest one, beside its base."""
+    model = next((each for each in found if each.id == wanted), found[0] if found else None)
+    if model is None:
+        return [wanted] if wanted else []
+    base = next((each.id for each in found if each.is_base and each.id == model.base), model.id)
+    return list(dict.fromkeys([model.id, base]))
+
+
+def _choices(found: list[backend.Model] | None, chosen: list[str]) -> dict[str, Any]:
+    known = {each.id for each in found or []}
+    choices = [ModelChoice(name, gone=found is not None and name not in known) for name in chosen]
+    return {
+        "models": found or [],
+        "reachable": found is not None,
+        "choices": choices + [ModelChoice("")] * (MOST_MODELS - len(choices)),
+        "chosen": chosen,
+    }
+
+
+def _introduction(found: list[backend.Model], chosen: list[str]) -> Introduction:
+    run = next((each.run for each in found if each.id in chosen and each.run), "")
+    return introduce(run)
+
+
+def _with_settings(preset: Preset) -> dict[str, Any]:
+    return {"name": preset.name, "settings": json.dumps({"system": preset.system, **preset.sampling})}
+
+
+@require_GET
+async def setup(request: HttpRequest) -> HttpResponse:
+    """The models to choose from, which a page asks for again while the model server cannot be reached."""
+    found = await backend.models()
+    chosen = [name for name in request.GET.getlist("model") if name] or _first_choice(found or [], "")
+    return render(request, "site/_models.html", _choices(found, chosen))
+
+
 def _found(words: str) -> list[Conversation]:
-    """The latest conversations that contain all words in prompts, answers or title."""
+    """The latest conversations that contain all words in prompts, answers or title, pinned ones first."""
     found = Conversation.objects.all()
     for word in words.split():
         matches = Q(title__icontains=word) | Q(turns__prompt__icontains=word) | Q(turns__answers__text__icontains=word)
@@ -104,16 +179,30 @@ async def say(request: HttpRequest, pk: int | None = None) -> HttpResponse:
     """Send a message: at the end, or in place of an earlier turn (`turn`), which stays as a branch."""
     asked = Asked(request.POST)
     if not await sync_to_async(asked.is_valid)():
-        return _refuse(asked)
+        return asked.refusal()
     edited = request.POST.get("turn", "")
     conversation, turn, answers = await sync_to_async(_say)(asked, pk, int(edited) if edited.isdecimal() else None)
     await _start_answers(conversation, turn, answers)
-    return redirect("conversation", conversation.pk)
+    if not request.htmx:
+        return redirect("conversation", conversation.pk)
+    if pk is None:
+        answer = HttpResponse(status=204)
+        answer["HX-Redirect"] = reverse("conversation", args=(conversation.pk,))
+        return answer
+    return await sync_to_async(_turns if edited else _turn)(request, conversation, turn.pk)
 
 
-def _refuse(asked: Asked) -> HttpResponse:
-    lines = [f"{field}: {' '.join(errors)}" for field, errors in asked.errors.items()]
-    return HttpResponseBadRequest("\n".join(lines), content_type="text/plain; charset=utf-8")
+def _turn(request: HttpRequest, conversation: Conversation, pk: int) -> HttpResponse:
+    """One turn, as a part of a page."""
+    return render(request, "site/_turn.html", {"turn": conversation.path(pk)[-1], "conversation": conversation})
+
+
+def _turns(request: HttpRequest, conversation: Conversation, pk: int | None = None) -> HttpResponse:
+    """All turns up to one, as a part of a page that takes the place of those shown."""
+    context = {"turns": conversation.path(pk), "conversation": conversation}
+    answer = render(request, "site/_turns.html", context)
+    answer["HX-Retarget"], answer["HX-Reswap"] = "#turns", "innerHTML"
+    return answer
 
 
 @transaction.atomic
@@ -127,7 +216,8 @@ def _say(asked: Asked, pk: int | None, edited: int | None) -> tuple[Conversation
     if edited is not None:
         parent = get_object_or_404(conversation.turns, pk=edited).parent_id
     turn = Turn.objects.create(conversation=conversation, parent_id=parent, prompt=prompt)
-    conversation.leaf, conversation.model_names, conversation.sampling = turn, asked.models, asked.sampling
+    conversation.leaf, conversation.model_names = turn, asked.cleaned_data["model"]
+    conversation.system, conversation.sampling = asked.cleaned_data["system"], asked.sampling
     conversation.save()
     return conversation, turn, answering.make_answers(conversation, turn)
 
@@ -135,8 +225,14 @@ def _say(asked: Asked, pk: int | None, edited: int | None) -> tuple[Conversation
 async def _start_answers(conversation: Conversation, turn: Turn, answers: list[Answer]) -> None:
     path = await sync_to_async(conversation.path)(turn.pk)
     for answer in answers:
-        turns = await sync_to_async(answering.history)(turn, answer.slot, path)
+        turns = await sync_to_async(answering.history)(conversation, turn, answer.slot, path)
         await answering.start(answer, turns)
+
+
+async def _changed_turn(request: HttpRequest, turn: Turn) -> HttpResponse:
+    if request.htmx:
+        return await sync_to_async(_turn)(request, turn.conversation, turn.pk)
+    return redirect("conversation", turn.conversation_id)
 
 
 @require_POST
@@ -146,7 +242,17 @@ async def again(request: HttpRequest, pk: int) -> HttpResponse:
     await Answer.objects.filter(turn=old.turn, slot=old.slot).aupdate(current=False)
     new = await Answer.objects.acreate(turn=old.turn, slot=old.slot, model=old.model, sampling=old.sampling)
     await _start_answers(old.turn.conversation, old.turn, [new])
-    return redirect("conversation", old.turn.conversation_id)
+    return await _changed_turn(request, old.turn)
+
+
+@require_POST
+async def go_on(request: HttpRequest, pk: int) -> HttpResponse:
+    """Go on with an answer that was cut off or stopped."""
+    answer = await aget_object_or_404(Answer.objects.select_related("turn__conversation"), pk=pk)
+    # Only one of two clicks goes on.
+    if answer.can_continue and await Answer.objects.filter(pk=pk, state=answer.state).aupdate(state="writing"):
+        await _start_answers(answer.turn.conversation, answer.turn, [answer])
+    return await _changed_turn(request, answer.turn)
 
 
 @require_POST
@@ -157,15 +263,20 @@ async def stop(_: HttpRequest, pk: int) -> HttpResponse:
 
 
 @require_POST
-def choose(request: HttpRequest, pk: int) -> HttpResponse:
+async def choose(request: HttpRequest, pk: int) -> HttpResponse:
     """Show the next or previous answer in a slot (`step` 1 or -1)."""
-    answer = get_object_or_404(Answer.objects.select_related("turn"), pk=pk)
+    answer = await aget_object_or_404(Answer.objects.select_related("turn__conversation"), pk=pk)
+    await sync_to_async(_choose)(answer, 1 if request.POST.get("step") == "1" else -1)
+    return await _changed_turn(request, answer.turn)
+
+
+@transaction.atomic
+def _choose(answer: Answer, step: int) -> None:
     others = list(Answer.objects.filter(turn=answer.turn, slot=answer.slot).order_by("pk"))
-    index = others.index(answer) + (1 if request.POST.get("step") == "1" else -1)
+    chosen = others[(others.index(answer) + step) % len(others)]
     for each in others:
-        each.current = each == others[index % len(others)]
+        each.current = each == chosen
     Answer.objects.bulk_update(others, ["current"])
-    return redirect("conversation", answer.turn.conversation_id)
 
 
 @require_POST
@@ -178,7 +289,23 @@ def branch(request: HttpRequest, pk: int) -> HttpResponse:
     while later := leaf.children.order_by("-pk").first():
         leaf = later
     Conversation.objects.filter(pk=turn.conversation_id).update(leaf=leaf)
+    if request.htmx:
+        return _turns(request, turn.conversation, leaf.pk)
     return redirect("conversation", turn.conversation_id)
+
+
+@require_POST
+def vote(request: HttpRequest, pk: int) -> HttpResponse:
+    """Give an answer a thumb (`up` 1 or 0); the same thumb again withdraws it."""
+    answer = get_object_or_404(Answer, pk=pk)
+    up = request.POST.get("up") == "1"
+    with transaction.atomic():
+        standing = answer.votes.filter(withdrawn=None)
+        same = standing.filter(up=up).exists()
+        standing.update(withdrawn=datetime.now())
+        if not same:
+            Vote.objects.create(answer=answer, up=up)
+    return render(request, "site/_thumbs.html", {"answer": Answer.objects.get(pk=pk)})
 
 
 @require_POST
@@ -190,23 +317,116 @@ async def delete(_: HttpRequest, pk: int) -> HttpResponse:
     return redirect("chat")
 
 
+@require_POST
+def rename(request: HttpRequest, pk: int) -> HttpResponse:
+    """Give a conversation another title; an empty one changes nothing."""
+    if title := " ".join(request.POST.get("title", "").split())[:200]:
+        # An update, which leaves the time of the last change and thus the order of the list.
+        Conversation.objects.filter(pk=pk).update(title=title)
+    return redirect("conversation", pk)
+
+
+@require_POST
+def pin(_: HttpRequest, pk: int) -> HttpResponse:
+    """Pin a conversation to the top of the list, or unpin it."""
+    conversation = get_object_or_404(Conversation, pk=pk)
+    Conversation.objects.filter(pk=pk).update(pinned=not conversation.pinned)
+    return redirect("conversation", pk)
+
+
+@require_GET
+def export(request: HttpRequest, pk: int) -> HttpResponse:
+    """Download the conversation as it is shown: Markdown, or JSON with models, fingerprints and sampling."""
+    conversation = get_object_or_404(Conversation, pk=pk)
+    name = slugify(conversation.title)[:60] or f"conversation-{pk}"
+    if request.GET.get("format") == "json":
+        answer: HttpResponse = JsonResponse(_as_json(conversation), json_dumps_params={"indent": 1})
+        name += ".json"
+    else:
+        answer = HttpResponse(_as_markdown(conversation), content_type="text/markdown; charset=utf-8")
+        name += ".md"
+    answer["Content-Disposition"] = content_disposition_header(True, name) or "attachment"
+    return answer
+
+
+def _as_json(conversation: Conversation) -> dict[str, Any]:
+    return {
+        "title": conversation.title,
+        "system": conversation.system,
+        "turns": [
+            {
+                "prompt": turn.prompt,
+                "answers": [
+                    {
+                        "model": each.model,
+                        "fingerprint": each.fingerprint,
+                        "sampling": each.sampling,
+                        "text": each.text,
+                        "finish_reason": each.reason if each.state == "done" else each.state,
+                        "tokens": each.tokens,
+                        "thumb": each.thumb or None,
+                    }
+                    for each in turn.shown()
+                ],
+            }
+            for turn in conversation.path()
+        ],
+    }
+
+
+def _as_markdown(conversation: Conversation) -> str:
+    parts = [f"# {conversation.title}"]
+    if conversation.system:
+        parts.append(f"**System:** {conversation.system}")
+    for turn in conversation.path():
+        parts.append(f"**You:** {turn.prompt}")
+        parts += [f"**{each.model}** (`{each.fingerprint}`)**:** {each.text}" for each in turn.shown()]
+    return "\n\n".join(parts) + "\n"
+
+
+@require_POST
+def save_preset(request: HttpRequest) -> HttpResponse:
+    """Save the system message and the sampling parameters under a name; an existing preset is replaced."""
+    asked = Setup(request.POST)
+    name = " ".join(request.POST.get("preset", "").split())[:60]
+    if not asked.is_valid():
+        return asked.refusal()
+    if not name:
+        return HttpResponseBadRequest("Name the preset first.", content_type="text/plain; charset=utf-8")
+    values = {"system": asked.cleaned_data["system"], "sampling": asked.sampling}
+    Preset.objects.update_or_create(name=name, defaults=values)
+    presets = [_with_settings(each) for each in Preset.objects.all()]
+    return render(request, "site/_presets.html", {"presets": presets, "saved": name})
+
+
 @require_GET
 async def events(_: HttpRequest, pk: int) -> StreamingHttpResponse:
-    """Stream an answer as server-sent events: `text` with the HTML so far, finally `done` with all of it."""
+    """Stream a turn's answers as server-sent events.
+
+    `text` has an answer's number and its HTML so far, `done` the finished answer as a whole; `over` is the last event.
+    One stream for all of a turn's answers, since browsers open only six connections to a host.
+    """
+    turn = await aget_object_or_404(Turn, pk=pk)
+    shown = await sync_to_async(turn.shown)()
 
     async def stream() -> AsyncIterator[str]:
-        async for writing in answering.follow(pk):
-            context = {"text": writing.text, "queue": writing.queue}
-            yield _event("text", render_to_string("site/_text.html", context))
-        answer = await Answer.objects.select_related("turn").aget(pk=pk)
-        shown = {each.pk: each for each in await sync_to_async(answer.turn.shown)()}
-        html = render_to_string("site/_answer.html", {"answer": shown.get(pk, answer)})
-        yield _event("done", html)
+        async for key, writing in answering.follow_all([answer.pk for answer in shown]):
+            if writing:
+                context = {"text": writing.text, "queue": writing.queue}
+                yield _event("text", key, render_to_string("site/_text.html", context))
+            else:
+                yield _event("done", key, await sync_to_async(_finished)(key))
+        yield "event: over\ndata: {}\n\n"
 
-    await aget_object_or_404(Answer, pk=pk)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingHttpResponse(stream(), content_type="text/event-stream", headers=headers)
 
 
-def _event(name: str, html: str) -> str:
-    return f"event: {name}\n" + "".join(f"data: {line}\n" for line in html.splitlines()) + "\n"
+def _finished(pk: int) -> str:
+    answer = Answer.objects.select_related("turn").get(pk=pk)
+    shown = next((each for each in answer.turn.shown() if each.pk == pk), answer)
+    return render_to_string("site/_answer.html", {"answer": shown})
+
+
+def _event(name: str, key: int, html: str) -> str:
+    return f"event: {name}\ndata: {json.dumps({'answer': key, 'html': html})}\n\n"

@@ -1,67 +1,189 @@
-"""Run views: the list, one run, its files, and starting a new run."""
+"""Run views: the list, one run, two compared, notes, stopping and resuming."""
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hashlib
 import html
 import re
-import subprocess
-import sys
-import tempfile
-import zipfile
-from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import psutil
-import yaml
 from csp.decorators import csp_replace
-from django import forms
 from django.conf import settings
-from django.http import Http404, HttpRequest, HttpResponse, StreamingHttpResponse
+from django.http import Http404, HttpRequest, HttpResponse
 from django.shortcuts import redirect, render
+from django.urls import reverse
 from django.utils.cache import patch_vary_headers
-from django.utils.http import content_disposition_header
-from django.views.decorators.http import require_GET, require_http_methods, require_POST
+from django.utils.html import format_html
+from django.utils.safestring import mark_safe
+from django.views.decorators.http import require_GET, require_POST
 
-from pairtune.errors import BadInput
-from pairtune.files import write_atomic
-from pairtune.options import OPTIONS, Option
+from pairtune.report.charts import Chart, Line, draw
 from pairtune.report.report_data import COLUMNS
-from pairtune.resolve_config import resolve
-from pairtune.web.live_curves import HEIGHT, WIDTH, curves
-from pairtune.web.models import Job
-from pairtune.web.run_view import all_runs, find_run, is_alive
+from pairtune.report.series import charts
+from pairtune.web import jobs
+from pairtune.web.exports import CALLED
+from pairtune.web.models import RunNote, latest_jobs
+from pairtune.web.run_view import Drawn, ShownRun, all_runs, find_run
+
+_MOST_COMPARED = 4
+_NOTHING = "none"
 
 
 @require_GET
 def runs(request: HttpRequest) -> HttpResponse:
     """List all runs."""
     found = all_runs()
+    notes = {note.run: note for note in RunNote.objects.all()}
+    for each in found:
+        each.note = notes.get(each.name)  # type: ignore[attr-defined]
     started = {each.name for each in found}
-    # Jobs without a run folder (yet): their output is shown.
-    jobs = [(job, is_alive(job), _tail(Path(job.log))) for job in Job.objects.all() if job.name not in started]
-    return render(
-        request, "site/runs.html", {"runs": found, "jobs": jobs, "page": "runs", "root": settings.PAIRTUNE_RUNS}
-    )
+    # Jobs without a run folder (yet): what they say is shown.
+    waiting = [
+        (job, jobs.is_alive(job), jobs.tail(job)) for job in latest_jobs(("tune",)) if job.subject not in started
+    ]
+    live = any(alive for _, alive, _ in waiting) or any(each.state == "running" for each in found)
+    context = {"runs": found, "jobs": waiting, "live": live, "page": "runs", "root": settings.PAIRTUNE_RUNS}
+    return part_or_page(request, "site/_runs.html", "site/runs.html", context)
 
 
 @require_GET
 def run(request: HttpRequest, name: str) -> HttpResponse:
-    """Show one run; while it trains, htmx polls this view for the part with the curves."""
+    """Show one run."""
     shown = find_run(name)
-    job = Job.objects.filter(name=name).first()
-    context = {
+    return render(request, "site/run.html", _context(shown) | {"note": RunNote.objects.filter(run=name).first()})
+
+
+@require_GET
+def live(request: HttpRequest, name: str) -> HttpResponse:
+    """The part of a run's page that changes while it trains; its end reloads the page."""
+    shown = find_run(name)
+    answer = render(request, "site/_live.html", _context(shown))
+    if shown.state != "running":
+        answer["HX-Refresh"] = "true"
+    return answer
+
+
+def _context(shown: ShownRun) -> dict[str, Any]:
+    return {
         "run": shown,
         "titles": [title for title, _ in COLUMNS],
-        "curves": curves([each.trial for each in shown.trials]),
-        "box": f"0 0 {WIDTH} {HEIGHT}",
-        "log": _tail(Path(job.log)) if job and shown.state != "finished" else "",
+        "log": jobs.tail(shown.job) if shown.job and shown.state != "finished" else "",
+        "formats": CALLED,
         "page": "runs",
     }
-    return part_or_page(request, "site/_run.html", "site/run.html", context)
+
+
+@require_POST
+def note(request: HttpRequest, name: str) -> HttpResponse:
+    """Keep a note and tags about a run; an empty note is removed."""
+    find_run(name)
+    text, tags = request.POST.get("text", "").strip()[:4000], " ".join(request.POST.get("tags", "").split())[:200]
+    if text or tags:
+        RunNote.objects.update_or_create(run=name, defaults={"text": text, "tags": tags})
+    else:
+        RunNote.objects.filter(run=name).delete()
+    return redirect("run", name)
+
+
+@require_POST
+def stop(_: HttpRequest, name: str) -> HttpResponse:
+    """Ask a run to stop after its step, with a checkpoint."""
+    if worker := find_run(name).worker:
+        jobs.stop(worker)
+    return redirect("run", name)
+
+
+@require_POST
+def resume(_: HttpRequest, name: str) -> HttpResponse:
+    """Go on with an interrupted run."""
+    shown = find_run(name)
+    if shown.state == "interrupted":
+        jobs.start("resume", name, ["resume", str(shown.paths.root)])
+    return redirect("run", name)
+
+
+@require_POST
+def dismiss(_: HttpRequest, name: str) -> HttpResponse:
+    """Forget the jobs of a run that left no folder."""
+    for job in latest_jobs(("tune",)):
+        if job.subject == name and not jobs.is_alive(job):
+            job.delete()
+    return redirect("runs")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A row of a comparison: a setting or a number, and what each run has."""
+
+    name: str
+    values: list[str]
+
+    @property
+    def differs(self) -> bool:
+        """Whether the runs have different values."""
+        return len(set(self.values)) > 1
+
+
+@require_GET
+def compare(request: HttpRequest) -> HttpResponse:
+    """Runs side by side: whether their numbers can be compared, the numbers, and the settings that differ."""
+    names = list(dict.fromkeys(request.GET.getlist("run")))[:_MOST_COMPARED]
+    found = [find_run(name) for name in names]
+    if len(found) < 2:
+        return redirect("runs")
+    context = {
+        "runs": found,
+        "same_pairs": len({_held_out(each) for each in found}) == 1,
+        "numbers": _numbers(found),
+        "settings": [row for row in _settings(found) if row.differs],
+        "charts": list(_charts_together(found)),
+        "page": "runs",
+    }
+    return render(request, "site/compare.html", context)
+
+
+def _held_out(run: ShownRun) -> tuple[str, str]:
+    splits = run.data.splits if run.data else {}
+    return tuple(splits[name].fingerprint if name in splits else "" for name in ("validation", "test"))  # type: ignore[return-value]
+
+
+def _numbers(found: list[ShownRun]) -> list[Compared]:
+    rows: dict[str, list[str]] = {}
+    for run in found:
+        verdict = {each.label: f"{each.value} ({each.interval})" for each in run.verdict.numbers} if run.verdict else {}
+        for label in ("Preference accuracy", "Reward margin", "Answer length", "Audit"):
+            rows.setdefault(label, []).append(verdict.get(label, _NOTHING))
+        rows.setdefault("Training pairs", []).append(str(run.training_pairs or _NOTHING))
+        rows.setdefault("Winner", []).append(next((each.label for each in run.trials if each.winner), _NOTHING))
+    return [Compared(name, values) for name, values in rows.items()]
+
+
+def _settings(found: list[ShownRun]) -> list[Compared]:
+    every = [each.config.model_dump(mode="json") | each.config.dimensions if each.config else {} for each in found]
+    names = dict.fromkeys(name for each in every for name in each if name != "out")
+    return [Compared(name, [_shown(each.get(name)) for each in every]) for name in names]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(_shown(each.get("source", each) if isinstance(each, dict) else each) for each in value)
+    return _NOTHING if value is None else str(value)
+
+
+def _charts_together(found: list[ShownRun]) -> list[Drawn]:
+    """The winners' curves in one chart for each metric."""
+    drawn: dict[str, list[Line]] = {}
+    first: dict[str, Chart] = {}
+    for number, run in enumerate(found):
+        winner = [each.trial for each in run.trials if each.winner] or [each.trial for each in run.trials][:1]
+        for name, chart in charts(winner, None).items():
+            first.setdefault(name, chart)
+            drawn.setdefault(name, []).append(Line(run.name, number, chart.lines[0].points))
+    together = (replace(chart, lines=drawn[name]) for name, chart in first.items())
+    return [Drawn(chart.title, mark_safe(draw(chart))) for chart in together]  # noqa: S308 - escaped where it is drawn
 
 
 def part_or_page(request: HttpRequest, part: str, page: str, context: dict[str, Any]) -> HttpResponse:
@@ -74,142 +196,22 @@ def part_or_page(request: HttpRequest, part: str, page: str, context: dict[str, 
 
 @require_GET
 def report(_: HttpRequest, name: str) -> HttpResponse:
-    """Serve the run's report: one file, whose inline styles the policy allows by hash."""
-    file = find_run(name).paths.report
+    """Serve the run's report: one file, whose inline styles the policy allows by hash, with a link back."""
+    file: Path = find_run(name).paths.report
     if not file.is_file():
         raise Http404("The run has no report yet.")
-    text = file.read_text(encoding="utf-8")
+    back = format_html(
+        '<p class="kind"><a href="{}">Back to {} in Pairtune</a></p>', reverse("run", args=(name,)), name
+    )
+    text = file.read_text(encoding="utf-8").replace("<header>", f"<header>{back}", 1)
     inside = re.findall(r"<style[^>]*>(.*?)</style>", text, re.DOTALL)
-    # The figures' style attributes need 'unsafe-hashes' as well.
-    inside += {html.unescape(style) for style in re.findall(r'\sstyle="([^"]*)"', text)}
-    hashes = [f"'sha256-{base64.b64encode(hashlib.sha256(each.encode()).digest()).decode()}'" for each in inside]
-    policy = csp_replace({"style-src": ["'unsafe-hashes'", *hashes], "script-src": ["'none'"]})
+    # Reports of earlier versions have style attributes, which need 'unsafe-hashes' as well.
+    attributes = {html.unescape(style) for style in re.findall(r'\sstyle="([^"]*)"', text)}
+    hashes = [
+        f"'sha256-{base64.b64encode(hashlib.sha256(each.encode()).digest()).decode()}'"
+        for each in (*inside, *attributes)
+    ]
+    allowed = ["'unsafe-hashes'", *hashes] if attributes else hashes
+    policy = csp_replace({"style-src": allowed, "script-src": ["'none'"]})
     answer: HttpResponse = policy(lambda *_: HttpResponse(text))(_)
     return answer
-
-
-@require_GET
-def download(_: HttpRequest, name: str, what: str) -> HttpResponse:
-    """Download the report, or the adapter (or whole model) as an archive."""
-    shown = find_run(name)
-    if what == "report" and shown.paths.report.is_file():
-        headers = {"Content-Disposition": content_disposition_header(True, f"{name}-report.html") or "attachment"}
-        return HttpResponse(shown.paths.report.read_bytes(), headers=headers)
-    if what == "adapter" and shown.state == "finished":
-        # Uncompressed, since weights do not shrink; on disk, since a whole model may exceed memory.
-        packed = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the response
-        with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED, strict_timestamps=False) as archive:
-            for file in sorted(shown.paths.best.iterdir()):
-                archive.write(file, f"{name}/{file.name}")
-        packed.seek(0)
-        headers = {"Content-Disposition": content_disposition_header(True, f"{name}-adapter.zip") or "attachment"}
-        return StreamingHttpResponse(_pieces(packed), content_type="application/zip", headers=headers)
-    raise Http404("There is no such file in this run.")
-
-
-async def _pieces(file: IO[bytes]) -> AsyncIterator[bytes]:
-    with file:
-        while piece := await asyncio.to_thread(file.read, 1 << 20):
-            yield piece
-
-
-# The form's settings, and its initial values where they are not the defaults; other settings need `pairtune tune`.
-_SHOWN = ("model", "data", "eval_data", "learning_rate", "beta", "epochs", "batch_size", "limit", "on_bad_row")
-_INITIAL = {"data": "bundled:concise", "learning_rate": "1e-4, 3e-4", "beta": "0.1"}
-
-
-def _field(option: Option) -> forms.Field:
-    """Make a form field for a setting."""
-    initial = _INITIAL.get(option.name, option.default)
-    if option.choices:
-        return forms.ChoiceField(choices=[(each, each) for each in option.choices], help_text=option.help)
-    if option.type is int and not option.varies:
-        return forms.IntegerField(min_value=1, required=initial is not None, initial=initial, help_text=option.help)
-    several = " Several values form a grid." if option.varies else ""
-    return forms.CharField(
-        max_length=500, required=initial is not None, initial=initial, help_text=option.help + several
-    )
-
-
-class NewRun(forms.Form):
-    """The form of a new run: its name and the settings in `_SHOWN`."""
-
-    name = forms.SlugField(max_length=60, help_text="Name of the run's folder.")
-
-    def __init__(self, *arguments: Any, **more: Any) -> None:
-        super().__init__(*arguments, **more)
-        self.fields |= {name: _field(OPTIONS[name]) for name in _SHOWN}
-
-    def clean(self) -> dict[str, Any]:
-        """Parse the settings that may form a grid into lists."""
-        cleaned: dict[str, Any] = super().clean() or self.cleaned_data
-        for option in (OPTIONS[name] for name in _SHOWN if name in cleaned and OPTIONS[name].varies):
-            try:
-                cleaned[option.name] = [option.type(part) for part in cleaned[option.name].replace(",", " ").split()]
-            except ValueError:
-                kind = "whole numbers" if option.type is int else "numbers"
-                self.add_error(option.name, f"Enter {kind}, separated by commas (given: {cleaned[option.name]}).")
-        return cleaned
-
-    def settings(self) -> dict[str, Any]:
-        """The settings as in a file for `pairtune tune`."""
-        values = {key: value for key, value in self.cleaned_data.items() if value not in (None, "")}
-        return values | {"out": str(settings.PAIRTUNE_RUNS / values.pop("name"))}
-
-
-@require_http_methods(["GET", "POST"])
-def new(request: HttpRequest) -> HttpResponse:
-    """Start a run in a process that outlives the page and the site."""
-    form = NewRun(request.POST or None, initial={"name": _free_name()})
-    if request.method == "POST" and form.is_valid():
-        name = form.cleaned_data["name"]
-        try:
-            values = form.settings()
-            resolve(None, values)
-            if (settings.PAIRTUNE_RUNS / name).exists() or Job.objects.filter(name=name).exists():
-                raise BadInput(f"There is already a run named {name}.")
-            _start(name, values)
-            return redirect("runs")
-        except BadInput as error:
-            form.add_error(None, str(error))
-    return render(request, "site/new.html", {"form": form, "page": "runs"}, status=400 if form.errors else 200)
-
-
-def _free_name() -> str:
-    taken = {each.name for each in all_runs()} | set(Job.objects.values_list("name", flat=True))
-    return next(name for number in range(1, 10_000) if (name := f"run-{number}") not in taken)
-
-
-def _start(name: str, values: dict[str, Any]) -> None:
-    folder: Path = settings.PAIRTUNE_SITE / "jobs"
-    folder.mkdir(parents=True, exist_ok=True)
-    settings.PAIRTUNE_RUNS.mkdir(parents=True, exist_ok=True)
-    file, log = folder / f"{name}.yaml", folder / f"{name}.log"
-    write_atomic(file, yaml.safe_dump(values))
-    with log.open("wb") as output:
-        process = subprocess.Popen(  # noqa: S603 - our own command
-            [sys.executable, "-m", "pairtune", "tune", str(file)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    Job.objects.create(name=name, pid=process.pid, born=psutil.Process(process.pid).create_time(), log=str(log))
-
-
-@require_POST
-def dismiss(_: HttpRequest, name: str) -> HttpResponse:
-    """Delete a job that left no run."""
-    for job in Job.objects.filter(name=name):
-        if not is_alive(job):
-            job.delete()
-    return redirect("runs")
-
-
-def _tail(log: Path) -> str:
-    """The last lines of a job's log."""
-    if not log.is_file():
-        return ""
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 4000))
-        return "\n".join(file.read().decode(errors="replace").splitlines()[-12:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -12,30 +13,102 @@ from pathlib import Path
 import psutil
 from django.conf import settings
 from django.http import Http404
+from django.urls import reverse
+from django.utils.safestring import SafeString, mark_safe
 
 from pairtune.config import RunConfig
-from pairtune.report.phrases import duration
+from pairtune.report.charts import SERIES as COLOURS
+from pairtune.report.charts import draw, sparkline
+from pairtune.report.phrases import differs, duration
 from pairtune.report.report_data import COLUMNS, BeforeAfter, before_and_after
+from pairtune.report.series import LIVE, charts
+from pairtune.report.verdict import (
+    FaultCount,
+    Verdict,
+    WorsePrompt,
+    disagreements,
+    fault_counts,
+    regressed_pairs,
+    verdict,
+    worse_prompts,
+)
 from pairtune.run.folder import Run, RunState, Trial
 from pairtune.run.metrics import Evaluation, TrainingStep
 from pairtune.run.paths import RunPaths
-from pairtune.run.records import DataRecord, Finding, Selection, TestRecord
+from pairtune.run.records import DataRecord, Finding, Progress, RegressedPair, Selection, TestRecord
+from pairtune.web import jobs
 from pairtune.web.models import Job
 
-_QUIET_SECONDS = 600  # a run that the site did not start counts as interrupted after this silence
+_QUIET_SECONDS = 600  # a run without a known process counts as interrupted after this silence
+_LEVELS = ("error", "warning", "note")
 
 
-@dataclass
+@dataclass(frozen=True)
+class Drawn:
+    """A chart, drawn."""
+
+    title: str
+    svg: SafeString
+
+
+@dataclass(frozen=True)
+class Group:
+    """All findings of one audit rule: what is the same for all of them, and the trials with their evidence."""
+
+    first: Finding
+    cases: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a run takes of this machine.
+
+    Attributes:
+        memory: its memory in GB.
+        processors: how many processors it has used, on average.
+        total_memory, total_processors: what there is.
+    """
+
+    memory: float
+    processors: float
+    total_memory: float
+    total_processors: int
+
+
+@dataclass(frozen=True)
 class ShownTrial:
-    """One trial, finished or not."""
+    """One trial, finished or not.
+
+    Attributes:
+        number: its position in the grid, which decides its colour.
+        varied: the settings that set the trials of its run apart, each with its value.
+        ranked: its best epoch's numbers, each with its interval: loss, accuracy, margin; empty until it is ranked.
+        differs: whether it differs from the winner.
+        better: whether it is better than the base.
+    """
 
     trial: Trial
-    winner: bool = False
+    number: int
+    winner: bool
+    varied: tuple[tuple[str, str], ...]
+    ranked: tuple[tuple[float, str], ...] = ()
+    differs: str = ""
+    better: str = ""
 
     @property
     def name(self) -> str:
         """The trial's name."""
         return self.trial.name
+
+    @property
+    def label(self) -> str:
+        """The trial's settings in readable form."""
+        return self.trial.label
+
+    @property
+    def colour(self) -> int:
+        """The number of its colour."""
+        return self.number % COLOURS
 
     @property
     def steps(self) -> list[TrainingStep]:
@@ -45,7 +118,7 @@ class ShownTrial:
     @property
     def evaluations(self) -> list[Evaluation]:
         """The logged evaluations."""
-        return self.trial.log.evaluations
+        return self.trial.evaluations
 
     @property
     def rows(self) -> list[tuple[int, list[str], bool]]:
@@ -59,6 +132,11 @@ class ShownTrial:
     def status(self) -> str:
         """The trial's status in a word."""
         return self.trial.status
+
+    @property
+    def reason(self) -> str:
+        """Why it did not finish; empty if it did."""
+        return self.trial.record.reason if self.trial.record else ""
 
 
 class ShownRun:
@@ -91,9 +169,24 @@ class ShownRun:
         return self.run.selection
 
     @cached_property
-    def audit(self) -> list[Finding]:
-        """The audit's findings."""
-        return self.run.audit.findings if self.run.audit else []
+    def verdict(self) -> Verdict | None:
+        """The outcome, once there is one."""
+        return verdict(self.run)
+
+    @cached_property
+    def findings(self) -> list[Group]:
+        """The audit's findings by rule, the worst first."""
+        labels = {trial.name: trial.label for trial in self.run.trials}
+        found = self.run.audit.findings if self.run.audit else []
+        by_rule: dict[str, list[Finding]] = {}
+        for finding in sorted(found, key=lambda each: _LEVELS.index(each.level)):
+            by_rule.setdefault(finding.rule, []).append(finding)
+        return [
+            Group(
+                group[0], [(", ".join(labels.get(name, name) for name in each.trials), each.evidence) for each in group]
+            )
+            for group in by_rule.values()
+        ]
 
     @cached_property
     def data(self) -> DataRecord | None:
@@ -111,10 +204,111 @@ class ShownRun:
         return before_and_after(self.run.generations, self.selection.winner) if self.selection else []
 
     @cached_property
+    def faults(self) -> list[FaultCount]:
+        """How often each fault of form occurs before and after tuning; empty if neither has any."""
+        found = fault_counts(self.run.generations, self.selection.winner) if self.selection else []
+        return found if self.answers else []
+
+    @cached_property
+    def hurt_pairs(self) -> list[RegressedPair]:
+        """The held-out pairs on which tuning hurt most."""
+        return regressed_pairs(self.run)
+
+    @cached_property
+    def disagreements(self) -> tuple[str, int, int] | None:
+        """On how many held-out pairs the model moved towards the rejected answer."""
+        return disagreements(self.run)
+
+    @cached_property
+    def hurt_prompts(self) -> list[WorsePrompt]:
+        """The prompts to which the tuned answer has new faults of form."""
+        return worse_prompts(self.run.generations, self.selection.winner) if self.selection else []
+
+    @cached_property
+    def varied(self) -> list[str]:
+        """The names of the settings that are columns of the table of trials."""
+        return [_called(name) for name in ("learning_rate", "beta", *self._further)]
+
+    @cached_property
+    def _further(self) -> tuple[str, ...]:
+        configs = (trial.config for trial in self.run.trials)
+        return next((config.varied for config in configs if config), ())
+
+    @cached_property
     def trials(self) -> list[ShownTrial]:
-        """The trials, finished or not."""
+        """The trials, finished or not, in grid order."""
+        selection = self.selection
+        ranking = {entry.name: entry for entry in selection.ranking} if selection else {}
+        compared = {entry.name: entry for entry in selection.comparisons} if selection else {}
+        found = []
+        for number, trial in enumerate(self.run.trials):
+            config, entry = trial.config, ranking.get(trial.name)
+            names = ("learning_rate", "beta", *self._further)
+            found.append(
+                ShownTrial(
+                    trial,
+                    number,
+                    selection is not None and trial.name == selection.winner,
+                    tuple((_called(name), _short(getattr(config, name))) for name in names) if config else (),
+                    tuple((entry.metrics.metric(name) or 0.0, entry.with_interval(name)) for name in _RANKED)
+                    if entry
+                    else (),
+                    differs(compared.get(trial.name)),
+                    ("yes" if entry.against_base.better else "not shown") if entry else "",
+                )
+            )
+        return found
+
+    def charts(self, names: Sequence[str] | None = None) -> list[Drawn]:
+        """The charts of these names, or all of them; a point leads to its evaluation's pairs."""
+        address = reverse("pairs", args=(self.name,))
+
+        def link(trial: Trial, epoch: int) -> str:
+            return f"{address}?trial={trial.name}&epoch={epoch}"
+
         winner = self.selection.winner if self.selection else None
-        return [ShownTrial(trial, trial.name == winner) for trial in self.run.trials]
+        found = charts(self.run.trials, winner, link)
+        return [
+            Drawn(chart.title, mark_safe(draw(chart)))  # noqa: S308 - escaped where it is drawn
+            for name, chart in found.items()
+            if names is None or name in names
+        ]
+
+    @property
+    def live_charts(self) -> list[Drawn]:
+        """The charts of a run that trains."""
+        return self.charts(LIVE)
+
+    @property
+    def all_charts(self) -> list[Drawn]:
+        """All charts."""
+        return self.charts()
+
+    @cached_property
+    def sparkline(self) -> SafeString:
+        """The trials' validation losses, small; training losses while nothing has been evaluated."""
+        found = charts(self.run.trials, None)
+        chart = found.get("loss") or found.get("training-loss")
+        drawn = sparkline(chart.lines) if chart else ""
+        if not drawn and "training-loss" in found:
+            drawn = sparkline(found["training-loss"].lines)
+        return mark_safe(drawn)  # noqa: S308 - numbers alone
+
+    @cached_property
+    def progress(self) -> Progress | None:
+        """What the process that works on the run wrote last."""
+        return self.run.progress
+
+    @cached_property
+    def job(self) -> Job | None:
+        """The last process that the site started for it."""
+        return jobs.last(("tune", "resume"), self.name)
+
+    @cached_property
+    def worker(self) -> Job | Progress | None:
+        """The process that works on the run now, whoever started it."""
+        candidates = (self.progress, self.job)
+        return next((each for each in candidates if each and jobs.is_alive(each)), None)
 
     @cached_property
     def state(self) -> str:
@@ -123,13 +317,21 @@ class ShownRun:
             return "broken"
         if self.run.complete:
             return "finished"
-        job = Job.objects.filter(name=self.name).first()
-        if job and is_alive(job):
+        if self.worker:
             return "running"
-        # The job has ended; a later change means that the run was resumed elsewhere.
-        if job and Path(job.log).is_file() and self.changed < Path(job.log).stat().st_mtime + 5:
-            return "interrupted"
-        return "running" if time.time() - self.changed < _QUIET_SECONDS else "interrupted"
+        # A process that is not known may be on another machine, or of an earlier version, which wrote no progress.
+        known = self.progress or self.job
+        quiet = time.time() - self.changed > _QUIET_SECONDS
+        return "interrupted" if known or quiet else "running"
+
+    @cached_property
+    def use(self) -> Use | None:
+        """What the run takes of this machine; None if its process is not known."""
+        used = jobs.resources(self.worker) if self.worker else None
+        if used is None:
+            return None
+        memory = psutil.virtual_memory().total / 2**30
+        return Use(used[0], used[1], memory, psutil.cpu_count() or 1)
 
     @cached_property
     def changed(self) -> float:
@@ -141,11 +343,13 @@ class ShownRun:
     def when(self) -> str:
         """The last change as text, in local time."""
         at = datetime.fromtimestamp(self.changed)
-        return f"{at.day} {at:%B %Y, %H:%M}"
+        return f"{at.day} {at:%b %Y, %H:%M}"
 
     @property
     def share(self) -> float:
-        """The share of the training that is done, 0 to 1."""
+        """The share of the time that is over, 0 to 1."""
+        if self.progress:
+            return self.progress.done
         if self.config is None or not self.trials:
             return 0.0
         most = max(self.config.dimensions.get("epochs", [self.config.epochs]))
@@ -154,34 +358,57 @@ class ShownRun:
 
     @property
     def left(self) -> str:
-        """The estimated training time left; empty if unknown."""
-        if self.run.environment is None or not 0.02 < self.share < 1 or self.state != "running":
+        """The estimated time left; empty if unknown."""
+        if self.progress is None or self.progress.seconds_left is None or self.state != "running":
             return ""
-        began = datetime.fromisoformat(self.run.environment.started).timestamp()
-        return duration((time.time() - began) * (1 - self.share) / self.share)
+        return duration(max(0.0, self.progress.seconds_left - (time.time() - self.progress.updated)))
 
     @property
-    def summary(self) -> str:
-        """A line about the run, for the list of runs."""
-        if self.fault:
-            return self.fault
-        if self.selection:
-            return self.selection.why
-        count = len(self.trials)
-        return f"{count} trial{'' if count == 1 else 's'}, {self.share:.0%} of the training"
+    def stage(self) -> str:
+        """What the run is doing."""
+        return self.progress.stage if self.progress else ""
+
+    @property
+    def lineage(self) -> list[str]:
+        """The fingerprints of the weights that the run started from."""
+        found = (trial.record.base_fingerprint for trial in self.run.trials if trial.record)
+        return list(dict.fromkeys(filter(None, found))) or ["not recorded"]
+
+    @property
+    def settings_text(self) -> str:
+        """The settings as they were resolved, with the origin of each value."""
+        return self.paths.config.read_text(encoding="utf-8") if self.paths.config.is_file() else ""
+
+    @property
+    def training_pairs(self) -> int | None:
+        """The number of training pairs."""
+        return self.data.splits["train"].pairs if self.data and "train" in self.data.splits else None
+
+    @property
+    def accuracy(self) -> tuple[float, str] | None:
+        """The winner's accuracy with its interval: on the test pairs, else on the validation pairs."""
+        if not self.selection:
+            return None
+        measured = self.test or self.selection.ranking[0]
+        low, high = measured.intervals["eval_rewards/accuracies"]
+        return measured.metrics.accuracy, f"{measured.metrics.accuracy:.0%} [{low:.0%}, {high:.0%}]"
+
+
+_RANKED = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
+
+
+def _called(name: str) -> str:
+    return {"learning_rate": "Learning rate", "beta": "\N{GREEK SMALL LETTER BETA}"}.get(
+        name, name.replace("_", " ").capitalize()
+    )
+
+
+def _short(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.6f}"
-
-
-def is_alive(job: Job) -> bool:
-    """Whether the job's process is still running."""
-    try:
-        process = psutil.Process(job.pid)
-        return abs(process.create_time() - job.born) < 2 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
 
 
 def all_runs() -> list[ShownRun]:

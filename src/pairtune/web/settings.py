@@ -69,6 +69,7 @@ if DATABASES["default"]["ENGINE"].endswith("sqlite3"):
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
 STATIC_URL = "static/"
+STATICFILES_DIRS = [HERE.parent / "report" / "static"]  # the charts' style sheet, which reports share
 WHITENOISE_USE_FINDERS = True  # no collectstatic: files are served from the packages
 WHITENOISE_AUTOREFRESH = False
 LANGUAGE_CODE = "en-gb"

@@ -1,24 +1,131 @@
-"""Untrusted Markdown to safe HTML."""
+"""Untrusted Markdown to safe HTML: tables, highlighted code, formulas, text in either direction."""
 
 from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import nh3
 from django.utils.html import escape
 from django.utils.safestring import SafeString, mark_safe
+from latex2mathml.converter import convert as to_mathml
 from markdown_it import MarkdownIt
+from markdown_it.renderer import RendererHTML
+from markdown_it.token import Token
+from mdit_py_plugins.dollarmath import dollarmath_plugin
+from mdit_py_plugins.texmath import texmath_plugin
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import get_lexer_by_name
+from pygments.util import ClassNotFound
 
-_MARKDOWN = MarkdownIt("commonmark", {"html": False, "linkify": False, "breaks": True}).enable(
-    ["table", "strikethrough"]
-)
+# Longer code is shown without colours, since an answer is rendered ten times a second while it is written.
+_HIGHLIGHTED = 20_000
+# Two texts with more words in all are compared by difflib's quicker rule, which takes frequent words for noise.
+_COMPARED_EXACTLY = 1_200
+
+_MATHML = {
+    *("math", "mrow", "mi", "mn", "mo", "ms", "mtext", "mspace", "mfrac", "msqrt", "mroot", "msub", "msup", "msubsup"),
+    *("munder", "mover", "munderover", "mtable", "mtr", "mtd", "mstyle", "mpadded", "mphantom", "menclose", "mfenced"),
+}
 _TAGS = {
-    *("p", "br", "em", "strong", "s", "code", "pre", "blockquote", "hr", "ul", "ol", "li"),
+    *("p", "br", "em", "strong", "s", "code", "pre", "blockquote", "hr", "ul", "ol", "li", "div", "span", "button"),
     *("h1", "h2", "h3", "h4", "h5", "h6", "table", "thead", "tbody", "tr", "th", "td", "a"),
+    *_MATHML,
+}
+_MATH_ATTRIBUTES = {
+    *("display", "mathvariant", "stretchy", "fence", "separator", "form", "accent", "accentunder", "columnalign"),
+    *("rowspacing", "columnspacing", "linethickness", "width", "height", "depth", "lspace", "rspace", "minsize"),
+    *("maxsize", "displaystyle", "scriptlevel", "movablelimits", "notation", "open", "close", "separators"),
+}
+_ATTRIBUTES: dict[str, set[str]] = {
+    "a": {"href"},
+    "ol": {"start"},
+    "button": {"type", "data-copy-code"},
+    "div": {"tabindex", "role", "aria-label"},
+    "pre": {"tabindex", "role", "aria-label"},
+    "*": {"dir", "class"},
+    **dict.fromkeys(_MATHML, _MATH_ATTRIBUTES),
 }
 # Control characters except tab and newline, and bidirectional overrides.
 _UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]")
+# Blocks whose direction follows their first strong character.
+_DIRECTED = {
+    *("paragraph_open", "heading_open", "blockquote_open", "bullet_list_open", "ordered_list_open"),
+    *("th_open", "td_open"),
+}
+_FORMATTER = HtmlFormatter(nowrap=True)
+
+
+def _directed(state: Any) -> None:
+    """Let every block find its own direction; a column's alignment becomes a class, since styles are not allowed."""
+    for token in state.tokens:
+        if token.type not in _DIRECTED:
+            continue
+        token.attrSet("dir", "auto")
+        if aligned := re.fullmatch(r"text-align:(right|center)", str(token.attrGet("style") or "")):
+            token.attrSet("class", f"to-{aligned[1]}")
+
+
+def _fence(self: RendererHTML, tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:
+    """A block of code with its language, highlighted, and a button that copies it."""
+    token = tokens[index]
+    language = token.info.split()[0] if token.info.strip() else ""
+    name = escape(language or "code")
+    return (
+        f'<div class="code"><div class="code-head"><span>{name}</span>'
+        f'<button type="button" class="quiet" data-copy-code="">Copy</button></div>'
+        f'<pre tabindex="0" role="group" aria-label="Code: {name}"><code>{_coloured(token.content, language)}'
+        "</code></pre></div>\n"
+    )
+
+
+def _coloured(code: str, language: str) -> str:
+    if not language or len(code) > _HIGHLIGHTED:
+        return str(escape(code))
+    try:
+        return str(highlight(code, get_lexer_by_name(language), _FORMATTER))
+    except ClassNotFound:
+        return str(escape(code))
+
+
+def _math(self: RendererHTML, tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:
+    """A formula as MathML; one that cannot be parsed, such as one still being written, as it was written."""
+    token = tokens[index]
+    block = token.type != "math_inline"
+    try:
+        formula = to_mathml(token.content.strip(), display="block" if block else "inline")
+    except Exception:  # noqa: BLE001 - the converter raises whatever its parser stumbles over, IndexError and KeyError among them
+        formula = f"<code>{escape(token.content)}</code>"
+    return f'<div class="formula" tabindex="0" role="group" aria-label="Formula">{formula}</div>' if block else formula
+
+
+def _table_open(self: RendererHTML, tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:
+    return '<div class="wide" tabindex="0" role="group" aria-label="Table"><table>\n'
+
+
+def _table_close(self: RendererHTML, tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:
+    return "</table></div>\n"
+
+
+def _parser() -> MarkdownIt:
+    parser = MarkdownIt("commonmark", {"html": False, "linkify": False, "breaks": True})
+    parser.enable(["table", "strikethrough"])
+    # $x$ and $$x$$ without space inside or digits around, so that prices stay prices; \(x\) and \[x\].
+    parser.use(dollarmath_plugin, allow_space=False, allow_digits=False, double_inline=True)
+    parser.use(texmath_plugin, delimiters="brackets")
+    parser.core.ruler.push("directed", _directed)
+    for name, rule in {"fence": _fence, "code_block": _fence, "table_open": _table_open}.items():
+        parser.add_render_rule(name, rule)
+    parser.add_render_rule("table_close", _table_close)
+    for name in ("math_inline", "math_inline_double", "math_block", "math_block_label", "math_block_eqno"):
+        parser.add_render_rule(name, _math)
+    return parser
+
+
+_MARKDOWN = _parser()
 
 
 def markdown(text: str) -> SafeString:
@@ -27,20 +134,26 @@ def markdown(text: str) -> SafeString:
     safe = nh3.clean(
         html,
         tags=_TAGS,
-        attributes={"a": {"href"}, "ol": {"start"}},
+        attributes=_ATTRIBUTES,
         url_schemes={"http", "https", "mailto"},
         link_rel="noopener noreferrer nofollow",
     )
     return mark_safe(safe)  # noqa: S308 - sanitised in the line above
 
 
-def marked_differences(one: str, other: str) -> tuple[SafeString, SafeString]:
-    """Both texts, with the words that differ in `<mark>`."""
-    words: list[list[str]] = [re.findall(r"\s+|[^\s]+", text) for text in (one, other)]
-    matcher = difflib.SequenceMatcher(None, words[0], words[1], autojunk=False)
+def plain(text: str) -> str:
+    """Text without characters that hide or reorder others."""
+    return _UNSHOWN.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def marked_differences(before: str, after: str) -> tuple[SafeString, SafeString]:
+    """Both texts: words only in `before` in `<del>`, words only in `after` in `<ins>`."""
+    words: list[list[str]] = [re.findall(r"\s+|[^\s]+", plain(text)) for text in (before, after)]
+    quick = len(words[0]) + len(words[1]) > _COMPARED_EXACTLY
+    matcher = difflib.SequenceMatcher(None, words[0], words[1], autojunk=quick)
     sides: tuple[list[str], list[str]] = ([], [])
     for kind, a, b, c, d in matcher.get_opcodes():
-        for side, part in zip(sides, (words[0][a:b], words[1][c:d]), strict=True):
+        for side, tag, part in ((sides[0], "del", words[0][a:b]), (sides[1], "ins", words[1][c:d])):
             text = escape("".join(part))
-            side.append(f"<mark>{text}</mark>" if kind != "equal" and text.strip() else text)
+            side.append(f"<{tag}>{text}</{tag}>" if kind != "equal" and text.strip() else text)
     return mark_safe("".join(sides[0])), mark_safe("".join(sides[1]))  # noqa: S308 - escaped word by word

@@ -223,7 +223,7 @@ RULES = (
         "beta-ranking",
         "Trials are ranked by losses on different scales",
         "The loss depends on beta, the loss type and its settings, so the same model has a different loss under each.",
-        "Rank by accuracy (--select accuracy) or by win rate (--select win_rate).",
+        "Rank by accuracy (--select accuracy) or by the answers' faults (--select fewer_faults).",
         _ranked_across_betas,
         _no_betas,
     ),

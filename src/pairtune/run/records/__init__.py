@@ -43,6 +43,8 @@ from pairtune.run.records.environment_record import (
     Machine,
     MachineChoices,
 )
+from pairtune.run.records.progress_record import Progress
+from pairtune.run.records.regression_records import RegressedPair, Regressions
 from pairtune.run.records.selection_records import (
     AgainstBase,
     Comparison,
@@ -69,6 +71,7 @@ RECORDS: tuple[type[Record], ...] = (
     Selection,
     TestRecord,
     Generations,
+    Regressions,
     AuditRecord,
 )
 
@@ -100,8 +103,11 @@ __all__ = [
     "Measured",
     "ModelAnswers",
     "Part",
+    "Progress",
     "RankedTrial",
     "Record",
+    "RegressedPair",
+    "Regressions",
     "Rounding",
     "Selection",
     "Share",

@@ -97,7 +97,7 @@ class Generations(AnswersRecord):
 
 
 class Choosing(AnswersRecord):
-    """Answers to validation prompts, by which the rule `win_rate` selects."""
+    """Answers to validation prompts, by which the rule `fewer_faults` selects."""
 
     file = "choosing.json"
 

@@ -1,12 +1,19 @@
-"""Template filters of the site."""
+"""Template filters and tags of the site."""
 
 from __future__ import annotations
 
+import re
+from functools import lru_cache
+
 from django import template
+from django.urls import reverse
+from django.utils.html import format_html
 from django.utils.safestring import SafeString
 
+from pairtune.config import source_name
+from pairtune.report.report_data import BeforeAfter
 from pairtune.run.records import Measured
-from pairtune.web import text
+from pairtune.web import icons, text
 
 register = template.Library()
 
@@ -24,6 +31,32 @@ def interval(entry: Measured, metric: str) -> str:
 
 
 @register.filter
+def changes(both: BeforeAfter) -> tuple[SafeString, SafeString]:
+    """The answers of base and tuned model, with what is only in one of them marked."""
+    return _marked(both.base.text, both.tuned.text)
+
+
+@lru_cache(maxsize=512)  # comparing takes milliseconds, and a page has thirty of them
+def _marked(before: str, after: str) -> tuple[SafeString, SafeString]:
+    return text.marked_differences(before, after)
+
+
+@register.filter
+def plainly(value: str) -> str:
+    """A sentence of the command line without its flags, and a path without the folders above it."""
+    return source_name(re.sub(r", as --[\w-]+ says", ", as you said", value))
+
+
+@register.filter
 def words(value: str) -> list[str]:
     """Split at white space."""
     return value.split()
+
+
+@register.simple_tag
+def icon(name: str) -> SafeString:
+    """Draw an icon of the size of the text around it; the control that it is in needs a name of its own."""
+    if name not in icons.ICONS:
+        raise ValueError(f"{name} is not among the site's icons")
+    address = f"{reverse('icons')}?{icons.version()}#{name}"
+    return format_html('<svg class="icon" aria-hidden="true"><use href="{}"/></svg>', address)

@@ -1,111 +1,297 @@
-// What plain pages cannot do: show an answer while it is written, send with Enter, copy, stop.
+// What pages cannot do by themselves: show answers while they are written, keep what was typed, keyboard and clipboard.
+// htmx swaps parts of pages in; this file follows what it swapped.
 "use strict";
 
-const token = () => document.querySelector("[name=csrfmiddlewaretoken]").value;
+const find = (selector, root = document) => root.querySelector(selector);
+const typing = (target) => target.closest?.("input, textarea, select, [contenteditable]");
 
-function post(url, fields = {}) {
-  return fetch(url, { method: "POST", headers: { "X-CSRFToken": token() }, body: new URLSearchParams(fields) });
+// ---- The conversation stays at its end while the reader is there ----
+const scroller = find("#scroller");
+const latest = find("#latest");
+let atEnd = true;
+
+function toEnd() {
+  atEnd = true;
+  scroller.scrollTop = scroller.scrollHeight;
+  latest.hidden = true;
 }
 
-// Follow the answer to its end, unless the person has scrolled up to read.
-function keepInView(change) {
-  const page = document.scrollingElement;
-  const atEnd = page.scrollHeight - page.scrollTop - page.clientHeight < 80;
-  change();
-  if (atEnd) page.scrollTop = page.scrollHeight;
+function watchTheEnd() {
+  const look = () => {
+    atEnd = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 32;
+    latest.hidden = atEnd;
+  };
+  scroller.addEventListener("scroll", look, { passive: true });
+  // Answers grow, the composer grows, phones turn.
+  const resized = new ResizeObserver(() => (atEnd ? toEnd() : look()));
+  resized.observe(scroller);
+  resized.observe(find("#turns"));
+  latest.addEventListener("click", toEnd);
+  if (find("#turns").children.length) toEnd();
 }
 
-function follow(answer) {
-  const source = new EventSource(answer.dataset.stream);
-  const text = answer.querySelector(".text");
-  source.addEventListener("text", (event) => keepInView(() => { text.innerHTML = event.data; }));
-  source.addEventListener("done", (event) => {
+// ---- Answers while they are written: one stream for each turn ----
+const streams = new Map();
+
+// Only the blocks that changed are replaced, so that a selection in an earlier paragraph survives.
+function show(text, html) {
+  const next = document.createElement("div");
+  next.innerHTML = html;
+  const old = [...text.childNodes];
+  const same = [...next.childNodes].findIndex((node, at) => !old[at]?.isEqualNode(node));
+  if (same < 0 && old.length === next.childNodes.length) return;
+  const from = same < 0 ? next.childNodes.length : same;
+  old.slice(from).forEach((node) => node.remove());
+  text.append(...[...next.childNodes].slice(from));
+}
+
+function follow(turn) {
+  const source = new EventSource(turn.dataset.stream);
+  streams.set(turn, source);
+  const on = (name, then) => source.addEventListener(name, (event) => then(JSON.parse(event.data)));
+  on("text", ({ answer, html }) => {
+    const text = find(`#answer-${answer} .text`);
+    if (text) show(text, html);
+  });
+  on("done", ({ answer, html }) => {
+    const old = find(`#answer-${answer}`);
+    if (!old) return;
+    old.outerHTML = html;
+    htmx.process(find(`#answer-${answer}`));
+  });
+  on("over", () => {
     source.close();
-    keepInView(() => { answer.outerHTML = event.data; });
+    streams.delete(turn);
+    turn.removeAttribute("data-stream");
   });
   // The browser connects again by itself after a break; a page that is gone for good says so.
   source.addEventListener("error", () => {
     if (source.readyState !== EventSource.CLOSED) return;
-    text.insertAdjacentHTML("beforeend", "<p class='notice' role='alert'>The connection broke off. Load the page again.</p>");
+    find(".answer[aria-busy] .text", turn)?.insertAdjacentHTML(
+      "beforeend", "<p class='notice' role='alert'>The connection broke off. Load the page again.</p>");
   });
 }
 
-async function send(form) {
-  const button = form.querySelector(".send");
-  const fault = form.querySelector("#fault");
-  button.disabled = true;
-  fault.hidden = true;
-  try {
-    const answer = await fetch(form.action, { method: "POST", body: new URLSearchParams(new FormData(form)) });
-    if (answer.ok) {
-      window.location.assign(answer.url);
-      if (new URL(answer.url).pathname === window.location.pathname) window.location.reload();
-      return;
-    }
-    const plain = (answer.headers.get("content-type") || "").startsWith("text/plain");
-    fault.textContent = plain ? await answer.text() : `That could not be sent (${answer.status}). Is it too long?`;
-  } catch {
-    fault.textContent = "The site cannot be reached. What you wrote is still here; try again.";
+function followAll() {
+  for (const [turn, source] of streams) {
+    if (turn.isConnected) continue;
+    source.close();
+    streams.delete(turn);
   }
-  fault.hidden = false;
-  button.disabled = false;
+  document.querySelectorAll("[data-stream]").forEach((turn) => { if (!streams.has(turn)) follow(turn); });
 }
 
-function edit(button) {
+// ---- What was typed is kept until it has arrived ----
+const composer = find("#composer");
+const prompt = find("#prompt");
+const kept = `draft ${location.pathname}`;
+
+function tell(form, words) {
+  const fault = find(".fault", form);
+  if (!fault) return;
+  fault.textContent = words;
+  fault.hidden = !words;
+}
+
+function startEdit(button) {
   const said = button.closest(".said");
-  const form = document.querySelector("#composer");
-  const area = form.querySelector("textarea");
-  area.value = said.querySelector(".original").content.textContent;
-  let turn = form.querySelector("[name=turn]");
-  if (!turn) {
-    turn = Object.assign(document.createElement("input"), { type: "hidden", name: "turn" });
-    form.append(turn);
-  }
-  turn.value = button.dataset.edit;
-  area.focus();
+  if (find(".edit", said)) return;
+  const form = find("#edit-form").content.firstElementChild.cloneNode(true);
+  form.action = composer.action;
+  form.setAttribute("hx-post", composer.getAttribute("hx-post"));
+  find("[name=turn]", form).value = button.dataset.edit;
+  find("textarea", form).value = find(".original", said).content.textContent;
+  for (const each of said.children) each.hidden = true;
+  said.append(form);
+  htmx.process(form);
+  find("textarea", form).focus();
 }
 
-async function copy(button) {
-  const text = button.closest(".said, .answer").querySelector(".original").content.textContent;
+function cancelEdit(form) {
+  const said = form.closest(".said");
+  form.remove();
+  for (const each of said.children) each.hidden = false;
+  find("[data-edit]", said).focus();
+}
+
+function nameModels() {
+  const names = [...document.querySelectorAll("#models select")].map((select) => select.value).filter(Boolean);
+  find("#chosen").textContent = [...new Set(names)].join(" beside ") || "No model";
+  document.querySelectorAll("#models .choice").forEach((choice, at) =>
+    choice.classList.toggle("unused", at > 0 && !find("select", choice).value));
+}
+
+function usePreset(button) {
+  for (const [name, value] of Object.entries(JSON.parse(button.dataset.preset))) {
+    const field = find(`#setup [name=${name}]`);
+    if (field) field.value = value ?? "";
+  }
+}
+
+if (composer) {
+  prompt.value ||= sessionStorage.getItem(kept) || "";
+  prompt.addEventListener("input", () => sessionStorage.setItem(kept, prompt.value));
+  document.body.addEventListener("htmx:beforeRequest", (event) => tell(event.target, ""));
+  document.body.addEventListener("htmx:afterRequest", (event) => {
+    if (event.target !== composer || !event.detail.successful) return;
+    sessionStorage.removeItem(kept);
+    prompt.value = "";
+    toEnd();
+  });
+  document.body.addEventListener("htmx:responseError", ({ target, detail: { xhr } }) => {
+    const plain = (xhr.getResponseHeader("content-type") || "").startsWith("text/plain");
+    tell(target, plain ? xhr.responseText : `That could not be sent (${xhr.status}). Is it too long?`);
+  });
+  document.body.addEventListener("htmx:sendError", ({ target }) =>
+    tell(target, "The site cannot be reached. What you wrote is still here; try again."));
+  document.body.addEventListener("htmx:afterSwap", () => { followAll(); if (find("#chosen")) nameModels(); });
+  find("#setup").addEventListener("change", nameModels);
+  watchTheEnd();
+  followAll();
+}
+
+// ---- Clipboard, colours, keyboard ----
+async function copy(button, text) {
+  const before = button.innerHTML;
   try {
     await navigator.clipboard.writeText(text);
     button.textContent = "Copied";
   } catch {
     button.textContent = "Not allowed";
   }
-  setTimeout(() => { button.textContent = "Copy"; }, 1500);
+  setTimeout(() => { button.innerHTML = before; }, 1500);
 }
 
-document.addEventListener("click", async (event) => {
+const themes = ["system", "light", "dark"];
+const themeIcons = { system: "monitor", light: "sun", dark: "moon" };
+const theme = () => document.documentElement.dataset.theme || "system";
+
+function nameTheme() {
+  const button = find("[data-theme-switch]");
+  button.setAttribute("aria-label", `Colours: ${theme() === "system" ? "as the system" : theme()}`);
+  const use = find("use", button);
+  use.setAttribute("href", use.getAttribute("href").replace(/#.*/, `#${themeIcons[theme()]}`));
+}
+
+function nextTheme() {
+  const next = themes[(themes.indexOf(theme()) + 1) % themes.length];
+  if (next === "system") delete document.documentElement.dataset.theme;
+  else document.documentElement.dataset.theme = next;
+  document.cookie = `theme=${next}; path=/; max-age=31536000; samesite=strict`;
+  nameTheme();
+}
+
+document.addEventListener("click", (event) => {
   const button = event.target.closest("button");
   if (!button) return;
-  if ("copy" in button.dataset) await copy(button);
-  else if (button.dataset.edit) edit(button);
-  else if (button.dataset.stop) await post(button.dataset.stop);
-  else if (button.dataset.post) {
-    const answer = await post(button.dataset.post, button.dataset.step ? { step: button.dataset.step } : {});
-    if (answer.ok) window.location.reload();
+  const data = button.dataset;
+  if ("copy" in data) copy(button, find(".original", button.closest(".said, .answer, .copied")).content.textContent);
+  else if ("copyCode" in data) copy(button, find("code", button.closest(".code")).textContent);
+  else if (data.edit) startEdit(button);
+  else if ("cancel" in data) cancelEdit(button.closest(".edit"));
+  else if (data.preset) usePreset(button);
+  else if ("themeSwitch" in data) nextTheme();
+  else if (data.say) {
+    prompt.value = data.say;
+    composer.requestSubmit();
   }
 });
 
 document.addEventListener("submit", (event) => {
-  const form = event.target;
-  if (form.dataset.confirm && !window.confirm(form.dataset.confirm)) event.preventDefault();
-  if (form.id !== "composer") return;
-  event.preventDefault();
-  send(form);
+  const words = event.target.dataset.confirm;
+  if (words && !window.confirm(words)) event.preventDefault();
 });
+
+const coarse = window.matchMedia("(pointer: coarse)").matches;
+const keys = {
+  "/": () => (prompt || find("[type=search]"))?.focus(),
+  n: () => find("[data-key=n]")?.click(),
+  e: () => [...document.querySelectorAll("[data-edit]")].at(-1)?.click(),
+  r: () => document.querySelectorAll(".turn:last-child [data-again]").forEach((button) => button.click()),
+  End: () => scroller && toEnd(),
+  "?": () => find("#keys").togglePopover(),
+};
 
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") document.querySelectorAll("[data-stop]").forEach((button) => button.click());
-  if (event.target.id === "prompt" && event.key === "Enter" && !event.shiftKey && !event.isComposing) {
-    event.preventDefault();
-    event.target.form.requestSubmit();
+  const { key, target } = event;
+  if (key === "Escape") {
+    const edited = target.closest?.(".edit");
+    if (edited) cancelEdit(edited);
+    else if (!find(":popover-open")) document.querySelectorAll("[data-stop]").forEach((button) => button.click());
+    return;
   }
+  // By touch the keyboard has no Shift+Enter, so Enter starts a line there and the button sends.
+  if (key === "Enter" && !event.shiftKey && !event.isComposing && !coarse && target.matches?.("#prompt, .edit textarea")) {
+    event.preventDefault();
+    target.form.requestSubmit();
+    return;
+  }
+  if (typing(target) || event.ctrlKey || event.metaKey || event.altKey || !keys[key]) return;
+  event.preventDefault();
+  keys[key]();
 });
 
-// The model's name says which one is talking; on a narrow screen the list is closed at first.
-document.querySelectorAll("[data-stream]").forEach(follow);
-if (window.matchMedia("(max-width: 800px)").matches) document.querySelector(".drawer")?.removeAttribute("open");
-const turns = document.querySelector("#turns");
-if (turns?.children.length) document.scrollingElement.scrollTop = document.scrollingElement.scrollHeight;
+// ---- Charts: a tooltip at once, instead of the browser's slow one ----
+const tip = document.createElement("div");
+tip.id = "tip";
+tip.hidden = true;
+document.body.append(tip);
+document.addEventListener("pointerover", (event) => {
+  const point = event.target.closest?.(".point");
+  tip.hidden = !point;
+  if (!point) return;
+  const title = find("title", point);
+  if (title) {
+    point.dataset.tip = title.textContent;
+    title.remove();
+  }
+  tip.textContent = point.dataset.tip;
+  const { left, top, width } = point.getBoundingClientRect();
+  tip.style.left = `${Math.max(4, Math.min(left + width / 2 - tip.offsetWidth / 2, innerWidth - tip.offsetWidth - 4))}px`;
+  tip.style.top = `${Math.max(4, top - tip.offsetHeight - 4)}px`;
+});
+
+// ---- Tables that sort, switches, files that are dropped ----
+function sortBy(button) {
+  const header = button.closest("th");
+  const up = header.getAttribute("aria-sort") !== "ascending";
+  header.parentElement.querySelectorAll("th").forEach((each) => each.removeAttribute("aria-sort"));
+  header.setAttribute("aria-sort", up ? "ascending" : "descending");
+  const body = find("tbody", header.closest("table"));
+  const value = (row) => row.cells[header.cellIndex].dataset.value ?? row.cells[header.cellIndex].textContent.trim();
+  const order = (a, b) => {
+    const [one, other] = [value(a), value(b)];
+    if (one === "" || other === "") return (one === "") - (other === "");
+    const difference = isNaN(one) || isNaN(other) ? one.localeCompare(other) : one - other;
+    return up ? difference : -difference;
+  };
+  body.append(...[...body.rows].sort(order));
+}
+
+document.addEventListener("click", (event) => {
+  const button = event.target.closest(".sortable th button");
+  if (button) sortBy(button);
+});
+
+document.addEventListener("input", (event) => {
+  const { target } = event;
+  if (target.dataset.filters) {
+    const words = target.value.toLowerCase().split(/\s+/);
+    for (const row of find(target.dataset.filters).rows) {
+      row.hidden = !words.every((word) => row.textContent.toLowerCase().includes(word));
+    }
+  }
+  if (target.dataset.unmarks) document.querySelectorAll(target.dataset.unmarks).forEach((each) => each.classList.toggle("unmarked", !target.checked));
+});
+
+const drop = find(".drop");
+if (drop) {
+  const file = find("[type=file]", drop);
+  ["dragover", "dragleave", "drop"].forEach((name) => drop.addEventListener(name, (event) => {
+    event.preventDefault();
+    drop.classList.toggle("over", name === "dragover");
+    if (name === "drop" && event.dataTransfer.files.length) file.files = event.dataTransfer.files;
+  }));
+}
+
+nameTheme();
