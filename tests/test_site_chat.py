@@ -49,7 +49,9 @@ def answered(page: Page) -> None:
 
 def is_clear(page: Page, selector: str) -> bool:
     """Whether an element's end is above the composer and below the header."""
-    box, composer = page.locator(selector).last.bounding_box(), page.locator("#composer").bounding_box()
+    composer, box = page.locator("#composer").bounding_box(), None
+    while box is None:  # an answer that is being written is replaced now and then
+        box = page.locator(selector).last.bounding_box()
     return box["y"] + box["height"] <= composer["y"] and box["y"] + box["height"] > 48
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from statistics import median
 
 from pairtune.run.records import Answer, AnswerSummary
@@ -72,6 +73,7 @@ def summarise(prompts: Sequence[str], answers: Sequence[Answer]) -> AnswerSummar
     )
 
 
+@lru_cache(maxsize=4096)  # a page asks again for the same answers
 def _language(text: str) -> str:
     from py3langid import classify  # loading its model takes half a second
 

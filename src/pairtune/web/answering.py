@@ -131,7 +131,7 @@ def history(conversation: Conversation, turn: Turn, slot: int, path: list[Turn])
         turns.append({"role": "user", "content": each.prompt})
         if each.pk == turn.pk:
             break
-        if not (shown := each.shown()):
+        if not (shown := each.shown):
             continue
         last = shown[min(slot, len(shown) - 1)]
         written = _writing.get(last.pk)  # the text so far of an answer in progress

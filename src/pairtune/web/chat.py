@@ -366,7 +366,7 @@ def _as_json(conversation: Conversation) -> dict[str, Any]:
                         "tokens": each.tokens,
                         "thumb": each.thumb or None,
                     }
-                    for each in turn.shown()
+                    for each in turn.shown
                 ],
             }
             for turn in conversation.path()
@@ -380,7 +380,7 @@ def _as_markdown(conversation: Conversation) -> str:
         parts.append(f"**System:** {conversation.system}")
     for turn in conversation.path():
         parts.append(f"**You:** {turn.prompt}")
-        parts += [f"**{each.model}** (`{each.fingerprint}`)**:** {each.text}" for each in turn.shown()]
+        parts += [f"**{each.model}** (`{each.fingerprint}`)**:** {each.text}" for each in turn.shown]
     return "\n\n".join(parts) + "\n"
 
 
@@ -407,7 +407,7 @@ async def events(_: HttpRequest, pk: int) -> StreamingHttpResponse:
     One stream for all of a turn's answers, since browsers open only six connections to a host.
     """
     turn = await aget_object_or_404(Turn, pk=pk)
-    shown = await sync_to_async(turn.shown)()
+    shown = await sync_to_async(lambda: turn.shown)()
 
     async def stream() -> AsyncIterator[str]:
         async for key, writing in answering.follow_all([answer.pk for answer in shown]):
@@ -424,7 +424,7 @@ async def events(_: HttpRequest, pk: int) -> StreamingHttpResponse:
 
 def _finished(pk: int) -> str:
     answer = Answer.objects.select_related("turn").get(pk=pk)
-    shown = next((each for each in answer.turn.shown() if each.pk == pk), answer)
+    shown = next((each for each in answer.turn.shown if each.pk == pk), answer)
     return render_to_string("site/_answer.html", {"answer": shown})
 
 

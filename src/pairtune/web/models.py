@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 from django.db import models
 
@@ -60,6 +61,7 @@ class Turn(models.Model):
 
     place = siblings = 1
 
+    @cached_property
     def shown(self) -> list[Answer]:
         """The answers shown: the current one of each slot."""
         slots: dict[int, list[Answer]] = {}
@@ -75,7 +77,7 @@ class Turn(models.Model):
     @property
     def streams(self) -> bool:
         """Whether one of the answers shown is being written."""
-        return any(answer.state == "writing" for answer in self.shown())
+        return any(answer.state == "writing" for answer in self.shown)
 
 
 class Answer(models.Model):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import psutil
@@ -259,28 +259,17 @@ class ShownRun:
             )
         return found
 
-    def charts(self, names: Sequence[str] | None = None) -> list[Drawn]:
+    def charts(self, names: Sequence[str] | None = None) -> tuple[Drawn, ...]:
         """The charts of these names, or all of them; a point leads to its evaluation's pairs."""
-        address = reverse("pairs", args=(self.name,))
-
-        def link(trial: Trial, epoch: int) -> str:
-            return f"{address}?trial={trial.name}&epoch={epoch}"
-
-        winner = self.selection.winner if self.selection else None
-        found = charts(self.run.trials, winner, link)
-        return [
-            Drawn(chart.title, mark_safe(draw(chart)))  # noqa: S308 - escaped where it is drawn
-            for name, chart in found.items()
-            if names is None or name in names
-        ]
+        return _drawn(self.paths.root, None if names is None else tuple(names), self.changed)
 
     @property
-    def live_charts(self) -> list[Drawn]:
+    def live_charts(self) -> tuple[Drawn, ...]:
         """The charts of a run that trains."""
         return self.charts(LIVE)
 
     @property
-    def all_charts(self) -> list[Drawn]:
+    def all_charts(self) -> tuple[Drawn, ...]:
         """All charts."""
         return self.charts()
 
@@ -392,6 +381,23 @@ class ShownRun:
         measured = self.test or self.selection.ranking[0]
         low, high = measured.intervals["eval_rewards/accuracies"]
         return measured.metrics.accuracy, f"{measured.metrics.accuracy:.0%} [{low:.0%}, {high:.0%}]"
+
+
+@lru_cache(maxsize=64)
+def _drawn(root: Path, names: tuple[str, ...] | None, _: float) -> tuple[Drawn, ...]:
+    """The charts of a run as it was when it changed last."""
+    run = ShownRun(root)
+    address = reverse("pairs", args=(run.name,))
+
+    def link(trial: Trial, epoch: int) -> str:
+        return f"{address}?trial={trial.name}&epoch={epoch}"
+
+    found = charts(run.run.trials, run.selection.winner if run.selection else None, link)
+    return tuple(
+        Drawn(chart.title, mark_safe(draw(chart)))  # noqa: S308 - escaped where it is drawn
+        for name, chart in found.items()
+        if names is None or name in names
+    )
 
 
 _RANKED = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")

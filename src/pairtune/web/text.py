@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import nh3
@@ -128,6 +129,7 @@ def _parser() -> MarkdownIt:
 _MARKDOWN = _parser()
 
 
+@lru_cache(maxsize=1024)  # a conversation's earlier answers are shown with every page of it
 def markdown(text: str) -> SafeString:
     """Render and sanitise; no images, so that nothing is fetched from other hosts."""
     html = _MARKDOWN.render(_UNSHOWN.sub("\N{REPLACEMENT CHARACTER}", text))
@@ -146,6 +148,7 @@ def plain(text: str) -> str:
     return _UNSHOWN.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
+@lru_cache(maxsize=2048)  # comparing takes milliseconds, and a page has dozens of texts
 def marked_differences(before: str, after: str) -> tuple[SafeString, SafeString]:
     """Both texts: words only in `before` in `<del>`, words only in `after` in `<ins>`."""
     words: list[list[str]] = [re.findall(r"\s+|[^\s]+", plain(text)) for text in (before, after)]

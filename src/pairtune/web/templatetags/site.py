@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from functools import lru_cache
+from functools import cache
 
 from django import template
 from django.urls import reverse
@@ -33,12 +33,7 @@ def interval(entry: Measured, metric: str) -> str:
 @register.filter
 def changes(both: BeforeAfter) -> tuple[SafeString, SafeString]:
     """The answers of base and tuned model, with what is only in one of them marked."""
-    return _marked(both.base.text, both.tuned.text)
-
-
-@lru_cache(maxsize=512)  # comparing takes milliseconds, and a page has thirty of them
-def _marked(before: str, after: str) -> tuple[SafeString, SafeString]:
-    return text.marked_differences(before, after)
+    return text.marked_differences(both.base.text, both.tuned.text)
 
 
 @register.filter
@@ -54,6 +49,7 @@ def words(value: str) -> list[str]:
 
 
 @register.simple_tag
+@cache
 def icon(name: str) -> SafeString:
     """Draw an icon of the size of the text around it; the control that it is in needs a name of its own."""
     if name not in icons.ICONS:
