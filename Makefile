@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install docs demo browser test test-gguf bench-serve chaos machines alarms lint format bench bench-grid pins clean
+.PHONY: install docs demo browser test test-gguf bench-serve chaos machines alarms lint format bench bench-grid bench-site pictures pins clean
 
 install: $(INSTALLED)
 
@@ -70,6 +70,16 @@ alarms: lint
 DATA ?= bundled:concise
 bench: install
 	HF_HUB_OFFLINE=1 TQDM_DISABLE=1 $(BIN)/python benchmarks/engine.py $(DATA)
+
+# The pages of the site with a thousand conversations: make bench-site RUNS=runs, with a finished run called demo.
+RUNS ?= runs
+bench-site: install
+	$(BIN)/python benchmarks/site.py $(RUNS)
+
+# Pictures of every page of the site, with a finished run called demo in RUNS, and of the walk from a file to a model.
+pictures: install browser
+	HF_HUB_OFFLINE=1 $(BIN)/python scripts/site_pictures.py $(RUNS) docs/site
+	HF_HUB_OFFLINE=1 PAIRTUNE_PICTURES=docs/site $(BIN)/pytest tests/test_site_walk.py -k walk
 
 # Eight concurrent chats against eight sequential ones, on the demo's run; about five minutes.
 bench-serve: install

@@ -195,7 +195,7 @@ def _told_apart(run: Run, selection: Selection) -> str:
     said = f"; {_both(run, selection.winner, first.name)} cannot be told apart"
     if first.pairs_needed:
         noun = "prompts" if selection.rule == "fewer_faults" else "pairs"
-        said += f", for which about {first.pairs_needed:,} {noun} would be needed"
+        said += f": that would take about {first.pairs_needed:,} {noun}"
     return said
 
 

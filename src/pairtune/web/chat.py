@@ -162,8 +162,9 @@ def _found(words: str) -> list[Conversation]:
     """The latest conversations that contain all words in prompts, answers or title, pinned ones first."""
     found = Conversation.objects.all()
     for word in words.split():
-        matches = Q(title__icontains=word) | Q(turns__prompt__icontains=word) | Q(turns__answers__text__icontains=word)
-        found = found.filter(pk__in=Conversation.objects.filter(matches).values("pk"))
+        prompts = Turn.objects.filter(prompt__icontains=word).values("conversation_id")
+        answers = Answer.objects.filter(text__icontains=word).values("turn__conversation_id")
+        found = found.filter(Q(title__icontains=word) | Q(pk__in=prompts) | Q(pk__in=answers))
     return list(found[:_SHOWN])
 
 
