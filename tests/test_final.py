@@ -11,13 +11,15 @@ from pairtune.config import TrialConfig
 from pairtune.data.table import PairTable
 from pairtune.engine import native
 from pairtune.engine.saved_weights import SavedWeights, evaluate_weights
-from pairtune.engine.summaries import mean_metrics
+from pairtune.engine.summaries import examples_of, mean_metrics
 from pairtune.engine.trial import TrialInputs, load_start
 from pairtune.errors import RunFailed
 from pairtune.models.load import weights_fingerprint
 from pairtune.run.examples import Examples
 from pairtune.run.folder import Run
+from pairtune.run.metrics import EXAMPLE_METRICS
 from pairtune.sweep.final import evaluate_test
+from pairtune.sweep.regressions import MOST, find_regressions
 from pairtune.sweep.select import best_examples, install_best, select_best
 
 
@@ -75,3 +77,14 @@ def test_weights_that_were_not_chosen_are_not_tested(finished):
     weights.write_bytes(weights.read_bytes() + b" ")
     with pytest.raises(RunFailed, match="the weights are not those that were chosen"):
         evaluate_test(results[0].trial, selection, test, base, run)
+
+
+def test_the_pairs_on_which_tuning_hurt_are_kept_with_their_texts(tiny_base):
+    pairs = PairTable.of([make_pair(number) for number in range(20)], tiny_base.tokenizer)
+    margins = [0.5, -0.1, 0.0, -2.0, *(-0.5 - number / 100 for number in range(16))]
+    records = [{**dict.fromkeys(EXAMPLE_METRICS, 0.0), "rewards/margins": margin} for margin in margins]
+    found = find_regressions("test", pairs, examples_of(pairs, records))
+    assert (found.count, found.of, len(found.pairs)) == (18, 20, MOST)
+    worst = found.pairs[0]
+    assert (worst.origin, worst.margin, worst.chosen) == ("test:3", -2.0, "Yes, 3 of them.")
+    assert [each.margin for each in found.pairs] == sorted(margins)[:MOST]

@@ -127,6 +127,8 @@ def test_the_time_left_holds(monkeypatch, tmp_path):
             now.now += 30
             over += 30
             sinks.log("one", evaluation(step=step, epoch=step // 20, loss=0.6, eval_loss=0.5))
+    left.finish("one", "finished", 3)
+    assert left.seconds() == pytest.approx(0.12 * over, rel=0.12)
     progress = run.progress
     assert progress.stage == "training"
     assert progress.pid == os.getpid()

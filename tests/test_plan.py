@@ -44,6 +44,11 @@ def test_trials_side_by_side_cost_less_than_one_after_another():
     assert four.memory["adapters and optimizer"] == 4 * one.memory["adapters and optimizer"] == 4 * 16 * 5_000 * 16
 
 
+def test_a_sampled_search_counts_the_trials_that_it_will_run():
+    found = cost(search="random", trial_count=20, learning_rate=[1e-4, 2e-4])
+    assert (found.trials, found.steps) == (20, 20 * cost().steps)
+
+
 def test_memory_by_hand():
     trial = RunConfig(data=["x"], batch_size=2).trials()[0]
     parts = lockstep_memory(SHAPE, trial, 4, 200, 1, checkpointing=False)

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 from pairtune.config import source_name
 from pairtune.report.phrases import duration
 from pairtune.report.report_data import ReportData
+from pairtune.report.verdict import verdict
 from pairtune.report.write import draw_curves, write_report
 from pairtune.run.folder import Run
 
@@ -171,6 +172,26 @@ def test_a_report_can_be_written_again_from_the_folder_alone(run, tmp_path):
     (tmp_path / "moved" / "COMPLETE").unlink()
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (refused.returncode, "unfinished" in refused.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("against", "accuracy", "said"),
+    [
+        ({"margin": 0.5, "p": 0.001, "better": True}, 0.75, "Better than its base on 75% of 4 pairs that it never saw"),
+        ({"margin": -0.5, "p": 0.001, "better": False}, 0.25, "Worse than its base: 75% of 4 pairs"),
+        ({"margin": 0.5, "p": 0.2, "better": False}, 0.75, "Not shown to be better than its base: 75% of 4 pairs"),
+    ],
+)
+def test_the_verdict_says_no_more_than_the_numbers(run, tmp_path, against, accuracy, said):
+    shutil.copytree(run.root, tmp_path / "run")
+    copy = Run(tmp_path / "run")
+    test = json.loads(copy.paths.test.read_text())
+    test["against_base"], test["metrics"]["eval_rewards/accuracies"] = against, accuracy
+    copy.paths.test.write_text(json.dumps(test))
+    assert verdict(copy).sentence.startswith(said)
+    assert "wins" not in verdict(copy).sentence
+    counts = verdict(copy).hurt
+    assert re.fullmatch(r"\d+ of 4 test pairs and \d+ of 2 answers", counts)
 
 
 def test_words():

@@ -48,11 +48,15 @@ def answered(page: Page) -> None:
 
 
 def is_clear(page: Page, selector: str) -> bool:
-    """Whether an element's end is above the composer and below the header."""
-    composer, box = page.locator("#composer").bounding_box(), None
-    while box is None:  # an answer that is being written is replaced now and then
-        box = page.locator(selector).last.bounding_box()
-    return box["y"] + box["height"] <= composer["y"] and box["y"] + box["height"] > 48
+    """Whether an element's end is above the composer and below the header, as one moment shows it."""
+    clear: bool = page.evaluate(
+        """(selector) => {
+            const {bottom} = [...document.querySelectorAll(selector)].at(-1).getBoundingClientRect();
+            return bottom > 48 && bottom <= document.querySelector("#composer").getBoundingClientRect().top;
+        }""",
+        selector,
+    )
+    return clear
 
 
 def test_a_follow_up_is_seen_and_followed_without_loading_the_page(any_page, chat, talker):

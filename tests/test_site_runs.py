@@ -257,13 +257,17 @@ def test_pairs_are_sorted_marked_as_wrong_and_their_edits_applied(page, site, ru
     page.get_by_label("Show differences").uncheck()
     assert first.locator("ins").first.evaluate("(each) => getComputedStyle(each).boxShadow") == "none"
     first.get_by_role("button", name="Wrong: leave it out").click()
-    expect(first).to_contain_text("left out from the next run on")
+    expect(first).to_contain_text("left out in a run")
     second.get_by_role("button", name="Wrong way round").click()
-    expect(second).to_contain_text("answers swapped from the next run on")
+    expect(second).to_contain_text("answers swapped in a run")
     page.goto(f"{site.url}/runs/small/pairs")
     notice = page.locator("form.notice")
     expect(notice).to_contain_text("2 pairs marked")
-    source = notice.locator("[name=source]").get_attribute("value")
+    notice.get_by_role("button", name="Prepare such a run").click()
+    page.wait_for_url("**/runs/new/*/")
+    assert page.input_value("[name=epochs]") == "2"
+    assert "held-" in page.locator("h1").inner_text() or "train.jsonl" in page.locator("h1").inner_text()
+    (source,) = map(str, (runs.parent.parent).rglob("held*.edits.json"))
     edits = json.loads(Path(source).read_text())
     assert {edit["action"] for edit in edits["edits"]} == {"drop", "swap"}
     assert all(edit["marked"] for edit in edits["edits"])

@@ -150,21 +150,22 @@ def estimate(
         speed: this machine.
     """
     trials = config.trials()
+    count = config.trial_count or len(trials)
     train, held_out = pairs.get("train", 0), pairs.get("validation", 0)
     whole, answers = lengths.whole, lengths.answers
     forward = whole * shape.layers * speed.layer_forward + answers * speed.head_forward
     training = whole * shape.layers * speed.layer_training + 3 * answers * speed.head_forward
     training *= _FULL if config.method == "full" else _ADAPTERS
-    beside = _BESIDE if len(trials) > 1 and config.method == "lora" else 1.0
-    seen = sum(train * trial.epochs for trial in trials)
-    evaluated = sum(held_out * trial.epochs for trial in trials) + pairs.get("test", 0)
+    beside = _BESIDE if count > 1 and config.method == "lora" else 1.0
+    epochs = count / len(trials) * sum(trial.epochs for trial in trials)
+    seen, evaluated = train * epochs, held_out * epochs + pairs.get("test", 0)
     seconds = beside * (seen * training + evaluated * forward * _ADAPTERS) + (train + held_out) * forward
     seconds = seconds * (1 + (_ANSWERING if config.samples != 0 else 0)) + _SECONDS_AROUND
     width, memory = _memory(config, trials, lengths.longest, shape, speed)
     return Cost(
-        trials=len(trials),
+        trials=count,
         side_by_side=width,
-        steps=sum(-(-train // trial.batch_size) * trial.epochs for trial in trials),
+        steps=round(count / len(trials) * sum(-(-train // trial.batch_size) * trial.epochs for trial in trials)),
         seconds=(seconds / _UNCERTAINTY, seconds * _UNCERTAINTY),
         memory=memory,
         fits=sum(memory.values()) <= speed.memory_free,

@@ -183,7 +183,9 @@ def _stages(
 ) -> Run | None:
     kernels = _choose_kernels(config, base, run, processes, console)
     search = open_search(config)
-    steps = {each.name: math.ceil(len(data.train) / each.batch_size) * each.epochs for each in search.trials}
+    planned = config.trials() if config.search == "grid" else []  # other searches propose trials as they go
+    steps = {each.name: math.ceil(len(data.train) / each.batch_size) * each.epochs for each in planned}
+    epochs = {each.name: each.epochs for each in planned}
     shared = f" in {processes.count} processes" if processes.count > 1 else ""
     console.print(
         f"{plural(search.count, 'trial')}, {len(data.train):,} training and "
@@ -191,8 +193,10 @@ def _stages(
         f"{str(base.dtype).removeprefix('torch.')} on {base.device.type}{shared}",
         highlight=False,
     )
-    epochs = {each.name: each.epochs for each in search.trials}
-    left = TimeLeft(steps, epochs, search.count, len(data.validation) / max(1, config.batch_size))
+    left = TimeLeft(steps, epochs, search.count, len(data.validation) / max(1, config.batch_size), config.epochs)
+    for trial in run.trials:
+        if trial.record:  # a resumed run does not start it again
+            left.finish(trial.name, trial.status, trial.best_epoch)
     progress = ProgressSink(run, left) if processes.first else None
     with stop_on_signals(console) as stopping, LiveView(steps, search.count, left, console) as live:
         warn = partial(console.print, style="yellow", highlight=False, soft_wrap=True)

@@ -13,9 +13,7 @@ from pairtune.report.phrases import p_value
 from pairtune.run.examples import Examples
 from pairtune.run.folder import Run
 from pairtune.run.records import LEVELS, Answer, Generations, RegressedPair, Selection
-
-# From this share of pairs on, length predicts the labels; the data's inspection warns from there too.
-_BIASED = 0.6
+from pairtune.statistics import ALPHA
 
 
 @dataclass(frozen=True)
@@ -91,9 +89,9 @@ def learned(run: Run) -> str:
     base = run.environment.base if run.environment else None
     of = source_name(base.hub_id or base.name).rpartition("/")[2] if base else "A model"
     bias = ""
-    if longer and longer.value is not None and not 1 - _BIASED < longer.value < _BIASED:
+    if longer and longer.value is not None and not longer.interval[0] <= 0.5 <= longer.interval[1]:
         which, share = ("longer", longer.value) if longer.value > 0.5 else ("shorter", 1 - longer.value)
-        bias = f", where the {which} answer is preferred {share:.0%} of the time"
+        bias = f", where the {which} answer is preferred in {share:.0%} of the held-out pairs"
     said = f"{of}, tuned on {plural(data.splits['train'].pairs, 'pair')} of {names}{bias}"
     if lengths := _lengths(run.generations, selection.winner):
         before, after = lengths
@@ -179,6 +177,9 @@ def _better(run: Run, selection: Selection) -> str:
     unseen = "that it never saw" if run.test else "that chose it"
     if better:
         return f"Better than its base on {accuracy:.0%} of {plural(pairs, 'pair')} {unseen}"
+    measured = run.test or selection.ranking[0]
+    if measured.against_base.margin < 0 and measured.against_base.p < ALPHA:
+        return f"Worse than its base: {1 - accuracy:.0%} of {plural(pairs, 'pair')} {unseen} speak against it"
     return (
         f"Not shown to be better than its base: {accuracy:.0%} of {plural(pairs, 'pair')} {unseen} speak for it, "
         "which may be chance"
@@ -189,7 +190,7 @@ def _told_apart(run: Run, selection: Selection) -> str:
     if len(selection.ranking) < 2:
         return ""
     if selection.settled:
-        return "; it also beats every other trial"
+        return "; it differs from every other trial"
     open_ones = [each for each in selection.comparisons if not each.differs]
     first = open_ones[0]
     said = f"; {_both(run, selection.winner, first.name)} cannot be told apart"

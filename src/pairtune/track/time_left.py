@@ -30,15 +30,21 @@ class TimeLeft(Sink):
         epochs: number of evaluations of each of these trials.
         count: number of trials in all; those not known yet are taken to be like the mean of the others.
         evaluation_steps: how many steps see as many pairs as an evaluation.
+        usual_epochs: number of evaluations of trials that are not known yet.
     """
 
     def __init__(
-        self, trials: Mapping[str, int], epochs: Mapping[str, int], count: int, evaluation_steps: float
+        self,
+        trials: Mapping[str, int],
+        epochs: Mapping[str, int],
+        count: int,
+        evaluation_steps: float,
+        usual_epochs: int = 1,
     ) -> None:
         self._steps_left = {name: float(steps) for name, steps in trials.items()}
         self._totals, self._epochs = dict(trials), dict(epochs)
         self._evaluations_left = {name: float(number) for name, number in epochs.items()}
-        self._count, self._evaluation_steps = count, evaluation_steps
+        self._count, self._evaluation_steps, self._usual_epochs = count, evaluation_steps, usual_epochs
         self._partly = 0.0  # evaluations that are under way, as a number of whole ones
         self._fresh: set[str] = set()  # trials whose first step has not been made
         self._spent = {"step": 0.0, "evaluation": 0.0, "other": 0.0}
@@ -48,7 +54,7 @@ class TimeLeft(Sink):
     def start(self, trial: str, total_steps: int, steps: int, lines: int) -> None:
         self._spend("other")
         self._totals[trial] = total_steps
-        self._epochs.setdefault(trial, max(self._epochs.values(), default=1))
+        self._epochs.setdefault(trial, self._usual_epochs)
         self._steps_left[trial] = float(total_steps - steps)
         self._evaluations_left[trial] = self._epochs[trial] * (1 - steps / max(1, total_steps))
         self._fresh.add(trial)
@@ -57,7 +63,7 @@ class TimeLeft(Sink):
         if isinstance(line, Evaluation):
             self._spend("evaluation")
             self._units["evaluation"] += 1
-            self._evaluations_left[trial] = float(self._epochs[trial] - line.epoch)
+            self._evaluations_left[trial] = float(max(0, self._epochs[trial] - line.epoch))
             self._partly = 0.0
         elif trial in self._fresh:
             self._spend("other")

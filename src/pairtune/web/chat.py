@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -182,8 +184,10 @@ async def say(request: HttpRequest, pk: int | None = None) -> HttpResponse:
     if not await sync_to_async(asked.is_valid)():
         return asked.refusal()
     edited = request.POST.get("turn", "")
-    conversation, turn, answers = await sync_to_async(_say)(asked, pk, int(edited) if edited.isdecimal() else None)
-    await _start_answers(conversation, turn, answers)
+    number = int(edited) if edited.isdecimal() else None
+    # In a new context, whose database thread does not end with the request.
+    keeping = asyncio.create_task(_say_and_start(asked, pk, number), context=contextvars.Context())
+    conversation, turn = await asyncio.shield(keeping)
     if not request.htmx:
         return redirect("conversation", conversation.pk)
     if pk is None:
@@ -191,6 +195,13 @@ async def say(request: HttpRequest, pk: int | None = None) -> HttpResponse:
         answer["HX-Redirect"] = reverse("conversation", args=(conversation.pk,))
         return answer
     return await sync_to_async(_turns if edited else _turn)(request, conversation, turn.pk)
+
+
+async def _say_and_start(asked: Asked, pk: int | None, edited: int | None) -> tuple[Conversation, Turn]:
+    """Keep a message and start its answers; as one, or a page that closes at once would leave answers unwritten."""
+    conversation, turn, answers = await sync_to_async(_say)(asked, pk, edited)
+    await _start_answers(conversation, turn, answers)
+    return conversation, turn
 
 
 def _turn(request: HttpRequest, conversation: Conversation, pk: int) -> HttpResponse:
@@ -414,7 +425,8 @@ async def events(_: HttpRequest, pk: int) -> StreamingHttpResponse:
         async for key, writing in answering.follow_all([answer.pk for answer in shown]):
             if writing:
                 context = {"text": writing.text, "queue": writing.queue}
-                yield _event("text", key, render_to_string("site/_text.html", context))
+                # In a thread: a long answer takes a while to render, and other requests should not wait for it.
+                yield _event("text", key, await asyncio.to_thread(render_to_string, "site/_text.html", context))
             else:
                 yield _event("done", key, await sync_to_async(_finished)(key))
         yield "event: over\ndata: {}\n\n"

@@ -67,18 +67,18 @@ def export(request: HttpRequest, name: str) -> HttpResponse:
     shown, form = _finished(name), request.POST.get("format", "")
     if form not in FORMATS:
         raise Http404("There is no such format.")
-    number = Job.objects.count() + 1
-    target: Path = settings.PAIRTUNE_SITE / "exports" / f"{number}-{name}-{form}"
-    target.parent.mkdir(parents=True, exist_ok=True)
+    root: Path = settings.PAIRTUNE_SITE / "exports"
+    root.mkdir(parents=True, exist_ok=True)
+    target = Path(tempfile.mkdtemp(dir=root)) / f"{name}-{form}"
     arguments = ["export", str(shown.paths.root), "--format", form, "--to", str(target), *FORMATS[form]]
     started = jobs.start("export", name, arguments, detail=str(target))
-    return render(request, "site/_job.html", _job(started))
+    return render(request, "site/_job.html", job_context(started)) if request.htmx else redirect("run", name)
 
 
 @require_GET
 def job(request: HttpRequest, pk: int) -> HttpResponse:
     """How an export or a publication is getting on."""
-    return render(request, "site/_job.html", _job(get_object_or_404(Job, pk=pk)))
+    return render(request, "site/_job.html", job_context(get_object_or_404(Job, pk=pk)))
 
 
 @require_POST
@@ -88,7 +88,8 @@ def stop(_: HttpRequest, pk: int) -> HttpResponse:
     return redirect("runs")
 
 
-def _job(found: Job) -> dict[str, object]:
+def job_context(found: Job) -> dict[str, object]:
+    """What a page shows of an export or a publication."""
     alive, said = jobs.is_alive(found), jobs.output(found).strip()
     return {
         "job": found,
@@ -107,8 +108,7 @@ def download_export(_: HttpRequest, pk: int) -> HttpResponse:
     folder = Path(found.detail)
     if jobs.is_alive(found) or not folder.is_dir():
         raise Http404("The export is not there.")
-    name = folder.name.partition("-")[2]
-    return _archive(folder, name, f"{name}.zip")
+    return _archive(folder, folder.name, f"{folder.name}.zip")
 
 
 class Publication(forms.Form):
@@ -145,7 +145,7 @@ def push(request: HttpRequest, name: str) -> HttpResponse:
         "card": body,
         "signed_in": _signed_in(),
         "page": "runs",
-        **(_job(last) if last else {}),
+        **(job_context(last) if last else {}),
     }
     return render(request, "site/push.html", context, status=400 if form.errors else 200)
 

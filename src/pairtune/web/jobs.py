@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,9 +31,7 @@ def start(kind: str, subject: str, arguments: Sequence[str], detail: str = "") -
     """
     root: Path = settings.PAIRTUNE_SITE / "jobs"
     root.mkdir(parents=True, exist_ok=True)
-    number = (Job.objects.order_by("-pk").values_list("pk", flat=True).first() or 0) + 1
-    folder = root / f"{number}-{kind}-{slugify(subject)[:40]}"
-    folder.mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{kind}-{slugify(subject)[:40]}-", dir=root))
     with (folder / "out").open("wb") as out, (folder / "log").open("wb") as log:
         process = subprocess.Popen(  # noqa: S603 - our own command
             [sys.executable, "-m", "pairtune", *arguments],
@@ -59,7 +57,7 @@ def is_alive(job: Job | Progress) -> bool:
 def stop(job: Job | Progress) -> None:
     """Ask a process to stop: a run ends after its step, with a checkpoint."""
     if process := _process(job):
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # not an interrupt, which a site started in the background ignores and passes on
 
 
 def resources(job: Job | Progress) -> tuple[float, float] | None:

@@ -32,6 +32,7 @@ from pairtune.report.render_plan import time_range
 from pairtune.resolve_config import resolve
 from pairtune.web import jobs
 from pairtune.web.models import Draft, Job
+from pairtune.web.pair_edits import edited_source
 from pairtune.web.run_view import all_runs, find_run
 
 BUNDLED = "bundled:concise"
@@ -139,16 +140,23 @@ def _keep(upload: UploadedFile) -> Path:
 
 
 @require_POST
-def clone(_: HttpRequest, name: str) -> HttpResponse:
-    """Prepare a run with the settings of another one."""
+def clone(request: HttpRequest, name: str) -> HttpResponse:
+    """Prepare a run with the settings of another one; with `edited`, with its pairs as they were marked."""
     config = find_run(name).config
     if config is None:
         return redirect("run", name)
-    values = config.model_dump(mode="json", exclude_defaults=True) | config.dimensions
-    kept = {key: _as_text(value) for key, value in values.items() if key in OPTIONS and key not in _ELSEWHERE}
+    every = config.model_dump(mode="json") | config.dimensions
+    changed = config.model_dump(mode="json", exclude_defaults=True) | config.dimensions
+    # The form suggests values of its own for some settings, so those are kept even where they are the defaults.
+    kept = {
+        key: _as_text(value)
+        for key, value in (changed | {key: every[key] for key in _INITIAL}).items()
+        if key in OPTIONS and key not in _ELSEWHERE
+    }
+    named = edited_source if request.POST.get("edited") else str
     made = Draft.objects.create(
-        source="\n".join(each.source for each in config.data),
-        held_out="\n".join(each.source for each in config.eval_data or ()),
+        source="\n".join(named(each.source) for each in config.data),
+        held_out="\n".join(named(each.source) for each in config.eval_data or ()),
         model=config.model,
         columns=dict(config.columns),
         confirmed=config.accept_columns,
@@ -161,6 +169,8 @@ def clone(_: HttpRequest, name: str) -> HttpResponse:
 def _as_text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, dict):
+        return str(value.get("source", value))
     return ", ".join(map(_as_text, value)) if isinstance(value, list | tuple) else str(value)
 
 
@@ -239,9 +249,11 @@ def check(request: HttpRequest, pk: int) -> HttpResponse:
         columns = {part: name for name, part in pairs if part in PARTS}
         columns |= {part: value for part in _VALUES if (value := request.POST.get(part, "").strip())}
         made.columns, made.confirmed = columns, False
+    if typed := {field: request.POST[field] for field in Settings().fields if field in request.POST}:
+        made.settings = typed
     made.save()
     _start_check(made)
-    return redirect("draft", pk)
+    return render(request, "site/_check.html", _findings(made)) if request.htmx else redirect("draft", pk)
 
 
 def _field(option: Option) -> forms.Field:
@@ -367,9 +379,7 @@ def draft(request: HttpRequest, pk: int) -> HttpResponse:
         values = form.check(_data_settings(made))
         _check_start(form, made)
         if not form.errors:
-            made.settings = {
-                name: request.POST[name] for name in form.fields if name != "name" and name in request.POST
-            }
+            made.settings = {name: request.POST[name] for name in form.fields if name in request.POST}
             made.save()
             _start(form.cleaned_data["name"], values, made)
             return redirect("runs")

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from django import forms
-from django.conf import settings
 from django.core.paginator import Paginator
-from django.http import HttpRequest, HttpResponse
+from django.http import HttpRequest, HttpResponse, HttpResponseBadRequest
 from django.shortcuts import redirect, render
 from django.urls import reverse
-from django.utils.text import slugify
 from django.views.decorators.http import require_GET, require_POST
 
-from pairtune.config import SourceConfig, source_name
-from pairtune.data.edits import ENDING, Edit, EditList, is_edit_list, pair_hash, read_edits, row_of
+from pairtune.config import SourceConfig
+from pairtune.data.edits import Edit, pair_hash
 from pairtune.data.inspection import odd_lengths
 from pairtune.data.preference import PreferencePair
 from pairtune.data.source_reader import SourceReader
 from pairtune.data.splits import Prompt, group_prompts
 from pairtune.errors import BadInput
-from pairtune.files import fingerprint, write_json
 from pairtune.run.examples import PARTS, Examples, PairIndex
-from pairtune.run.records import dump
+from pairtune.web.pair_edits import Key, by_pair, edits_of, key_of, mark_pair
 from pairtune.web.run_pages import part_or_page
 from pairtune.web.run_view import ShownRun, find_run
 from pairtune.web.text import marked_differences
@@ -132,9 +128,14 @@ class Filter(forms.Form):
 def pairs(request: HttpRequest, name: str) -> HttpResponse:
     """Show the pairs; htmx requests get the list alone."""
     run, form = find_run(name), Filter(request.GET)
-    trial, epoch = _evaluation(run, request)
+    trial, epoch = _evaluation(run, request.GET)
     every, fault = _pairs_of(run, trial, epoch)
-    edits = {(edit.row, edit.pair): edit for each in {pair.source for pair in every} for edit in _edits_of(each).edits}
+    edits: dict[Key, Edit] = {}
+    try:
+        for source in {each.source for each in every if each.source}:
+            edits |= by_pair(edits_of(source))
+    except BadInput as error:
+        fault = fault or str(error)
     shown = every
     if form.is_valid():
         shown = _filtered(every, form.cleaned_data, edits)
@@ -154,28 +155,28 @@ def pairs(request: HttpRequest, name: str) -> HttpResponse:
         "orders": {key: order.name for key, order in ORDERS.items()},
         "trial": trial,
         "epoch": epoch,
-        "edit_lists": [(each, len(_edits_of(each).edits)) for each in _edited_sources(every)],
+        "marked": len(edits),
         "page": "runs",
     }
     return part_or_page(request, "site/_pairs.html", "site/pairs.html", context)
 
 
-def _action(each: ShownPair, edits: dict[tuple[str, str], Edit]) -> str:
+def _action(each: ShownPair, edits: dict[Key, Edit]) -> str:
     """How a pair was marked; empty if it was not."""
-    edit = edits.get((row_of(each.pair), each.hash)) if each.pair else None
+    edit = edits.get(key_of(each.pair)) if each.pair else None
     return edit.action if edit else ""
 
 
-def _evaluation(run: ShownRun, request: HttpRequest) -> tuple[str, int | None]:
+def _evaluation(run: ShownRun, asked: Mapping[str, str]) -> tuple[str, int | None]:
     """The trial and epoch that the pairs are shown with: those asked for, or the winner's best."""
     names = {each.name for each in run.trials}
-    trial, epoch = request.GET.get("trial", ""), request.GET.get("epoch", "")
+    trial, epoch = asked.get("trial", ""), asked.get("epoch", "")
     if trial in names and epoch.isdecimal():
         return trial, int(epoch)
     return (run.selection.winner, run.selection.best_epoch) if run.selection else ("", None)
 
 
-def _filtered(every: list[ShownPair], asked: dict[str, Any], edits: dict[tuple[str, str], Edit]) -> list[ShownPair]:
+def _filtered(every: list[ShownPair], asked: dict[str, Any], edits: dict[Key, Edit]) -> list[ShownPair]:
     words = asked["q"].lower().split()
     near = next((each.group for each in every if each.origin == asked["near"]), None)
     return [
@@ -186,7 +187,7 @@ def _filtered(every: list[ShownPair], asked: dict[str, Any], edits: dict[tuple[s
         and (not asked["shortest"] or min(each.tokens[1:]) >= asked["shortest"])
         and (not asked["disagrees"] or (each.judged is not None and each.judged.margin <= 0))
         and (not asked["found"] or each.findings)
-        and (not asked["marked"] or (each.pair and (row_of(each.pair), each.hash) in edits))
+        and (not asked["marked"] or (each.pair and key_of(each.pair) in edits))
         and (near is None or each.group == near)
         and (not words or each.has(words))
     ]
@@ -200,7 +201,7 @@ def _pairs_of(run: ShownRun, trial: str, epoch: int | None) -> tuple[list[ShownP
     scored = [each.stat().st_mtime_ns for each in files if each.is_file()]
     try:
         return _read(run.paths.root, trial, epoch, file.stat().st_mtime_ns, *scored)
-    except (BadInput, KeyError) as error:
+    except (BadInput, KeyError, OSError) as error:
         return [], f"The run's pair files are damaged ({error})."
 
 
@@ -266,6 +267,7 @@ def _texts(root: Path, _: int) -> tuple[dict[str, tuple[str, PreferencePair]], s
         try:
             source = next((each for each in config.sources if each.source == name), SourceConfig(source=name))
             reader = SourceReader.open(source, "--data", config.reading, config.row_limit(split))
+            reader.edits = None  # pairs as they are in the source, which marks are about
             for _row, pair in reader.parsed():
                 if isinstance(pair, PreferencePair):
                     found[pair.origin] = name, pair
@@ -274,46 +276,21 @@ def _texts(root: Path, _: int) -> tuple[dict[str, tuple[str, PreferencePair]], s
     return found, fault
 
 
-def _edits_file(source: str) -> Path:
-    """The edit list of a source: the source itself if it is one, else a file that the site keeps."""
-    if is_edit_list(source):
-        return Path(source).expanduser()
-    folder: Path = settings.PAIRTUNE_SITE / "edits"
-    return folder / f"{slugify(source_name(source))}-{fingerprint([source])[:6]}{ENDING}"
-
-
-def _edits_of(source: str) -> EditList:
-    file = _edits_file(source) if source else None
-    if file is None or not file.is_file():
-        path = Path(source).expanduser()
-        return EditList(source=str(path.resolve()) if path.exists() else source)
-    return read_edits(file, str(file))
-
-
-def _edited_sources(every: list[ShownPair]) -> list[str]:
-    """The edit lists of these pairs' sources that exist."""
-    sources = dict.fromkeys(each.source for each in every if each.source)
-    return [str(file) for source in sources if (file := _edits_file(source)).is_file()]
-
-
 @require_POST
 def mark(request: HttpRequest, name: str) -> HttpResponse:
     """Mark a pair as wrong (`drop`, or `swap` its answers), or take the mark away (`keep`)."""
     run = find_run(name)
     origin, action = request.POST.get("origin", ""), request.POST.get("action", "")
-    every, _ = _pairs_of(run, *_evaluation(run, request))
+    trial, epoch = _evaluation(run, request.POST)
+    every, _ = _pairs_of(run, trial, epoch)
     shown = next((each for each in every if each.origin == origin and each.pair), None)
     if shown and shown.pair and action in ("drop", "swap", "keep"):
-        known, key = _edits_of(shown.source), (row_of(shown.pair), shown.hash)
-        edits = [edit for edit in known.edits if (edit.row, edit.pair) != key]
-        if action != "keep":
-            reason = request.POST.get("reason", "").strip()[:500]
-            now = datetime.now().astimezone().isoformat(timespec="seconds")
-            edits.append(Edit(row=key[0], pair=key[1], action=action, reason=reason, marked=now))
-        file = _edits_file(shown.source)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, dump(known.model_copy(update={"edits": tuple(edits)})))
+        try:
+            mark_pair(shown.source, shown.pair, action)
+        except BadInput as error:
+            return HttpResponseBadRequest(str(error), content_type="text/plain; charset=utf-8")
         if request.htmx:
-            context = {"each": shown, "action": "" if action == "keep" else action, "run": run}
+            marked = "" if action == "keep" else action
+            context = {"each": shown, "action": marked, "run": run, "trial": trial, "epoch": epoch}
             return render(request, "site/_pair.html", context)
     return redirect(reverse("pairs", args=(name,)))

@@ -24,8 +24,8 @@ from pairtune.report.charts import Chart, Line, draw
 from pairtune.report.report_data import COLUMNS
 from pairtune.report.series import charts
 from pairtune.web import jobs
-from pairtune.web.exports import CALLED
-from pairtune.web.models import RunNote, latest_jobs
+from pairtune.web.exports import CALLED, job_context
+from pairtune.web.models import Job, RunNote, latest_jobs
 from pairtune.web.run_view import Drawn, ShownRun, all_runs, find_run
 
 _MOST_COMPARED = 4
@@ -53,7 +53,9 @@ def runs(request: HttpRequest) -> HttpResponse:
 def run(request: HttpRequest, name: str) -> HttpResponse:
     """Show one run."""
     shown = find_run(name)
-    return render(request, "site/run.html", _context(shown) | {"note": RunNote.objects.filter(run=name).first()})
+    export = jobs.last(("export",), name)
+    more = {"note": RunNote.objects.filter(run=name).first(), **(job_context(export) if export else {})}
+    return render(request, "site/run.html", _context(shown) | more)
 
 
 @require_GET
@@ -108,8 +110,8 @@ def resume(_: HttpRequest, name: str) -> HttpResponse:
 @require_POST
 def dismiss(_: HttpRequest, name: str) -> HttpResponse:
     """Forget the jobs of a run that left no folder."""
-    for job in latest_jobs(("tune",)):
-        if job.subject == name and not jobs.is_alive(job):
+    for job in Job.objects.filter(kind="tune", subject=name):
+        if not jobs.is_alive(job):
             job.delete()
     return redirect("runs")
 

@@ -132,7 +132,7 @@ _MARKDOWN = _parser()
 @lru_cache(maxsize=1024)  # a conversation's earlier answers are shown with every page of it
 def markdown(text: str) -> SafeString:
     """Render and sanitise; no images, so that nothing is fetched from other hosts."""
-    html = _MARKDOWN.render(_UNSHOWN.sub("\N{REPLACEMENT CHARACTER}", text))
+    html = _MARKDOWN.render(plain(text))
     safe = nh3.clean(
         html,
         tags=_TAGS,
@@ -144,8 +144,8 @@ def markdown(text: str) -> SafeString:
 
 
 def plain(text: str) -> str:
-    """Text without characters that hide or reorder others."""
-    return _UNSHOWN.sub("\N{REPLACEMENT CHARACTER}", text)
+    """Text with plain line ends, and without characters that hide or reorder others."""
+    return _UNSHOWN.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 @lru_cache(maxsize=2048)  # comparing takes milliseconds, and a page has dozens of texts

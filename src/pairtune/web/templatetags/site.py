@@ -25,6 +25,12 @@ def markdown(value: str) -> SafeString:
 
 
 @register.filter
+def unfinished(value: str) -> SafeString:
+    """Render the Markdown of an answer that is being written; not kept, since it changes at once."""
+    return text.markdown.__wrapped__(value)
+
+
+@register.filter
 def interval(entry: Measured, metric: str) -> str:
     """Format a metric with its 95 % interval."""
     return entry.with_interval(metric)

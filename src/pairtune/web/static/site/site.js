@@ -52,12 +52,14 @@ function follow(turn) {
   on("text", ({ answer, html }) => {
     const text = find(`#answer-${answer} .text`);
     if (text) show(text, html);
+    if (atEnd) toEnd();
   });
   on("done", ({ answer, html }) => {
     const old = find(`#answer-${answer}`);
     if (!old) return;
     old.outerHTML = html;
     htmx.process(find(`#answer-${answer}`));
+    if (atEnd) toEnd();
   });
   on("over", () => {
     source.close();
@@ -86,12 +88,33 @@ const composer = find("#composer");
 const prompt = find("#prompt");
 const kept = `draft ${location.pathname}`;
 
+// At the form that it is about, or else in a corner of the page.
 function tell(form, words) {
-  const fault = find(".fault", form);
-  if (!fault) return;
+  const fault = find(".fault[role=alert]", form) || find("#status");
   fault.textContent = words;
   fault.hidden = !words;
 }
+
+document.body.addEventListener("htmx:responseError", ({ target, detail: { xhr } }) => {
+  const plain = (xhr.getResponseHeader("content-type") || "").startsWith("text/plain");
+  tell(target, plain ? xhr.responseText : `That could not be sent (${xhr.status}). Is it too long?`);
+});
+document.body.addEventListener("htmx:sendError", ({ target }) =>
+  tell(target, "The site cannot be reached. What you wrote is still here; try again."));
+
+// ---- Parts that renew themselves leave alone what a person is using ----
+const renewed = "#runs, #live, #check, #models";
+const inUse = (part) => part.contains(document.activeElement) || find("input[type=checkbox]:checked, details[open]", part)
+  || [...part.querySelectorAll("[type=search]")].some((field) => field.value);
+const written = () => [...document.querySelectorAll("textarea, .card input[name=tags]")].some((field) => field.value !== field.defaultValue);
+document.body.addEventListener("htmx:beforeRequest", (event) => {
+  const { target, detail } = event;
+  if (!target.matches(renewed) || detail.requestConfig.verb !== "get") tell(target, "");
+  else if (inUse(target)) event.preventDefault();
+});
+document.body.addEventListener("htmx:beforeOnLoad", (event) => {
+  if (event.detail.xhr.getResponseHeader("HX-Refresh") && written()) event.preventDefault();
+});
 
 function startEdit(button) {
   const said = button.closest(".said");
@@ -131,19 +154,16 @@ function usePreset(button) {
 if (composer) {
   prompt.value ||= sessionStorage.getItem(kept) || "";
   prompt.addEventListener("input", () => sessionStorage.setItem(kept, prompt.value));
-  document.body.addEventListener("htmx:beforeRequest", (event) => tell(event.target, ""));
+  let sent = "";
+  document.body.addEventListener("htmx:beforeRequest", ({ target }) => { if (target === composer) sent = prompt.value; });
   document.body.addEventListener("htmx:afterRequest", (event) => {
     if (event.target !== composer || !event.detail.successful) return;
-    sessionStorage.removeItem(kept);
-    prompt.value = "";
+    if (prompt.value === sent) {  // else somebody has written on
+      sessionStorage.removeItem(kept);
+      prompt.value = "";
+    }
     toEnd();
   });
-  document.body.addEventListener("htmx:responseError", ({ target, detail: { xhr } }) => {
-    const plain = (xhr.getResponseHeader("content-type") || "").startsWith("text/plain");
-    tell(target, plain ? xhr.responseText : `That could not be sent (${xhr.status}). Is it too long?`);
-  });
-  document.body.addEventListener("htmx:sendError", ({ target }) =>
-    tell(target, "The site cannot be reached. What you wrote is still here; try again."));
   document.body.addEventListener("htmx:afterSwap", () => { followAll(); if (find("#chosen")) nameModels(); });
   find("#setup").addEventListener("change", nameModels);
   watchTheEnd();
@@ -152,7 +172,7 @@ if (composer) {
 
 // ---- Clipboard, colours, keyboard ----
 async function copy(button, text) {
-  const before = button.innerHTML;
+  const before = (button.before ??= button.innerHTML);
   try {
     await navigator.clipboard.writeText(text);
     button.textContent = "Copied";
@@ -214,6 +234,7 @@ const keys = {
 
 document.addEventListener("keydown", (event) => {
   const { key, target } = event;
+  if (event.isComposing) return;
   if (key === "Escape") {
     const edited = target.closest?.(".edit");
     if (edited) cancelEdit(edited);
