@@ -11,8 +11,9 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+import yaml
 from axe_playwright_python.sync_playwright import Axe
-from conftest import make_pair, write_pairs
+from conftest import make_pair, small_run, write_pairs
 from playwright.sync_api import Page, expect
 from site_server import NEEDS_CHROMIUM, PATIENCE, Site, say, wait_done, watched
 
@@ -144,6 +145,26 @@ def test_a_run_is_stopped_resumed_and_cloned(page, site, runs, tiny_model):
     assert page.input_value("[name=epochs]") == "40"
     assert page.input_value("[name=learning_rate]") == "0.001"
     assert "many.jsonl" in page.locator("h1").inner_text()
+
+
+def test_a_clone_keeps_weights_and_columns_of_single_sources(page, site, runs, tiny_model):
+    folder = runs.parent
+    renamed = [line.replace('"prompt"', '"question"') for line in write_pairs(folder / "a.jsonl", range(8)).open()]
+    (folder / "renamed.jsonl").write_text("".join(renamed))
+    plain = write_pairs(folder / "plain-one.jsonl", range(300, 308))
+    columns = {"prompt": "question"}
+    sources = [
+        {"source": str(folder / "renamed.jsonl"), "weight": 2, "columns": columns},
+        {"source": str(plain), "weight": 1},
+    ]
+    small_run(tiny_model, folder, data=sources, samples=0, accept_columns=True, out=runs / "mixed")
+    page.goto(f"{site.url}/runs/mixed/")
+    page.get_by_role("button", name="Clone").click()
+    page.wait_for_url("**/runs/new/*/")
+    expect(page.locator("#check .state").first).to_be_visible(timeout=PATIENCE)
+    number = page.url.rstrip("/").rpartition("/")[2]
+    (file,) = folder.parent.rglob(f"drafts/{number}.yaml")
+    assert yaml.safe_load(file.read_text())["data"] == sources
 
 
 def test_a_job_that_fails_after_its_start_says_why(page, site, runs, tiny_model):

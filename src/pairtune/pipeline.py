@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from rich.console import Console
 
-from pairtune.config import RunConfig
+from pairtune.config import RunConfig, TrialConfig
 from pairtune.data.prepare import PreparedData, prepare_data
 from pairtune.engine.kernels import Kernels
 from pairtune.engine.processes import Processes
@@ -44,6 +44,7 @@ from pairtune.run.records import (
     Generations,
     Selection,
     SweepRecord,
+    TrialRecord,
 )
 from pairtune.sweep.final import evaluate_test
 from pairtune.sweep.regressions import find_regressions
@@ -167,25 +168,51 @@ def _carry_out(
 ) -> Run | None:
     """Run every stage after the data, or those that are left."""
     try:
-        return _stages(config, base, data, run, processes, console)
+        kernels = _choose_kernels(config, base, run, processes, console)
+        search = open_search(config)
+        results, progress, trackers = _train(config, base, data, run, processes, console, search, kernels)
+        selection: Selection | None = None
+        if progress:
+            progress.stage("comparing the trials")
+            selection = _select(config, base, data, run, results, console)
+        selection = processes.from_first(selection)
+        assert selection is not None  # noqa: S101 - the first process sets it
+        if len(data.test) and not processes.from_first(run.paths.test.is_file()):
+            if progress:
+                progress.stage("evaluating the test pairs")
+            _test(search.trial(selection.winner), selection, data, base, run, kernels, console)
+        if progress:
+            if config.samples != 0:
+                progress.stage("answering held-out prompts")
+                _write_generations(config, data, base, run, console)
+            progress.stage("writing the report")
+            _conclude(data, run, selection, trackers)
+            if config.push:
+                _push(config, config.push, run, console)
+        processes.wait()
     finally:
         if processes.first:
             forget_process(run)
+    return run if processes.first else None
 
 
-def _stages(
+def _train(
     config: RunConfig,
     base: LoadedBase,
     data: PreparedData,
     run: Run,
     processes: Processes,
     console: Console,
-) -> Run | None:
-    kernels = _choose_kernels(config, base, run, processes, console)
-    search = open_search(config)
+    search: Search,
+    kernels: Kernels,
+) -> tuple[list[TrialRecord], ProgressSink | None, list[TrackerSink]]:
+    """Train all trials, or those that are left.
+
+    Returns:
+        The records of the trials, and the sinks that later stages report to; in the first process only.
+    """
     planned = config.trials() if config.search == "grid" else []  # other searches propose trials as they go
     steps = {each.name: math.ceil(len(data.train) / each.batch_size) * each.epochs for each in planned}
-    epochs = {each.name: each.epochs for each in planned}
     shared = f" in {processes.count} processes" if processes.count > 1 else ""
     console.print(
         f"{plural(search.count, 'trial')}, {len(data.train):,} training and "
@@ -193,6 +220,7 @@ def _stages(
         f"{str(base.dtype).removeprefix('torch.')} on {base.device.type}{shared}",
         highlight=False,
     )
+    epochs = {each.name: each.epochs for each in planned}
     left = TimeLeft(steps, epochs, search.count, len(data.validation) / max(1, config.batch_size), config.epochs)
     for trial in run.trials:
         if trial.record:  # a resumed run does not start it again
@@ -210,44 +238,51 @@ def _stages(
         finally:
             for tracker in trackers:
                 tracker.interrupt()  # does nothing once all trials have ended
-    selection: Selection | None = None
-    if progress:
-        progress.stage("comparing the trials")
-        wins = _wins_on_validation(config, data, base, run, console) if config.select == "fewer_faults" else None
-        examples = best_examples(run, results)
-        records = {name: each.metrics for name, each in examples.items()}
-        groups = next(iter(examples.values())).groups
-        chosen = select_best(results, records, config.select, wins, groups)
-        warnings = chosen.warnings + rounding_warnings(run.need(SweepRecord), chosen)
-        selection = chosen.model_copy(update={"examples": summarise_best(examples), "warnings": warnings})
-        if not run.paths.test.is_file():  # else a killed run had got past this point: its selection stands
-            install_best(run, results, selection)
-    selection = processes.from_first(selection)
-    assert selection is not None  # noqa: S101 - the first process sets it
-    if len(data.test) and not processes.from_first(run.paths.test.is_file()):
-        with console.status("evaluating the test pairs") as status:
-            total = len(data.test)
-            if progress:
-                progress.stage("evaluating the test pairs")
-            evaluate_test(
-                search.trial(selection.winner),
-                selection,
-                data.test,
-                base,
-                run,
-                kernels,
-                lambda done: status.update(f"evaluating the test pairs: {done}/{total}"),
-            )
-    if progress:
-        if config.samples != 0:
-            progress.stage("answering held-out prompts")
-            _write_generations(config, data, base, run, console)
-        progress.stage("writing the report")
-        _conclude(data, run, selection, trackers)
-        if config.push:
-            _push(config, config.push, run, console)
-    processes.wait()
-    return run if processes.first else None
+    return results, progress, trackers
+
+
+def _select(
+    config: RunConfig,
+    base: LoadedBase,
+    data: PreparedData,
+    run: Run,
+    results: Sequence[TrialRecord],
+    console: Console,
+) -> Selection:
+    """Select the best trial, and install its weights."""
+    wins = _wins_on_validation(config, data, base, run, console) if config.select == "fewer_faults" else None
+    examples = best_examples(run, results)
+    records = {name: each.metrics for name, each in examples.items()}
+    groups = next(iter(examples.values())).groups
+    chosen = select_best(results, records, config.select, wins, groups)
+    warnings = chosen.warnings + rounding_warnings(run.need(SweepRecord), chosen)
+    selection = chosen.model_copy(update={"examples": summarise_best(examples), "warnings": warnings})
+    if not run.paths.test.is_file():  # else a killed run had got past this point: its selection stands
+        install_best(run, results, selection)
+    return selection
+
+
+def _test(
+    trial: TrialConfig,
+    selection: Selection,
+    data: PreparedData,
+    base: LoadedBase,
+    run: Run,
+    kernels: Kernels,
+    console: Console,
+) -> None:
+    """Evaluate the selected trial on the test pairs."""
+    total = len(data.test)
+    with console.status("evaluating the test pairs") as status:
+        evaluate_test(
+            trial,
+            selection,
+            data.test,
+            base,
+            run,
+            kernels,
+            lambda done: status.update(f"evaluating the test pairs: {done}/{total}"),
+        )
 
 
 def _conclude(data: PreparedData, run: Run, selection: Selection, trackers: Sequence[TrackerSink]) -> None:

@@ -12,6 +12,11 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
+def short(value: object) -> str:
+    """A setting's value; numbers without needless digits."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def p_value(value: float) -> str:
     """A p-value; small ones as an upper bound."""
     return f"p = {value:.3f}" if value >= 0.001 else "p < 0.001"

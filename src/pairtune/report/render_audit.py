@@ -69,14 +69,11 @@ def _line(finding: Finding, *, title: bool = True) -> str:
 
 def audit_markdown(audit: AuditRecord) -> str:
     """The full audit as a Markdown document, one section per rule."""
-    by_rule: dict[str, list[Finding]] = {}
-    for finding in audit.findings:
-        by_rule.setdefault(finding.rule, []).append(finding)
     lines = [f"# Audit of {source_name(audit.source)}", ""]
     lines += [f"{audit.kind}, {plural(len(audit.trials), 'trial')}. Verdict: {audit.verdict}.", ""]
-    for rule, findings in by_rule.items():
+    for findings in audit.by_rule():
         first = findings[0]
-        lines += [f"## {first.title} ({first.level}, `{rule}`)", ""]
+        lines += [f"## {first.title} ({first.level}, `{first.rule}`)", ""]
         lines += [f"- {_line(finding, title=False)}" for finding in findings]
         lines += ["", first.explanation, "", f"**What to do:** {first.advice}", ""]
     lines += [f"Passed: {', '.join(audit.passed) or 'nothing'}.", ""]

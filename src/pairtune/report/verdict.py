@@ -1,4 +1,4 @@
-"""What a run's records come to: a sentence, a few big numbers, and where tuning hurt. No number is computed anew."""
+"""What a run's records come to: a sentence, a few big numbers, and where tuning hurt."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pairtune.config import source_name
 from pairtune.errors import BadInput, plural
 from pairtune.evaluate.winrate import FAULTS, faults_of
-from pairtune.report.phrases import p_value
+from pairtune.report.phrases import p_value, short
 from pairtune.run.examples import Examples
 from pairtune.run.folder import Run
-from pairtune.run.records import LEVELS, Answer, Generations, RegressedPair, Selection
+from pairtune.run.records import LEVELS, Answer, Generations, RankedTrial, RegressedPair, Selection, TestRecord
 from pairtune.statistics import ALPHA
 
 
@@ -157,33 +157,24 @@ def _answered(generations: Generations | None, winner: str) -> list[tuple[str, A
     return list(zip(prompts, base, tuned, strict=True))
 
 
-def _measured(run: Run, selection: Selection) -> tuple[float, tuple[float, float], int, bool, float]:
-    """Accuracy, its interval, number of pairs, whether it is better than the base, and the p-value of that."""
-    if test := run.test:
-        accuracy, pairs, against = "eval_rewards/accuracies", test.pairs, test.against_base
-        return test.metrics.accuracy, test.intervals[accuracy], pairs, against.better, against.p
-    best = selection.ranking[0]
-    return (
-        best.metrics.accuracy,
-        best.intervals["eval_rewards/accuracies"],
-        selection.validation_pairs,
-        best.against_base.better,
-        best.against_base.p,
-    )
+def _measured(run: Run, selection: Selection) -> tuple[TestRecord | RankedTrial, int]:
+    """The winner's evaluation that counts, on the test pairs if there are some, and its number of pairs."""
+    if run.test:
+        return run.test, run.test.pairs
+    return selection.ranking[0], selection.validation_pairs
 
 
 def _better(run: Run, selection: Selection) -> str:
-    accuracy, _, pairs, better, _ = _measured(run, selection)
-    unseen = "that it never saw" if run.test else "that chose it"
-    if better:
-        return f"Better than its base on {accuracy:.0%} of {plural(pairs, 'pair')} {unseen}"
-    measured = run.test or selection.ranking[0]
-    if measured.against_base.margin < 0 and measured.against_base.p < ALPHA:
-        return f"Worse than its base: {1 - accuracy:.0%} of {plural(pairs, 'pair')} {unseen} speak against it"
-    return (
-        f"Not shown to be better than its base: {accuracy:.0%} of {plural(pairs, 'pair')} {unseen} speak for it, "
-        "which may be chance"
-    )
+    measured, count = _measured(run, selection)
+    accuracy, against = measured.metrics.accuracy, measured.against_base
+    pairs = f"{plural(count, 'pair')} that {'it never saw' if run.test else 'chose it'}"
+    if against.better and accuracy > 0.5:
+        return f"Better than its base on {accuracy:.0%} of {pairs}"
+    if against.better:
+        return f"Better than its base on average, though only on {accuracy:.0%} of {pairs}"
+    if against.margin < 0 and against.p < ALPHA:
+        return f"Worse than its base: {1 - accuracy:.0%} of {pairs} speak against it"
+    return f"Not shown to be better than its base: {accuracy:.0%} of {pairs} speak for it, which may be chance"
 
 
 def _told_apart(run: Run, selection: Selection) -> str:
@@ -208,18 +199,14 @@ def _both(run: Run, one: str, other: str) -> str:
     names = [name for name in ("learning_rate", "beta", *a.varied) if getattr(a, name) != getattr(b, name)]
     if len(names) == 1:
         (name,) = names
-        return f"{name.replace('_', ' ')}s {_short(getattr(a, name))} and {_short(getattr(b, name))}"
+        return f"{name.replace('_', ' ')}s {short(getattr(a, name))} and {short(getattr(b, name))}"
     return f"{run.trial(one).label} and {run.trial(other).label}"
 
 
-def _short(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def _numbers(run: Run, selection: Selection) -> list[BigNumber]:
-    accuracy, (low, high), pairs, _, p = _measured(run, selection)
+    measured, pairs = _measured(run, selection)
     of = "test pairs, evaluated once" if run.test else "validation pairs, which also chose the winner"
-    measured = run.test or selection.ranking[0]
+    accuracy, (low, high) = measured.metrics.accuracy, measured.intervals["eval_rewards/accuracies"]
     margin, (least, most) = measured.metrics.margin, measured.intervals["eval_rewards/margins"]
     found = [
         BigNumber(
@@ -232,7 +219,7 @@ def _numbers(run: Run, selection: Selection) -> list[BigNumber]:
             "Reward margin",
             f"{margin:.2f}",
             f"{least:.2f} to {most:.2f}",
-            f"mean over the same pairs; the base's is 0 ({p_value(p)})",
+            f"mean over the same pairs; the base's is 0 ({p_value(measured.against_base.p)})",
         ),
     ]
     if lengths := _lengths(run.generations, selection.winner):

@@ -17,7 +17,7 @@ from pairtune.report.report_data import COLUMNS, WATTS, ReportData
 from pairtune.report.series import SERIES, charts
 from pairtune.report.verdict import disagreements, fault_counts, regressed_pairs, verdict, worse_prompts
 from pairtune.run.folder import Run
-from pairtune.run.records import LEVELS, Finding, Measured, ModelAnswers, Selection, Share
+from pairtune.run.records import Measured, ModelAnswers, Selection, Share
 
 
 def write_report(run: Run) -> None:
@@ -42,7 +42,7 @@ def write_report(run: Run) -> None:
         "faults": fault_counts(gathered.generations, winner),
         "labels": {trial.name: trial.label for trial in gathered.trials},
         "colours": {trial.name: number % COLOURS for number, trial in enumerate(gathered.trials)},
-        "findings": _by_rule(gathered),
+        "findings": gathered.audit.by_rule() if gathered.audit else [],
         "columns": COLUMNS,
         "watts": WATTS,
     }
@@ -60,15 +60,6 @@ def draw_curves(gathered: ReportData) -> dict[str, str]:
 
 def _row_id(trial: str, epoch: int) -> str:
     return f"{trial}-epoch-{epoch}"
-
-
-def _by_rule(gathered: ReportData) -> list[list[Finding]]:
-    """The audit's findings, those of one rule together, the worst first."""
-    groups: dict[str, list[Finding]] = {}
-    findings = gathered.audit.findings if gathered.audit else []
-    for finding in sorted(findings, key=lambda each: LEVELS.index(each.level)):
-        groups.setdefault(finding.rule, []).append(finding)
-    return list(groups.values())
 
 
 def render(template: str, **values: Any) -> str:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from asgiref.sync import sync_to_async
-from django import forms
 from django.db import transaction
 from django.db.models import Q
 from django.http import HttpRequest, HttpResponse, HttpResponseBadRequest, JsonResponse, StreamingHttpResponse
@@ -23,71 +22,13 @@ from django.utils.text import slugify
 from django.views.decorators.http import require_GET, require_POST
 
 from pairtune.web import answering, backend
+from pairtune.web.chat_forms import MOST_MODELS, SAMPLING, Asked, Setup
 from pairtune.web.introduction import Introduction, introduce
 from pairtune.web.models import Answer, Conversation, Preset, Turn, Vote
 
+T = TypeVar("T")
+
 _SHOWN = 50  # conversations listed; search finds the others
-_LONGEST = 1_200_000  # characters of a prompt: beyond any model's context, below the request limit
-_LONGEST_SYSTEM = 20_000
-MOST_MODELS = 4
-SAMPLING = {"temperature": 0.7, "top_p": 1.0, "max_tokens": 512, "seed": None}
-
-
-class ModelNames(forms.Field):
-    """The names of one to four models, each once."""
-
-    widget = forms.SelectMultiple
-
-    def clean(self, value: Any) -> list[str]:
-        """The names that were given, in their order."""
-        names = list(dict.fromkeys(filter(None, value or [])))
-        if not names:
-            raise forms.ValidationError("There is no model to answer yet. What you wrote stays here.")
-        if len(names) > MOST_MODELS or max(map(len, names)) > 300:
-            raise forms.ValidationError(f"Choose at most {MOST_MODELS} models.")
-        return names
-
-
-class Setup(forms.Form):
-    """The system message and the sampling parameters."""
-
-    system = forms.CharField(max_length=_LONGEST_SYSTEM, required=False, strip=False)
-    temperature = forms.FloatField(min_value=0, max_value=2, label="Temperature")
-    top_p = forms.FloatField(min_value=0.01, max_value=1, label="Top-p")
-    max_tokens = forms.IntegerField(min_value=1, max_value=8192, label="Most tokens")
-    seed = forms.IntegerField(min_value=0, max_value=2**31 - 1, required=False, label="Seed")
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """The sampling parameters."""
-        return {name: self.cleaned_data[name] for name in SAMPLING}
-
-    def clean_system(self) -> str:
-        """The system message; white space alone is none."""
-        text: str = self.cleaned_data["system"].replace("\r\n", "\n")
-        return text if text.strip() else ""
-
-    def refusal(self) -> HttpResponse:
-        """The first error of every field, a line each, in words."""
-        lines = []
-        for name, errors in self.errors.items():
-            label = "" if name in ("prompt", "model", "__all__") else f"{self.fields[name].label or name}: "
-            lines.append(f"{label}{errors[0]}")
-        return HttpResponseBadRequest("\n".join(lines), content_type="text/plain; charset=utf-8")
-
-
-class Asked(Setup):
-    """The form below a conversation."""
-
-    prompt = forms.CharField(max_length=_LONGEST, strip=False, error_messages={"required": "Write something first."})
-    model = ModelNames()
-
-    def clean_prompt(self) -> str:
-        """Refuse an empty prompt."""
-        prompt: str = self.cleaned_data["prompt"].replace("\r\n", "\n")
-        if not prompt.strip():
-            raise forms.ValidationError("Write something first.")
-        return prompt
 
 
 @dataclass(frozen=True)
@@ -185,9 +126,7 @@ async def say(request: HttpRequest, pk: int | None = None) -> HttpResponse:
         return asked.refusal()
     edited = request.POST.get("turn", "")
     number = int(edited) if edited.isdecimal() else None
-    # In a new context, whose database thread does not end with the request.
-    keeping = asyncio.create_task(_say_and_start(asked, pk, number), context=contextvars.Context())
-    conversation, turn = await asyncio.shield(keeping)
+    conversation, turn = await _to_its_end(_say_and_start(asked, pk, number))
     if not request.htmx:
         return redirect("conversation", conversation.pk)
     if pk is None:
@@ -197,8 +136,14 @@ async def say(request: HttpRequest, pk: int | None = None) -> HttpResponse:
     return await sync_to_async(_turns if edited else _turn)(request, conversation, turn.pk)
 
 
+async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """Do some work whole, even if the page is closed meanwhile; half of it would leave answers that nobody writes."""
+    # In a new context, whose database thread does not end with the request.
+    return await asyncio.shield(asyncio.create_task(work, context=contextvars.Context()))
+
+
 async def _say_and_start(asked: Asked, pk: int | None, edited: int | None) -> tuple[Conversation, Turn]:
-    """Keep a message and start its answers; as one, or a page that closes at once would leave answers unwritten."""
+    """Keep a message and start its answers."""
     conversation, turn, answers = await sync_to_async(_say)(asked, pk, edited)
     await _start_answers(conversation, turn, answers)
     return conversation, turn
@@ -251,20 +196,28 @@ async def _changed_turn(request: HttpRequest, turn: Turn) -> HttpResponse:
 async def again(request: HttpRequest, pk: int) -> HttpResponse:
     """Regenerate an answer: same model, same turn."""
     old = await aget_object_or_404(Answer.objects.select_related("turn__conversation"), pk=pk)
+    await _to_its_end(_answer_anew(old))
+    return await _changed_turn(request, old.turn)
+
+
+async def _answer_anew(old: Answer) -> None:
     await Answer.objects.filter(turn=old.turn, slot=old.slot).aupdate(current=False)
     new = await Answer.objects.acreate(turn=old.turn, slot=old.slot, model=old.model, sampling=old.sampling)
     await _start_answers(old.turn.conversation, old.turn, [new])
-    return await _changed_turn(request, old.turn)
 
 
 @require_POST
 async def go_on(request: HttpRequest, pk: int) -> HttpResponse:
     """Go on with an answer that was cut off or stopped."""
     answer = await aget_object_or_404(Answer.objects.select_related("turn__conversation"), pk=pk)
-    # Only one of two clicks goes on.
-    if answer.can_continue and await Answer.objects.filter(pk=pk, state=answer.state).aupdate(state="writing"):
-        await _start_answers(answer.turn.conversation, answer.turn, [answer])
+    await _to_its_end(_write_on(answer))
     return await _changed_turn(request, answer.turn)
+
+
+async def _write_on(answer: Answer) -> None:
+    # Only one of two clicks goes on.
+    if answer.can_continue and await Answer.objects.filter(pk=answer.pk, state=answer.state).aupdate(state="writing"):
+        await _start_answers(answer.turn.conversation, answer.turn, [answer])
 
 
 @require_POST

@@ -173,6 +173,7 @@ class Draft(models.Model):
         source: the data, as `--data` takes it.
         held_out: the validation data, as `--eval-data` takes it; empty: a tenth of the pairs is held out.
         model: the model to tune.
+        mixing: weight and columns of single sources, by source, where a cloned run has them.
         columns: what the person said that columns hold, by part.
         confirmed: whether the person confirmed which answer is the better one.
         settings: the other settings, as they were last entered.
@@ -181,6 +182,7 @@ class Draft(models.Model):
     source = models.CharField(max_length=1000)
     held_out = models.CharField(max_length=1000, blank=True)
     model = models.CharField(max_length=500)
+    mixing = models.JSONField(default=dict)
     columns = models.JSONField(default=dict)
     confirmed = models.BooleanField(default=False)
     settings = models.JSONField(default=dict)

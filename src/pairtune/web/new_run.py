@@ -26,13 +26,14 @@ from pairtune.data.inspection import Plan
 from pairtune.data.source_reader import SourceReader
 from pairtune.errors import BadInput
 from pairtune.files import write_atomic
-from pairtune.options import OPTIONS, Option, in_groups
+from pairtune.options import OPTIONS
 from pairtune.report.charts import bars
 from pairtune.report.render_plan import time_range
 from pairtune.resolve_config import resolve
 from pairtune.web import jobs
 from pairtune.web.models import Draft, Job
 from pairtune.web.pair_edits import edited_source
+from pairtune.web.run_form import ELSEWHERE, INITIAL, Settings, plainly
 from pairtune.web.run_view import all_runs, find_run
 
 BUNDLED = "bundled:concise"
@@ -54,10 +55,6 @@ PARTS = {
     "system": "the system message",
 }
 _VALUES = ("label_a", "label_b")  # not columns, but values of the label
-# Shown at once; the others are behind "more". Set elsewhere on the page, or not by the site: `_ELSEWHERE`.
-_COMMON = ("learning_rate", "beta", "epochs", "batch_size", "limit")
-_ELSEWHERE = ("model", "data", "eval_data", "columns", "accept_columns", "out", "push")
-_INITIAL = {"learning_rate": "1e-4, 3e-4", "beta": "0.1", "epochs": "2"}
 
 
 class DataChoice(forms.Form):
@@ -96,18 +93,12 @@ class DataChoice(forms.Form):
                 try:
                     SourceReader.open(SourceConfig(source=name), "--data", Reading(), None)
                 except BadInput as error:
-                    self.add_error(field, _plainly(str(error), name))
+                    self.add_error(field, plainly(str(error), name))
         return cleaned
 
 
 def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
-
-
-def _plainly(message: str, name: str = "") -> str:
-    """A message of the command line without its flags, for people who do not type commands."""
-    text = re.sub(r"^--[\w-]+:? ?", "", message).removeprefix(name).lstrip(": ")
-    return f"{text[:1].upper()}{text[1:]}" + ("" if text.endswith((".", "?", "!")) else ".")
 
 
 @require_http_methods(["GET", "POST"])
@@ -150,14 +141,19 @@ def clone(request: HttpRequest, name: str) -> HttpResponse:
     # The form suggests values of its own for some settings, so those are kept even where they are the defaults.
     kept = {
         key: _as_text(value)
-        for key, value in (changed | {key: every[key] for key in _INITIAL}).items()
-        if key in OPTIONS and key not in _ELSEWHERE
+        for key, value in (changed | {key: every[key] for key in INITIAL}).items()
+        if key in OPTIONS and key not in ELSEWHERE
     }
     named = edited_source if request.POST.get("edited") else str
     made = Draft.objects.create(
         source="\n".join(named(each.source) for each in config.data),
         held_out="\n".join(named(each.source) for each in config.eval_data or ()),
         model=config.model,
+        mixing={
+            named(each.source): more
+            for each in config.sources
+            if (more := {key: value for key in ("weight", "columns") if (value := getattr(each, key))})
+        },
         columns=dict(config.columns),
         confirmed=config.accept_columns,
         settings=kept,
@@ -188,20 +184,25 @@ def _start_check(made: Draft) -> None:
 
 def _data_settings(made: Draft) -> dict[str, Any]:
     """The settings of a draft's data and model, as in a file for `pairtune tune`."""
-    found: dict[str, Any] = {"data": _lines(made.source), "model": made.model}
+    found: dict[str, Any] = {"data": _sources(made, made.source), "model": made.model}
     if made.held_out:
-        found["eval_data"] = _lines(made.held_out)
+        found["eval_data"] = _sources(made, made.held_out)
     if made.columns:
         found |= {"columns": made.columns, "accept_columns": made.confirmed}
     return found
 
 
+def _sources(made: Draft, lines: str) -> list[dict[str, Any]]:
+    """The sources of some lines, each with its own weight and columns."""
+    return [{"source": name, **made.mixing.get(name, {})} for name in _lines(lines)]
+
+
 def _problem(made: Draft) -> str:
     """Why the data's first rows cannot be read as they are; empty if they can."""
     reading = Reading(made.columns, confirmed=made.confirmed)
-    for name in (*_lines(made.source), *_lines(made.held_out)):
+    for source in (*_sources(made, made.source), *_sources(made, made.held_out)):
         try:
-            SourceReader.open(SourceConfig(source=name), "--data", reading, None).probe()
+            SourceReader.open(SourceConfig(**source), "--data", reading, None).probe()
         except BadInput as error:
             return str(error)
     return ""
@@ -254,120 +255,6 @@ def check(request: HttpRequest, pk: int) -> HttpResponse:
     made.save()
     _start_check(made)
     return render(request, "site/_check.html", _findings(made)) if request.htmx else redirect("draft", pk)
-
-
-def _field(option: Option) -> forms.Field:
-    """A form field for a setting; empty means its default."""
-    initial, why = _INITIAL.get(option.name, ""), option.default or option.why
-    hint = option.help + (f" Default: {why}." if why else "")
-    hint = re.sub(r"--([a-z][\w-]*)", lambda flag: flag[1].replace("-", " "), hint)
-    if option.choices and not option.varies:
-        choices = [("", f"default ({option.default})" if option.default else "default")]
-        return forms.ChoiceField(
-            choices=choices + [(each, each) for each in option.choices], required=False, help_text=hint
-        )
-    if option.type is bool:
-        choices = [("", "default"), ("yes", "yes"), ("no", "no")]
-        return forms.ChoiceField(choices=choices, required=False, help_text=hint)
-    several = " Several values, separated by commas, form a grid." if option.varies else ""
-    attributes = {"placeholder": option.default or ""}
-    return forms.CharField(
-        max_length=500,
-        required=False,
-        initial=initial,
-        help_text=hint + several,
-        widget=forms.TextInput(attrs=attributes),
-    )
-
-
-class Settings(forms.Form):
-    """The last step: the run's name, and every setting that the page has no other place for."""
-
-    name = forms.RegexField(
-        r"^[A-Za-z0-9][\w.-]*$",
-        max_length=60,
-        help_text="The name of the run and of its folder.",
-        error_messages={
-            "invalid": "Use letters, digits, hyphens, dots and underscores, beginning with a letter or digit.",
-            "required": "Name the run.",
-        },
-    )
-
-    def __init__(self, *arguments: Any, **more: Any) -> None:
-        super().__init__(*arguments, **more)
-        for name in (*_COMMON, *(each for each in OPTIONS if each not in (*_COMMON, *_ELSEWHERE))):
-            self.fields[name] = _field(OPTIONS[name])
-
-    @property
-    def common(self) -> list[forms.BoundField]:
-        """The fields shown at once."""
-        return [self[name] for name in ("name", *_COMMON)]
-
-    @property
-    def more(self) -> list[tuple[str, list[forms.BoundField]]]:
-        """The other fields, by group."""
-        groups = (
-            (
-                group,
-                [self[option.name] for option in options if option.name in self.fields and option.name not in _COMMON],
-            )
-            for group, options in in_groups().items()
-        )
-        return [(group, fields) for group, fields in groups if fields]
-
-    @property
-    def wrong_among_more(self) -> bool:
-        """Whether an error is behind "more"."""
-        return bool(set(self.errors) - {"name", *_COMMON})
-
-    def clean(self) -> dict[str, Any]:
-        """Turn texts into values of the settings' types."""
-        cleaned: dict[str, Any] = super().clean() or self.cleaned_data
-        for name, text in list(cleaned.items()):
-            if name == "name":
-                continue
-            if text in ("", None):
-                del cleaned[name]
-                continue
-            try:
-                cleaned[name] = _value(OPTIONS[name], text)
-            except ValueError:
-                self.add_error(name, f"Write {_kind(OPTIONS[name])}; “{text}” is not.")
-        return cleaned
-
-    def check(self, data: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings as in a file for `pairtune tune`; what is not allowed becomes an error of its field.
-
-        Args:
-            data: the settings of data and model.
-        """
-        values = {name: value for name, value in self.cleaned_data.items() if name != "name"}
-        fields = {option.flag: name for name, option in OPTIONS.items()}
-        for _ in range(len(values) + 1):
-            try:
-                resolve(None, {**data, **values, "out": "x"})
-                break
-            except BadInput as error:
-                flag, _, said = str(error).partition(": ")
-                name = fields.get(flag, "")
-                self.add_error(name if name in self.fields else None, _plainly(said or str(error)))
-                if name not in values:
-                    break
-                del values[name]
-        return {**data, **values}
-
-
-def _value(option: Option, text: str) -> Any:
-    if option.type is bool:
-        return text == "yes"
-    parts = [part for part in text.replace(",", " ").split() if part] if option.repeats or option.varies else [text]
-    values = [part if option.type in (str, Path) else option.type(part) for part in parts]
-    return values if option.varies or option.repeats else values[0]
-
-
-def _kind(option: Option) -> str:
-    kind = {int: "whole number", float: "number"}.get(option.type, "word")
-    return f"{kind}s, separated by commas" if option.varies else f"a {kind}"
 
 
 @require_http_methods(["GET", "POST"])
@@ -438,7 +325,7 @@ def _findings(made: Draft) -> dict[str, Any]:
         "checking": alive,
         "complaint": jobs.complaint(job) if job and not plan and not alive and not problem else "",
         "lengths": _lengths(plan) if plan else "",
-        **_cost_context(made, plan, made.settings or _INITIAL),
+        **_cost_context(made, plan, made.settings or INITIAL),
     }
 
 
@@ -448,7 +335,7 @@ def _problem_in_words(problem: str) -> str:
         r"(; (if so, )?use --.*|\. If it is another format, name the columns.*|; give --column.*)$", "", problem
     )
     text = re.sub(r", with --label-([ab]) VALUE", lambda found: f", in “Value for {found[1].upper()}”", text)
-    return _plainly(re.sub(r"^--data \S+: ", "", text)) if problem else ""
+    return plainly(re.sub(r"^--data \S+: ", "", text)) if problem else ""
 
 
 def _lengths(plan: Plan) -> SafeString:

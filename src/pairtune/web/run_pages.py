@@ -182,7 +182,9 @@ def _charts_together(found: list[ShownRun]) -> list[Drawn]:
     for number, run in enumerate(found):
         winner = [each.trial for each in run.trials if each.winner] or [each.trial for each in run.trials][:1]
         for name, chart in charts(winner, None).items():
-            first.setdefault(name, chart)
+            known = first.setdefault(name, chart)
+            if known.base != chart.base:  # other losses, whose values for the base differ
+                first[name] = replace(known, base=None)
             drawn.setdefault(name, []).append(Line(run.name, number, chart.lines[0].points))
     together = (replace(chart, lines=drawn[name]) for name, chart in first.items())
     return [Drawn(chart.title, mark_safe(draw(chart))) for chart in together]  # noqa: S308 - escaped where it is drawn

@@ -19,7 +19,7 @@ from django.utils.safestring import SafeString, mark_safe
 from pairtune.config import RunConfig
 from pairtune.report.charts import SERIES as COLOURS
 from pairtune.report.charts import draw, sparkline
-from pairtune.report.phrases import differs, duration
+from pairtune.report.phrases import differs, duration, short
 from pairtune.report.report_data import COLUMNS, BeforeAfter, before_and_after
 from pairtune.report.series import LIVE, charts
 from pairtune.report.verdict import (
@@ -40,7 +40,6 @@ from pairtune.web import jobs
 from pairtune.web.models import Job
 
 _QUIET_SECONDS = 600  # a run without a known process counts as interrupted after this silence
-_LEVELS = ("error", "warning", "note")
 
 
 @dataclass(frozen=True)
@@ -177,16 +176,12 @@ class ShownRun:
     def findings(self) -> list[Group]:
         """The audit's findings by rule, the worst first."""
         labels = {trial.name: trial.label for trial in self.run.trials}
-        found = self.run.audit.findings if self.run.audit else []
-        by_rule: dict[str, list[Finding]] = {}
-        for finding in sorted(found, key=lambda each: _LEVELS.index(each.level)):
-            by_rule.setdefault(finding.rule, []).append(finding)
-        return [
-            Group(
-                group[0], [(", ".join(labels.get(name, name) for name in each.trials), each.evidence) for each in group]
-            )
-            for group in by_rule.values()
-        ]
+
+        def case(finding: Finding) -> tuple[str, str]:
+            return ", ".join(labels.get(name, name) for name in finding.trials), finding.evidence
+
+        groups = self.run.audit.by_rule() if self.run.audit else []
+        return [Group(group[0], [case(finding) for finding in group]) for group in groups]
 
     @cached_property
     def data(self) -> DataRecord | None:
@@ -249,7 +244,7 @@ class ShownRun:
                     trial,
                     number,
                     selection is not None and trial.name == selection.winner,
-                    tuple((_called(name), _short(getattr(config, name))) for name in names) if config else (),
+                    tuple((_called(name), short(getattr(config, name))) for name in names) if config else (),
                     tuple((entry.metrics.metric(name) or 0.0, entry.with_interval(name)) for name in _RANKED)
                     if entry
                     else (),
@@ -407,10 +402,6 @@ def _called(name: str) -> str:
     return {"learning_rate": "Learning rate", "beta": "\N{GREEK SMALL LETTER BETA}"}.get(
         name, name.replace("_", " ").capitalize()
     )
-
-
-def _short(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _number(value: float | None) -> str:

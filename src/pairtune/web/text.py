@@ -148,6 +148,12 @@ def plain(text: str) -> str:
     return _UNSHOWN.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
+def without_flags(text: str) -> str:
+    """A sentence of the command line, for people who do not type commands."""
+    said = re.sub(r"\bas --[\w-]+ says", "as you said", text)
+    return re.sub(r"--([a-z][\w-]*)", lambda flag: flag[1].replace("-", " "), said)
+
+
 @lru_cache(maxsize=2048)  # comparing takes milliseconds, and a page has dozens of texts
 def marked_differences(before: str, after: str) -> tuple[SafeString, SafeString]:
     """Both texts: words only in `before` in `<del>`, words only in `after` in `<ins>`."""

@@ -51,3 +51,10 @@ class AuditRecord(Record):
     not_checked: dict[str, str] = {}
     partly_checked: dict[str, dict[str, str]] = {}
     verdict: Level | Literal["clean"]
+
+    def by_rule(self) -> list[list[Finding]]:
+        """The findings, those of one rule together, in their order, which is the worst first."""
+        groups: dict[str, list[Finding]] = {}
+        for finding in self.findings:
+            groups.setdefault(finding.rule, []).append(finding)
+        return list(groups.values())

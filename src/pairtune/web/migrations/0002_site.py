@@ -17,6 +17,7 @@ class Migration(migrations.Migration):
                 ("source", models.CharField(max_length=1000)),
                 ("held_out", models.CharField(blank=True, max_length=1000)),
                 ("model", models.CharField(max_length=500)),
+                ("mixing", models.JSONField(default=dict)),
                 ("columns", models.JSONField(default=dict)),
                 ("confirmed", models.BooleanField(default=False)),
                 ("settings", models.JSONField(default=dict)),

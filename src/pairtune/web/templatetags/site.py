@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from functools import cache
 
 from django import template
@@ -42,10 +41,8 @@ def changes(both: BeforeAfter) -> tuple[SafeString, SafeString]:
     return text.marked_differences(both.base.text, both.tuned.text)
 
 
-@register.filter
-def plainly(value: str) -> str:
-    """A sentence of the command line without its flags, and a path without the folders above it."""
-    return source_name(re.sub(r", as --[\w-]+ says", ", as you said", value))
+register.filter("source_name", source_name)
+register.filter("without_flags", text.without_flags)
 
 
 @register.filter
