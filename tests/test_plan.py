@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import pairtune, write_pairs
+from conftest import byte_tokenizer, pairtune, write_pairs
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from pairtune import plan
 from pairtune.config import RunConfig
 from pairtune.cost import ModelShape, PairLengths, Speed, estimate, lockstep_memory
+from pairtune.engine.memory import shape_of
+from pairtune.models.load import blank_model
+from pairtune.models.resolve import resolve_model
+from pairtune.plan import measure_speed
 from pairtune.report.render_plan import time_range
 
 SHAPE = ModelShape(parameters=1_000_000, layers=4, hidden=64, widest=256, adapter_weights=5_000, vocabulary=1_000)
@@ -76,17 +82,37 @@ def test_times_in_words():
     assert time_range(found.model_copy(update={"seconds": (3000.0, 7300.0)})) == "50 min 00 s to 2 h 01 min"
 
 
+def test_families_without_packed_attention_are_measured_too(tmp_path):
+    tokenizer = byte_tokenizer()
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=3, n_head=4, n_positions=512)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    source = resolve_model(str(tmp_path))
+    shape, speed = shape_of(blank_model(source)), measure_speed(source)
+    assert (shape.layers, shape.hidden, shape.widest) == (3, 32, 128)
+    assert speed is not None
+    assert 0 < speed.layer_forward < speed.layer_training
+
+
+def test_a_model_that_cannot_be_measured_has_no_time(tiny_model, monkeypatch):
+    def unusual(source):
+        raise KeyError("sliding_window_pattern")
+
+    monkeypatch.setattr(plan, "_few_layers", unusual)
+    assert measure_speed(resolve_model(str(tiny_model))) is None
+
+
 def test_the_command_plans_without_starting(tiny_model, tmp_path):
     data = write_pairs(tmp_path / "pairs.jsonl", range(30))
     more = ("--data", data, "--model", tiny_model, "--out", tmp_path / "run", "--lr", "1e-4", "--beta", "0.1")
     done = pairtune("plan", *more, "--json")
     assert done.returncode == 0, done.stderr
-    plan = json.loads(done.stdout)
-    assert plan["pairs"] == {"train": 24, "validation": 3, "test": 3}
-    assert plan["inspections"][0]["kept"] == 30
-    assert len(plan["inspections"][0]["examples"]) == 3
-    assert plan["cost"]["steps"] == 36
-    assert 0 < plan["speed"]["layer_forward"] < plan["speed"]["layer_training"]
+    found = json.loads(done.stdout)
+    assert found["pairs"] == {"train": 24, "validation": 3, "test": 3}
+    assert found["inspections"][0]["kept"] == 30
+    assert len(found["inspections"][0]["examples"]) == 3
+    assert found["cost"]["steps"] == 36
+    assert 0 < found["speed"]["layer_forward"] < found["speed"]["layer_training"]
     assert not (tmp_path / "run").exists()
     shown = pairtune("plan", *more).stdout
     assert "1 trial, 1 side by side" in shown

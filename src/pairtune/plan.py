@@ -99,13 +99,16 @@ def measure_speed(source: ModelSource) -> Speed | None:
     None for models whose layers cannot be built alone, and for accelerators, which a bare loop does not measure.
     """
     device = pick_device()
-    dtype = pick_dtype(device)
     if device.type != "cpu":
         return None
     try:
-        model = _few_layers(source).to(dtype)
-    except (ValueError, TypeError, AttributeError, RuntimeError):
+        return _measured(source, pick_dtype(device), free_bytes(device))
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError):  # whatever an unusual model lacks
         return None
+
+
+def _measured(source: ModelSource, dtype: torch.dtype, memory_free: float) -> Speed:
+    model = _few_layers(source).to(dtype)
     ids = torch.zeros(1, _TOKENS, dtype=torch.long)
     embedded = model.get_input_embeddings()(ids).detach()
 
@@ -128,7 +131,7 @@ def measure_speed(source: ModelSource) -> Speed | None:
         layer_forward=_fastest(forward) / each,
         layer_training=_fastest(training) / each,
         head_forward=head * whole.vocab_size,
-        memory_free=float(free_bytes(device)),
+        memory_free=float(memory_free),
     )
 
 
