@@ -7,7 +7,7 @@ import re
 import xml.etree.ElementTree as ET
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pairtune.report.charts import Chart, Line, Point, bars, draw, nice_axis, sparkline, standalone
@@ -16,6 +16,7 @@ numbers = st.floats(-1e6, 1e6, allow_nan=False)
 
 
 @given(numbers, numbers)
+@example(1e-05, 1e-05)
 def test_an_axis_has_round_ticks_around_its_values(one, other):
     low, high = sorted((one, other))
     axis = nice_axis(low, high)
@@ -36,6 +37,8 @@ def test_an_axis_has_round_ticks_around_its_values(one, other):
         (0.1461, 0.6931, ["0", "0.2", "0.4", "0.6", "0.8"]),
         (0.0, 5.915, ["0", "2", "4", "6"]),
         (-53.6, 0.0, ["\u221260", "\u221240", "\u221220", "0"]),
+        (1e-05, 1e-05, ["9e-6", "9.5e-6", "1e-5", "1.05e-5", "1.1e-5"]),
+        (-3e6, 4e6, ["\u22124e6", "\u22122e6", "0", "2e6", "4e6"]),
         (3e-05, 9e-05, ["2e-5", "4e-5", "6e-5", "8e-5", "1e-4"]),
         (0.69312, 0.69315, ["0.60", "0.65", "0.70", "0.75", "0.80"]),
         (1200.0, 3900.0, ["1,000", "2,000", "3,000", "4,000"]),

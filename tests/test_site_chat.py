@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import pytest
@@ -341,6 +345,32 @@ def test_a_form_that_is_wrong_is_refused_in_words(chat):
         assert (many.status_code, many.text) == (400, "Choose at most 4 models.")
 
 
+@contextmanager
+def arriving_slowly(url: str) -> Iterator[str]:
+    """The same site behind a connection that brings its pages 250 bytes at a time."""
+
+    class Slow(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answer = httpx.get(url + self.path)
+            self.send_response(answer.status_code)
+            self.send_header("Content-Type", answer.headers["Content-Type"])
+            self.end_headers()
+            page = "text/html" in answer.headers["Content-Type"]
+            for start in range(0, len(answer.content), size := 250 if page else len(answer.content)):
+                self.wfile.write(answer.content[start : start + size])
+                time.sleep(0.02 if page else 0)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
 SHIFTS = """
     window.shifts = [];
     new PerformanceObserver((list) => list.getEntries().forEach((entry) => {
@@ -360,5 +390,9 @@ def test_layout_does_not_shift(browser, chat, width):
         send(page, "long", 1)
         answered(page)
         page.reload()
+        page.wait_for_timeout(300)
+        assert page.evaluate("window.shifts") == []
+        with arriving_slowly(chat.url) as slow:  # every part of the page has its place before its contents are here
+            page.goto(page.url.replace(chat.url, slow))
         page.wait_for_timeout(300)
         assert page.evaluate("window.shifts") == []

@@ -294,7 +294,11 @@ def _number(value: float, step: float) -> str:
     """A tick's label: as many decimals as the step needs; a power of ten only for very small or very large steps."""
     if abs(value) < step * 1e-6:
         return "0"
-    if not 1e-4 <= step < 1e6:
-        return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-").replace("e+0", "e")
-    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    return f"{value:,.{decimals}f}".replace("-", "\N{MINUS SIGN}")
+    power = math.floor(math.log10(step) + 1e-9)
+    if 1e-4 <= step < 1e6:
+        return f"{value:,.{max(0, -power)}f}".replace("-", "\N{MINUS SIGN}")
+    decimals = max(0, math.floor(math.log10(abs(value)) + 1e-9) - power)
+    digits, exponent = f"{value:.{decimals}e}".split("e")
+    if decimals:
+        digits = digits.rstrip("0").rstrip(".")
+    return digits.replace("-", "\N{MINUS SIGN}") + f"e{int(exponent)}"
