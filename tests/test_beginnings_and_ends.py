@@ -14,8 +14,9 @@ from test_serve import Asker
 from pairtune.data.preference import PreferencePair
 from pairtune.data.tokens import PairTokenizer
 from pairtune.models.generate import end_tokens, generate_answers, stream_answer
-from pairtune.models.load import DEFAULT_TEMPLATE, load_model, load_tokenizer, open_base_of
+from pairtune.models.load import DEFAULT_TEMPLATE, load_model, load_tokenizer
 from pairtune.models.sampling import SamplingParams
+from pairtune.models.start import open_base_of
 from pairtune.publish import export
 from pairtune.publish.export import export_run
 from pairtune.run.folder import Run

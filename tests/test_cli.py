@@ -111,8 +111,9 @@ def test_base_and_tuned_in_a_chat_are_the_base_and_the_tuned_model(run, kind):
     import torch
 
     from pairtune.models.generate import stream_answer
-    from pairtune.models.load import load_model, load_tuned, open_base_of
+    from pairtune.models.load import load_model, load_tuned
     from pairtune.models.sampling import SamplingParams
+    from pairtune.models.start import open_base_of
     from pairtune.run.folder import Run
     from pairtune.serve import terminal
 

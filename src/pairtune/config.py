@@ -57,6 +57,8 @@ Select = Annotated[
 Track = Literal["wandb", "tensorboard", "mlflow"]
 DType = Literal["auto", "float32", "bfloat16"]
 Checkpointing = Literal["auto", "on", "off"]
+Reference = Literal["start", "base"]
+OnTop = Literal["continue", "new"]
 OnBadRow = Literal["stop", "skip"]
 
 
@@ -335,10 +337,23 @@ class RunConfig(_Training):
 
     model: str = setting(
         "smollm2-135m",
-        "Base model: a Hub id, a folder, a .gguf file, or smollm2-135m.",
+        "Model to start from: a Hub id, a folder, a .gguf file, smollm2-135m; or a tuned model: a run, RUN/TRIAL, an "
+        "adapter.",
         "bundled, needs no network, trains on a laptop's CPU",
         group=COMMON,
         metavar="MODEL",
+    )
+    on_top: OnTop | None = setting(
+        None,
+        "If --model is an adapter: train it further, or merge it and train a new one on top.",
+        "an adapter is trained further, so that the result still fits its base model",
+        group=TRAINING,
+    )
+    reference: Reference = setting(
+        "start",
+        "If --model is a tuned model: measure the policy against it, or against the base model under it.",
+        "the model that the run starts from, as in DPO",
+        group=LOSS,
     )
     data: Sources = setting(..., f"Pairs to train on: {SOURCES}; repeat to mix several.", group=COMMON, metavar="SRC")
     eval_data: Sources | None = setting(

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -15,9 +16,10 @@ from typing import TypeVar
 import torch
 from rich.console import Console
 
-from pairtune.config import RunConfig, TrialConfig
+from pairtune.config import RunConfig, TrialConfig, flag_of
 from pairtune.data.prepare import PreparedData, prepare_data
 from pairtune.engine.kernels import Kernels
+from pairtune.engine.lora import settings_of_adapter
 from pairtune.engine.processes import Processes
 from pairtune.environment import describe_environment
 from pairtune.errors import BadInput, RunFailed, plural
@@ -27,7 +29,8 @@ from pairtune.evaluate.audit.own_runs import evidence_of_run
 from pairtune.evaluate.generations import MOST, AnsweringModels, Prompt, affordable, compare_answers, held_out_prompts
 from pairtune.extras import require
 from pairtune.files import write_atomic
-from pairtune.models.load import LoadedBase, blank_model, device_name, open_base, open_base_of, pick_device
+from pairtune.models.load import LoadedBase, blank_model, device_name, pick_device
+from pairtune.models.start import Start, open_base_of, open_start
 from pairtune.publish.export import Format
 from pairtune.publish.hub import push_run
 from pairtune.report.write import write_report
@@ -77,7 +80,10 @@ def tune(resolved: Resolved, console: Console) -> Run | None:
         RunFailed: a guard stopped the run. The folder is kept, without `COMPLETE`.
         Interrupted: the run was asked to stop; `resume` continues it.
     """
-    base, data, processes, console = _open(resolved.config, console)
+    start, data, processes, console = _open(resolved.config, console)
+    base = start.base
+    if base.adapter:
+        resolved = with_settings_of_adapter(resolved, base.adapter)
     if resolved.config.push and resolved.config.method == "lora" and base.source.hub_id is None:
         raise BadInput(
             f"--push {resolved.config.push}: the base model exists only on this machine, so nobody else could load the "
@@ -90,10 +96,13 @@ def tune(resolved: Resolved, console: Console) -> Run | None:
         run.write(data.record)
         data.index().write(run.paths.pairs)
         run.write(_environment(base))
+        start.keep(run)
 
     if processes.first:
         Run.create(run.root, write)  # only now, so that bad input leaves nothing behind
     processes.wait()
+    if base.adapter:
+        base = replace(base, adapter=run.paths.start)
     return _carry_out(resolved.config, base, data, run, processes, console)
 
 
@@ -111,7 +120,7 @@ def resume(root: Path, console: Console) -> Run | None:
     if run.complete:
         return run
     config = resolve(run.paths.config, {"out": root}).config
-    base, data, processes, console = _open(config, console, run)
+    start, data, processes, console = _open(config, console, run)
     before, now = run.need(DataRecord), data.record
     # The example shows whether pairs are still rendered the same way.
     if before.splits != now.splits or before.example not in (None, now.example):
@@ -119,12 +128,37 @@ def resume(root: Path, console: Console) -> Run | None:
     if processes.first:
         run.forget_half_written()
     processes.wait()
-    return _carry_out(config, base, data, run, processes, console)
+    return _carry_out(config, start.base, data, run, processes, console)
+
+
+def with_settings_of_adapter(resolved: Resolved, adapter: Path) -> Resolved:
+    """A new run's settings, with those of the adapter that its trials train further.
+
+    Raises:
+        BadInput: other settings were given, or the adapter cannot be trained further.
+    """
+    found = settings_of_adapter(adapter)
+    has = {"lora_rank": found.rank, "lora_alpha": found.alpha, "rslora": found.rslora, "lora_targets": found.targets}
+    config = resolved.config
+    for name, value in has.items():
+        given = config.dimensions.get(name, [getattr(config, name)])
+        if not resolved.origins[name].startswith("default") and given != [value]:
+            raise BadInput(
+                f"{flag_of(name)} {given[0]}: the adapter that is trained further has {value}; omit the flag, or use "
+                "--on-top new"
+            )
+    if any(each.lora_dropout for each in config.trials()):
+        raise BadInput(
+            "--lora-dropout: would drop parts of what the adapter has learned, so that the trials would not start at "
+            "it; omit the flag, or use --on-top new"
+        )
+    origins = resolved.origins | dict.fromkeys(has, f"the adapter of {config.model}")
+    return Resolved(config.model_copy(update=has), origins)
 
 
 def _open(
     config: RunConfig, console: Console, run: Run | None = None
-) -> tuple[LoadedBase, PreparedData, Processes, Console]:
+) -> tuple[Start, PreparedData, Processes, Console]:
     """Open the base model and the pairs, and set up the processes, of which only the first one prints.
 
     A resumed run keeps the dtype and the number of threads chosen for it.
@@ -142,9 +176,12 @@ def _open(
     console = console if processes.first else Console(quiet=True)
     console.print(f"opening {config.model}", highlight=False)
     with processes.first_before_others():
-        base = open_base_of(run) if run else open_base(config.model, config.dtype)
-        data = _prepare(config, base, console)
-    return base, data, processes, console
+        if run:
+            start = Start(open_base_of(run))
+        else:
+            start = open_start(config.model, config.dtype, config.on_top, config.reference, config.method)
+        data = _prepare(config, start.base, console)
+    return start, data, processes, console
 
 
 def _check_extras(config: RunConfig) -> None:

@@ -17,8 +17,9 @@ from pairtune.data.preference import PreferencePair
 from pairtune.data.source_reader import SourceReader
 from pairtune.data.sources import BUNDLED
 from pairtune.engine.memory import shape_of
-from pairtune.models.load import blank_model, free_bytes, load_tokenizer, pick_device, pick_dtype
-from pairtune.models.resolve import ModelSource, resolve_model
+from pairtune.models.load import blank_model, free_bytes, pick_device, pick_dtype
+from pairtune.models.resolve import ModelSource
+from pairtune.models.start import open_start
 
 _LAYERS, _TOKENS = 2, 512
 _HEAD_TOKENS, _HEAD_WORDS = 128, 4096
@@ -33,8 +34,8 @@ def plan_run(config: RunConfig, say: Say = lambda what: None) -> Plan:
     Raises:
         BadInput: the model or a source cannot be used.
     """
-    source = resolve_model(config.model)
-    tokenizer = load_tokenizer(source)
+    start = open_start(config.model, config.dtype, config.on_top, config.reference, config.method)
+    source, tokenizer = start.base.source, start.base.tokenizer
     found = [_inspect(config, each, tokenizer, say) for each in config.data]
     pairs = _pairs(config, sum(each.kept for each in found))
     lengths = _lengths(found)

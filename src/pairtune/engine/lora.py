@@ -9,17 +9,31 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.autograd import Function
 from transformers.pytorch_utils import Conv1D
 
 from pairtune.config import TrialConfig
 from pairtune.engine.products import Products, linear_layers, matrix_of
-from pairtune.errors import BadInput
+from pairtune.errors import BadInput, one_line
+
+# The settings that an adapter made elsewhere must have for the engine's kernels to run it.
+_PLAIN_LORA: dict[str, Any] = {
+    "layers_to_transform": None,
+    "lora_bias": False,
+    "trainable_token_indices": None,
+    "use_dora": False,
+    "modules_to_save": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "bias": "none",
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,37 @@ class LoraSettings:
 def settings_of(trial: TrialConfig) -> LoraSettings:
     """The adapter settings of a trial."""
     return LoraSettings(trial.lora_rank, trial.lora_alpha, trial.lora_dropout, trial.rslora, trial.lora_targets)
+
+
+def settings_of_adapter(folder: Path) -> LoraSettings:
+    """The LoRA settings of a saved adapter, which may have been made elsewhere.
+
+    Raises:
+        BadInput: the engine's kernels cannot run it.
+    """
+    try:
+        settings: Any = PeftConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise BadInput(f"{folder}: the adapter's settings cannot be read ({one_line(error)})") from error
+    beyond = [name for name, plain in _PLAIN_LORA.items() if (getattr(settings, name, plain) or plain) != plain]
+    if str(settings.peft_type) not in ("LORA", "PeftType.LORA") or beyond:
+        what = ", ".join(beyond) or settings.peft_type
+        raise BadInput(
+            f"{folder}: is not a plain LoRA adapter ({what}); merge it into its base (peft's merge_and_unload), and "
+            "give the merged model"
+        )
+    targets = settings.target_modules
+    if not targets or (isinstance(targets, str) and targets != "all-linear"):
+        raise BadInput(
+            f"{folder}: target_modules is {targets!r}; merge it into its base (peft's merge_and_unload), and give the "
+            "merged model"
+        )
+    return LoraSettings(
+        settings.r,
+        settings.lora_alpha,
+        rslora=settings.use_rslora,
+        targets=None if isinstance(targets, str) else tuple(sorted(targets)),
+    )
 
 
 class LoraLinear(nn.Module):
@@ -220,6 +265,18 @@ def load_peft_tensors(adapted: Mapping[str, LoraLinear], trial: int, tensors: Ma
         if tensor.shape != tensors[name].shape:
             raise ValueError(f"{name}: shape {tuple(tensors[name].shape)} instead of {tuple(tensor.shape)}")
         tensor.copy_(tensors[name])
+
+
+def load_adapter(adapted: Mapping[str, LoraLinear], folder: Path) -> None:
+    """Set every trial's adapter from a saved adapter.
+
+    Raises:
+        ValueError: as `load_peft_tensors`.
+        OSError, SafetensorError: the file cannot be read.
+    """
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for trial in range(len(next(iter(adapted.values())).lora_a)):
+        load_peft_tensors(adapted, trial, tensors)
 
 
 def _named(adapted: Mapping[str, LoraLinear], trial: int) -> Iterator[tuple[str, Tensor]]:

@@ -28,12 +28,18 @@ from pairtune.engine.checkpoint import (
     write_checkpoint,
 )
 from pairtune.engine.divergence import PAIRS, BaseStates, base_states
-from pairtune.engine.lora import LoraLinear, add_adapters, peft_config, peft_tensors, settings_of
+from pairtune.engine.lora import LoraLinear, add_adapters, load_adapter, peft_config, peft_tensors, settings_of
 from pairtune.engine.losses import Objective
 from pairtune.engine.memory import lockstep_width
 from pairtune.engine.optimize import AdapterWeights, FullWeights, TrialOptimizer
 from pairtune.engine.policy import EVALUATION_TOKENS, TRAIN_TOKENS, Policy, cast_parameters
-from pairtune.engine.reference import check_reference, reference_fingerprint, reference_logps
+from pairtune.engine.reference import (
+    check_reference,
+    fingerprint_of_reference,
+    open_reference,
+    reference_fingerprint,
+    reference_logps,
+)
 from pairtune.engine.rounding import measure_rounding
 from pairtune.engine.scoring import Scored, score_pairs
 from pairtune.engine.summaries import TrialFailed
@@ -123,12 +129,13 @@ class _TrialGroup:
         self._pairs_fingerprint = fingerprint(pairs.ids_fingerprint() for pairs in inputs.splits.values())
         self.epoch, self.step, self.seen = 1, 0, 0  # seen: pairs of the current epoch
         self.members: list[_TrialState] = []
-        # Order matters: float32 master weights are taken before the model is cast, and the base outputs are computed
-        # before the model has adapters.
+        # Order matters: float32 master weights are taken before the model is cast, and the reference's outputs are
+        # computed before the model has the trials' adapters.
         masters = FullWeights(self.model, inputs.base.dtype) if self.shared.method == "full" else None
         cast_parameters(self.model, inputs.base.dtype)
-        self.references, self.base_states = self._base_outputs()
-        adapted = self._add_adapters(trials) if masters is None else {}
+        opened = open_reference(inputs.base, self.model, settings_of(self.shared), inputs.kernels)
+        self.references, self.base_states = self._base_outputs(opened)
+        adapted = self._add_adapters(trials, opened.adapted) if masters is None else {}
         self.policy = Policy(self.model, adapted, len(trials), inputs.kernels)
         if wants_checkpointing(self.shared, self.device):
             self.policy.checkpoint_activations()
@@ -142,9 +149,23 @@ class _TrialGroup:
         for member in self.members:
             sink.start(member.trial.name, member.optimizer.steps, self.step, member.lines)
 
-    def _add_adapters(self, trials: Sequence[TrialConfig]) -> dict[str, LoraLinear]:
+    def _add_adapters(self, trials: Sequence[TrialConfig], adapted: dict[str, LoraLinear]) -> dict[str, LoraLinear]:
+        """The trials' adapters at their start: new ones, or copies of the one that is trained further.
+
+        Args:
+            trials: the trials.
+            adapted: the layers, if the model has them already because the reference is that very adapter.
+        """
+        start = self.inputs.base.adapter
+        if adapted:
+            for layer in adapted.values():
+                layer.keep([0] * len(trials))
+            return adapted
         adapted = add_adapters(self.model, settings_of(self.shared), [trial.seed for trial in trials])
-        check_adapters_are_zero([trial.name for trial in trials], (layer.lora_b for layer in adapted.values()))
+        if start:
+            load_adapter(adapted, start)
+        else:
+            check_adapters_are_zero([trial.name for trial in trials], (layer.lora_b for layer in adapted.values()))
         return adapted
 
     def run_to_end(self) -> None:
@@ -239,15 +260,18 @@ class _TrialGroup:
 
     def _fingerprint(self) -> str:
         trials = [member.trial.model_dump_json() for member in self.members]
-        return fingerprint([self.inputs.base_fingerprint, self._pairs_fingerprint, *trials])
+        return fingerprint([self.inputs.start_fingerprint, self._pairs_fingerprint, *trials])
 
-    def _base_outputs(self) -> tuple[dict[str, Tensor], BaseStates]:
-        """The base model's outputs for the pairs, checked before anything is trained; all trials of a run share them.
+    def _base_outputs(self, base: Policy) -> tuple[dict[str, Tensor], BaseStates]:
+        """The reference model's outputs for the pairs, checked before anything is trained; all trials share them.
+
+        Args:
+            base: the reference model, by default the base.
 
         Returns:
             Its log-probs for every split, and its hidden states at some positions of the validation answers.
         """
-        base, outputs = Policy(self.model, kernels=self.inputs.kernels), self.inputs.base_outputs
+        outputs = self.inputs.base_outputs
         references = {"train": self._reference("train", base)}
         check_reference(base, self.inputs.train, references["train"])
         if outputs.rounding is None:
@@ -263,10 +287,11 @@ class _TrialGroup:
         return getattr(torch, self.shared.eval_dtype) if self.shared.eval_dtype else self.inputs.base.dtype
 
     def _reference_name(self, base: Policy, pairs: PairTable) -> str:
-        return reference_fingerprint(self.inputs.base_fingerprint, base, pairs)
+        against = fingerprint_of_reference(self.inputs.base, self.inputs.base_fingerprint)
+        return reference_fingerprint(against, base, pairs)
 
     def _reference(self, split: str, base: Policy) -> Tensor:
-        """The base model's log-probs for a split."""
+        """The reference model's log-probs for a split."""
         pairs = self.inputs.splits[split]
         logps = self.inputs.base_outputs.logps
         if split not in logps:
@@ -282,7 +307,7 @@ class _TrialGroup:
         return logps[split].to(self.device)
 
     def _states_of(self, base: Policy) -> BaseStates:
-        """The base model's states for the validation pairs, from which the trials' KL divergence is measured."""
+        """The reference model's states for the validation pairs, from which the trials' KL divergence is measured."""
         pairs = self.inputs.validation
         outputs = self.inputs.base_outputs
         if outputs.states is None:
@@ -293,8 +318,8 @@ class _TrialGroup:
                 self.inputs.processes,
                 lambda done: self._report_progress("base model on validation pairs", done, min(PAIRS, len(pairs))),
             )
-        head = self.model.get_output_embeddings()
-        if self.shared.method == "full":
+        head = base.head
+        if self.shared.method == "full" and base.model is self.model:
             head = deepcopy(head)  # keeps the base model's head while the policy's is trained
         return BaseStates(outputs.states, head.weight, head.bias)
 
@@ -342,7 +367,7 @@ class _TrialGroup:
         """Check the gradients of a step, and update a trial's weights."""
         member.result.train_pairs += len(rows)
         means = {name: math.fsum(record[name] for record in records) / len(rows) for name in records[0]}
-        if self.step == 1:
+        if self.step == 1 and self.inputs.base.reference is None:
             check_first_step(member.trial, means["loss"], means["rewards/margins"], self.inputs.base_outputs.rounding)
         member.weights.take_gradients()
         rate, norm = member.optimizer.learning_rate, member.optimizer.clip()

@@ -15,12 +15,16 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from pairtune.data.table import PairTable
+from pairtune.engine.kernels import Kernels
+from pairtune.engine.lora import LoraSettings, add_adapters, load_adapter
 from pairtune.engine.policy import EVALUATION_TOKENS, Policy
 from pairtune.engine.processes import Processes
 from pairtune.errors import RunFailed
-from pairtune.files import fingerprint, user_cache, write_atomic
+from pairtune.files import fingerprint, saved_fingerprint, user_cache, write_atomic
+from pairtune.models.load import LoadedBase, load_model
 
 # Version of the engine's arithmetic: bumped whenever a change alters the last bits of log-probs.
 _ARITHMETIC = "3"
@@ -29,6 +33,45 @@ _TABLE_ROWS = 256
 _WITNESS_TOKENS = 512
 # Entries of a model's configuration that do not affect its outputs.
 _IGNORED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+
+
+def open_reference(
+    base: LoadedBase, model: PreTrainedModel, lora: LoraSettings, kernels: Kernels | None = None
+) -> Policy:
+    """The model that policies are measured against, ready for log-probs.
+
+    Args:
+        base: the base model of the run.
+        model: its loaded weights. If they are the reference's, they are used: with an adapter added, if it has one.
+        lora: the settings of that adapter.
+        kernels: how products are computed on this machine.
+
+    Raises:
+        BadInput: another model is the reference, and cannot be loaded.
+    """
+    if base.reference and base.reference.folder != base.source.folder:
+        other = load_model(base.reference, model.dtype, base.device)
+        return Policy(other, kernels=kernels)
+    if base.reference_adapter is None:
+        return Policy(model, kernels=kernels)
+    adapted = add_adapters(model, lora, [0])  # its initial values are replaced at once
+    load_adapter(adapted, base.reference_adapter)
+    policy = Policy(model, adapted, kernels=kernels)
+    policy.train(False)
+    return policy
+
+
+def fingerprint_of_reference(base: LoadedBase, base_fingerprint: str) -> str:
+    """Fingerprint of the weights that policies are measured against.
+
+    Args:
+        base: the base model of the run.
+        base_fingerprint: that of its whole weights; see `models.load.weights_fingerprint`.
+    """
+    if base.reference and base.reference.folder != base.source.folder:
+        return fingerprint([saved_fingerprint(base.reference.folder), str(base.dtype)])
+    adapter = base.reference_adapter
+    return f"{base_fingerprint}+{saved_fingerprint(adapter)}" if adapter else base_fingerprint
 
 
 def reference_fingerprint(base_fingerprint: str, policy: Policy, pairs: PairTable) -> str:

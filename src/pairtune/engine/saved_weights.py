@@ -7,17 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from pairtune.config import TrialConfig
 from pairtune.data.table import PairTable
 from pairtune.engine.divergence import BaseStates, base_states
 from pairtune.engine.kernels import Kernels
-from pairtune.engine.lora import LoraSettings, add_adapters, load_peft_tensors, settings_of
+from pairtune.engine.lora import LoraSettings, add_adapters, load_adapter, settings_of
 from pairtune.engine.losses import Objective
 from pairtune.engine.policy import EVALUATION_TOKENS, Policy, cast_parameters
 from pairtune.engine.processes import Processes
-from pairtune.engine.reference import check_reference, reference_fingerprint, reference_logps
+from pairtune.engine.reference import (
+    check_reference,
+    fingerprint_of_reference,
+    open_reference,
+    reference_fingerprint,
+    reference_logps,
+)
 from pairtune.engine.scoring import score_pairs
 from pairtune.models.load import LoadedBase, load_model, weights_fingerprint
 from pairtune.run.examples import ExampleRecord
@@ -59,7 +64,7 @@ def evaluate_weights(
 
     Args:
         saved: the weights.
-        base: the base model that they were tuned from.
+        base: the base model that they were tuned from, and what they are measured against.
         pairs: N of them.
         reference_file: the run's file of reference log-probs for these pairs.
         kernels: how products are computed on this machine; probed if not given.
@@ -71,18 +76,17 @@ def evaluate_weights(
     processes = Processes(base.device)
     dtype = saved.dtype or base.dtype
     model = load_model(base.source, base.dtype, base.device)
-    base_fingerprint = weights_fingerprint(model)
+    against = fingerprint_of_reference(base, weights_fingerprint(model))
     cast_parameters(model, dtype)
     kernels = kernels or Kernels(model, base.device)
-    before = Policy(model, kernels=kernels)
-    name = reference_fingerprint(base_fingerprint, before, pairs)
+    before = open_reference(base, model, saved.lora or LoraSettings(), kernels)
+    name = reference_fingerprint(against, before, pairs)
     reference = reference_logps(before, name, pairs, reference_file, processes).to(base.device)
     check_reference(before, pairs, reference)
-    head = model.get_output_embeddings()
-    states = BaseStates(base_states(before, name, pairs, processes), head.weight, head.bias)
+    states = BaseStates(base_states(before, name, pairs, processes), before.head.weight, before.head.bias)
     if saved.lora:
-        adapted = add_adapters(model, saved.lora, [0])  # its initial values are replaced at once
-        load_peft_tensors(adapted, 0, load_file(saved.folder / "adapter_model.safetensors"))
+        adapted = before.adapted or add_adapters(model, saved.lora, [0])  # its values are replaced at once
+        load_adapter(adapted, saved.folder)
         policy = Policy(model, adapted, kernels=kernels)
     else:
         tuned = load_model(saved.folder, base.dtype, base.device)

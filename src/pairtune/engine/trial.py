@@ -22,6 +22,7 @@ from pairtune.engine.processes import Processes
 from pairtune.engine.rounding import allowed_margin
 from pairtune.engine.summaries import TrialFailed, examples_of, mean_metrics, score
 from pairtune.errors import RunFailed
+from pairtune.files import saved_fingerprint
 from pairtune.models.load import LoadedBase, blank_model, load_model, weights_fingerprint
 from pairtune.run.examples import ExampleRecord
 from pairtune.run.metrics import Evaluation
@@ -86,6 +87,12 @@ class TrialInputs:
     def splits(self) -> dict[str, PairTable]:
         """Training and validation pairs by name."""
         return {"train": self.train, "validation": self.validation}
+
+    @cached_property
+    def start_fingerprint(self) -> str:
+        """Fingerprint of what the trials start from: the base weights and the adapter that is trained further."""
+        adapter = self.base.adapter
+        return f"{self.base_fingerprint}+{saved_fingerprint(adapter)}" if adapter else self.base_fingerprint
 
     @cached_property
     def kernels(self) -> Kernels:

@@ -24,7 +24,7 @@ from datasets.utils.logging import disable_progress_bar
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from pairtune.config import TrialConfig
@@ -44,6 +44,7 @@ from pairtune.engine.trial import (
     wants_checkpointing,
 )
 from pairtune.errors import Interrupted
+from pairtune.models.load import load_model
 from pairtune.models.save import save_best
 from pairtune.run.examples import ExampleRecord
 from pairtune.run.folder import Run
@@ -69,6 +70,9 @@ def run_trials(trials: Sequence[TrialConfig], inputs: TrialInputs, run: Run, sin
     (trial,) = trials
     reset_peak_memory(inputs.base.device)
     model, (result,) = start_trials(trials, inputs)
+    continued = inputs.base.adapter is not None
+    if inputs.base.adapter:  # TRL takes a frozen copy of this adapter for the reference
+        model = PeftModel.from_pretrained(model, inputs.base.adapter, is_trainable=True)
     with tempfile.TemporaryDirectory(prefix="pairtune-") as scratch, _quiet():
         trainer = _Trainer(
             reference=inputs.base_outputs.logps,
@@ -77,7 +81,8 @@ def run_trials(trials: Sequence[TrialConfig], inputs: TrialInputs, run: Run, sin
             train_dataset=Dataset(inputs.train.ids()),
             eval_dataset=Dataset(inputs.validation.ids()),
             processing_class=inputs.base.tokenizer,
-            peft_config=_lora(trial) if trial.method == "lora" else None,
+            peft_config=_lora(trial) if trial.method == "lora" and not continued else None,
+            ref_model=_reference(inputs),
         )
         trainer.remove_callback(PrinterCallback)
         sink.start(trial.name, math.ceil(len(inputs.train) / trial.batch_size) * trial.epochs, 0, 0)
@@ -136,6 +141,12 @@ def _arguments(trial: TrialConfig, inputs: TrialInputs, scratch: Path) -> DPOCon
     )
 
 
+def _reference(inputs: TrialInputs) -> PreTrainedModel | None:
+    """The reference model; None: the policy at its start."""
+    source = inputs.base.reference
+    return None if source is None else load_model(source, inputs.base.dtype, inputs.base.device)
+
+
 def _lora(trial: TrialConfig) -> LoraConfig:
     return LoraConfig(
         r=trial.lora_rank,
@@ -176,6 +187,8 @@ class _Trainer(DPOTrainer):
         self.example_records: list[ExampleRecord] = []
         self._reference = reference
         super().__init__(*args, **kwargs)
+        if kwargs["peft_config"] is None:
+            return  # all weights are trained, or an adapter that has its values
         factors = [weights for name, weights in self.model.named_parameters() if ".lora_A." in name]
         for weights, start in zip(factors, draw_starts(factors, self.args.seed), strict=True):
             weights.data.copy_(start)
@@ -227,7 +240,7 @@ class _Keeper(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = self.trainer.model
-        if isinstance(model, PeftModel):
+        if isinstance(model, PeftModel) and self.inputs.base.adapter is None:
             factors = (weights for name, weights in model.named_parameters() if ".lora_B." in name)
             check_adapters_are_zero([self.trial.name], factors)
 
@@ -244,7 +257,7 @@ class _Keeper(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs is None or "loss" not in logs:
             return  # an evaluation (see on_evaluate) or the final summary
-        if state.global_step == 1:
+        if state.global_step == 1 and self.inputs.base.reference is None:
             check_first_step(self.trial, logs["loss"], logs["rewards/margins"])
         if not math.isfinite(logs["loss"]):
             raise TrialFailed(

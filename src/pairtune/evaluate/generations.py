@@ -51,20 +51,24 @@ class AnsweringModels:
     """A base model and models tuned from it, ready to answer. All adapters share one base in memory.
 
     Args:
-        base: the base model of all of them.
+        base: the base model of all of them; "base" answers as the reference does that they were measured against.
         tuned: weight folders by model name.
     """
 
     def __init__(self, base: LoadedBase, tuned: dict[str, Path]) -> None:
         self.names = ["base", *tuned]
-        self._base, self._tuned = base, tuned
+        self._base, self._folders = base, dict(tuned)
+        if base.reference_adapter:
+            self._folders["base"] = base.reference_adapter
+        elif base.reference and base.reference.folder != base.source.folder:
+            self._folders["base"] = base.reference.folder
         self._adapted: PeftModel | None = None
         self._plain = load_model(base.source, base.dtype, base.device)
 
     @contextmanager
     def active(self, name: str) -> Iterator[Any]:
         """Load the model called `name`, or switch to it."""
-        folder = self._tuned.get(name)
+        folder = self._folders.get(name)
         if folder is None:
             with self._adapted.disable_adapter() if self._adapted else nullcontext():
                 yield self._adapted or self._plain

@@ -6,10 +6,8 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import PeftConfig
 from safetensors import SafetensorError
 
 from pairtune.config import MAX_LENGTH, OnBadRow
@@ -17,7 +15,7 @@ from pairtune.data.convert import tokenize_source
 from pairtune.data.source_reader import SourceReader
 from pairtune.data.table import PairTable
 from pairtune.engine.kernels import Kernels
-from pairtune.engine.lora import LoraSettings
+from pairtune.engine.lora import settings_of_adapter
 from pairtune.engine.losses import LossSettings, Objective
 from pairtune.engine.saved_weights import SavedWeights, evaluate_weights
 from pairtune.engine.summaries import examples_of, mean_metrics, summarise_examples
@@ -26,24 +24,13 @@ from pairtune.evaluate.answers import summarise
 from pairtune.evaluate.generations import AnsweringModels, Prompt, held_out_prompts
 from pairtune.evaluate.judges import EndpointJudge
 from pairtune.evaluate.winrate import Judge, win_rate
-from pairtune.models.load import LoadedBase, blank_model, open_base, open_base_of
+from pairtune.models.load import LoadedBase, blank_model, open_base
 from pairtune.models.resolve import Target, resolve_target
+from pairtune.models.start import open_base_of
 from pairtune.run.folder import Run
 from pairtune.run.metrics import EvaluationMetrics
 from pairtune.run.records import Answer, EvaluationReport, JudgedAnswers, KernelChoice, Selection, SourceAccount
 from pairtune.statistics import metric_intervals
-
-# The settings that an adapter made elsewhere must have for the engine's kernels to run it.
-_PLAIN_LORA: dict[str, Any] = {
-    "layers_to_transform": None,
-    "lora_bias": False,
-    "trainable_token_indices": None,
-    "use_dora": False,
-    "modules_to_save": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "bias": "none",
-}
 
 TUNED = "tuned"
 
@@ -84,7 +71,7 @@ def open_candidate(target: str, base: str | None, beta: float, dtype: str) -> Ca
         return _of_run(found, found.run, dtype)
     objective = Objective("sigmoid", LossSettings(beta))
     if found.weights:
-        saved = SavedWeights(found.weights, _shape_of_adapter(found.weights), objective)
+        saved = SavedWeights(found.weights, settings_of_adapter(found.weights), objective)
         return Candidate(target, saved, open_base(base or found.base, dtype))
     if base is None:
         raise BadInput(
@@ -105,35 +92,6 @@ def _of_run(target: Target, run: Run, dtype: str) -> Candidate:
     if dtype == "float32":
         saved = replace(saved, dtype=torch.float32)
     return Candidate(target.name, saved, open_base_of(run), run.choices.kernels, record.trial.max_length)
-
-
-def _shape_of_adapter(folder: Path) -> LoraSettings:
-    """The LoRA settings of an adapter made elsewhere.
-
-    Raises:
-        BadInput: the engine's kernels cannot run it.
-    """
-    try:
-        settings: Any = PeftConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise BadInput(f"{folder}: the adapter's settings cannot be read ({one_line(error)})") from error
-    beyond = [name for name, plain in _PLAIN_LORA.items() if (getattr(settings, name, plain) or plain) != plain]
-    if str(settings.peft_type) not in ("LORA", "PeftType.LORA") or beyond:
-        what = ", ".join(beyond) or settings.peft_type
-        raise BadInput(
-            f"{folder}: is not a plain LoRA adapter ({what}); merge it into its base, and evaluate that with --base"
-        )
-    targets = settings.target_modules
-    if not targets or (isinstance(targets, str) and targets != "all-linear"):
-        raise BadInput(
-            f"{folder}: target_modules is {targets!r}; merge it into its base, and evaluate that with --base"
-        )
-    return LoraSettings(
-        settings.r,
-        settings.lora_alpha,
-        rslora=settings.use_rslora,
-        targets=None if isinstance(targets, str) else tuple(sorted(targets)),
-    )
 
 
 def read_pairs(

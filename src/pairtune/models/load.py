@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,6 @@ from pairtune.chat_templates import adds_bos
 from pairtune.errors import BadInput, one_line
 from pairtune.files import fingerprint
 from pairtune.models.resolve import ModelSource, resolve_model
-from pairtune.run.folder import Run
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -39,12 +38,28 @@ DEFAULT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class LoadedBase:
-    """A base model as a run uses it: the location of its weights, its tokenizer, its dtype and its device."""
+    """A base model as a run uses it.
+
+    Attributes:
+        source: the location of the whole weights under all adapters.
+        tokenizer: its tokenizer.
+        dtype: the dtype of its weights.
+        device: where it computes.
+        adapter: the folder of the adapter that trials train further; None: they start from the weights alone.
+        reference: the model that policies are measured against; None: the one that they start from.
+    """
 
     source: ModelSource
     tokenizer: Any
     dtype: torch.dtype
     device: torch.device
+    adapter: Path | None = None
+    reference: ModelSource | None = None
+
+    @property
+    def reference_adapter(self) -> Path | None:
+        """The adapter of the reference model; None if it is a whole model."""
+        return self.adapter if self.reference is None else None
 
 
 def open_base(name: str, dtype: str = "auto") -> LoadedBase:
@@ -61,22 +76,6 @@ def open_base(name: str, dtype: str = "auto") -> LoadedBase:
     return LoadedBase(
         source, load_tokenizer(source), pick_dtype(device) if dtype == "auto" else getattr(torch, dtype), device
     )
-
-
-def open_base_of(run: Run) -> LoadedBase:
-    """A run's base model in the dtype that the run used, which is not chosen again.
-
-    If the run has saved a tokenizer with its weights, that tokenizer is used: a model that was tuned with an older
-    default chat template keeps it.
-
-    Raises:
-        BadInput: the model cannot be found or used.
-    """
-    config, best = run.settings, run.paths.best
-    base = open_base(config.model, run.choices.dtype or config.dtype)
-    if not (best / "tokenizer_config.json").is_file():
-        return base
-    return replace(base, tokenizer=load_tokenizer(best))
 
 
 def pick_device() -> torch.device:

@@ -14,6 +14,7 @@ from pairtune.errors import BadInput, one_line
 from pairtune.extras import require
 from pairtune.files import fill_folder, hash_file, user_cache
 from pairtune.run.folder import Run, find_run
+from pairtune.run.records import Lineage
 
 ADAPTER_SETTINGS = "adapter_config.json"
 
@@ -34,12 +35,14 @@ class ModelSource:
         kind: how it was found.
         published_as: the name by which adapters refer to this base: the Hub id if there is one, else the local folder
             (so that `AutoPeftModelForCausalLM` finds it on this machine).
+        stated_licence: the licence of the model that it was made from, where it has no card of its own.
     """
 
     name: str
     folder: Path
     kind: Literal["bundled", "gguf", "folder", "hub"]
     published_as: str
+    stated_licence: str | None = None
 
     @property
     def hub_id(self) -> str | None:
@@ -49,7 +52,9 @@ class ModelSource:
     @property
     def licence(self) -> str | None:
         """The licence stated in the model's own card; None if there is none."""
-        return "apache-2.0" if self.published_as == BUNDLED_HUB_ID or self.kind == "bundled" else _licence(self.folder)
+        if self.published_as == BUNDLED_HUB_ID or self.kind == "bundled":
+            return "apache-2.0"
+        return _licence(self.folder) or self.stated_licence
 
 
 def _licence(folder: Path) -> str | None:
@@ -69,7 +74,7 @@ class Target:
 
     Attributes:
         name: as the user typed it.
-        base: what to give as `--model` for its base model; for a plain model, its own name.
+        base: what to give as `--model` for the whole model under it; for a plain model, its own name.
         weights: folder of an adapter or of a fully tuned model; None for a plain model.
         run: the run that it comes from, if any.
         trial: the trial of the run, if the user named one; otherwise the run stands for its winner.
@@ -108,7 +113,7 @@ def resolve_target(name: str, flag: str = "MODEL") -> Target:
         weights = run.paths.trial(trial).best if trial else run.paths.best
         if not weights.is_dir():
             raise BadInput(f"{flag} {name}: has no weights (no folder {weights})")
-        return Target(name, run.settings.model, weights, run, trial)
+        return Target(name, base_of_run(run), weights, run, trial)
     if (path / ADAPTER_SETTINGS).is_file():
         return Target(name, base_of_adapter(path), path)
     if path.exists() or name == BUNDLED or not _may_be_hub_id(name):
@@ -137,6 +142,25 @@ def resolve_model(name: str, flag: str = "--model") -> ModelSource:
         what = f"pairtune export {name} --format merged --to DIR" if target.run else "peft's merge_and_unload"
         raise BadInput(f"{flag} {name}: is an adapter on {target.base}, not a model; merge it first ({what})")
     return ModelSource(name, target.weights, "folder", str(target.weights.resolve()))
+
+
+def base_of_run(run: Run) -> str:
+    """What to give as `--model` for the whole model under a run's trials.
+
+    Raises:
+        BadInput: the run's settings cannot be read.
+    """
+    lineage = run.lineage
+    if lineage is None:
+        return run.settings.model
+    if lineage.on_top == "new":
+        return str(merged_folder(lineage))
+    return lineage.start.place if lineage.on_top == "whole" else lineage.base
+
+
+def merged_folder(lineage: Lineage) -> Path:
+    """Where the merged weights are that a run's new adapters sit on; `models.start` makes them."""
+    return user_cache() / "merged" / lineage.merged
 
 
 def _may_be_hub_id(name: str) -> bool:

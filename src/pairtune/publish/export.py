@@ -22,10 +22,11 @@ from pairtune.errors import BadInput, RunFailed
 from pairtune.extras import require
 from pairtune.files import fill_folder, write_json
 from pairtune.models.generate import generate_answers
-from pairtune.models.load import LoadedBase, load_model, load_tokenizer, load_tuned, open_base_of
+from pairtune.models.load import LoadedBase, load_model, load_tokenizer, load_tuned
 from pairtune.models.resolve import ADAPTER_SETTINGS
 from pairtune.models.sampling import SamplingParams
 from pairtune.models.save import save_best
+from pairtune.models.start import open_base_of
 from pairtune.publish.modelfile import MODEL_FILE, Quantisation
 from pairtune.run.folder import Run
 

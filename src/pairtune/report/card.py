@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pairtune.config import source_name
+from pairtune.report.phrases import chain
 from pairtune.report.report_data import ReportData
 from pairtune.run.records import SourceAccount
 
@@ -49,10 +50,16 @@ def _body(run: ReportData, repository: str, what: str) -> str:
 {_loading(repository, what)}
 
 - Base model: {run.base_name}; licence: {base.license or "unknown, look it up before you publish"}
-- Preference pairs: {sources}; licence: {_data_licence(run)}
+{_lineage(run)}- Preference pairs: {sources}; licence: {_data_licence(run)}
 - Limits: it was trained to prefer one answer over another. It learned no facts, and safety only as far as the pairs
   teach it.
 """
+
+
+def _lineage(run: ReportData) -> str:
+    """The tuned models that this one goes back to; empty if there are none."""
+    lineage = run.run.lineage
+    return f"- Tuned in {lineage.round} rounds: {' → '.join([*chain(lineage), run.name])}\n" if lineage else ""
 
 
 def _loading(repository: str, what: str) -> str:

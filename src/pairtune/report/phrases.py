@@ -2,7 +2,29 @@
 
 from __future__ import annotations
 
-from pairtune.run.records import Comparison
+from pairtune.config import source_name
+from pairtune.run.records import Comparison, Lineage
+
+
+def described_start(lineage: Lineage) -> str:
+    """Where a run started that went on from a tuned model, and what its numbers compare it with."""
+    start = lineage.start
+    how = {
+        "continue": f"The trials train the adapter of {start.name} further",
+        "new": f"The trials train a new adapter on {start.name}, merged",
+        "whole": f"The trials start from {start.name}, of which all weights were tuned",
+    }[lineage.on_top]
+    against = start.name if lineage.reference == "start" else source_name(lineage.base)
+    return f"{how} (weights {start.weights}); what is called the base here, and in all comparisons, is {against}"
+
+
+def chain(lineage: Lineage) -> list[str]:
+    """The models that a run goes back to, the base first, each tuned one with the fingerprint of its weights."""
+    tuned = [
+        f"{parent.name} (weights {parent.weights}" + (f", tuned on {', '.join(parent.data)})" if parent.data else ")")
+        for parent in reversed(lineage.parents)
+    ]
+    return [source_name(lineage.base), *tuned]
 
 
 def duration(seconds: float) -> str:

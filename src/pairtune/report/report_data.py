@@ -11,7 +11,7 @@ import numpy as np
 
 from pairtune.config import RunConfig
 from pairtune.errors import BadInput, plural
-from pairtune.report.phrases import p_value
+from pairtune.report.phrases import described_start, p_value
 from pairtune.run.examples import PARTS, PairIndex
 from pairtune.run.folder import Run, Trial
 from pairtune.run.records import (
@@ -195,7 +195,7 @@ class ReportData:
 
     @property
     def headline(self) -> list[str]:
-        """The run in three sentences: what was tried, what won and how certain that is, and the test result."""
+        """The run in a few sentences: what was tried, where it started, what won and how certain that is, the test."""
         selection, train_pairs = self.selection, self.data.splits["train"].pairs
         said = [
             f"{plural(len(self.trials), 'trial')} tuning {self.base_name} on {plural(train_pairs, 'preference pair')} "
@@ -203,6 +203,8 @@ class ReportData:
             f"Winner by {selection.metric}: {self.winner.label}, epoch {selection.best_epoch} "
             f"({selection.value:.4f}); {selection.verdict}.",
         ]
+        if self.run.lineage:
+            said.insert(1, f"{described_start(self.run.lineage)}.")
         if self.test:
             low, high = self.test.intervals["eval_rewards/accuracies"]
             against = self.test.against_base

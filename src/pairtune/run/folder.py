@@ -25,6 +25,7 @@ from pairtune.run.records import (
     DataRecord,
     Environment,
     Generations,
+    Lineage,
     MachineChoices,
     Progress,
     Record,
@@ -246,6 +247,11 @@ class Run:
     def environment(self) -> Environment | None:
         """The environment in which the run was made."""
         return self.get(Environment)
+
+    @property
+    def lineage(self) -> Lineage | None:
+        """The tuned model that the run started from; None if it started from a plain model."""
+        return self.get(Lineage)
 
     @property
     def data(self) -> DataRecord | None:

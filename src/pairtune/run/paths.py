@@ -14,6 +14,8 @@ class RunPaths:
 
     config = property(lambda self: self.root / "config.yaml")
     environment = property(lambda self: self.root / "environment.json")
+    lineage = property(lambda self: self.root / "lineage.json")
+    start = property(lambda self: self.root / "start")
     data = property(lambda self: self.root / "data.json")
     pairs = property(lambda self: self.root / "pairs.parquet")
     reference = property(lambda self: self.root / "reference")

@@ -16,6 +16,7 @@ from pairtune.models.generate import end_tokens
 from pairtune.models.load import load_model, load_tokenizer, open_base
 from pairtune.models.resolve import ADAPTER_SETTINGS, resolve_model, resolve_target
 from pairtune.models.sampling import SamplingParams
+from pairtune.models.start import open_base_of
 from pairtune.run.folder import Run
 from pairtune.serve.request import AdapterRef, Event, GenerationRequest, Limits
 from pairtune.serve.scheduler import BatchScheduler
@@ -146,7 +147,8 @@ class Catalogue:
     def fingerprint(self, model: ServedModel) -> str:
         """Hashes of the base's weight files and the adapter's: the weights behind an answer."""
         if model.base not in self._bases:
-            self._bases[model.base] = resolve_model(model.base).folder
+            source = open_base_of(Run.open(model.run)).source if model.run else resolve_model(model.base)
+            self._bases[model.base] = source.folder
         base = self._hash(self._bases[model.base])
         return base if model.folder is None else f"{base}+{self._hash(model.folder)}"
 
@@ -165,7 +167,7 @@ class Catalogue:
             with self._lock:
                 if key not in self._schedulers:
                     self._forget_idle()
-                    base = open_base(model.base, model.dtype)
+                    base = open_base_of(Run.open(model.run)) if model.run else open_base(model.base, model.dtype)
                     loaded = load_model(own or base.source, base.dtype, base.device)
                     self._schedulers[key] = BatchScheduler(loaded, self._limits)
                 scheduler = self._schedulers[key]
@@ -210,7 +212,8 @@ def _models_of(name: str) -> Iterator[ServedModel]:
     target = resolve_target(name)
     if run := target.run:
         created, dtype = int(run.paths.complete.stat().st_mtime), run.choices.dtype or run.settings.dtype
-        yield ServedModel(target.base, target.base, dtype)
+        if run.lineage is None or run.lineage.on_top == "continue":  # else it was merged for this run alone
+            yield ServedModel(target.base, target.base, dtype)
         if target.trial is None:
             yield ServedModel(run.name, target.base, dtype, run.paths.best, run.root, created)
         for trial in run.trials:

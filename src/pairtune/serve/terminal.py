@@ -15,9 +15,10 @@ from rich.console import Console
 from pairtune.conversation import Conversation
 from pairtune.errors import BadInput, RunFailed
 from pairtune.models.generate import stream_answer
-from pairtune.models.load import load_model, load_tuned, open_base, open_base_of
+from pairtune.models.load import load_model, load_tuned, open_base
 from pairtune.models.resolve import resolve_target
 from pairtune.models.sampling import SamplingParams
+from pairtune.models.start import open_base_of
 from pairtune.serve.adapters import read_adapter
 from pairtune.serve.catalogue import Catalogue
 from pairtune.serve.request import Event, Failed, Finished, Limits, NotBatchable, TextDelta

@@ -50,6 +50,7 @@ class TrialLog:
         status: `finished`, or how else the trial ended, with `reason`.
         best_epoch: the epoch that is reported as the best.
         saved: how the saved weights differ from the reported ones; empty where they agree or are unknown.
+        elsewhere: where the trial started and what it is measured against, if these are not the same model.
         left: which better weights were not kept, where no others were reported; or empty.
         examples: the best epoch's per-pair metrics by column, [pairs] each; empty where there are none.
     """
@@ -71,6 +72,7 @@ class TrialLog:
     reason: str = ""
     best_epoch: float | None = None
     saved: str = ""
+    elsewhere: str = ""
     left: str = ""
     examples: dict[str, Numbers] = field(default_factory=dict)
 

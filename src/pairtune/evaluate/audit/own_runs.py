@@ -30,6 +30,8 @@ def evidence_of_run(root: Path) -> Evidence:
     logs = []
     for trial in run.trials:
         log = _log(trial)
+        if run.lineage and run.lineage.reference == "base":
+            log.elsewhere = f"it started from {run.lineage.start.name} and is measured against the base under it"
         log.eval_rows = data.splits["validation"].pairs
         log.saved = _other_weights(run, trial, selection)
         logs.append(log)

@@ -32,6 +32,8 @@ def _not_at_base(evidence: Evidence) -> Iterator[Hit]:
     went_on = {after.name: before.name for before, after in continued(evidence)}
     clean: list[TrialLog] = []
     for trial in evidence.trials:
+        if trial.elsewhere:
+            continue
         if found := _first_step(trial, evidence) or _step_zero(trial, evidence) or _no_room_for_the_base(trial):
             yield Hit("error", (trial.name,), found)
         elif found := _does_not_grow(trial, evidence):
@@ -219,6 +221,8 @@ def _start_unseen(trial: TrialLog, evidence: Evidence) -> str:
     """What is missing to tell where a trial started."""
     if trial.reference_free:
         return "rewards against a reference, but this loss has none"
+    if trial.elsewhere:
+        return f"rewards against the model that it started from, but {trial.elsewhere}"
     before = any(row.get("step") == 0 and _nats(row, trial, evidence) for row in trial.evaluations)
     if before or first_rewards(trial):
         return ""

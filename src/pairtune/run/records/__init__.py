@@ -43,6 +43,7 @@ from pairtune.run.records.environment_record import (
     Machine,
     MachineChoices,
 )
+from pairtune.run.records.lineage_record import Beginning, Lineage, Parent
 from pairtune.run.records.progress_record import Progress
 from pairtune.run.records.regression_records import RegressedPair, Regressions
 from pairtune.run.records.selection_records import (
@@ -65,6 +66,7 @@ from pairtune.run.records.trial_records import (
 
 RECORDS: tuple[type[Record], ...] = (
     Environment,
+    Lineage,
     DataRecord,
     SweepRecord,
     Choosing,
@@ -84,6 +86,7 @@ __all__ = [
     "AnswersRecord",
     "AuditRecord",
     "BaseModelRecord",
+    "Beginning",
     "Choosing",
     "Comparison",
     "DataRecord",
@@ -98,10 +101,12 @@ __all__ = [
     "JudgedAnswers",
     "KernelChoice",
     "Level",
+    "Lineage",
     "Machine",
     "MachineChoices",
     "Measured",
     "ModelAnswers",
+    "Parent",
     "Part",
     "Progress",
     "RankedTrial",
