@@ -35,20 +35,26 @@ def _chunk(delta: dict, reason: str | None = None, model: str = "plain") -> str:
 
 
 class Talker:
-    """What the server was asked, and how quickly it answers (seconds a word)."""
+    """What the server was asked, and how quickly it answers (seconds a word), all models or single ones.
+
+    `says` are answers of single models to whatever they are asked.
+    """
 
     def __init__(self) -> None:
         self.asked: list[dict] = []
         self.pace = 0.0
+        self.paces: dict[str, float] = {}
+        self.says: dict[str, str] = {}
 
     async def models(self, _: Request) -> Response:
+        base = next(name for name, fingerprint in MODELS.items() if fingerprint == BASE)
         listed = [
             {
                 "id": name,
                 "object": "model",
                 "created": 1,
                 "owned_by": "tests",
-                "pairtune": {"base": "plain", "run": None, "fingerprint": fingerprint},
+                "pairtune": {"base": base, "run": None, "fingerprint": fingerprint},
             }
             for name, fingerprint in MODELS.items()
         ]
@@ -62,6 +68,7 @@ class Talker:
             error = {"message": TOO_LONG, "type": "invalid_request_error", "code": "context_length_exceeded"}
             return JSONResponse({"error": error}, 400)
         text = next((answer for key, answer in ANSWERS.items() if key in prompt), f"You said: {prompt}")
+        text = self.says.get(asked["model"], text)
         if asked.get("continue_final_message"):
             text = " and so on."
         return StreamingResponse(self._words(text, asked["model"], "cut" in prompt), media_type="text/event-stream")
@@ -70,8 +77,8 @@ class Talker:
         words = text.split(" ")
         for number, word in enumerate(words):
             yield _chunk({"content": word if number == 0 else f" {word}"}, model=model)
-            if self.pace:
-                await asyncio.sleep(self.pace)
+            if pace := self.paces.get(model, self.pace):
+                await asyncio.sleep(pace)
         yield _chunk({}, "length" if cut else "stop", model)
         yield "data: [DONE]\n\n"
 

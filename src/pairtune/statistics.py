@@ -76,13 +76,13 @@ def _student_ends(sums: Numbers, sizes: Numbers) -> tuple[Numbers, Numbers]:
     return mean + error * (np.minimum(shift, 0) - quantile), mean + error * (np.maximum(shift, 0) + quantile)
 
 
-def student_quantile(freedom: int) -> float:
-    """The 1 - ALPHA / 2 quantile of Student's t.
+def student_quantile(freedom: int, alpha: float = ALPHA) -> float:
+    """The 1 - alpha / 2 quantile of Student's t.
 
     Exact for one and two degrees of freedom, otherwise the Cornish-Fisher expansion (Abramowitz and Stegun 26.7.5),
     which is 0.4 % low for three and more accurate for more.
     """
-    share = 1 - ALPHA / 2
+    share = 1 - alpha / 2
     if freedom == 1:
         return math.tan(math.pi * (share - 0.5))
     if freedom == 2:

@@ -157,6 +157,23 @@ def sparkline(lines: Sequence[Line]) -> str:
     return f'<svg class="spark" viewBox="0 0 {_SPARK_WIDTH} {_SPARK_HEIGHT}" aria-hidden="true">{drawn}</svg>'
 
 
+def draw_interval(value: float, interval: tuple[float, float], values: Sequence[float], name: str) -> str:
+    """One value with its interval, drawn on the scale of `values`, and in digits beside it."""
+    low, high = min(0.0, *values), max(0.0, *values)
+    wide, tall, edge = 160, 20, 6
+
+    def across(at: float) -> float:
+        return edge + (at - low) / ((high - low) or 1) * (wide - 2 * edge)
+
+    digits = f"{value:+.2f} ({interval[0]:+.2f} to {interval[1]:+.2f})".replace("-", "\N{MINUS SIGN}")
+    return (
+        f'<svg class="interval" viewBox="0 0 {wide} {tall}" role="img" aria-label={quoteattr(f"{name}: {digits}")}>'
+        f'<line class="base" x1="{across(0):.1f}" x2="{across(0):.1f}" y1="1" y2="{tall - 1}"/>'
+        f'<line class="range" x1="{across(interval[0]):.1f}" x2="{across(interval[1]):.1f}" y1="10" y2="10"/>'
+        f'<circle cx="{across(value):.1f}" cy="10" r="4"/></svg> <span class="digits">{escape(digits)}</span>'
+    )
+
+
 def bars(title: str, labels: Sequence[str], shares: Sequence[float]) -> str:
     """A histogram: a bar for each label, `shares` of the whole."""
     wide, high, floor = 36, 90, 110

@@ -9,14 +9,18 @@ import asyncio
 import contextvars
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+from asgiref.sync import sync_to_async
 
 from pairtune.web import backend
 from pairtune.web.models import Answer, Conversation, Turn
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _SAVE_SECONDS = 1.0
 _SHOW_SECONDS = 0.1
@@ -43,6 +47,26 @@ async def start(answer: Answer, turns: list[dict[str, str]]) -> None:
         turns = [*turns, {"role": "assistant", "content": answer.text}]
     # In a new context: the database thread of the request's context ends with the request.
     writing.task = asyncio.create_task(_write(answer, turns, writing), context=contextvars.Context())
+
+
+async def start_all(conversation: Conversation, turn: Turn, answers: Sequence[Answer]) -> None:
+    """Start writing the answers to a turn."""
+    path = await sync_to_async(conversation.path)(turn.pk)
+    for answer in answers:
+        turns = await sync_to_async(history)(conversation, turn, answer.slot, path)
+        await start(answer, turns)
+
+
+async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """Do some work whole, even if the page is closed meanwhile; half of it would leave answers that nobody writes."""
+    # In a new context, whose database thread does not end with the request.
+    return await asyncio.shield(asyncio.create_task(work, context=contextvars.Context()))
+
+
+def so_far(pk: int) -> str | None:
+    """The text of an answer in progress; None if it is not being written."""
+    writing = _writing.get(pk)
+    return writing.text if writing else None
 
 
 async def stop(pk: int) -> None:

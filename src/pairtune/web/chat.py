@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import json
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any
 
 from asgiref.sync import sync_to_async
 from django.db import transaction
@@ -21,12 +19,11 @@ from django.utils.http import content_disposition_header
 from django.utils.text import slugify
 from django.views.decorators.http import require_GET, require_POST
 
-from pairtune.web import answering, backend
+from pairtune.web import answering, backend, ballots
 from pairtune.web.chat_forms import MOST_MODELS, SAMPLING, Asked, Setup
 from pairtune.web.introduction import Introduction, introduce
-from pairtune.web.models import Answer, Conversation, Preset, Turn, Vote
-
-T = TypeVar("T")
+from pairtune.web.models import Answer, Conversation, Preset, Turn
+from pairtune.web.sse import event
 
 _SHOWN = 50  # conversations listed; search finds the others
 
@@ -42,7 +39,7 @@ class ModelChoice:
 @require_GET
 async def chat(request: HttpRequest, pk: int | None = None) -> HttpResponse:
     """Show a conversation, or start a new one."""
-    conversation = await aget_object_or_404(Conversation, pk=pk) if pk else None
+    conversation = await aget_object_or_404(Conversation.chats, pk=pk) if pk else None
     models = await backend.models()
     return await sync_to_async(_page)(request, conversation, models)
 
@@ -103,7 +100,7 @@ async def setup(request: HttpRequest) -> HttpResponse:
 
 def _found(words: str) -> list[Conversation]:
     """The latest conversations that contain all words in prompts, answers or title, pinned ones first."""
-    found = Conversation.objects.all()
+    found = Conversation.chats.all()
     for word in words.split():
         prompts = Turn.objects.filter(prompt__icontains=word).values("conversation_id")
         answers = Answer.objects.filter(text__icontains=word).values("turn__conversation_id")
@@ -126,7 +123,7 @@ async def say(request: HttpRequest, pk: int | None = None) -> HttpResponse:
         return asked.refusal()
     edited = request.POST.get("turn", "")
     number = int(edited) if edited.isdecimal() else None
-    conversation, turn = await _to_its_end(_say_and_start(asked, pk, number))
+    conversation, turn = await answering.to_its_end(_say_and_start(asked, pk, number))
     if not request.htmx:
         return redirect("conversation", conversation.pk)
     if pk is None:
@@ -136,16 +133,10 @@ async def say(request: HttpRequest, pk: int | None = None) -> HttpResponse:
     return await sync_to_async(_turns if edited else _turn)(request, conversation, turn.pk)
 
 
-async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
-    """Do some work whole, even if the page is closed meanwhile; half of it would leave answers that nobody writes."""
-    # In a new context, whose database thread does not end with the request.
-    return await asyncio.shield(asyncio.create_task(work, context=contextvars.Context()))
-
-
 async def _say_and_start(asked: Asked, pk: int | None, edited: int | None) -> tuple[Conversation, Turn]:
     """Keep a message and start its answers."""
     conversation, turn, answers = await sync_to_async(_say)(asked, pk, edited)
-    await _start_answers(conversation, turn, answers)
+    await answering.start_all(conversation, turn, answers)
     return conversation, turn
 
 
@@ -168,7 +159,7 @@ def _say(asked: Asked, pk: int | None, edited: int | None) -> tuple[Conversation
     if pk is None:
         conversation = Conversation.objects.create(title=" ".join(prompt.split())[:80])
     else:
-        conversation = get_object_or_404(Conversation, pk=pk)
+        conversation = get_object_or_404(Conversation.chats, pk=pk)
     parent = conversation.leaf_id
     if edited is not None:
         parent = get_object_or_404(conversation.turns, pk=edited).parent_id
@@ -177,13 +168,6 @@ def _say(asked: Asked, pk: int | None, edited: int | None) -> tuple[Conversation
     conversation.system, conversation.sampling = asked.cleaned_data["system"], asked.sampling
     conversation.save()
     return conversation, turn, answering.make_answers(conversation, turn)
-
-
-async def _start_answers(conversation: Conversation, turn: Turn, answers: list[Answer]) -> None:
-    path = await sync_to_async(conversation.path)(turn.pk)
-    for answer in answers:
-        turns = await sync_to_async(answering.history)(conversation, turn, answer.slot, path)
-        await answering.start(answer, turns)
 
 
 async def _changed_turn(request: HttpRequest, turn: Turn) -> HttpResponse:
@@ -195,29 +179,29 @@ async def _changed_turn(request: HttpRequest, turn: Turn) -> HttpResponse:
 @require_POST
 async def again(request: HttpRequest, pk: int) -> HttpResponse:
     """Regenerate an answer: same model, same turn."""
-    old = await aget_object_or_404(Answer.objects.select_related("turn__conversation"), pk=pk)
-    await _to_its_end(_answer_anew(old))
+    old = await aget_object_or_404(Answer.in_chats.select_related("turn__conversation"), pk=pk)
+    await answering.to_its_end(_answer_anew(old))
     return await _changed_turn(request, old.turn)
 
 
 async def _answer_anew(old: Answer) -> None:
     await Answer.objects.filter(turn=old.turn, slot=old.slot).aupdate(current=False)
     new = await Answer.objects.acreate(turn=old.turn, slot=old.slot, model=old.model, sampling=old.sampling)
-    await _start_answers(old.turn.conversation, old.turn, [new])
+    await answering.start_all(old.turn.conversation, old.turn, [new])
 
 
 @require_POST
 async def go_on(request: HttpRequest, pk: int) -> HttpResponse:
     """Go on with an answer that was cut off or stopped."""
-    answer = await aget_object_or_404(Answer.objects.select_related("turn__conversation"), pk=pk)
-    await _to_its_end(_write_on(answer))
+    answer = await aget_object_or_404(Answer.in_chats.select_related("turn__conversation"), pk=pk)
+    await answering.to_its_end(_write_on(answer))
     return await _changed_turn(request, answer.turn)
 
 
 async def _write_on(answer: Answer) -> None:
     # Only one of two clicks goes on.
     if answer.can_continue and await Answer.objects.filter(pk=answer.pk, state=answer.state).aupdate(state="writing"):
-        await _start_answers(answer.turn.conversation, answer.turn, [answer])
+        await answering.start_all(answer.turn.conversation, answer.turn, [answer])
 
 
 @require_POST
@@ -230,7 +214,7 @@ async def stop(_: HttpRequest, pk: int) -> HttpResponse:
 @require_POST
 async def choose(request: HttpRequest, pk: int) -> HttpResponse:
     """Show the next or previous answer in a slot (`step` 1 or -1)."""
-    answer = await aget_object_or_404(Answer.objects.select_related("turn__conversation"), pk=pk)
+    answer = await aget_object_or_404(Answer.in_chats.select_related("turn__conversation"), pk=pk)
     await sync_to_async(_choose)(answer, 1 if request.POST.get("step") == "1" else -1)
     return await _changed_turn(request, answer.turn)
 
@@ -247,7 +231,7 @@ def _choose(answer: Answer, step: int) -> None:
 @require_POST
 def branch(request: HttpRequest, pk: int) -> HttpResponse:
     """Show another version of a turn, with the latest turns after it."""
-    turn = get_object_or_404(Turn.objects.select_related("conversation"), pk=pk)
+    turn = get_object_or_404(Turn.in_chats.select_related("conversation"), pk=pk)
     others = list(Turn.objects.filter(conversation=turn.conversation, parent=turn.parent).order_by("pk"))
     index = others.index(turn) + (1 if request.POST.get("step") == "1" else -1)
     leaf = others[index % len(others)]
@@ -262,15 +246,21 @@ def branch(request: HttpRequest, pk: int) -> HttpResponse:
 @require_POST
 def vote(request: HttpRequest, pk: int) -> HttpResponse:
     """Give an answer a thumb (`up` 1 or 0); the same thumb again withdraws it."""
-    answer = get_object_or_404(Answer, pk=pk)
-    up = request.POST.get("up") == "1"
-    with transaction.atomic():
-        standing = answer.votes.filter(withdrawn=None)
-        same = standing.filter(up=up).exists()
-        standing.update(withdrawn=datetime.now())
-        if not same:
-            Vote.objects.create(answer=answer, up=up)
-    return render(request, "site/_thumbs.html", {"answer": Answer.objects.get(pk=pk)})
+    answer, voter = get_object_or_404(Answer.in_chats, pk=pk), ballots.voter_of(request)
+    ballots.give_thumb(answer, "up" if request.POST.get("up") == "1" else "down", voter)
+    return ballots.remember(render(request, "site/_thumbs.html", {"answer": Answer.objects.get(pk=pk)}), voter)
+
+
+@require_POST
+def better(request: HttpRequest, pk: int) -> HttpResponse:
+    """Prefer an answer to those beside it, or to the model's other answers; again withdraws that."""
+    answer = get_object_or_404(Answer.in_chats.select_related("turn__conversation"), pk=pk)
+    voter = ballots.voter_of(request)
+    if len(answer.turn.shown) > 1 or answer.turn.answers.count() > 1:
+        ballots.prefer(answer, voter)
+    if not request.htmx:
+        return ballots.remember(redirect("conversation", answer.turn.conversation_id), voter)
+    return ballots.remember(_turn(request, answer.turn.conversation, answer.turn_id), voter)
 
 
 @require_POST
@@ -278,7 +268,7 @@ async def delete(_: HttpRequest, pk: int) -> HttpResponse:
     """Delete a conversation."""
     async for answer in Answer.objects.filter(turn__conversation=pk, state="writing"):
         await answering.stop(answer.pk)
-    await Conversation.objects.filter(pk=pk).adelete()
+    await Conversation.chats.filter(pk=pk).adelete()
     return redirect("chat")
 
 
@@ -287,14 +277,14 @@ def rename(request: HttpRequest, pk: int) -> HttpResponse:
     """Give a conversation another title; an empty one changes nothing."""
     if title := " ".join(request.POST.get("title", "").split())[:200]:
         # An update, which leaves the time of the last change and thus the order of the list.
-        Conversation.objects.filter(pk=pk).update(title=title)
+        Conversation.chats.filter(pk=pk).update(title=title)
     return redirect("conversation", pk)
 
 
 @require_POST
 def pin(_: HttpRequest, pk: int) -> HttpResponse:
     """Pin a conversation to the top of the list, or unpin it."""
-    conversation = get_object_or_404(Conversation, pk=pk)
+    conversation = get_object_or_404(Conversation.chats, pk=pk)
     Conversation.objects.filter(pk=pk).update(pinned=not conversation.pinned)
     return redirect("conversation", pk)
 
@@ -302,7 +292,7 @@ def pin(_: HttpRequest, pk: int) -> HttpResponse:
 @require_GET
 def export(request: HttpRequest, pk: int) -> HttpResponse:
     """Download the conversation as it is shown: Markdown, or JSON with models, fingerprints and sampling."""
-    conversation = get_object_or_404(Conversation, pk=pk)
+    conversation = get_object_or_404(Conversation.chats, pk=pk)
     name = slugify(conversation.title)[:60] or f"conversation-{pk}"
     if request.GET.get("format") == "json":
         answer: HttpResponse = JsonResponse(_as_json(conversation), json_dumps_params={"indent": 1})
@@ -371,7 +361,7 @@ async def events(_: HttpRequest, pk: int) -> StreamingHttpResponse:
     `text` has an answer's number and its HTML so far, `done` the finished answer as a whole; `over` is the last event.
     One stream for all of a turn's answers, since browsers open only six connections to a host.
     """
-    turn = await aget_object_or_404(Turn, pk=pk)
+    turn = await aget_object_or_404(Turn.in_chats, pk=pk)
     shown = await sync_to_async(lambda: turn.shown)()
 
     async def stream() -> AsyncIterator[str]:
@@ -379,20 +369,18 @@ async def events(_: HttpRequest, pk: int) -> StreamingHttpResponse:
             if writing:
                 context = {"text": writing.text, "queue": writing.queue}
                 # In a thread: a long answer takes a while to render, and other requests should not wait for it.
-                yield _event("text", key, await asyncio.to_thread(render_to_string, "site/_text.html", context))
+                yield event(
+                    "text", answer=key, html=await asyncio.to_thread(render_to_string, "site/_text.html", context)
+                )
             else:
-                yield _event("done", key, await sync_to_async(_finished)(key))
-        yield "event: over\ndata: {}\n\n"
+                yield event("done", answer=key, html=await sync_to_async(_finished)(key))
+        yield event("over")
 
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingHttpResponse(stream(), content_type="text/event-stream", headers=headers)
 
 
 def _finished(pk: int) -> str:
-    answer = Answer.objects.select_related("turn").get(pk=pk)
+    answer = Answer.in_chats.select_related("turn").get(pk=pk)
     shown = next((each for each in answer.turn.shown if each.pk == pk), answer)
     return render_to_string("site/_answer.html", {"answer": shown})
-
-
-def _event(name: str, key: int, html: str) -> str:
-    return f"event: {name}\ndata: {json.dumps({'answer': key, 'html': html})}\n\n"

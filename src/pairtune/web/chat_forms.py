@@ -28,7 +28,32 @@ class ModelNames(forms.Field):
         return names
 
 
-class Setup(forms.Form):
+class _Form(forms.Form):
+    """A form whose errors are told in words."""
+
+    def refusal(self) -> HttpResponse:
+        """The first error of every field, a line each, in words."""
+        lines = []
+        for name, errors in self.errors.items():
+            label = "" if name in ("prompt", "model", "__all__") else f"{self.fields[name].label or name}: "
+            lines.append(f"{label}{errors[0]}")
+        return HttpResponseBadRequest("\n".join(lines), content_type="text/plain; charset=utf-8")
+
+
+class Question(_Form):
+    """A message."""
+
+    prompt = forms.CharField(max_length=_LONGEST, strip=False, error_messages={"required": "Write something first."})
+
+    def clean_prompt(self) -> str:
+        """Refuse an empty prompt."""
+        prompt: str = self.cleaned_data["prompt"].replace("\r\n", "\n")
+        if not prompt.strip():
+            raise forms.ValidationError("Write something first.")
+        return prompt
+
+
+class Setup(_Form):
     """The system message and the sampling parameters."""
 
     system = forms.CharField(max_length=_LONGEST_SYSTEM, required=False, strip=False)
@@ -47,24 +72,8 @@ class Setup(forms.Form):
         text: str = self.cleaned_data["system"].replace("\r\n", "\n")
         return text if text.strip() else ""
 
-    def refusal(self) -> HttpResponse:
-        """The first error of every field, a line each, in words."""
-        lines = []
-        for name, errors in self.errors.items():
-            label = "" if name in ("prompt", "model", "__all__") else f"{self.fields[name].label or name}: "
-            lines.append(f"{label}{errors[0]}")
-        return HttpResponseBadRequest("\n".join(lines), content_type="text/plain; charset=utf-8")
 
-
-class Asked(Setup):
+class Asked(Question, Setup):
     """The form below a conversation."""
 
-    prompt = forms.CharField(max_length=_LONGEST, strip=False, error_messages={"required": "Write something first."})
     model = ModelNames()
-
-    def clean_prompt(self) -> str:
-        """Refuse an empty prompt."""
-        prompt: str = self.cleaned_data["prompt"].replace("\r\n", "\n")
-        if not prompt.strip():
-            raise forms.ValidationError("Write something first.")
-        return prompt

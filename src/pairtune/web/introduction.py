@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from django.conf import settings
@@ -31,9 +32,15 @@ class Introduction:
 
 def introduce(name: str) -> Introduction:
     """The first screen of a run's model, or of a site without one."""
-    run = Run.open(settings.PAIRTUNE_RUNS / name) if name else None
-    said = learned(run) if run else ""
-    prompts = run.generations.prompts if run and run.generations else []
-    alone = (str(prompt[0]["content"]) for prompt in prompts if len(prompt) == 1)
-    fitting = [text for text in alone if len(text) <= _LONGEST and "\n" not in text.strip()]
-    return Introduction(name if said else "", said, tuple([*fitting, *_GENERIC][:PROMPTS]))
+    said = learned(Run.open(settings.PAIRTUNE_RUNS / name)) if name else ""
+    return Introduction(name if said else "", said, tuple(held_out_prompts([name] if name else [])[:PROMPTS]))
+
+
+def held_out_prompts(names: Sequence[str]) -> list[str]:
+    """Short prompts that the models of some runs have not seen, and a few that any model can answer."""
+    found = []
+    for name in dict.fromkeys(names):
+        answered = Run.open(settings.PAIRTUNE_RUNS / name).generations
+        alone = (str(prompt[0]["content"]) for prompt in (answered.prompts if answered else []) if len(prompt) == 1)
+        found += [text for text in alone if len(text) <= _LONGEST and "\n" not in text.strip()]
+    return list(dict.fromkeys([*found, *_GENERIC]))

@@ -1,4 +1,4 @@
-"""The site's database: conversations, which are trees of turns, thumbs, presets, notes, and the site's processes."""
+"""The site's database: conversations, which are trees of turns, votes, presets, notes, and the site's processes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,22 @@ from django.db import models
 _FINGERPRINT = 16  # hex digits of one fingerprint; that of a tuned model is two with a plus between them
 
 
+class Chats(models.Manager[models.Model]):
+    """Only what belongs to chats: matches of the arena are shown by its own pages, without names before the vote.
+
+    Args:
+        field: leads from the model to the flag of its conversation.
+    """
+
+    def __init__(self, field: str = "arena") -> None:
+        super().__init__()
+        self._field = field
+
+    def get_queryset(self) -> models.QuerySet[models.Model]:
+        """Everything that belongs to chats."""
+        return super().get_queryset().filter(**{self._field: False})
+
+
 class Conversation(models.Model):
     """One conversation with up to four models side by side.
 
@@ -19,6 +35,7 @@ class Conversation(models.Model):
         sampling: temperature, top_p, max_tokens and seed of the last message.
         leaf: the last turn shown; an edited turn starts a new branch.
         pinned: whether it is listed first.
+        arena: whether two anonymous models answer, for a vote; only the arena's pages show it.
     """
 
     title = models.CharField(max_length=200)
@@ -27,8 +44,12 @@ class Conversation(models.Model):
     sampling = models.JSONField(default=dict)
     leaf = models.ForeignKey("Turn", null=True, on_delete=models.SET_NULL, related_name="+")
     pinned = models.BooleanField(default=False)
+    arena = models.BooleanField(default=False, db_index=True)
     created = models.DateTimeField(auto_now_add=True)
     changed = models.DateTimeField(auto_now=True, db_index=True)
+
+    objects = models.Manager()
+    chats = Chats()
 
     class Meta:
         ordering = ("-pinned", "-changed")
@@ -36,7 +57,7 @@ class Conversation(models.Model):
 
     def path(self, leaf: int | None = None) -> list[Turn]:
         """The turns from the first to `leaf`; by default to the last turn shown."""
-        turns = {turn.pk: turn for turn in self.turns.prefetch_related("answers__votes")}
+        turns = {turn.pk: turn for turn in self.turns.prefetch_related("answers__votes", "answers__votes_as_right")}
         found, turn = [], turns.get(leaf or self.leaf_id)
         while turn:
             found.append(turn)
@@ -60,6 +81,8 @@ class Turn(models.Model):
     created = models.DateTimeField(auto_now_add=True)
 
     place = siblings = 1
+    objects = models.Manager()
+    in_chats = Chats("conversation__arena")
 
     @cached_property
     def shown(self) -> list[Answer]:
@@ -107,6 +130,8 @@ class Answer(models.Model):
     created = models.DateTimeField(auto_now_add=True)
 
     place = alternatives = 1
+    objects = models.Manager()
+    in_chats = Chats("turn__conversation__arena")
 
     @property
     def speed(self) -> float:
@@ -126,22 +151,54 @@ class Answer(models.Model):
     @property
     def thumb(self) -> str:
         """`up`, `down` or empty: the vote that stands."""
-        standing = [vote for vote in self.votes.all() if vote.withdrawn is None]
-        return ("up" if standing[-1].up else "down") if standing else ""
+        standing = [vote for vote in self.votes.all() if vote.kind == "thumb" and vote.withdrawn is None]
+        return standing[-1].outcome if standing else ""
+
+    @property
+    def preferred(self) -> bool:
+        """Whether a vote that stands prefers it to another answer."""
+        return any(vote.outcome == "left" for vote in self.votes.all() if vote.withdrawn is None) or any(
+            vote.outcome == "right" for vote in self.votes_as_right.all() if vote.withdrawn is None
+        )
 
 
 class Vote(models.Model):
-    """A thumb for one answer. Votes are never edited: a changed mind withdraws one and adds another.
+    """A vote, with everything that is needed to trust it; it outlives the conversation that it was given in.
+
+    Votes are never edited: a changed mind withdraws one and adds another.
 
     Attributes:
-        up: whether the answer was liked.
+        kind, outcome, prompt, answers, reason: as in `pairtune.votes.records.Vote`.
+        answer: the left answer, or the one that got a thumb; None once its conversation is deleted.
+        right: the right answer.
+        voter: the anonymous session.
         withdrawn: when it was withdrawn; None while it stands.
     """
 
-    answer = models.ForeignKey(Answer, on_delete=models.CASCADE, related_name="votes")
-    up = models.BooleanField()
+    kind = models.CharField(max_length=20)
+    outcome = models.CharField(max_length=10)
+    prompt = models.JSONField()
+    answers = models.JSONField()
+    reason = models.TextField(blank=True)
+    answer = models.ForeignKey(Answer, null=True, on_delete=models.SET_NULL, related_name="votes")
+    right = models.ForeignKey(Answer, null=True, on_delete=models.SET_NULL, related_name="votes_as_right")
+    voter = models.CharField(max_length=64, db_index=True)
     created = models.DateTimeField(auto_now_add=True)
     withdrawn = models.DateTimeField(null=True)
+
+    class Meta:
+        ordering = ("pk",)
+
+
+class Answering(models.Model):
+    """Which model answers when nobody has chosen one: the last entry; earlier ones are the way back.
+
+    Attributes:
+        model: its name; empty: the one tuned last.
+    """
+
+    model = models.CharField(max_length=300, blank=True)
+    created = models.DateTimeField(auto_now_add=True)
 
     class Meta:
         ordering = ("pk",)

@@ -15,6 +15,9 @@ PAIRTUNE_RUNS = Path(os.environ.get("PAIRTUNE_RUNS", "runs")).absolute()
 PAIRTUNE_BACKEND = os.environ.get("PAIRTUNE_BACKEND", "http://127.0.0.1:8001")
 PAIRTUNE_SITE = Path(os.environ.get("PAIRTUNE_SITE", Path.home() / ".local" / "share" / "pairtune")).absolute()
 
+# How the arena chooses who meets: where a vote tells most, or by lot (uniform).
+PAIRTUNE_MATCHES = os.environ.get("PAIRTUNE_MATCHES", "informative")
+
 # The API key, for backends that require one; never stored.
 PAIRTUNE_KEY = os.environ.get("PAIRTUNE_BACKEND_KEY", "")
 
@@ -60,9 +63,10 @@ TEMPLATES = [
 
 DATABASES = {"default": dj_database_url.config(default=f"sqlite:///{PAIRTUNE_SITE / 'site.sqlite3'}")}
 if DATABASES["default"]["ENGINE"].endswith("sqlite3"):
-    # Readers do not wait for the writer, and writers wait for each other instead of failing.
+    # Readers do not wait for the writer, and writers wait for each other instead of failing. Every commit is synced, so
+    # that a vote survives a power cut once a person has been told that it counts.
     DATABASES["default"]["OPTIONS"] = {
-        "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;",
+        "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;",
         "transaction_mode": "IMMEDIATE",
         "timeout": 20,
     }

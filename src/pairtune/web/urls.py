@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from django.urls import path
 
-from pairtune.web import chat, exports, icons, new_run, pair_browser, run_pages
+from pairtune.web import arena, chat, exports, icons, new_run, pair_browser, run_pages
 
 urlpatterns = [
     path("", chat.chat, name="chat"),
@@ -24,6 +24,16 @@ urlpatterns = [
     path("answers/<int:pk>/go-on", chat.go_on, name="go-on"),
     path("answers/<int:pk>/choose", chat.choose, name="choose"),
     path("answers/<int:pk>/vote", chat.vote, name="vote"),
+    path("answers/<int:pk>/better", chat.better, name="better"),
+    path("arena/", arena.arena, name="arena"),
+    path("arena/start", arena.say, name="match-start"),
+    path("arena/standings", arena.standings, name="standings"),
+    path("arena/votes.jsonl", arena.download, name="download-votes"),
+    path("arena/<int:pk>/", arena.arena, name="match"),
+    path("arena/<int:pk>/say", arena.say, name="match-say"),
+    path("arena/<int:pk>/events", arena.events, name="match-events"),
+    path("arena/<int:pk>/vote", arena.vote, name="match-vote"),
+    path("arena/<int:pk>/withdraw", arena.withdraw, name="match-withdraw"),
     path("turns/<int:pk>/branch", chat.branch, name="branch"),
     path("turns/<int:pk>/events", chat.events, name="events"),
     path("runs/", run_pages.runs, name="runs"),

@@ -170,6 +170,23 @@ if (composer) {
   followAll();
 }
 
+// ---- The arena: both answers at one pace, and the vote by keyboard ----
+const ask = find("#ask");
+const match = find("[data-match]");
+
+if (match) {
+  const source = new EventSource(match.dataset.match);
+  for (const side of ["left", "right"]) {
+    source.addEventListener(side, ({ data }) => show(find(`[data-side=${side}]`, match), JSON.parse(data).html));
+  }
+  source.addEventListener("over", () => { source.close(); location.reload(); });
+}
+
+function castVote(key) {
+  const button = find(`[data-vote=${key}]`);
+  if (button && !button.closest("[inert]")) button.click();
+}
+
 // ---- Clipboard, colours, keyboard ----
 async function copy(button, text) {
   const before = (button.before ??= button.innerHTML);
@@ -211,7 +228,10 @@ document.addEventListener("click", (event) => {
   else if ("cancel" in data) cancelEdit(button.closest(".edit"));
   else if (data.preset) usePreset(button);
   else if ("themeSwitch" in data) nextTheme();
-  else if (data.say) {
+  else if (data.ask) {
+    find("#question").value = data.ask;
+    ask.requestSubmit();
+  } else if (data.say) {
     prompt.value = data.say;
     composer.requestSubmit();
   }
@@ -224,7 +244,12 @@ document.addEventListener("submit", (event) => {
 
 const coarse = window.matchMedia("(pointer: coarse)").matches;
 const keys = {
-  "/": () => (prompt || find("[type=search]"))?.focus(),
+  "/": () => (prompt || find("#question") || find("[type=search]"))?.focus(),
+  ArrowLeft: () => castVote("ArrowLeft"),
+  ArrowRight: () => castVote("ArrowRight"),
+  ArrowUp: () => castVote("ArrowUp"),
+  ArrowDown: () => castVote("ArrowDown"),
+  s: () => find("[data-key=s]")?.click(),
   n: () => find("[data-key=n]")?.click(),
   e: () => [...document.querySelectorAll("[data-edit]")].at(-1)?.click(),
   r: () => document.querySelectorAll(".turn:last-child [data-again]").forEach((button) => button.click()),
@@ -242,12 +267,13 @@ document.addEventListener("keydown", (event) => {
     return;
   }
   // By touch the keyboard has no Shift+Enter, so Enter starts a line there and the button sends.
-  if (key === "Enter" && !event.shiftKey && !event.isComposing && !coarse && target.matches?.("#prompt, .edit textarea")) {
+  if (key === "Enter" && !event.shiftKey && !event.isComposing && !coarse && target.matches?.("#prompt, #question, .edit textarea")) {
     event.preventDefault();
     target.form.requestSubmit();
     return;
   }
   if (typing(target) || event.ctrlKey || event.metaKey || event.altKey || !keys[key]) return;
+  if (key.startsWith("Arrow") && !find("#ballot")) return;  // the page's own scrolling
   event.preventDefault();
   keys[key]();
 });
