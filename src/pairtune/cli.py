@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from pairtune.config import Reading, RunConfig
     from pairtune.data.source_reader import SourceReader
+    from pairtune.resolve_config import Resolved
     from pairtune.run.folder import Run
 
 # The base class of usage errors. Typer bundles its own copy of click and exports only some of its exceptions.
@@ -40,6 +41,11 @@ data_app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 
+VOTES = "votes"  # as a source: the pairs of the votes given on this machine's site
+
+votes_app = typer.Typer(help="People's votes, given in the site.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(votes_app, name="votes")
+
 DEMO = Path(__file__).with_name("demo.yaml")
 
 EXAMPLES = """
@@ -58,7 +64,7 @@ Columns = Annotated[list[str] | None, typer.Option("--column")]
 Confirmed = Annotated[bool, typer.Option("--yes", help="Confirm that the named columns say which answer is better.")]
 SourceArgument = Annotated[
     str,
-    typer.Argument(metavar="SRC", help="As for tune's --data: a file, a folder, a Hub id, or bundled:concise."),
+    typer.Argument(metavar="SRC", help="As for tune's --data: a file, a folder, a Hub id, bundled:concise, or votes."),
 ]
 FinishedRun = Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")]
 ExportedRun = Annotated[
@@ -497,6 +503,38 @@ def convert(
         typer.echo(f"not used: {field} ({plural(rows, 'row')})", err=True)
 
 
+@votes_app.command("export")
+def export_votes(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder to write.")], as_json: Json = False
+) -> None:
+    """Write all votes, and the pairs and labels that they give, with provenance.
+
+    pairs.jsonl has TRL's conversational preference format, unpaired.jsonl its unpaired format, votes.jsonl every vote
+    as it was given, and votes.json says what became of them.
+    """
+    require("serve", "pairtune votes export")
+    if out.exists():
+        raise BadInput(f"OUT {out}: already exists; choose another name, or remove it first")
+    from pairtune.web.server import open_database
+
+    open_database()
+    from pairtune.votes.pairs import harvest
+    from pairtune.web.ballots import all_votes
+
+    found = harvest(all_votes())
+    if not found.votes:
+        raise BadInput("OUT: nobody has voted yet; vote in the arena, or give thumbs in a chat (pairtune serve)")
+    found.write(out)
+    if as_json:
+        typer.echo(json.dumps({"out": str(out), **found.account()}))
+        return
+    left_out = "".join(f", {count} {reason}" for reason, count in found.reasons)
+    typer.echo(
+        f"{out}: {plural(len(found.pairs), 'pair')} and {plural(len(found.labels), 'label')} of "
+        f"{plural(len(found.votes), 'vote')}; in pairs: {found.used}{left_out}"
+    )
+
+
 def _finished(path: Path) -> tuple[Run, str | None]:
     """The finished run that a path names, and the trial if it names one of its trials."""
     from pairtune.run.folder import Run, find_run
@@ -522,6 +560,7 @@ def _open_reader(source: str, reading: Reading, limit: int | None, flag: str = "
     from pairtune.config import SourceConfig
     from pairtune.data.source_reader import SourceReader
 
+    source = str(_frozen_votes("data")) if source == VOTES else source
     reader = SourceReader.open(SourceConfig(source=source), flag, reading, limit)
     reader.probe()
     return reader
@@ -571,7 +610,7 @@ def _tune(file: Path | None, flags: dict[str, Any], as_json: bool) -> None:
 
     from pairtune.resolve_config import resolve
 
-    resolved = resolve(file, flags)  # before importing torch, so that a mistyped flag is reported at once
+    resolved = _with_votes(resolve(file, flags))  # before importing torch, so that a mistyped flag is reported at once
     from pairtune.run.folder import check_new
 
     check_new(resolved.config.out)
@@ -588,7 +627,7 @@ def _plan(file: Path | None, flags: dict[str, Any], as_json: bool) -> None:
 
     from pairtune.resolve_config import resolve
 
-    config = resolve(file, flags).config
+    config = _with_votes(resolve(file, flags)).config
     _probe(config)
 
     from pairtune.plan import plan_run
@@ -598,6 +637,40 @@ def _plan(file: Path | None, flags: dict[str, Any], as_json: bool) -> None:
     with Console(stderr=True).status("reading") as status:
         found = plan_run(config, status.update)
     typer.echo(json.dumps(dump(found))) if as_json else _output().print(render_plan(found), highlight=False)
+
+
+def _with_votes(resolved: Resolved) -> Resolved:
+    """The settings with the source `votes` replaced by a file of today's pairs, which later votes don't change."""
+    from pairtune.resolve_config import Resolved
+
+    changed = {}
+    for name in ("data", "eval_data", "test_data"):
+        sources = getattr(resolved.config, name) or []
+        if any(source.source == VOTES for source in sources):
+            changed[name] = [
+                each.model_copy(update={"source": str(_frozen_votes(name))}) if each.source == VOTES else each
+                for each in sources
+            ]
+    return Resolved(resolved.config.model_copy(update=changed), resolved.origins) if changed else resolved
+
+
+def _frozen_votes(name: str) -> Path:
+    require("serve", f"--{name.replace('_', '-')} {VOTES}")
+    from pairtune.web.server import open_database
+
+    open_database()
+    from pairtune.web.ballots import snapshot
+
+    path, found = snapshot()
+    told = "".join(f", {count} {reason}" for reason, count in found.reasons)
+    typer.echo(f"{VOTES}: {plural(len(found.pairs), 'pair')} of {plural(len(found.votes), 'vote')}{told}", err=True)
+    if not found.pairs:
+        raise BadInput(
+            f"--{name.replace('_', '-')} {VOTES}: no vote gives a pair yet; vote in the arena (pairtune serve), or "
+            "prefer answers in a chat"
+        )
+    typer.echo(f"{VOTES}: kept as {path}", err=True)
+    return path
 
 
 def _probe(config: RunConfig) -> None:

@@ -77,7 +77,8 @@ Grid = Annotated[list[Positive], Field(min_length=1), AfterValidator(_different)
 
 SANITY_PROMPTS = 5
 MAX_LENGTH = 1024
-SOURCES = "a .jsonl, .json, .csv or .parquet file, a folder, a Hub id (org/name:subset@split#revision), bundled:concise"
+_LOCAL = "a .jsonl, .json, .csv or .parquet file, a folder"
+SOURCES = f"{_LOCAL}, a Hub id (org/name:subset@split#revision), bundled:concise, votes"
 
 
 class _Strict(BaseModel):

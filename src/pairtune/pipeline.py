@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from pairtune.config import RunConfig, TrialConfig, flag_of
+from pairtune.data.earlier import Earlier, keep_prompts, prompts_before, prompts_of_round
 from pairtune.data.prepare import PreparedData, prepare_data
 from pairtune.engine.kernels import Kernels
 from pairtune.engine.lora import settings_of_adapter
@@ -97,6 +98,8 @@ def tune(resolved: Resolved, console: Console) -> Run | None:
         data.index().write(run.paths.pairs)
         run.write(_environment(base))
         start.keep(run)
+        if start.run:
+            keep_prompts(run, prompts_of_round(start.run))
 
     if processes.first:
         Run.create(run.root, write)  # only now, so that bad input leaves nothing behind
@@ -177,10 +180,11 @@ def _open(
     console.print(f"opening {config.model}", highlight=False)
     with processes.first_before_others():
         if run:
-            start = Start(open_base_of(run))
+            start, earlier = Start(open_base_of(run)), prompts_before(run)
         else:
             start = open_start(config.model, config.dtype, config.on_top, config.reference, config.method)
-        data = _prepare(config, start.base, console)
+            earlier = prompts_of_round(start.run) if start.run else {}
+        data = _prepare(config, start.base, earlier, console)
     return start, data, processes, console
 
 
@@ -381,9 +385,11 @@ def _environment(base: LoadedBase) -> Environment:
     return describe_environment(device_name(base.device), described)
 
 
-def _prepare(config: RunConfig, base: LoadedBase, console: Console) -> PreparedData:
+def _prepare(config: RunConfig, base: LoadedBase, earlier: Earlier, console: Console) -> PreparedData:
     with console.status("reading pairs") as status:
-        data = prepare_data(config, base.tokenizer, lambda rows: status.update(f"reading pairs: {rows:,} rows"))
+        data = prepare_data(
+            config, base.tokenizer, lambda rows: status.update(f"reading pairs: {rows:,} rows"), earlier
+        )
     for source in data.record.sources:
         for reason, rows in source.dropped.items():
             console.print(

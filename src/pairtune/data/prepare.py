@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pairtune.config import RunConfig
+from pairtune.data.earlier import Earlier
 from pairtune.data.preference import BadRow, PreferencePair, RowCount
 from pairtune.data.source_reader import SourceReader, stop_at
 from pairtune.data.sources import BUNDLED, SourceRow, bundled_source
@@ -75,7 +76,10 @@ class PreparedData:
 
 
 def prepare_data(
-    config: RunConfig, tokenizer: Any, on_progress: Callable[[int], None] = lambda rows: None
+    config: RunConfig,
+    tokenizer: Any,
+    on_progress: Callable[[int], None] = lambda rows: None,
+    earlier: Earlier | None = None,
 ) -> PreparedData:
     """Read, check, tokenize and split all data of a run.
 
@@ -83,16 +87,19 @@ def prepare_data(
         config: the settings of the run.
         tokenizer: a transformers tokenizer with a chat template.
         on_progress: called with the number of rows read so far.
+        earlier: the prompts of earlier rounds, which stay in their splits.
 
     Raises:
         BadInput: a source or row cannot be used, or no pair is left for training or validation.
     """
     parts = _open_all(config)
     encoder = PairTokenizer(tokenizer, config.max_length)
-    folder = user_cache() / "data" / _cache_key(config, parts, encoder)
+    folder = user_cache() / "data" / _cache_key(config, parts, encoder, earlier or {})
     from_cache = (folder / _RECORD).is_file()
     if not from_cache:
-        fill_folder(folder, lambda target: _Preparation(config, encoder, parts, on_progress).write(target))
+        fill_folder(
+            folder, lambda target: _Preparation(config, encoder, parts, on_progress, earlier or {}).write(target)
+        )
         forget_oldest(folder.parent, _CACHE_BYTES)
     mark_used(folder)
     return PreparedData.open(folder, from_cache=from_cache)
@@ -153,7 +160,7 @@ def _open_all(config: RunConfig) -> list[_SourcePart]:
     ]
 
 
-def _cache_key(config: RunConfig, parts: Sequence[_SourcePart], encoder: PairTokenizer) -> str:
+def _cache_key(config: RunConfig, parts: Sequence[_SourcePart], encoder: PairTokenizer, earlier: Earlier) -> str:
     settings = (config.on_bad_row, config.seed, config.validation_share, config.test_share)
     content = [_CACHE_FORMAT, encoder.fingerprint(), *map(str, settings)]
     for part in parts:
@@ -162,6 +169,8 @@ def _cache_key(config: RunConfig, parts: Sequence[_SourcePart], encoder: PairTok
         content += [part.name, part.reader.fingerprint()]
         content += map(str, (part.split, part.reader.limit, part.weight, columns, reading.pairing, reading.min_gap))
         content.append(str(reading.prompts))
+    for name in sorted(earlier):
+        content += [name, fingerprint([earlier[name].tobytes()])]
     return fingerprint(content)
 
 
@@ -180,12 +189,18 @@ class _Preparation:
     """Reads all sources once, writes the tokenized pairs, then assigns them to splits."""
 
     def __init__(
-        self, config: RunConfig, encoder: PairTokenizer, parts: list[_SourcePart], on_progress: Callable[[int], None]
+        self,
+        config: RunConfig,
+        encoder: PairTokenizer,
+        parts: list[_SourcePart],
+        on_progress: Callable[[int], None],
+        earlier: Earlier,
     ) -> None:
         self.config = config
         self.encoder = encoder
         self.parts = parts
         self.on_progress = on_progress
+        self.known = {int(key): SPLITS.index(name) for name in reversed(SPLITS) for key in earlier.get(name, ())}
         self.kept: list[_Kept] = []
         self.example: DecodedPair | None = None  # the first pair, as the model sees it
         self.left_out: dict[int, str] = {}  # kept pairs that no split uses, each with the reason
@@ -259,9 +274,8 @@ class _Preparation:
         drawn = [n for n, each in enumerate(self.kept) if each.part.split is None and n not in self.left_out]
         shares = (self.config.validation_share, 0.0 if self.config.test_data else self.config.test_share)
         splits = [each.part.split or TRAIN for each in self.kept]
-        for number, split in zip(
-            drawn, draw_splits([self.kept[n].prompt for n in drawn], shares, self.config.seed), strict=True
-        ):
+        prompts = [self.kept[n].prompt for n in drawn]
+        for number, split in zip(drawn, draw_splits(prompts, shares, self.config.seed, self.known), strict=True):
             splits[number] = split
         if self.config.test_data:
             self._drop_leaks(splits)

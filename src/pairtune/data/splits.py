@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rensa import RMinHash, RMinHashLSH
@@ -166,16 +166,20 @@ def group_prompts(prompts: Sequence[Prompt]) -> list[int]:
     return [root(number) for number in range(len(prompts))]
 
 
-def draw_splits(prompts: Sequence[Prompt], shares: Sequence[float], seed: int) -> list[int]:
+def draw_splits(
+    prompts: Sequence[Prompt], shares: Sequence[float], seed: int, known: Mapping[int, int] | None = None
+) -> list[int]:
     """Draw groups of prompts for splits 1, 2, …; the rest is split 0.
 
     A group's rank in the draw depends only on its own hash and the seed, so adding prompts does not reorder the others.
-    A split with a share above 0 gets at least one group, but split 0 comes first.
+    A split with a share above 0 gets at least one group, but split 0 comes first. A group with prompts of earlier
+    rounds is not drawn: it stays in its split, and in split 0 if any of it was there, since that has been trained on.
 
     Args:
         prompts: the prompts of all pairs.
         shares: the shares of the groups for splits 1, 2, …
         seed: a different seed draws different groups.
+        known: the splits of the prompts of earlier rounds, by hash.
 
     Returns:
         The split of each prompt.
@@ -184,14 +188,29 @@ def draw_splits(prompts: Sequence[Prompt], shares: Sequence[float], seed: int) -
     smallest: dict[int, int] = {}
     for group, prompt in zip(groups, prompts, strict=True):
         smallest[group] = min(smallest.get(group, prompt.whole[0]), prompt.whole[0])
-    drawn = sorted(smallest, key=lambda group: hashlib.sha256(f"{seed}\0{smallest[group]}".encode()).digest())
-    split_of: dict[int, int] = {}
-    start = 0
+    split_of = _stay(prompts, groups, known or {})
+    drawn = sorted(
+        smallest.keys() - split_of.keys(),
+        key=lambda group: hashlib.sha256(f"{seed}\0{smallest[group]}".encode()).digest(),
+    )
+    start, trained = 0, 0 in split_of.values()
     for split, share in enumerate(shares, 1):
-        count = min(max(1, round(len(drawn) * share)), max(0, len(drawn) - start - 1)) if share else 0
+        has = sum(stays == split for stays in split_of.values())
+        wanted = max(1, round(len(smallest) * share)) - has if share else 0
+        count = min(max(0, wanted), max(0, len(drawn) - start - (not trained)))
         split_of |= dict.fromkeys(drawn[start : start + count], split)
         start += count
     return [split_of.get(group, 0) for group in groups]
+
+
+def _stay(prompts: Sequence[Prompt], groups: Sequence[int], known: Mapping[int, int]) -> dict[int, int]:
+    """The splits of the groups that have prompts of earlier rounds."""
+    found: dict[int, int] = {}
+    for group, prompt in zip(groups, prompts, strict=True):
+        for key in prompt.whole:
+            if key in known:
+                found[group] = min(found.get(group, known[key]), known[key])
+    return found
 
 
 def find_leaks(splits: Sequence[Sequence[Prompt]]) -> list[dict[int, str]]:

@@ -28,11 +28,13 @@ class Start:
         base: the model as the run uses it.
         lineage: None for a plain model.
         adapter: the adapter that the start has, which the run keeps a copy of; None if it has none.
+        run: the run that the start comes from; None if there is none.
     """
 
     base: LoadedBase
     lineage: Lineage | None = None
     adapter: Path | None = None
+    run: Run | None = None
 
     def keep(self, run: Run) -> None:
         """Write lineage and adapter into a new run, which from then on does not need its parent."""
@@ -75,7 +77,7 @@ def open_start(name: str, dtype: str, on_top: OnTop | None, reference: Reference
         below = resolve_model(lineage.base).folder
         name = f"{below.name[:40]}-{fingerprint([saved_fingerprint(below), lineage.start.weights])}"
         lineage = lineage.model_copy(update={"merged": name})
-    return Start(_open(lineage, target.weights, dtype), lineage, adapter)
+    return Start(_open(lineage, target.weights, dtype), lineage, adapter, target.run)
 
 
 def open_base_of(run: Run) -> LoadedBase:

@@ -345,7 +345,7 @@ def _side(matches: Matches, weights: Numbers, freedom: int) -> Effect:
     chosen = 1.0 - matches.outcome  # 1, 0 or -1
     spread = chosen.std() / math.sqrt(len(chosen))
     draws = weights @ chosen / weights.sum(1)
-    return Effect(float(chosen.mean()), _interval(chosen.mean(), draws, spread, freedom, _EACH))
+    return Effect(float(chosen.mean()), _as_share(_interval(chosen.mean(), draws, spread, freedom, _EACH)))
 
 
 def _length(matches: Matches, found: Fit, draws: Numbers, freedom: int) -> Effect:
@@ -353,7 +353,12 @@ def _length(matches: Matches, found: Fit, draws: Numbers, freedom: int) -> Effec
     value = _lead_by_length(matches, found.values)
     spread = abs(_lead_by_length(matches, found.values + _unit(_LENGTH, found)) - value)
     of_draws = np.array([_lead_by_length(matches, each) for each in draws])
-    return Effect(value, _interval(value, of_draws, spread, freedom, _EACH))
+    return Effect(value, _as_share(_interval(value, of_draws, spread, freedom, _EACH)))
+
+
+def _as_share(interval: Interval) -> Interval:
+    """An interval of a difference of two chances, which is between -1 and 1."""
+    return max(-1.0, interval[0]), min(1.0, interval[1])
 
 
 def _unit(column: int, found: Fit) -> Numbers:

@@ -142,13 +142,18 @@ def current_standings() -> Standings | None:
     return found
 
 
+def current_harvest() -> Harvest:
+    """The pairs and labels of all votes."""
+    return harvest(all_votes())
+
+
 def snapshot() -> tuple[Path, Harvest]:
     """Freeze the pairs of all votes in a file, which a run trains on and which later votes do not change.
 
     Returns:
         The file, and what became of the votes.
     """
-    found = harvest(all_votes())
+    found = current_harvest()
     folder = settings.PAIRTUNE_SITE / "votes"
     path = folder / f"votes-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}.jsonl"
     found.write_pairs(path)

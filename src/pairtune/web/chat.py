@@ -23,6 +23,7 @@ from pairtune.web import answering, backend, ballots
 from pairtune.web.chat_forms import MOST_MODELS, SAMPLING, Asked, Setup
 from pairtune.web.introduction import Introduction, introduce
 from pairtune.web.models import Answer, Conversation, Preset, Turn
+from pairtune.web.rounds import answering as answering_model
 from pairtune.web.sse import event
 
 _SHOWN = 50  # conversations listed; search finds the others
@@ -62,8 +63,9 @@ def _page(request: HttpRequest, conversation: Conversation | None, found: list[b
 
 
 def _first_choice(found: list[backend.Model], wanted: str) -> list[str]:
-    """The tuned model that was asked for, or else the latest one, beside its base."""
-    model = next((each for each in found if each.id == wanted), found[0] if found else None)
+    """The tuned model that was asked for, or else the one that is to answer, or the latest one; beside its base."""
+    named = {each.id: each for each in found}
+    model = named.get(wanted) or named.get(answering_model()[0]) or (found[0] if found else None)
     if model is None:
         return [wanted] if wanted else []
     base = next((each.id for each in found if each.is_base and each.id == model.base), model.id)

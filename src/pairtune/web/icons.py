@@ -15,7 +15,7 @@ ICONS = (
     *("circle-check", "columns-2", "copy", "copy-plus", "download", "external-link", "file-text", "flag", "info"),
     *("keyboard", "menu", "message-square", "monitor", "moon", "pencil", "pin", "pin-off", "play", "plus"),
     *("refresh-cw", "search", "settings-2", "share-2", "square", "sun", "table-2", "tag", "thumbs-down"),
-    *("thumbs-up", "trash-2", "triangle-alert", "trophy", "upload", "x"),
+    *("thumbs-up", "trash-2", "triangle-alert", "trophy", "repeat", "undo-2", "upload", "x"),
 )
 _YEAR = 31_536_000
 

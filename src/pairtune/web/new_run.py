@@ -30,13 +30,13 @@ from pairtune.options import OPTIONS
 from pairtune.report.charts import bars
 from pairtune.report.render_plan import time_range
 from pairtune.resolve_config import resolve
-from pairtune.web import jobs
+from pairtune.web import ballots, jobs
 from pairtune.web.models import Draft, Job
 from pairtune.web.pair_edits import edited_source
 from pairtune.web.run_form import ELSEWHERE, INITIAL, Settings, plainly
 from pairtune.web.run_view import all_runs, find_run
 
-BUNDLED = "bundled:concise"
+BUNDLED, VOTES = "bundled:concise", "votes"
 _MODEL = "smollm2-135m"
 _ROWS = 5  # shown of a file whose columns have to be named
 _CELL = 400  # characters shown of one cell
@@ -66,7 +66,7 @@ class DataChoice(forms.Form):
         max_length=1000,
         label="A path or a dataset of the Hub",
         help_text="A .jsonl, .json, .csv or .parquet file (also .gz), a folder, or a Hub id such as "
-        "org/name@train. Several: one per line.",
+        "org/name@train, or votes. Several: one per line.",
         widget=forms.Textarea(attrs={"rows": 1}),
     )
     held_out = forms.CharField(
@@ -90,6 +90,12 @@ class DataChoice(forms.Form):
             self.add_error("source", "Choose a file, or write where the data is.")
         for field in ("source", "held_out"):
             for name in _lines(cleaned.get(field) or ""):
+                if name == VOTES:
+                    if not ballots.current_harvest().pairs:
+                        self.add_error(
+                            field, "No vote gives a pair yet. Vote in the arena, or prefer answers in a chat."
+                        )
+                    continue
                 try:
                     SourceReader.open(SourceConfig(source=name), "--data", Reading(), None)
                 except BadInput as error:
@@ -104,16 +110,23 @@ def _lines(text: str) -> list[str]:
 @require_http_methods(["GET", "POST"])
 def choose_data(request: HttpRequest) -> HttpResponse:
     """The first step of a new run."""
-    form = DataChoice(request.POST or None, request.FILES or None)
+    asked = {name: request.GET[name] for name in ("source", "model") if request.GET.get(name)}
+    form = DataChoice(request.POST or None, request.FILES or None, initial=asked)
     if request.method == "POST" and form.is_valid():
         chosen = form.cleaned_data
-        source = str(_keep(chosen["upload"])) if chosen["upload"] else "\n".join(_lines(chosen["source"]))
+        source = str(_keep(chosen["upload"])) if chosen["upload"] else "\n".join(_frozen(_lines(chosen["source"])))
         made = Draft.objects.create(source=source, held_out=chosen["held_out"], model=chosen["model"])
         _start_check(made)
         return redirect("draft", made.pk)
     recent = dict.fromkeys(Draft.objects.order_by("-pk").values_list("source", flat=True)[:20])
     context = {"form": form, "recent": [each for each in recent if each != BUNDLED][:4], "page": "runs"}
-    return render(request, "site/new.html", context | {"bundled": BUNDLED}, status=400 if form.errors else 200)
+    context |= {"bundled": BUNDLED, "votes": len(ballots.current_harvest().pairs)}
+    return render(request, "site/new.html", context, status=400 if form.errors else 200)
+
+
+def _frozen(names: list[str]) -> list[str]:
+    """The sources, with the votes as they are now in a file of their own."""
+    return [str(ballots.snapshot()[0]) if name == VOTES else name for name in names]
 
 
 def _keep(upload: UploadedFile) -> Path:

@@ -26,6 +26,7 @@ from pairtune.report.series import charts
 from pairtune.web import jobs
 from pairtune.web.exports import CALLED, job_context
 from pairtune.web.models import Job, RunNote, latest_jobs
+from pairtune.web.rounds import answering, rounds_of
 from pairtune.web.run_view import Drawn, ShownRun, all_runs, find_run
 
 _MOST_COMPARED = 4
@@ -74,6 +75,8 @@ def _context(shown: ShownRun) -> dict[str, Any]:
         "titles": [title for title, _ in COLUMNS],
         "log": jobs.tail(shown.job) if shown.job and shown.state != "finished" else "",
         "formats": CALLED,
+        "rounds": rounds_of(shown.run),
+        "answering": answering(),
         "page": "runs",
     }
 

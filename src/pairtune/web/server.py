@@ -57,6 +57,14 @@ def serve(
 
 def prepare() -> None:
     """Migrate the database, and mark interrupted answers as failed."""
+    open_database()
+    from pairtune.web.answering import forget_unfinished
+
+    forget_unfinished()
+
+
+def open_database() -> None:
+    """Make the site's database usable in this process, whether or not a site is running."""
     import django
     from django.conf import settings
     from django.core.management import call_command
@@ -65,9 +73,6 @@ def prepare() -> None:
     django.setup()
     settings.PAIRTUNE_SITE.mkdir(parents=True, exist_ok=True)
     call_command("migrate", verbosity=0)
-    from pairtune.web.answering import forget_unfinished
-
-    forget_unfinished()
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from django.urls import path
 
-from pairtune.web import arena, chat, exports, icons, new_run, pair_browser, run_pages
+from pairtune.web import arena, chat, exports, icons, new_run, pair_browser, rounds, run_pages
 
 urlpatterns = [
     path("", chat.chat, name="chat"),
@@ -52,6 +52,8 @@ urlpatterns = [
     path("runs/<str:name>/dismiss", run_pages.dismiss, name="dismiss"),
     path("runs/<str:name>/pairs", pair_browser.pairs, name="pairs"),
     path("runs/<str:name>/pairs/mark", pair_browser.mark, name="mark-pair"),
+    path("runs/<str:name>/answer", rounds.answer_with, name="answer-with"),
+    path("answer-as-before", rounds.answer_as_before, name="answer-as-before"),
     path("runs/<str:name>/export", exports.export, name="export"),
     path("runs/<str:name>/push", exports.push, name="push"),
     path("runs/<str:name>/download/<str:what>", exports.download, name="download"),
