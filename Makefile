@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install docs demo browser test test-gguf bench-serve chaos machines alarms lint format bench bench-grid bench-site pictures pins clean
+.PHONY: install docs demo browser test test-gguf bench-serve chaos loop machines alarms lint format bench bench-grid bench-site pictures pins clean
 
 install: $(INSTALLED)
 
@@ -59,6 +59,12 @@ machines: lint
 		echo "ATEN_CPU_CAPABILITY=$$level"; ATEN_CPU_CAPABILITY=$$level $(MACHINES) -k "here or first" || exit 1; done
 	@for threads in 1 2 4; do \
 		echo "OMP_NUM_THREADS=$$threads"; PAIRTUNE_THREADS=$$threads OMP_NUM_THREADS=$$threads $(MACHINES) -k "here or first" || exit 1; done
+
+# The loop from votes to the next round: a hundred groups of simulated voters, ten thousand votes while the site is killed,
+# and a second round on ten votes with the bundled model; about half an hour.
+loop: lint browser
+	HF_HUB_OFFLINE=1 PAIRTUNE_SIMULATIONS=100 PAIRTUNE_VOTES=10000 $(BIN)/pytest -s tests/test_votes.py
+	HF_HUB_OFFLINE=1 PAIRTUNE_LOOP=bundled $(BIN)/pytest -s tests/test_loop.py
 
 # The audit: a hundred clean runs of our own, of which it may flag at most five, and logs of TRL made anew, honest and
 # with planted faults; about half an hour.

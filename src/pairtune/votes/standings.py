@@ -343,7 +343,8 @@ def information(ahead: float, tie: float) -> float:
 def _side(matches: Matches, weights: Numbers, freedom: int) -> Effect:
     """Sides are drawn by lot, so what models and lengths do cancels out in the mean, whatever voters are like."""
     chosen = 1.0 - matches.outcome  # 1, 0 or -1
-    spread = chosen.std() / math.sqrt(len(chosen))
+    # As if two more votes had been given, one each way: a few votes that agree are not certain.
+    spread = math.sqrt((chosen.std() ** 2 * len(chosen) + 2) / (len(chosen) + 2)) / math.sqrt(len(chosen))
     draws = weights @ chosen / weights.sum(1)
     return Effect(float(chosen.mean()), _as_share(_interval(chosen.mean(), draws, spread, freedom, _EACH)))
 
