@@ -336,6 +336,53 @@ def evaluate(
     typer.echo(json.dumps(dump(found))) if as_json else _output().print(render_evaluation(found), highlight=False)
 
 
+@app.command(cls=WithSettingsHelp)
+def compare(
+    one: Annotated[str, typer.Argument(metavar="RUN_A", help="A run, RUN/TRIAL, an adapter, or their base model.")],
+    other: Annotated[str, typer.Argument(metavar="RUN_B", help="What it is compared with.")],
+    data: Annotated[str, typer.Option(metavar="SRC", help="Pairs to compare them on, which neither was trained on.")],
+    beta: Annotated[float, typer.Option(help="Beta of the loss that decides.")] = 0.1,
+    limit: Annotated[int | None, typer.Option(min=1)] = None,
+    columns: Columns = None,
+    pairs: str = "best-worst",
+    min_gap: float = 0.0,
+    yes: Confirmed = False,
+    on_bad_row: str = "stop",
+    dtype: str = "auto",
+    as_json: Json = False,
+) -> None:
+    """Tell whether RUN_B is better than RUN_A: exit code 0 if it is better, 1 if worse, 2 if that cannot be told.
+
+    Both are measured against the base model that they go back to, on the same pairs, and the difference of DPO's loss
+    is tested pair by pair. Bad input has exit code 2 too, and no result.
+    """
+    _check_choice("--on-bad-row", on_bad_row, ("stop", "skip"))
+    _check_choice("--dtype", dtype, ("auto", "float32", "bfloat16"))
+    if not 0 < beta < float("inf"):
+        raise BadInput(f"--beta: must be greater than 0, not {beta:g}")
+    reader = _open_reader(data, _reading(columns, pairs, min_gap, yes), limit, "--data")
+
+    import tempfile
+
+    from rich.console import Console
+
+    from pairtune.evaluate.compare import compare_models, open_both
+    from pairtune.report.render_evaluation import render_comparison
+    from pairtune.run.records import dump
+
+    with Console(stderr=True).status("reading pairs") as status, tempfile.TemporaryDirectory(prefix="pairtune-") as tmp:
+        both = open_both(one, other, beta, dtype)
+        found = compare_models(
+            *both,
+            reader,
+            on_bad_row,  # type: ignore[arg-type]
+            Path(tmp),
+            lambda name, done, total: status.update(f"evaluating {name}: {done:,}/{total:,}"),
+        )
+    typer.echo(json.dumps(dump(found))) if as_json else _output().print(render_comparison(found), highlight=False)
+    raise typer.Exit({"better": 0, "worse": 1}.get(found.outcome, 2))
+
+
 def _confirm(cost: dict[str, int], judge: str) -> None:
     """Show the cost of calling an endpoint, and continue only if the user agrees."""
     asked = f"{plural(cost['calls'], 'call')} with about {plural(cost['tokens'], 'token')} to {judge}"

@@ -27,6 +27,7 @@ from pairtune.evaluate.winrate import Judge, win_rate
 from pairtune.models.load import LoadedBase, blank_model, open_base
 from pairtune.models.resolve import Target, resolve_target
 from pairtune.models.start import open_base_of
+from pairtune.run.examples import ExampleRecord
 from pairtune.run.folder import Run
 from pairtune.run.metrics import EvaluationMetrics
 from pairtune.run.records import Answer, EvaluationReport, JudgedAnswers, KernelChoice, Selection, SourceAccount
@@ -125,12 +126,7 @@ def evaluate_pairs(
         on_progress: called with the number of pairs done.
     """
     with tempfile.TemporaryDirectory(prefix="pairtune-") as scratch:
-        reference = Path(scratch) / "reference.safetensors"
-        try:
-            kernels = Kernels(blank_model(candidate.base.source), candidate.base.device, candidate.kernels)
-            records = evaluate_weights(candidate.saved, candidate.base, pairs, reference, kernels, on_progress)
-        except (ValueError, FileNotFoundError, SafetensorError) as error:
-            raise BadInput(f"{candidate.saved.folder}: the weights do not fit the base ({one_line(error)})") from error
+        records = records_of(candidate, pairs, Path(scratch) / "reference.safetensors", on_progress)
     examples = examples_of(pairs, records)
     return EvaluationReport(
         model=candidate.name,
@@ -141,6 +137,21 @@ def evaluate_pairs(
         intervals=metric_intervals(examples.metrics, examples.groups),
         examples=summarise_examples(examples),
     )
+
+
+def records_of(
+    candidate: Candidate, pairs: PairTable, reference: Path, on_progress: Callable[[int], None] = lambda done: None
+) -> list[ExampleRecord]:
+    """Per-example records of pairs under a candidate, in order; `reference` is a file for reference log-probs.
+
+    Raises:
+        BadInput: the weights do not fit the base.
+    """
+    try:
+        kernels = Kernels(blank_model(candidate.base.source), candidate.base.device, candidate.kernels)
+        return evaluate_weights(candidate.saved, candidate.base, pairs, reference, kernels, on_progress)
+    except (ValueError, FileNotFoundError, SafetensorError) as error:
+        raise BadInput(f"{candidate.saved.folder}: the weights do not fit the base ({one_line(error)})") from error
 
 
 @dataclass

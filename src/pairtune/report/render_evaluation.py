@@ -8,7 +8,8 @@ from rich.text import Text
 
 from pairtune.errors import plural
 from pairtune.evaluate.winrate import RuleJudge
-from pairtune.run.records import EvaluationReport, JudgedAnswers, Share
+from pairtune.report.phrases import p_value
+from pairtune.run.records import ComparedModels, EvaluationReport, JudgedAnswers, Share
 
 _SHOWN = (
     ("Loss", "eval_loss"),
@@ -24,6 +25,33 @@ _COUNTED = (
     ("refused", "refused_share", "{:.0%}"),
     ("in another language", "other_language_share", "{:.0%}"),
 )
+
+
+def render_comparison(found: ComparedModels) -> RenderableType:
+    """What `pairtune compare` has found."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("", found.one, found.other, "difference (95 %)", ""):
+        table.add_column(name)
+    for name, metric in (("loss", found.loss), ("accuracy", found.accuracy)):
+        low, high = metric.interval
+        table.add_row(
+            name,
+            f"{metric.one:.4f}",
+            f"{metric.other:.4f}",
+            f"{metric.difference:+.4f} ({low:+.4f} to {high:+.4f})",
+            p_value(metric.p),
+        )
+    told = {
+        "better": f"{found.other} is better than {found.one}.",
+        "worse": f"{found.other} is worse than {found.one}.",
+    }.get(found.outcome, "Which of the two is better cannot be told from these pairs.")
+    if found.needed:
+        told += f" About {plural(found.needed, 'pair')} would show a difference like this one."
+    basis = (
+        f"{plural(found.pairs, 'pair')} in {plural(found.conversations, 'conversation')}, measured against "
+        f"{found.base} with beta {found.beta:g}."
+    )
+    return Group(table, "", f"{told} {basis}")
 
 
 def render_evaluation(found: EvaluationReport) -> RenderableType:

@@ -30,6 +30,7 @@ from pairtune.run.records.base import (
     Record,
     dump,
 )
+from pairtune.run.records.comparison_record import ComparedModels, Difference
 from pairtune.run.records.data_record import (
     DataRecord,
     DecodedPair,
@@ -88,10 +89,12 @@ __all__ = [
     "BaseModelRecord",
     "Beginning",
     "Choosing",
+    "ComparedModels",
     "Comparison",
     "DataRecord",
     "DecodedPair",
     "Decoding",
+    "Difference",
     "Environment",
     "EvaluationReport",
     "ExampleSummary",
