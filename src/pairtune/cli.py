@@ -550,6 +550,80 @@ def convert(
         typer.echo(f"not used: {field} ({plural(rows, 'row')})", err=True)
 
 
+@data_app.command("draft", cls=WithSettingsHelp)
+def draft(
+    prompts: Annotated[Path, typer.Option(help="Prompts: a text file, one a line, or .jsonl with a field prompt.")],
+    out: Annotated[Path, typer.Option(help="New .jsonl file to write; with --rounds, a new folder.")],
+    model: Annotated[str, typer.Option(help="The model that answers: a run, RUN/TRIAL, an adapter or a model.")],
+    answers: Annotated[int, typer.Option(min=2, max=64, help="Answers to each prompt.")] = 4,
+    judge: Annotated[
+        str,
+        typer.Option(help="What ranks them: rule, concise, a reward model, or an OpenAI-style endpoint (http...)."),
+    ] = "rule",
+    judge_model: Annotated[str | None, typer.Option(help="Name of the judge model at the endpoint.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Confirm the cost of an endpoint.")] = False,
+    temperature: Annotated[float, typer.Option(min=0.05, max=2, help="Sampling temperature.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Length at which an answer is cut off.")] = 160,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    rounds: Annotated[int, typer.Option(min=0, help="Train on the pairs and draft again, this many times.")] = 0,
+    settings: Annotated[
+        Path | None, typer.Option(help="Settings file for the training of --rounds, as for pairtune tune.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Draft pairs without people: sample answers, rank them, and pair the best with the worst.
+
+    With --rounds, each round's pairs come from the model of the round before, which is then trained further on them
+    (online DPO by rounds); a fifth of the prompts is held out to compare every round with the beginning.
+    """
+    if out.exists():
+        raise BadInput(f"--out {out}: already exists; choose another name, or remove it first")
+    if not out.absolute().parent.is_dir():
+        raise BadInput(f"--out {out}: the folder {out.absolute().parent} does not exist; create it first")
+
+    from rich.console import Console
+
+    from pairtune.draft import Drafter, Drafting, draft_pairs, draft_rounds, read_prompts
+    from pairtune.evaluate.judges import open_judge
+    from pairtune.models.sampling import SamplingParams
+
+    asked = read_prompts(prompts)
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    how = Drafting(answers, open_judge(judge, judge_model), params)
+    if judge.startswith("http"):
+        calls = len(asked) * answers * (answers - 1) * max(1, rounds)
+        if not yes:
+            _confirm({"calls": calls, "tokens": calls * (2 * max_tokens + 100)}, how.judge.name)
+    console = Console(stderr=True)
+    if rounds:
+        _share_processors(give_way=True)
+        found = []
+        for each in draft_rounds(model, asked, how, rounds, out, settings, console):
+            found.append(each.record())
+            low, high = each.won.interval
+            console.print(
+                f"round {each.number}: wins {each.won.rate:.0%} ({low:.0%} to {high:.0%}) of "
+                f"{plural(len(each.won.scores), 'held-out prompt')} against the beginning",
+                highlight=False,
+            )
+        typer.echo(json.dumps({"out": str(out), "rounds": found}) if as_json else str(out / "rounds.json"))
+        return
+    with console.status("") as status:
+        drafter = Drafter(model, lambda said: status.update(f"drafting: {said}"))
+        try:
+            drafted = draft_pairs(drafter, asked, how)
+        finally:
+            drafter.close()
+    if not drafted.rows:
+        raise BadInput(f"--prompts {prompts}: no prompt gave a pair ({dict(drafted.left_out)})")
+    drafted.write(out)
+    if as_json:
+        typer.echo(json.dumps({"out": str(out), "pairs": len(drafted.rows), "left_out": dict(drafted.left_out)}))
+        return
+    left_out = "".join(f", {count} left out: {reason}" for reason, count in drafted.left_out.items())
+    typer.echo(f"{out}: {plural(len(drafted.rows), 'pair')} of {plural(len(asked), 'prompt')}{left_out}")
+
+
 @votes_app.command("export")
 def export_votes(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder to write.")], as_json: Json = False

@@ -88,9 +88,9 @@ def compare_models(
     pairs, account = read_pairs(one, reader, on_bad_row, folder)
     values: list[Numbers] = []
     groups = pairs.groups
-    for each in (one, other):
+    for number, each in enumerate((one, other)):
         tell = partial(on_progress, each.name, total=len(pairs))
-        records = records_of(each, pairs, folder / "reference.safetensors", tell)
+        records = records_of(each, pairs, folder / f"reference-{number}.safetensors", tell)
         values.append(examples_of(pairs, records).metrics)
     loss, accuracy = (_difference(values, groups, name) for name in ("loss", "rewards/accuracies"))
     told = loss.p < ALPHA

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from pairtune.conversation import Conversation
 from pairtune.errors import BadInput, RunFailed, one_line
-from pairtune.evaluate.winrate import LOSS, TIE, WIN, Judge, Progress, RuleJudge, better
+from pairtune.evaluate.winrate import LOSS, TIE, WIN, ConciseJudge, Judge, Progress, RuleJudge, better
 from pairtune.extras import require
 from pairtune.files import fingerprint, user_cache, write_json
 from pairtune.run.records import Answer
@@ -52,13 +52,15 @@ Reply with one letter: A, B, or T for a tie."""
 
 
 def open_judge(name: str, judge_model: str | None) -> Judge:
-    """Open the judge of `--judge`: `rule`, an `http(s)://` endpoint, or a reward model (folder or Hub id).
+    """Open the judge of `--judge`: `rule`, `concise`, an `http(s)://` endpoint, or a reward model (folder or Hub id).
 
     Raises:
         BadInput: the judge cannot be loaded.
     """
     if name == "rule":
         return RuleJudge()
+    if name == "concise":
+        return ConciseJudge()
     if name.startswith(("http://", "https://")):
         require("judge", f"--judge {name}")
         if not judge_model:

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from pairtune.conversation import Conversation
+from pairtune.data.concise import Sample, flaw_of, is_sensible
 from pairtune.evaluate.answers import other_language, repeated_share
 from pairtune.run.records import Answer, WinRate
 from pairtune.statistics import ALPHA, Numbers, share_interval
@@ -54,6 +55,29 @@ class RuleJudge:
             scores.append(better(-faults(prompt, mine), -faults(prompt, theirs)))
         on_progress(len(scores))
         return scores
+
+
+class ConciseJudge:
+    """The rule behind `bundled:concise` (`data.concise`): sensible answers over others, and others over flawed ones."""
+
+    name = "concise (sensible: complete, direct, 25 to 65 tokens; flawed: rambling, cut off or terse)"
+
+    def judge(
+        self, prompts: Sequence[Conversation], ours: Sequence[Answer], base: Sequence[Answer], on_progress: Progress
+    ) -> list[float]:
+        scores = []
+        for turns, mine, theirs in zip(prompts, ours, base, strict=True):
+            prompt = str(turns[-1]["content"])
+            scores.append(better(_conciseness(prompt, mine), _conciseness(prompt, theirs)))
+        on_progress(len(scores))
+        return scores
+
+
+def _conciseness(prompt: str, answer: Answer) -> int:
+    sample = Sample(answer.text, answer.tokens, answer.ended)
+    if is_sensible(prompt, sample):
+        return 2
+    return 0 if not answer.ended or flaw_of(sample) else 1
 
 
 def faults_of(prompt: str, answer: Answer) -> tuple[str, ...]:
