@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 from site_server import NEEDS_CHROMIUM, PATIENCE, Site, serving, watched
 from talker import ADAPTER, BASE, Talker, talking
@@ -201,3 +202,27 @@ def test_standings_and_pairs_to_train_on(page, arena, said):
     expect(page.locator("tbody tr")).not_to_have_count(0)
     expect(page.get_by_text(re.compile("pairs? to train on"))).to_be_visible()
     expect(page.locator("svg.interval")).not_to_have_count(0)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1440, 768, 390])
+def test_the_arena_can_be_used_by_everybody(browser, arena, said, width, scheme):
+    """No rule of axe is violated, and nothing is wider than the screen, before and after the vote."""
+    with watched(browser, width, 900) as page:
+        page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+
+        def look() -> None:
+            found = Axe().run(page).response["violations"]
+            assert [(each["id"], [node["html"] for node in each["nodes"]]) for each in found] == []
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+        page.goto(f"{arena.url}/arena/")
+        look()
+        ask(page, arena)
+        look()
+        page.keyboard.press("ArrowLeft")
+        expect(page.get_by_role("heading", name=re.compile("You preferred"))).to_be_visible()
+        look()
+        page.get_by_role("link", name="Standings").last.click()
+        expect(page.get_by_role("heading", name="Standings", exact=True)).to_be_visible()
+        look()
