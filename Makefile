@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install docs demo browser test test-gguf bench-serve chaos loop machines alarms lint format bench bench-grid bench-site pictures pins clean
+.PHONY: install docs demo browser test test-slow test-gguf bench-serve chaos loop machines alarms lint format bench bench-grid bench-site pictures pins clean
 
 install: $(INSTALLED)
 
@@ -36,8 +36,12 @@ browser:
 		apt-get update -qq && apt-get install -y -qq chromium >/dev/null && exit 0; fi; \
 	echo "Chromium not found: the site's tests are skipped. Install it with this machine's package manager." >&2
 
-test: lint browser
-	HF_HUB_OFFLINE=1 $(BIN)/pytest --numprocesses 2
+test: lint
+	HF_HUB_OFFLINE=1 $(BIN)/pytest --numprocesses 2 -m "not slow and not gguf"
+
+# The tests that start processes, browsers and whole runs; about half an hour.
+test-slow: lint browser
+	HF_HUB_OFFLINE=1 $(BIN)/pytest --numprocesses 2 -m "slow and not gguf"
 
 # Checks that llama.cpp reads exported models; its first build needs a C++ compiler and about ten minutes.
 test-gguf: lint

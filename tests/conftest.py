@@ -38,6 +38,22 @@ SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 torch.set_num_threads(int(os.environ.get("PAIRTUNE_THREADS", "1")))  # test processes run side by side
 
+# Tests that start processes, browsers or whole runs: `make test-slow`, so that `make test` stays within ten minutes.
+SLOW = {
+    *("test_arena", "test_compare", "test_draft", "test_first_command", "test_gguf", "test_light_install", "test_loop"),
+    *("test_machine_doctor", "test_machines", "test_processes", "test_publish", "test_report", "test_resume"),
+    *("test_serve", "test_site", "test_site_chat", "test_site_runs", "test_site_walk", "test_start", "test_trackers"),
+    "test_votes",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the slow tests."""
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
+
+
 # No deadline: the first draws in a fresh checkout build character tables, on busy machines.
 settings.register_profile("pairtune", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("pairtune")

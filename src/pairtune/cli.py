@@ -462,9 +462,14 @@ def serve(
     concurrency: Concurrency = 8,
     waiting: Waiting = 64,
     context: Context = 4096,
+    matches: Annotated[
+        str, typer.Option(help="Who meets in the arena: informative, where a vote tells most, or uniform, by lot.")
+    ] = "informative",
 ) -> None:
     """Start the site at http://localhost:8000/: chat with tuned models, watch runs, look at pairs."""
     require("serve", "pairtune serve")
+    _check_choice("--matches", matches, ("informative", "uniform"))
+    os.environ["PAIRTUNE_MATCHES"] = matches
     from pairtune.web.server import serve
 
     limits = {"--concurrency": concurrency, "--waiting": waiting, "--context": context}
