@@ -115,6 +115,21 @@ def test_withdrawn_votes_and_a_model_against_itself_do_not_count():
     assert standings(counted + ignored).votes == 3
 
 
+def test_a_name_that_was_given_twice_is_two_models():
+    """A run that was repeated under its name has other weights, and a trial that has the winner's is the winner."""
+    first, again = "a" * 16 + "+" + "1" * 16, "a" * 16 + "+" + "2" * 16
+    votes = []
+    for number, (left, weights) in enumerate([("run", first), ("run", again), ("run/trial", again)]):
+        one = vote(number, "left", left, "base", voter=str(number))
+        answers = [one.answers[0].model_copy(update={"fingerprint": weights}), one.answers[1]]
+        votes.append(one.model_copy(update={"answers": answers}))
+    found = {each.weights: each for each in standings(votes).models}
+    assert (found[first].wins, found[again].wins) == (1, 2)
+    assert (found[first].model, found[again].model) == ("run", "run/trial")
+    named = {each.weights: each.model for each in standings([votes[0], votes[2], votes[1]]).models}
+    assert (named[first], named[again]) == ("run (111111)", "run (222222)")
+
+
 def test_agreement_by_hand():
     votes = [
         vote(1, "left", voter="one"),

@@ -28,7 +28,7 @@ def next_match(models: Sequence[str], votes: Sequence[Vote], how: Choosing, draw
     Sides are drawn by lot.
 
     Args:
-        models: at least two names.
+        models: at least two, by their weights.
         votes: the votes so far.
         how: `informative` takes the pair with the largest gain, `uniform` any.
         draw: the source of chance.
@@ -64,6 +64,6 @@ def next_prompt(prompts: Sequence[str], votes: Sequence[Vote], pair: tuple[str, 
     for vote in votes:
         said = str(vote.prompt[-1]["content"])
         by_any[said] += 1
-        by_pair[said] += {answer.model for answer in vote.answers} == set(pair)
+        by_pair[said] += {answer.weights for answer in vote.answers} == set(pair)
     least = min((by_pair[prompt], by_any[prompt]) for prompt in prompts)
     return draw.choice([prompt for prompt in prompts if (by_pair[prompt], by_any[prompt]) == least])

@@ -36,6 +36,11 @@ class VotedAnswer(Part):
     sampling: dict[str, Any] = Field(default={})
     context: list[Message] = Field(default=[])
 
+    @property
+    def weights(self) -> str:
+        """What answered: the fingerprint, or the name where the server reports none. Names can be given twice."""
+        return self.fingerprint or self.model
+
 
 class Vote(Part):
     """A vote.
@@ -65,4 +70,4 @@ class Vote(Part):
     @property
     def compares(self) -> bool:
         """Whether it compares two answers of different models."""
-        return len(self.answers) == 2 and self.answers[0].model != self.answers[1].model
+        return len(self.answers) == 2 and self.answers[0].weights != self.answers[1].weights

@@ -41,7 +41,7 @@ class Matches:
     """Votes between models, as numbers.
 
     Attributes:
-        models: the names.
+        models: the models, by their weights (`records.VotedAnswer.weights`).
         left, right: positions in `models`, [votes] each.
         outcome: 0 left, 1 tie (or both bad), 2 right, [votes].
         longer: relative difference of the lengths, left minus right over both, [votes].
@@ -59,14 +59,14 @@ class Matches:
     def of(cls, votes: Sequence[Vote]) -> Matches:
         """The standing votes that compare two models."""
         counted = [vote for vote in votes if vote.compares and vote.withdrawn is None]
-        models = sorted({answer.model for vote in counted for answer in vote.answers})
+        models = sorted({answer.weights for vote in counted for answer in vote.answers})
         place = {model: number for number, model in enumerate(models)}
         voters = {voter: number for number, voter in enumerate(dict.fromkeys(vote.voter for vote in counted))}
         codes = {"left": 0, "tie": 1, "bad": 1, "right": 2}
         return cls(
             models,
-            np.array([place[vote.answers[0].model] for vote in counted], np.int64),
-            np.array([place[vote.answers[1].model] for vote in counted], np.int64),
+            np.array([place[vote.answers[0].weights] for vote in counted], np.int64),
+            np.array([place[vote.answers[1].weights] for vote in counted], np.int64),
             np.array([codes[vote.outcome] for vote in counted], np.int64),
             np.array([_longer(vote) for vote in counted], np.float64),
             np.array([voters[vote.voter] for vote in counted], np.int64),
@@ -163,7 +163,8 @@ class Standing:
     """One model in the standings.
 
     Attributes:
-        model: its name.
+        model: its name; with the end of its fingerprint, if other weights have had the same name.
+        weights: its fingerprint.
         strength: in nats; differences count, and the mean over models is 0.
         interval: 95 %.
         wins, losses, ties, bad: its votes by outcome.
@@ -173,6 +174,7 @@ class Standing:
     """
 
     model: str
+    weights: str
     strength: float
     interval: Interval
     wins: int
@@ -241,16 +243,16 @@ def standings(votes: Sequence[Vote], seed: int = 0) -> Standings | None:
     if not len(matches):
         return None
     found = fit(matches)
-    weights = _resampled(matches, seed)
-    draws = np.array([fit(matches, each, found.values).values for each in weights])
+    resampled = _resampled(matches, seed)
+    draws = np.array([fit(matches, each, found.values).values for each in resampled])
     freedom = max(1, len(np.unique(matches.voter)) - 1)
     places = range(len(matches.models))
     order = sorted(places, key=lambda place: -found.values[place])
-    tallies = _tallies(votes)
+    tallies, names = _tallies(votes), _names(votes)
     models = []
     for rank, place in enumerate(order, 1):
-        name = matches.models[place]
-        tally = tallies[name]
+        weights = matches.models[place]
+        tally = tallies[weights]
         spread = math.sqrt(max(0.0, _centred(found.covariance, len(matches.models))[place, place]))
         interval = _interval(found.values[place], draws[:, place], spread, freedom)
         below = order[rank] if rank < len(order) else None
@@ -259,7 +261,8 @@ def standings(votes: Sequence[Vote], seed: int = 0) -> Standings | None:
             apart, needed = _told_apart(matches, found, draws, place, below, freedom)
         models.append(
             Standing(
-                model=name,
+                model=names[weights],
+                weights=weights,
                 strength=float(found.values[place]),
                 interval=interval,
                 wins=tally["wins"],
@@ -275,10 +278,17 @@ def standings(votes: Sequence[Vote], seed: int = 0) -> Standings | None:
         models,
         len(matches),
         len(np.unique(matches.voter)),
-        _side(matches, weights, freedom),
+        _side(matches, resampled, freedom),
         _length(matches, found, draws, freedom),
         agreement(votes),
     )
+
+
+def _names(votes: Sequence[Vote]) -> dict[str, str]:
+    """What each model is called: its last name, told apart where others have had it too."""
+    last = {answer.weights: answer.model for vote in votes for answer in vote.answers}
+    shared = Counter(last.values())
+    return {weights: f"{name} ({weights[-6:]})" if shared[name] > 1 else name for weights, name in last.items()}
 
 
 def _tallies(votes: Sequence[Vote]) -> dict[str, Counter[str]]:
@@ -288,7 +298,7 @@ def _tallies(votes: Sequence[Vote]) -> dict[str, Counter[str]]:
             continue
         for answer, side in zip(vote.answers, ("left", "right"), strict=True):
             kind = {"tie": "ties", "bad": "bad"}.get(vote.outcome, "wins" if vote.outcome == side else "losses")
-            tallies[answer.model][kind] += 1
+            tallies[answer.weights][kind] += 1
     return tallies
 
 

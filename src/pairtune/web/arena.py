@@ -83,10 +83,10 @@ def _vote_of(conversation: Conversation) -> Vote | None:
     return given.order_by("-pk").first()
 
 
-def _who_meets(found: list[backend.Model]) -> list[str]:
-    """Winners of runs and base models; trials too where there are not two of these."""
-    main = [model.id for model in found if not model.run or "/" not in model.id]
-    return main if len(main) > 1 else [model.id for model in found]
+def _who_meets(found: list[backend.Model]) -> dict[str, str]:
+    """Winners of runs and base models, trials too where there are not two of these: names by weights."""
+    main = {model.fingerprint or model.id: model.id for model in found if not model.run or "/" not in model.id}
+    return main if len(main) > 1 else {model.fingerprint or model.id: model.id for model in found}
 
 
 def _suggestions(found: list[backend.Model]) -> list[str]:
@@ -128,17 +128,17 @@ def _refused(words: str) -> HttpResponse:
     return HttpResponseBadRequest(words, content_type="text/plain; charset=utf-8")
 
 
-async def _start(prompt: str, models: list[str]) -> Conversation | None:
+async def _start(prompt: str, models: dict[str, str]) -> Conversation | None:
     conversation, turn, answers = await sync_to_async(_keep)(prompt, models)
     await answering.start_all(conversation, turn, answers)
     return conversation
 
 
 @transaction.atomic
-def _keep(prompt: str, models: list[str]) -> tuple[Conversation, Turn, list[Answer]]:
-    left, right = next_match(models, ballots.all_votes(), settings.PAIRTUNE_MATCHES, _draw)
+def _keep(prompt: str, models: dict[str, str]) -> tuple[Conversation, Turn, list[Answer]]:
+    left, right = next_match(list(models), ballots.all_votes(), settings.PAIRTUNE_MATCHES, _draw)
     conversation = Conversation.objects.create(
-        title="A match in the arena", arena=True, model_names=[left, right], sampling=SAMPLING
+        title="A match in the arena", arena=True, model_names=[models[left], models[right]], sampling=SAMPLING
     )
     return _add_turn(conversation, prompt)
 

@@ -32,12 +32,14 @@ class Model:
         base: its base model's name; empty if the server does not say.
         run: the run that it comes from; empty if there is none.
         created: Unix time.
+        fingerprint: of its weights; empty if the server does not say.
     """
 
     id: str
     base: str = ""
     run: str = ""
     created: int = 0
+    fingerprint: str = ""
 
     @property
     def is_base(self) -> bool:
@@ -97,8 +99,9 @@ def _different(listed: Iterable[Any]) -> list[Model]:
     found: dict[tuple[str, str], Model] = {}
     for each in listed:
         more = getattr(each, "pairtune", None) or {}
-        model = Model(each.id, more.get("base") or "", more.get("run") or "", each.created or 0)
-        found.setdefault((model.run, more.get("fingerprint") or each.id), model)
+        weights = more.get("fingerprint") or ""
+        model = Model(each.id, more.get("base") or "", more.get("run") or "", each.created or 0, weights)
+        found.setdefault((model.run, weights or each.id), model)
     return sorted(found.values(), key=lambda model: (model.is_base, -model.created, model.id.count("/")))
 
 

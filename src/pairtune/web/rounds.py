@@ -45,12 +45,13 @@ def rounds_of(run: Run) -> list[Round]:
     if lineage is None:
         return []
     found = ballots.current_standings()
-    standings = {each.model: each for each in found.models} if found else {}
-    base = source_name(lineage.base)
-    rounds = [Round(base, standing=standings.get(lineage.base))]
-    rounds += [_of_parent(parent, standings.get(parent.name)) for parent in reversed(lineage.parents)]
+    standings = {each.weights.rpartition("+")[2]: each for each in found.models} if found else {}
+    base = next((each for each in standings.values() if each.model == lineage.base), None)
+    rounds = [Round(source_name(lineage.base), standing=base)]
+    rounds += [_of_parent(parent, standings.get(parent.weights)) for parent in reversed(lineage.parents)]
     data = ", ".join(source_name(each.source) for each in run.config.data) if run.config else ""
-    return [*rounds, Round(run.name, run.name, data, *_measured(run), standings.get(run.name))]
+    own = standings.get(run.selection.best_fingerprint) if run.selection else None
+    return [*rounds, Round(run.name, run.name, data, *_measured(run), own)]
 
 
 def _of_parent(parent: Parent, standing: Standing | None) -> Round:
