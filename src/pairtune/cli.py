@@ -571,6 +571,9 @@ def draft(
     max_tokens: Annotated[int, typer.Option(min=1, help="Length at which an answer is cut off.")] = 160,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     rounds: Annotated[int, typer.Option(min=0, help="Train on the pairs and draft again, this many times.")] = 0,
+    hold_out: Annotated[
+        float, typer.Option(min=0.01, max=0.99, help="Share of the prompts held out to compare the rounds.")
+    ] = 0.2,
     settings: Annotated[
         Path | None, typer.Option(help="Settings file for the training of --rounds, as for pairtune tune.")
     ] = None,
@@ -579,7 +582,7 @@ def draft(
     """Draft pairs without people: sample answers, rank them, and pair the best with the worst.
 
     With --rounds, each round's pairs come from the model of the round before, which is then trained further on them
-    (online DPO by rounds); a fifth of the prompts is held out to compare every round with the beginning.
+    (online DPO by rounds); some prompts are held out to compare every round with the beginning.
     """
     if out.exists():
         raise BadInput(f"--out {out}: already exists; choose another name, or remove it first")
@@ -603,7 +606,7 @@ def draft(
     if rounds:
         _share_processors(give_way=True)
         found = []
-        for each in draft_rounds(model, asked, how, rounds, out, settings, console):
+        for each in draft_rounds(model, asked, how, rounds, out, settings, console, hold_out):
             found.append(each.record())
             low, high = each.won.interval
             console.print(

@@ -38,7 +38,6 @@ Tell = Callable[[str], None]
 
 _RUNNING = 16  # answers at once
 _CONTEXT = 4096
-_HELD_OUT = 5  # of this many prompts, one is kept for measuring
 # What the rounds train with, unless a settings file says otherwise: one trial, lightly, since the next round follows.
 _TRAINING: dict[str, Any] = {"learning_rate": [1e-4], "beta": [0.1], "epochs": 1, "samples": 0}
 
@@ -252,11 +251,12 @@ def draft_rounds(
     out: Path,
     settings: Path | None,
     console: Console,
+    hold_out: float = 0.2,
 ) -> Iterator[Round]:
     """Draft and train in turns; each round starts from the model of the one before.
 
-    A fifth of the prompts, drawn by their hashes, is never trained on: there every round's answers are compared with
-    those of the first model by the same judge, each prompt with the same seed.
+    Some prompts, drawn by their hashes, are never trained on: there every round's answers are compared with those of
+    the first model by the same judge, each prompt with the same seed.
 
     Args:
         model: what the rounds begin with.
@@ -266,15 +266,18 @@ def draft_rounds(
         out: the new folder that gets `pairs-1.jsonl`, the run `round-1` and so on, and `rounds.json`.
         settings: a file with settings for the training; None for one light trial.
         console: receives the progress.
+        hold_out: the share of the prompts that is not trained on.
 
     Raises:
         BadInput: the folder exists, a round drafts no pair, or the settings cannot be used.
     """
     check_new(out)
-    held = [prompt for prompt in prompts if prompt_key(prompt) % _HELD_OUT == 0]
-    used = [prompt for prompt in prompts if prompt_key(prompt) % _HELD_OUT != 0]
+    apart = [prompt_key(prompt) < hold_out * 2**64 for prompt in prompts]
+    held = [prompt for prompt, kept in zip(prompts, apart, strict=True) if kept]
+    used = [prompt for prompt, kept in zip(prompts, apart, strict=True) if not kept]
     if not held or not used:
-        raise BadInput(f"--prompts: {plural(len(prompts), 'prompt')} are too few for rounds, which hold out a fifth")
+        told = f"{len(held)} of {plural(len(prompts), 'prompt')} are held out"
+        raise BadInput(f"--prompts: {told} (--hold-out {hold_out:g}), which is too few, or leaves too few; give more")
     before = _answers(model, held, how, "before", console)
     found: list[Round] = []
     for number in range(1, rounds + 1):
