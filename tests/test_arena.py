@@ -71,7 +71,7 @@ def test_a_vote_by_keyboard_shows_who_they_were(any_page, arena, said):
     page.wait_for_url("**/arena/")
 
 
-@pytest.mark.parametrize(("key", "told"), [("ArrowUp", "A tie"), ("ArrowDown", "Neither was good")])
+@pytest.mark.parametrize(("key", "told"), [("t", "A tie"), ("b", "Neither was good")])
 def test_ties_and_neither(page, arena, said, key, told):
     ask(page, arena)
     page.fill("[name=reason]", "They are alike.")
@@ -90,6 +90,52 @@ def test_a_vote_is_withdrawn_and_stays_on_record(page, arena, said):
     last = json.loads(httpx.get(f"{arena.url}/arena/votes.jsonl").text.splitlines()[-1])
     assert last["withdrawn"]
     assert last["outcome"] == "left"
+    page.go_back()
+    page.reload()
+    expect(page.get_by_role("heading", name="This vote was withdrawn")).to_be_visible()
+    expect(page.locator("#ballot")).to_have_count(0)  # the names are known, so there is no second vote
+
+
+def test_enter_in_the_reason_does_not_choose(page, arena, said):
+    ask(page, arena)
+    page.fill("[name=reason]", "The right one is kinder.")
+    page.press("[name=reason]", "Enter")
+    page.wait_for_timeout(300)
+    expect(page.locator("#ballot")).to_be_visible()
+    page.get_by_role("button", name="Right").click()
+    expect(page.get_by_role("heading", name=re.compile("You preferred"))).to_be_visible()
+    vote = json.loads(httpx.get(f"{arena.url}/arena/votes.jsonl").text.splitlines()[-1])
+    assert (vote["outcome"], vote["reason"]) == ("right", "The right one is kinder.")
+
+
+def test_one_vote_for_each_match_and_only_on_what_was_shown(page, arena, said):
+    ask(page, arena)
+    number = re.search(r"/arena/(\d+)/", page.url).group(1)
+    client = httpx.Client(base_url=arena.url)
+    token = re.search(r'name="csrfmiddlewaretoken" value="(\w+)"', client.get("/arena/").text).group(1)
+    sent = {"outcome": "left", "csrfmiddlewaretoken": token}
+    late = client.post(f"/arena/{number}/vote", data={**sent, "turn": "1"})
+    assert (late.status_code, "not the last answers" in late.text) == (400, True)
+    page.keyboard.press("ArrowRight")
+    expect(page.get_by_role("heading", name=re.compile("You preferred"))).to_be_visible()
+    other = client.post(f"/arena/{number}/vote", data=sent)
+    assert (other.status_code, "Somebody else has voted" in other.text) == (400, True)
+
+
+def test_thumbs_of_two_people_both_stand(page, arena, said):
+    page.goto(arena.url)
+    page.fill("#prompt", "Whose?")
+    page.click("#send")
+    page.wait_for_url("**/chat/*/")
+    expect(page.locator(".answer.done")).to_have_count(2, timeout=PATIENCE)
+    number = page.locator(".answer").first.get_attribute("id").removeprefix("answer-")
+    for _ in range(2):
+        client = httpx.Client(base_url=arena.url)
+        token = re.search(r'name="csrfmiddlewaretoken" value="(\w+)"', client.get("/arena/").text).group(1)
+        client.post(f"/answers/{number}/vote", data={"up": "1", "csrfmiddlewaretoken": token})
+    votes = [json.loads(line) for line in httpx.get(f"{arena.url}/arena/votes.jsonl").text.splitlines()][-2:]
+    assert [(vote["outcome"], vote["withdrawn"]) for vote in votes] == [("up", None)] * 2
+    assert votes[0]["voter"] != votes[1]["voter"]
 
 
 def test_several_turns_and_a_skip(page, arena, said):

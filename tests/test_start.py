@@ -181,6 +181,34 @@ def test_a_fully_tuned_model_is_a_start_too(first, tmp_path):
     assert min(map(abs, rewards(after.trials[0].log.steps[0].metrics()))) > 0.001
 
 
+def test_a_long_chain_goes_back_to_the_plain_model(tiny_model, first, second, tmp_path, monkeypatch):
+    """After a merged round the base is still the base, and everything is made anew when the cache is gone."""
+    third = small_run(second["new"].root, tmp_path / "3", samples=0)
+    fourth = small_run(third.root, tmp_path / "4", on_top="new", reference="base", samples=0)
+    for run, merged in ((third, 1), (fourth, 2)):
+        assert run.lineage is not None
+        assert (run.lineage.base, run.lineage.merged) == (str(tiny_model), merged)
+    line = third.trials[0].log.steps[0].metrics()
+    assert rewards(line) == pytest.approx([0, 0], abs=1e-6)
+    assert open_base_of(fourth).reference.folder == tiny_model
+    before = export_run(fourth, "merged", tmp_path / "before")
+    monkeypatch.setenv("PAIRTUNE_CACHE", str(tmp_path / "empty"))
+    assert export_run(fourth, "merged", tmp_path / "after").answers == before.answers
+    assert saved_fingerprint(tmp_path / "before") == saved_fingerprint(tmp_path / "after")
+
+
+def test_a_fully_tuned_parent_that_has_changed_is_noticed(first, tmp_path):
+    whole = small_run(
+        first.root, tmp_path / "1", method="full", learning_rate=[1e-4], samples=0, out=tmp_path / "whole"
+    )
+    after = small_run(whole.root, tmp_path / "2", samples=0)
+    again = small_run(first.root, tmp_path / "3", method="full", learning_rate=[1e-2], samples=0)
+    shutil.rmtree(whole.root)
+    shutil.copytree(again.root, whole.root)
+    with pytest.raises(BadInput, match="holds other weights than those that this run was built on"):
+        open_base_of(after)
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [

@@ -96,6 +96,18 @@ def test_the_fit_is_the_maximum():
             assert posterior(changed) < best + 1e-9
 
 
+def test_people_who_differ_need_more_people_not_more_votes():
+    """Three voters for a and one for b, two hundred votes each."""
+    draw, votes = random.Random(5), []
+    for number in range(800):
+        voter = number % 4
+        for_a = draw.random() < (0.97 if voter else 0.05)
+        left, right = ("a", "b") if number % 8 < 4 else ("b", "a")
+        votes.append(vote(number, "left" if for_a == (left == "a") else "right", left, right, voter=str(voter)))
+    first = standings(votes).models[0]
+    assert (first.model, first.apart, first.needed) == ("a", False, None)
+
+
 def test_nothing_is_told_apart_by_few_votes():
     found = standings([vote(1, "left"), vote(2, "left", voter="two")])
     assert not found.models[0].apart
@@ -135,6 +147,7 @@ def test_agreement_by_hand():
         vote(1, "left", voter="one"),
         vote(2, "left", voter="two"),
         vote(3, "left", "b", "a", texts=("b says", "a says"), voter="three"),  # the same answers on other sides
+        vote(4, "right", prompt=[{"role": "user", "content": "Else?"}], voter="four"),  # to another question
     ]
     found = agreement(votes)
     assert (found.share, found.pairs) == (1 / 3, 3)
@@ -281,6 +294,12 @@ def test_every_vote_is_accounted_for(drawn):
     found = harvest(votes)
     assert len(votes) == found.used + found.left_out.total()
     assert len(found.pairs) <= found.used
+
+
+def test_a_tie_after_all_takes_a_vote_back():
+    found = harvest([vote(1, "left"), vote(2, "tie")])
+    assert found.pairs == []
+    assert dict(found.reasons) == {"changed by the same voter": 1, "tie": 1}
 
 
 def test_conversations_that_diverged_give_no_pair():

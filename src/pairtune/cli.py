@@ -372,13 +372,16 @@ def compare(
 
     with Console(stderr=True).status("reading pairs") as status, tempfile.TemporaryDirectory(prefix="pairtune-") as tmp:
         both = open_both(one, other, beta, dtype)
-        found = compare_models(
-            *both,
-            reader,
-            on_bad_row,  # type: ignore[arg-type]
-            Path(tmp),
-            lambda name, done, total: status.update(f"evaluating {name}: {done:,}/{total:,}"),
-        )
+        try:
+            found = compare_models(
+                *both,
+                reader,
+                on_bad_row,  # type: ignore[arg-type]
+                Path(tmp),
+                lambda name, done, total: status.update(f"evaluating {name}: {done:,}/{total:,}"),
+            )
+        except RunFailed as error:  # not 1, which says that RUN_B is worse
+            raise BadInput(str(error)) from error
     typer.echo(json.dumps(dump(found))) if as_json else _output().print(render_comparison(found), highlight=False)
     raise typer.Exit({"better": 0, "worse": 1}.get(found.outcome, 2))
 

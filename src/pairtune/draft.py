@@ -24,6 +24,7 @@ from pairtune.data.splits import prompt_key
 from pairtune.errors import BadInput, RunFailed, plural
 from pairtune.evaluate.winrate import Judge, win_rate
 from pairtune.files import write_atomic, write_json
+from pairtune.models.resolve import resolve_target
 from pairtune.models.sampling import SamplingParams
 from pairtune.pipeline import tune
 from pairtune.report.phrases import duration
@@ -121,8 +122,10 @@ class Drafter:
     def __init__(self, name: str, tell: Tell) -> None:
         self.name, self._tell = name, tell
         self._catalogue = Catalogue([name], None, Limits(_RUNNING, _RUNNING, _CONTEXT))
-        base, *tuned = self._catalogue.models().values()
-        self._model: OpenedModel = self._catalogue.open(tuned[0] if tuned else base)
+        models, target = self._catalogue.models(), resolve_target(name)
+        named = f"{target.run.name}/{target.trial}" if target.run and target.trial else target.run and target.run.name
+        # Of an adapter or a plain model there is nothing else than its base.
+        self._model: OpenedModel = self._catalogue.open(models[named] if named else list(models.values())[-1])
 
     @property
     def fingerprint(self) -> str:

@@ -286,6 +286,11 @@ class _Preparation:
             [n for n, split in enumerate(splits) if split == wanted and n not in self.left_out]
             for wanted in range(len(SPLITS))
         ]
+        trained = {key for key, split in self.known.items() if split == TRAIN}
+        for of_split in numbers[VALIDATION:]:
+            seen = {n for n in of_split if trained.intersection(self.kept[n].prompt.whole)}
+            self.left_out |= dict.fromkeys(seen, "trained on in an earlier round")
+            of_split[:] = [n for n in of_split if n not in seen]
         leaks = find_leaks([[self.kept[n].prompt for n in of_split] for of_split in numbers])
         for of_split, found in zip(numbers[VALIDATION:], leaks[VALIDATION:], strict=True):
             self.left_out |= {of_split[at]: reason for at, reason in found.items()}
@@ -313,6 +318,8 @@ class _Preparation:
         drawn = sum(each.part.split is None for each in self.kept)
         one_group = split != SPLITS[TRAIN] and drawn > 1
         nothing = "apart from system messages, all prompts are related" if one_group else "it is empty"
+        if split == SPLITS[TRAIN] and self.known and drawn:
+            nothing = "an earlier round has held out all of these prompts, so they are not trained on"
         reasons = ", ".join(f"{rows} {reason}" for reason, rows in dropped.items()) or nothing
         named = [count.source for count in counts if count.split == split] or [part.name for part in self.parts]
         raise BadInput(f"{', '.join(named)}: no pair is left for {split} ({reasons}); give more or other rows")

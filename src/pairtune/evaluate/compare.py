@@ -48,7 +48,7 @@ def _root(name: str) -> ModelSource:
     if found.source:
         return found.source
     lineage = found.run.lineage if found.run else None
-    return resolve_model(lineage.base if lineage else found.base)
+    return resolve_model(lineage.base if lineage else found.run.settings.model if found.run else found.base)
 
 
 def _against(name: str, root: ModelSource, beta: float, dtype: str) -> Candidate:

@@ -153,14 +153,12 @@ def base_of_run(run: Run) -> str:
     lineage = run.lineage
     if lineage is None:
         return run.settings.model
-    if lineage.on_top == "new":
-        return str(merged_folder(lineage))
-    return lineage.start.place if lineage.on_top == "whole" else lineage.base
+    return str(merged_folder(lineage)) if lineage.merged else lineage.ground
 
 
 def merged_folder(lineage: Lineage) -> Path:
-    """Where the merged weights are that a run's new adapters sit on; `models.start` makes them."""
-    return user_cache() / "merged" / lineage.merged
+    """Where the merged weights are that a run's adapters sit on; `models.start` makes them."""
+    return user_cache() / "merged" / lineage.merged_as
 
 
 def _may_be_hub_id(name: str) -> bool:

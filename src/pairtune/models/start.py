@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,23 +28,35 @@ class Start:
     Attributes:
         base: the model as the run uses it.
         lineage: None for a plain model.
-        adapter: the adapter that the start has, which the run keeps a copy of; None if it has none.
+        merged: the adapters that are merged into the ground, in order; the run keeps copies.
         run: the run that the start comes from; None if there is none.
     """
 
     base: LoadedBase
     lineage: Lineage | None = None
-    adapter: Path | None = None
+    merged: tuple[Path, ...] = ()
     run: Run | None = None
 
     def keep(self, run: Run) -> None:
-        """Write lineage and adapter into a new run, which from then on does not need its parent."""
+        """Write lineage and adapters into a new run, which from then on needs no parent but a fully tuned one."""
         if self.lineage:
             run.write(self.lineage)
-        if self.adapter:
-            copy = shutil.copytree(self.adapter, run.paths.start, ignore=shutil.ignore_patterns("README.md", ".*"))
-            for pickled in (*copy.glob("*.bin"), *copy.glob("*.pt")):
-                pickled.unlink()
+        for number, adapter in enumerate(self.merged):
+            _copy(adapter, _merged_adapter(run, number))
+        if self.base.adapter:
+            _copy(self.base.adapter, run.paths.start)
+
+
+def _copy(adapter: Path, target: Path) -> None:
+    """Copy an adapter with its tokenizer; nothing pickled, and nothing of the runs that it comes from."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in adapter.iterdir():
+        if file.is_file() and file.suffix not in (".bin", ".pt", ".npz", ".md"):
+            shutil.copy(file, target / file.name)
+
+
+def _merged_adapter(run: Run, number: int) -> Path:
+    return Path(run.paths.start) / "merged" / str(number)
 
 
 def open_start(name: str, dtype: str, on_top: OnTop | None, reference: Reference, method: Method) -> Start:
@@ -68,16 +81,33 @@ def open_start(name: str, dtype: str, on_top: OnTop | None, reference: Reference
     if on_top == "continue" and not (target.adapted and method == "lora"):
         why = "all weights are trained (--method full)" if target.adapted else f"{name} has no adapter"
         raise BadInput(f"--on-top continue: {why}, so no adapter can be trained further; omit the flag")
+    before = target.run.lineage if target.run else None
+    base = before.base if before else _lasting(target.run.settings.model if target.run else target.base)
+    ground, ground_weights = base, ""
+    merged: tuple[Path, ...] = ()
+    if before and target.run:
+        ground, ground_weights = before.ground, before.ground_weights
+        merged = tuple(_merged_adapter(target.run, number) for number in range(before.merged))
     beginning: Beginning = "whole"
-    if target.adapted:
-        beginning = on_top or ("continue" if method == "lora" else "new")
-    lineage = Lineage(base=_base_name(target), on_top=beginning, reference=reference, parents=_parents(target))
-    adapter = target.weights if target.adapted else None
-    if beginning == "new":
-        below = resolve_model(lineage.base).folder
-        name = f"{below.name[:40]}-{fingerprint([saved_fingerprint(below), lineage.start.weights])}"
-        lineage = lineage.model_copy(update={"merged": name})
-    return Start(_open(lineage, target.weights, dtype), lineage, adapter, target.run)
+    adapter = None
+    if not target.adapted:
+        ground, merged = str(target.weights.resolve()), ()
+        ground_weights = saved_fingerprint(target.weights)
+    elif (on_top or ("continue" if method == "lora" else "new")) == "continue":
+        beginning, adapter = "continue", target.weights
+    else:
+        beginning, merged = "new", (*merged, target.weights)
+    lineage = Lineage(
+        base=base,
+        ground=ground,
+        ground_weights=ground_weights,
+        on_top=beginning,
+        reference=reference,
+        merged=len(merged),
+        merged_as=_merged_name(ground, merged) if merged else "",
+        parents=_parents(target),
+    )
+    return Start(_open(lineage, merged, adapter, dtype), lineage, merged, target.run)
 
 
 def open_base_of(run: Run) -> LoadedBase:
@@ -94,30 +124,37 @@ def open_base_of(run: Run) -> LoadedBase:
     if lineage is None:
         base = open_base(config.model, dtype)
     else:
-        weights = Path(lineage.start.place) if lineage.on_top == "whole" else run.paths.start
-        if not weights.is_dir():
-            raise BadInput(f"{run.root}: starts from {weights}, which no longer exists")
-        base = _open(lineage, weights, dtype)
+        merged = tuple(_merged_adapter(run, number) for number in range(lineage.merged))
+        base = _open(lineage, merged, run.paths.start if lineage.on_top == "continue" else None, dtype)
     if not (best / "tokenizer_config.json").is_file():
         return base
     return replace(base, tokenizer=load_tokenizer(best))
 
 
-def _open(lineage: Lineage, weights: Path, dtype: str) -> LoadedBase:
-    """The whole model under a run's trials, with the tokenizer of the start at `weights`."""
-    below = open_base(lineage.base, dtype)
-    tokenizer = load_tokenizer(weights) if (weights / "tokenizer_config.json").is_file() else below.tokenizer
-    reference = below.source if lineage.reference == "base" else None
-    if lineage.on_top == "continue":
-        return replace(below, tokenizer=tokenizer, adapter=weights, reference=reference)
-    folder = weights if lineage.on_top == "whole" else _merged(lineage, below.source, weights)
-    source = ModelSource(lineage.start.name, folder, "folder", str(folder.resolve()), below.source.licence)
-    return replace(below, source=source, tokenizer=tokenizer, reference=reference)
+def _open(lineage: Lineage, merged: Sequence[Path], adapter: Path | None, dtype: str) -> LoadedBase:
+    """The whole model under a run's trials, with the tokenizer of what the run starts from."""
+    below = open_base(lineage.ground, dtype)
+    if lineage.ground_weights and saved_fingerprint(below.source.folder) != lineage.ground_weights:
+        raise BadInput(
+            f"{lineage.ground}: holds other weights than those that this run was built on ({lineage.ground_weights}); "
+            "restore them, or start a new run"
+        )
+    source = below.source
+    if merged:
+        folder = _merge(lineage, source, merged)
+        source = ModelSource(lineage.start.name, folder, "folder", str(folder.resolve()), source.licence)
+    elif lineage.on_top == "whole":
+        licence = resolve_model(lineage.base).licence
+        source = ModelSource(lineage.start.name, source.folder, "folder", str(source.folder.resolve()), licence)
+    with_tokenizer = [each for each in (*merged, adapter) if each and (each / "tokenizer_config.json").is_file()]
+    tokenizer = load_tokenizer(with_tokenizer[-1]) if with_tokenizer else below.tokenizer
+    reference = resolve_model(lineage.base) if lineage.reference == "base" else None
+    return replace(below, source=source, tokenizer=tokenizer, adapter=adapter, reference=reference)
 
 
-def _base_name(target: Target) -> str:
-    """The base under a tuned model, in a form that does not depend on the current folder."""
-    return str(Path(target.base).resolve()) if Path(target.base).exists() else target.base
+def _lasting(name: str) -> str:
+    """A model's name in a form that does not depend on the current folder."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def _parents(target: Target) -> list[Parent]:
@@ -138,22 +175,36 @@ def _parents(target: Target) -> list[Parent]:
     return [own, *(run.lineage.parents if run.lineage else [])]
 
 
+def _merged_name(ground: str, adapters: Sequence[Path]) -> str:
+    """The name of a folder for merged weights; the same for the same weights."""
+    folder = resolve_model(ground).folder
+    return f"{folder.name[:40]}-{fingerprint([saved_fingerprint(folder), *map(saved_fingerprint, adapters)])}"
+
+
 @torch.no_grad()
-def _merged(lineage: Lineage, source: ModelSource, adapter: Path) -> Path:
-    """The cache folder with a base model that an adapter was merged into; made at first use.
+def _merge(lineage: Lineage, ground: ModelSource, adapters: Sequence[Path]) -> Path:
+    """The cache folder with whole weights that adapters were merged into, one after the other; made at first use.
 
-    The sum is rounded once, to the dtype in which the base is stored.
+    Each sum is rounded once, to the dtype in which the ground is stored.
     """
-    folder = merged_folder(lineage)
-    if (folder / "config.json").is_file():
-        return folder
+    final = merged_folder(lineage)
+    if (final / "config.json").is_file():
+        return final
+    stored = AutoConfig.from_pretrained(ground.folder).dtype or torch.float32
+    folder = ground.folder
+    for number, adapter in enumerate(adapters, 1):
+        made = final if number == len(adapters) else final.parent / _merged_name(lineage.ground, adapters[:number])
+        if not (made / "config.json").is_file():
+            below = folder
 
-    def fill(target: Path) -> None:
-        tokenizer = load_tokenizer(adapter if (adapter / "tokenizer_config.json").is_file() else source)
-        whole = LoadedBase(source, tokenizer, torch.float32, torch.device("cpu"))
-        tuned = load_tuned(adapter, whole)
-        assert isinstance(tuned, PeftModel)  # noqa: S101 - the folder has an adapter's settings
-        stored = AutoConfig.from_pretrained(source.folder).dtype or torch.float32
-        save_best(tuned.merge_and_unload().to(stored), tokenizer, target, str(folder))
+            def fill(target: Path, below: Path = below, adapter: Path = adapter, made: Path = made) -> None:
+                own = (adapter / "tokenizer_config.json").is_file()
+                tokenizer = load_tokenizer(adapter if own else below)
+                source = ModelSource(str(below), below, "folder", str(below))
+                tuned = load_tuned(adapter, LoadedBase(source, tokenizer, torch.float32, torch.device("cpu")))
+                assert isinstance(tuned, PeftModel)  # noqa: S101 - the folder has an adapter's settings
+                save_best(tuned.merge_and_unload().to(stored), tokenizer, target, str(made))
 
-    return fill_folder(folder, fill)
+            fill_folder(made, fill)
+        folder = made
+    return folder

@@ -212,7 +212,7 @@ def _models_of(name: str) -> Iterator[ServedModel]:
     target = resolve_target(name)
     if run := target.run:
         created, dtype = int(run.paths.complete.stat().st_mtime), run.choices.dtype or run.settings.dtype
-        if run.lineage is None or run.lineage.on_top == "continue":  # else it was merged for this run alone
+        if run.lineage is None or target.base == run.lineage.base:  # else it was made for this run alone
             yield ServedModel(target.base, target.base, dtype)
         if target.trial is None:
             yield ServedModel(run.name, target.base, dtype, run.paths.best, run.root, created)

@@ -95,8 +95,6 @@ def _not_a_pair(vote: Vote) -> str:
         return WITHDRAWN
     if vote.kind == "thumb":
         return THUMB
-    if vote.outcome in ("tie", "bad"):
-        return TIE if vote.outcome == "tie" else BAD
     left, right = vote.answers
     if left.context != right.context or left.context:
         return DIVERGED
@@ -109,8 +107,14 @@ def _decide(given: list[Vote], found: Harvest) -> None:
     last = {vote.voter: vote for vote in given}  # of each voter the last vote
     found.left_out[REPEATED] += len(given) - len(last)
     sides: dict[str, list[Vote]] = defaultdict(list)
-    for vote in last.values():
-        sides[_chosen(vote).text].append(vote)
+    for voter, vote in list(last.items()):
+        if vote.outcome in ("tie", "bad"):
+            found.left_out[TIE if vote.outcome == "tie" else BAD] += 1
+            del last[voter]
+        else:
+            sides[_chosen(vote).text].append(vote)
+    if not sides:
+        return
     best, *rest = sorted(sides.values(), key=len, reverse=True)
     if rest and len(rest[0]) == len(best):
         found.left_out[CONTRADICTED] += len(last)

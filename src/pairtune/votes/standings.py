@@ -32,6 +32,7 @@ _STEPS, _CLOSE = 50, 1e-9
 _RESAMPLES = 400
 _EACH = ALPHA / 2  # the two biases hold together with 95 % (Bonferroni)
 _POWER = 0.8
+_VOTERS_DIFFER = 1.5  # an interval this much wider than the votes themselves explain is due to the voters
 _LENGTH, _TIE = -2, -1  # after the models and the side
 TWICE = 1 / 3  # the relative difference of lengths where one answer is twice as long
 
@@ -170,7 +171,8 @@ class Standing:
         wins, losses, ties, bad: its votes by outcome.
         rank: by strength, 1 for the first.
         apart: whether it can be told from the model below it.
-        needed: about how many more votes between the two would tell them apart; None if they are told apart.
+        needed: about how many more votes between the two would tell them apart; None if they are told apart, or if more
+            people are needed rather than more votes.
     """
 
     model: str
@@ -245,7 +247,7 @@ def standings(votes: Sequence[Vote], seed: int = 0) -> Standings | None:
     found = fit(matches)
     resampled = _resampled(matches, seed)
     draws = np.array([fit(matches, each, found.values).values for each in resampled])
-    freedom = max(1, len(np.unique(matches.voter)) - 1)
+    freedom = len(np.unique(matches.voter)) - 1
     places = range(len(matches.models))
     order = sorted(places, key=lambda place: -found.values[place])
     tallies, names = _tallies(votes), _names(votes)
@@ -322,7 +324,7 @@ def _centred(covariance: Numbers, models: int) -> Numbers:
 def _interval(value: float, draws: Numbers, spread: float, freedom: int, alpha: float = ALPHA) -> Interval:
     """The wider of the bootstrap's quantiles, Student's t around the bootstrap's spread, and the fit's own interval."""
     half = NormalDist().inv_cdf(1 - alpha / 2) * spread
-    if freedom > 1:
+    if freedom:  # else one voter, whose votes were resampled
         half = max(half, student_quantile(freedom, alpha) * draws.std(ddof=1))
     low, high = np.quantile(draws, [alpha / 2, 1 - alpha / 2])
     return float(min(low, value - half)), float(max(high, value + half))
@@ -331,14 +333,14 @@ def _interval(value: float, draws: Numbers, spread: float, freedom: int, alpha: 
 def _told_apart(
     matches: Matches, found: Fit, draws: Numbers, one: int, other: int, freedom: int
 ) -> tuple[bool, int | None]:
-    """Whether two models are told apart, and else how many more votes between them would, with a power of 80 %."""
+    """Whether two models are told apart, and else how many more votes between them would (power 80 %), if votes do."""
     gap = float(found.values[one] - found.values[other])
     spread = math.sqrt(max(0.0, found.variance(one, other)))
     low, high = _interval(gap, draws[:, one] - draws[:, other], spread, freedom)
     if not low <= 0 <= high:
         return True, None
-    if gap == 0:
-        return False, None
+    if gap == 0 or (high - low) / 2 > _VOTERS_DIFFER * NormalDist().inv_cdf(1 - ALPHA / 2) * spread:
+        return False, None  # more votes of people who differ so much would not tell
     wanted = (NormalDist().inv_cdf(1 - ALPHA / 2) + NormalDist().inv_cdf(_POWER)) / abs(gap)
     more = (wanted**2 - 1 / max(spread**2, 1e-12)) / information(gap, found.tie)
     return False, max(1, math.ceil(more))
@@ -393,12 +395,12 @@ def _lead_by_length(matches: Matches, values: Numbers) -> float:
 
 def agreement(votes: Sequence[Vote]) -> Agreement | None:
     """How often two people who voted on the same two answers chose the same; None if nobody did."""
-    by_answers: dict[frozenset[str], list[tuple[str, str]]] = defaultdict(list)
+    by_answers: dict[tuple[str, frozenset[str]], list[tuple[str, str]]] = defaultdict(list)
     for vote in votes:
         if len(vote.answers) == 2 and vote.withdrawn is None:
             texts = [answer.text for answer in vote.answers]
             chosen = {"left": texts[0], "right": texts[1]}.get(vote.outcome, vote.outcome)
-            by_answers[frozenset(texts)].append((vote.voter, chosen))
+            by_answers[str(vote.prompt), frozenset(texts)].append((vote.voter, chosen))
     same = pairs = 0
     for given in by_answers.values():
         for at, (voter, chosen) in enumerate(given):

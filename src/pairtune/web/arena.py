@@ -39,6 +39,7 @@ _draw = random.SystemRandom()
 class Shown:
     """A turn as the arena shows it: both answers once both are written."""
 
+    pk: int
     prompt: str
     answers: list[Answer]
     last: bool
@@ -64,7 +65,7 @@ async def arena(request: HttpRequest, pk: int | None = None) -> HttpResponse:
 
 def _page(request: HttpRequest, conversation: Conversation | None, found: list[backend.Model] | None) -> HttpResponse:
     turns = conversation.path() if conversation else []
-    shown = [Shown(turn.prompt, turn.shown, turn is turns[-1]) for turn in turns]
+    shown = [Shown(turn.pk, turn.prompt, turn.shown, turn is turns[-1]) for turn in turns]
     context = {
         "conversation": conversation,
         "turns": shown,
@@ -79,8 +80,8 @@ def _page(request: HttpRequest, conversation: Conversation | None, found: list[b
 
 
 def _vote_of(conversation: Conversation) -> Vote | None:
-    given = Vote.objects.filter(kind="arena", answer__turn__conversation=conversation, withdrawn=None)
-    return given.order_by("-pk").first()
+    """The vote on a match, also if it was withdrawn: its voter knows who they were, so there is no second one."""
+    return Vote.objects.filter(kind="arena", answer__turn__conversation=conversation).order_by("-pk").first()
 
 
 def _who_meets(found: list[backend.Model]) -> dict[str, str]:
@@ -159,7 +160,7 @@ async def _go_on(prompt: str, pk: int) -> Conversation | None:
 
 @transaction.atomic
 def _keep_on(prompt: str, pk: int) -> tuple[Conversation, Turn, list[Answer]] | None:
-    conversation = get_object_or_404(Conversation, pk=pk, arena=True)
+    conversation = get_object_or_404(Conversation.objects.select_for_update(), pk=pk, arena=True)
     over = _vote_of(conversation) is not None
     if over or Answer.objects.filter(turn__conversation=conversation, state="writing").exists():
         return None
@@ -174,13 +175,18 @@ def vote(request: HttpRequest, pk: int) -> HttpResponse:
     if outcome not in OUTCOMES:
         return _refused("Choose the left answer, the right one, a tie, or neither.")
     with transaction.atomic():
-        conversation = get_object_or_404(Conversation, pk=pk, arena=True)
-        turns = conversation.path()
-        shown = Shown(turns[-1].prompt, turns[-1].shown, last=True)
+        conversation = get_object_or_404(Conversation.objects.select_for_update(), pk=pk, arena=True)
+        turn = conversation.path()[-1]
+        shown = Shown(turn.pk, turn.prompt, turn.shown, last=True)
+        if request.POST.get("turn", str(turn.pk)) != str(turn.pk):
+            return _refused("These are not the last answers of this match any more. Load the page again.")
         if not shown.written or shown.failed:
             return _refused("Both answers must be there before you vote. If one failed, skip this match.")
-        if _vote_of(conversation) is None:  # else a second click
+        given = _vote_of(conversation)
+        if given is None:
             ballots.cast("arena", outcome, shown.answers, voter, request.POST.get("reason", ""))
+        elif given.voter != voter:
+            return _refused("Somebody else has voted on this match, so it is over.")
     return ballots.remember(redirect("match", pk), voter)
 
 

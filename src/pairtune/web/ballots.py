@@ -10,7 +10,7 @@ from pathlib import Path
 from django.conf import settings
 from django.core.cache import cache
 from django.db import transaction
-from django.db.models import Count, Max
+from django.db.models import Count, Max, Q
 from django.http import HttpRequest, HttpResponse
 
 from pairtune.conversation import Message
@@ -75,8 +75,8 @@ def _context(answer: Answer) -> list[Message]:
 
 @transaction.atomic
 def give_thumb(answer: Answer, outcome: Outcome, voter: str) -> None:
-    """Give an answer a thumb; the same thumb again withdraws it."""
-    standing = answer.votes.filter(kind="thumb", withdrawn=None)
+    """Give an answer a thumb; the same thumb again withdraws one's own."""
+    standing = answer.votes.filter(kind="thumb", withdrawn=None, voter=voter)
     same = standing.filter(outcome=outcome).exists()
     standing.update(withdrawn=datetime.now())
     if not same:
@@ -95,13 +95,14 @@ def prefer(answer: Answer, voter: str) -> None:
         kind = "regenerated"
         others = answer.turn.answers.filter(slot=answer.slot).exclude(state="writing").exclude(text="")
         shown = sorted(others, key=lambda each: each.pk)
-    before = answer.preferred
-    for each in shown:
-        for given in (each.votes, each.votes_as_right):
-            given.filter(kind=kind, withdrawn=None).update(withdrawn=datetime.now())
+    at = next((place for place, each in enumerate(shown) if each.pk == answer.pk), None)
+    if at is None:  # another answer has taken its place meanwhile
+        return
+    own = Vote.objects.filter(kind=kind, withdrawn=None, voter=voter)
+    before = own.filter(Q(answer=answer, outcome="left") | Q(right=answer, outcome="right")).exists()
+    own.filter(Q(answer__in=shown) | Q(right__in=shown)).update(withdrawn=datetime.now())
     if before:
         return
-    at = next(place for place, each in enumerate(shown) if each.pk == answer.pk)
     for place, other in enumerate(shown):
         if place != at:
             left = at < place

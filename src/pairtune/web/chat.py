@@ -250,7 +250,7 @@ def vote(request: HttpRequest, pk: int) -> HttpResponse:
     """Give an answer a thumb (`up` 1 or 0); the same thumb again withdraws it."""
     answer, voter = get_object_or_404(Answer.in_chats, pk=pk), ballots.voter_of(request)
     ballots.give_thumb(answer, "up" if request.POST.get("up") == "1" else "down", voter)
-    return ballots.remember(render(request, "site/_thumbs.html", {"answer": Answer.objects.get(pk=pk)}), voter)
+    return ballots.remember(render(request, "site/_thumbs.html", {"answer": _as_shown(pk)}), voter)
 
 
 @require_POST
@@ -383,6 +383,10 @@ async def events(_: HttpRequest, pk: int) -> StreamingHttpResponse:
 
 
 def _finished(pk: int) -> str:
-    answer = Answer.in_chats.select_related("turn").get(pk=pk)
-    shown = next((each for each in answer.turn.shown if each.pk == pk), answer)
-    return render_to_string("site/_answer.html", {"answer": shown})
+    return render_to_string("site/_answer.html", {"answer": _as_shown(pk)})
+
+
+def _as_shown(pk: int) -> Answer:
+    """An answer with its place among the alternatives."""
+    answer = Answer.objects.select_related("turn").get(pk=pk)
+    return next((each for each in answer.turn.shown if each.pk == pk), answer)

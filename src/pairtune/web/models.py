@@ -191,7 +191,7 @@ class Vote(models.Model):
 
 
 class Answering(models.Model):
-    """Which model answers when nobody has chosen one: the last entry; earlier ones are the way back.
+    """Which model answers when nobody has chosen one: the last entry; the one before it is a click away.
 
     Attributes:
         model: its name; empty: the one tuned last.

@@ -115,7 +115,9 @@ def choose_data(request: HttpRequest) -> HttpResponse:
     if request.method == "POST" and form.is_valid():
         chosen = form.cleaned_data
         source = str(_keep(chosen["upload"])) if chosen["upload"] else "\n".join(_frozen(_lines(chosen["source"])))
-        made = Draft.objects.create(source=source, held_out=chosen["held_out"], model=chosen["model"])
+        made = Draft.objects.create(
+            source=source, held_out="\n".join(_frozen(_lines(chosen["held_out"]))), model=chosen["model"]
+        )
         _start_check(made)
         return redirect("draft", made.pk)
     recent = dict.fromkeys(Draft.objects.order_by("-pk").values_list("source", flat=True)[:20])

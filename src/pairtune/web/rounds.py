@@ -95,4 +95,4 @@ def answer_as_before(request: HttpRequest) -> HttpResponse:
     if now:
         Answering.objects.create(model=before)
     back = request.POST.get("run", "")
-    return redirect("run", back) if back else redirect("chat")
+    return redirect("run", find_run(back).name) if back else redirect("chat")

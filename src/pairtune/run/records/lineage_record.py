@@ -34,19 +34,25 @@ class Lineage(Record):
     """Where a run started, if not at a plain model.
 
     Attributes:
-        base: the base model under its start, as given to `--model`.
+        base: the plain model that everything goes back to, as given to `--model`.
+        ground: the whole weights that the start's adapters sit on: the base, or a fully tuned model's folder.
+        ground_weights: fingerprint of the latter.
         on_top: how the trials build on the start.
         reference: what they are measured against.
-        merged: for a new adapter on merged weights, the name of their folder in the user cache.
+        merged: how many adapters are merged into the ground, below the trials'; the run keeps them.
+        merged_as: the name of the merged weights' folder in the user cache.
         parents: the model that the run started from, then that model's own parent, and so on.
     """
 
     file = "lineage.json"
 
     base: str
+    ground: str
     on_top: Beginning
     reference: Reference = "start"
-    merged: str = ""
+    ground_weights: str = ""
+    merged: int = 0
+    merged_as: str = ""
     parents: list[Parent]
 
     @property

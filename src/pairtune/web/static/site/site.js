@@ -247,8 +247,8 @@ const keys = {
   "/": () => (prompt || find("#question") || find("[type=search]"))?.focus(),
   ArrowLeft: () => castVote("ArrowLeft"),
   ArrowRight: () => castVote("ArrowRight"),
-  ArrowUp: () => castVote("ArrowUp"),
-  ArrowDown: () => castVote("ArrowDown"),
+  t: () => castVote("t"),
+  b: () => castVote("b"),
   s: () => find("[data-key=s]")?.click(),
   n: () => find("[data-key=n]")?.click(),
   e: () => [...document.querySelectorAll("[data-edit]")].at(-1)?.click(),
@@ -274,6 +274,7 @@ document.addEventListener("keydown", (event) => {
   }
   if (typing(target) || event.ctrlKey || event.metaKey || event.altKey || !keys[key]) return;
   if (key.startsWith("Arrow") && !find("#ballot")) return;  // the page's own scrolling
+  if (event.repeat) return;  // a key that is held was meant for what was there before
   event.preventDefault();
   keys[key]();
 });
