@@ -216,6 +216,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(children, tiny_model, tmp_path):
         if child.is_alive():
             os.kill(child.pid, signal.SIGKILL)
             killed += 1
+        else:  # the machine is less busy than when the undisturbed run was timed
+            duration *= 0.8
         child.join()
         child = start(out)
         child.join(120)

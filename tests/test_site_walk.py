@@ -156,7 +156,7 @@ def fill(file: Path) -> None:
         for number in range(1, 1001):
             changed = f"2026-01-01 00:00:{number % 60:02}"
             names = {"title": f"Conversation {number}", "model_names": '["plain", "tuned"]', "sampling": "{}"}
-            pk = _insert(database, "conversation", **names, system="", pinned=0, created=now, changed=changed)
+            pk = _insert(database, "conversation", **names, system="", pinned=0, arena=0, created=now, changed=changed)
             leaf = None
             for turn in range(8):
                 prompt = f"Question {turn} about {number}"
