@@ -594,7 +594,7 @@ def draft(
 
     from rich.console import Console
 
-    from pairtune.draft import Drafter, Drafting, draft_pairs, draft_rounds, read_prompts
+    from pairtune.draft import Drafting, draft_file, draft_rounds, read_prompts
     from pairtune.evaluate.judges import open_judge
     from pairtune.models.sampling import SamplingParams
 
@@ -611,23 +611,10 @@ def draft(
         found = []
         for each in draft_rounds(model, asked, how, rounds, out, settings, console, hold_out):
             found.append(each.record())
-            low, high = each.won.interval
-            console.print(
-                f"round {each.number}: wins {each.won.rate:.0%} ({low:.0%} to {high:.0%}) of "
-                f"{plural(len(each.won.scores), 'held-out prompt')} against the beginning",
-                highlight=False,
-            )
+            console.print(str(each), highlight=False)
         typer.echo(json.dumps({"out": str(out), "rounds": found}) if as_json else str(out / "rounds.json"))
         return
-    with console.status("") as status:
-        drafter = Drafter(model, lambda said: status.update(f"drafting: {said}"))
-        try:
-            drafted = draft_pairs(drafter, asked, how)
-        finally:
-            drafter.close()
-    if not drafted.rows:
-        raise BadInput(f"--prompts {prompts}: no prompt gave a pair ({dict(drafted.left_out)})")
-    drafted.write(out)
+    drafted = draft_file(model, asked, how, out, console)
     if as_json:
         typer.echo(json.dumps({"out": str(out), "pairs": len(drafted.rows), "left_out": dict(drafted.left_out)}))
         return
@@ -650,10 +637,9 @@ def export_votes(
     from pairtune.web.server import open_database
 
     open_database()
-    from pairtune.votes.pairs import harvest
-    from pairtune.web.ballots import all_votes
+    from pairtune.web.ballots import current_harvest
 
-    found = harvest(all_votes())
+    found = current_harvest()
     if not found.votes:
         raise BadInput("OUT: nobody has voted yet; vote in the arena, or give thumbs in a chat (pairtune serve)")
     found.write(out)

@@ -241,6 +241,13 @@ class Round:
     run: str
     won: WinRate
 
+    def __str__(self) -> str:
+        low, high = self.won.interval
+        return (
+            f"round {self.number}: wins {self.won.rate:.0%} ({low:.0%} to {high:.0%}) of "
+            f"{plural(len(self.won.scores), 'held-out prompt')} against the beginning"
+        )
+
     def record(self) -> dict[str, Any]:
         """The round as it is written to `rounds.json`."""
         return {**vars(self), "won": self.won.model_dump(mode="json", exclude={"scores"})}
@@ -299,20 +306,33 @@ def draft_rounds(
 def _draft_round(
     model: str, prompts: Sequence[Prompt], how: Drafting, number: int, out: Path, console: Console
 ) -> tuple[Path, dict[str, int]]:
+    path = out / f"pairs-{number}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    seeded = replace(how, params=replace(how.params, seed=(how.params.seed or 0) + number))
+    drafted = draft_file(model, prompts, seeded, path, console)
+    console.print(f"round {number}: {plural(len(drafted.rows), 'pair')} drafted", highlight=False)
+    return path, {"pairs": len(drafted.rows), **drafted.left_out}
+
+
+def draft_file(model: str, prompts: Sequence[Prompt], how: Drafting, path: Path, console: Console) -> Drafted:
+    """Draft pairs with a model, and write them.
+
+    Raises:
+        BadInput: the model cannot be used, or no prompt gave a pair.
+    """
     with console.status("") as status:
-        drafter = Drafter(model, lambda said: status.update(f"drafting round {number}: {said}"))
+        drafter = Drafter(model, lambda said: status.update(f"drafting: {said}"))
         try:
-            seeded = replace(how, params=replace(how.params, seed=(how.params.seed or 0) + number))
-            drafted = draft_pairs(drafter, prompts, seeded)
+            drafted = draft_pairs(drafter, prompts, how)
         finally:
             drafter.close()
     if not drafted.rows:
-        raise BadInput(f"round {number}: no prompt gave a pair ({dict(drafted.left_out)})")
-    path = out / f"pairs-{number}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
+        reasons = ", ".join(f"{count} {reason}" for reason, count in drafted.left_out.items())
+        raise BadInput(
+            f"--prompts: no prompt gave a pair ({reasons}); ask for more --answers, or choose another --judge"
+        )
     drafted.write(path)
-    console.print(f"round {number}: {plural(len(drafted.rows), 'pair')} drafted", highlight=False)
-    return path, {"pairs": len(drafted.rows), **drafted.left_out}
+    return drafted
 
 
 def _answers(model: str, prompts: Sequence[Prompt], how: Drafting, when: str, console: Console) -> list[Answer]:

@@ -49,12 +49,7 @@ class RuleJudge:
     def judge(
         self, prompts: Sequence[Conversation], ours: Sequence[Answer], base: Sequence[Answer], on_progress: Progress
     ) -> list[float]:
-        scores = []
-        for turns, mine, theirs in zip(prompts, ours, base, strict=True):
-            prompt = str(turns[-1]["content"])
-            scores.append(better(-faults(prompt, mine), -faults(prompt, theirs)))
-        on_progress(len(scores))
-        return scores
+        return _by_points(lambda prompt, answer: -faults(prompt, answer), prompts, ours, base, on_progress)
 
 
 class ConciseJudge:
@@ -65,12 +60,22 @@ class ConciseJudge:
     def judge(
         self, prompts: Sequence[Conversation], ours: Sequence[Answer], base: Sequence[Answer], on_progress: Progress
     ) -> list[float]:
-        scores = []
-        for turns, mine, theirs in zip(prompts, ours, base, strict=True):
-            prompt = str(turns[-1]["content"])
-            scores.append(better(_conciseness(prompt, mine), _conciseness(prompt, theirs)))
-        on_progress(len(scores))
-        return scores
+        return _by_points(_conciseness, prompts, ours, base, on_progress)
+
+
+def _by_points(
+    points: Callable[[str, Answer], int],
+    prompts: Sequence[Conversation],
+    ours: Sequence[Answer],
+    base: Sequence[Answer],
+    on_progress: Progress,
+) -> list[float]:
+    """Compare answers by the points that a rule gives to each for the last message."""
+    asked = [str(turns[-1]["content"]) for turns in prompts]
+    compared = zip(asked, ours, base, strict=True)
+    scores = [better(points(prompt, mine), points(prompt, theirs)) for prompt, mine, theirs in compared]
+    on_progress(len(scores))
+    return scores
 
 
 def _conciseness(prompt: str, answer: Answer) -> int:

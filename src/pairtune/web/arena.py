@@ -21,7 +21,6 @@ from django.template.loader import render_to_string
 from django.views.decorators.http import require_GET, require_POST
 
 from pairtune.votes.matches import next_match, next_prompt
-from pairtune.votes.pairs import harvest
 from pairtune.web import answering, backend, ballots
 from pairtune.web.chat_forms import SAMPLING, Question
 from pairtune.web.introduction import held_out_prompts
@@ -73,7 +72,7 @@ def _page(request: HttpRequest, conversation: Conversation | None, found: list[b
         "models": _who_meets(found or []),
         "reachable": found is not None,
         "prompts": [] if conversation else _suggestions(found or []),
-        "standings": ballots.current_standings(),
+        "votes": sum(vote.compares and vote.withdrawn is None for vote in ballots.all_votes()),
         "page": "arena",
     }
     return render(request, "site/arena.html", context)
@@ -253,7 +252,7 @@ def standings(request: HttpRequest) -> HttpResponse:
     votes = ballots.all_votes()
     context = {
         "standings": ballots.current_standings(),
-        "harvest": harvest(votes),
+        "harvest": ballots.current_harvest(),
         "even": round(100 / (1 + math.exp(-1))),
         "votes": votes,
         "page": "arena",

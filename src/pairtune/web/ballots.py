@@ -5,10 +5,10 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 
 from django.conf import settings
-from django.core.cache import cache
 from django.db import transaction
 from django.db.models import Count, Max, Q
 from django.http import HttpRequest, HttpResponse
@@ -39,7 +39,7 @@ def remember(response: HttpResponse, voter: str) -> HttpResponse:
 def cast(kind: Kind, outcome: Outcome, answers: Sequence[Answer], voter: str, reason: str = "") -> Vote:
     """Add a vote on one or two answers, with what is needed to trust it.
 
-    The vote is in the database when this returns; the database is synchronous, so not even a power cut takes it back.
+    The vote is committed when the transaction around it ends, and a commit is synced to the disk before it returns.
     """
     before = [_context(answer) for answer in answers]
     same = all(each == before[0] for each in before)
@@ -114,9 +114,33 @@ def withdraw(vote: Vote) -> None:
     Vote.objects.filter(pk=vote.pk, withdrawn=None).update(withdrawn=datetime.now())
 
 
-def all_votes() -> list[VoteRecord]:
+def all_votes() -> tuple[VoteRecord, ...]:
     """Every vote, in the order in which they were given, those withdrawn included."""
-    return [
+    return _votes_of(_state())
+
+
+def current_standings() -> Standings | None:
+    """The standings of all votes."""
+    return _standings_of(_state())
+
+
+def current_harvest() -> Harvest:
+    """The pairs and labels of all votes."""
+    return _harvest_of(_state())
+
+
+# Votes are only ever added or withdrawn, so these three numbers tell whether anything has changed.
+_State = tuple[int, int | None, int]
+
+
+def _state() -> _State:
+    found = Vote.objects.aggregate(given=Count("pk"), last=Max("pk"), withdrawn=Count("withdrawn"))
+    return found["given"], found["last"], found["withdrawn"]
+
+
+@lru_cache(maxsize=1)
+def _votes_of(_: _State) -> tuple[VoteRecord, ...]:
+    return tuple(
         VoteRecord(
             id=vote.pk,
             kind=vote.kind,
@@ -129,23 +153,17 @@ def all_votes() -> list[VoteRecord]:
             withdrawn=vote.withdrawn.isoformat(timespec="seconds") if vote.withdrawn else None,
         )
         for vote in Vote.objects.iterator()
-    ]
+    )
 
 
-def current_standings() -> Standings | None:
-    """The standings of all votes; computed again when one is added or withdrawn."""
-    state = Vote.objects.aggregate(Count("pk"), Max("pk"), Count("withdrawn"))
-    key = f"standings-{state['pk__count']}-{state['pk__max']}-{state['withdrawn__count']}"
-    found = cache.get(key, "none yet")
-    if found == "none yet":
-        found = standings(all_votes())
-        cache.set(key, found, 86400)
-    return found
+@lru_cache(maxsize=1)
+def _standings_of(state: _State) -> Standings | None:
+    return standings(_votes_of(state))
 
 
-def current_harvest() -> Harvest:
-    """The pairs and labels of all votes."""
-    return harvest(all_votes())
+@lru_cache(maxsize=1)
+def _harvest_of(state: _State) -> Harvest:
+    return harvest(_votes_of(state))
 
 
 def snapshot() -> tuple[Path, Harvest]:
