@@ -5,23 +5,33 @@ from __future__ import annotations
 import json
 import os
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from pairtune import __version__
+from pairtune.cli.common import (
+    Columns,
+    Confirmed,
+    Json,
+    check_choice,
+    columns_of,
+    confirm,
+    open_reader,
+    output,
+    reading_of,
+    share_processors,
+    with_votes,
+)
+from pairtune.cli.data import data_app
+from pairtune.cli.votes import votes_app
 from pairtune.errors import BadInput, RunFailed, plural
 from pairtune.extras import require
-from pairtune.flags import COLUMN_PARTS, WithSettings, WithSettingsHelp
+from pairtune.flags import WithSettings, WithSettingsHelp
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from pairtune.config import Reading, RunConfig
-    from pairtune.data.source_reader import SourceReader
-    from pairtune.resolve_config import Resolved
+    from pairtune.config import RunConfig
     from pairtune.run.folder import Run
 
 # The base class of usage errors. Typer bundles its own copy of click and exports only some of its exceptions.
@@ -36,17 +46,10 @@ app = typer.Typer(
     help="Tune a small language model to people's preferences, on the machine you have.",
 )
 
-data_app = typer.Typer(
-    help="Inspect and convert preference data before training on it.", no_args_is_help=True, rich_markup_mode=None
-)
 app.add_typer(data_app, name="data")
-
-VOTES = "votes"  # as a source: the pairs of the votes given on this machine's site
-
-votes_app = typer.Typer(help="People's votes, given in the site.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(votes_app, name="votes")
 
-DEMO = Path(__file__).with_name("demo.yaml")
+DEMO = Path(__file__).parents[1] / "demo.yaml"
 
 EXAMPLES = """
 Examples:
@@ -58,14 +61,7 @@ pairtune tune --data pairs.jsonl --lr 3e-5 --lr 1e-5 --beta 0.1 --beta 0.2 --out
 pairtune tune settings.yaml --data Dahoas/rm-static@train --eval-data Dahoas/rm-static@test --limit 1000
 """
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 # Options without a help text of their own are settings of a run; see `pairtune.flags`.
-Columns = Annotated[list[str] | None, typer.Option("--column")]
-Confirmed = Annotated[bool, typer.Option("--yes", help="Confirm that the named columns say which answer is better.")]
-SourceArgument = Annotated[
-    str,
-    typer.Argument(metavar="SRC", help="As for tune's --data: a file, a folder, a Hub id, bundled:concise, or votes."),
-]
 FinishedRun = Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")]
 ExportedRun = Annotated[
     Path, typer.Argument(metavar="RUN[/TRIAL]", help="A finished run folder (its winner), or one of its trials.")
@@ -113,7 +109,7 @@ def tune(
     Every setting is a flag, and a key in the YAML file; docs/settings.md explains each.
     """
     given = context.obj
-    _tune(config, given | _weighted(given.get("data"), weight) | _columns(given.get("columns")), as_json)
+    _tune(config, given | _weighted(given.get("data"), weight) | columns_of(given.get("columns")), as_json)
 
 
 @app.command(cls=WithSettings)
@@ -126,7 +122,7 @@ def plan(
 
     Takes the settings of `tune`.
     """
-    _plan(config, context.obj | _columns(context.obj.get("columns")), as_json)
+    _plan(config, context.obj | columns_of(context.obj.get("columns")), as_json)
 
 
 @app.command(cls=WithSettingsHelp)
@@ -144,7 +140,7 @@ def doctor(
 
     with Console(stderr=True).status("examining this machine") as status:
         found = diagnose(model, max_length, status.update)
-    typer.echo(json.dumps(dump(found))) if as_json else _output().print(render_diagnosis(found), highlight=False)
+    typer.echo(json.dumps(dump(found))) if as_json else output().print(render_diagnosis(found), highlight=False)
     if not found.usable:
         raise typer.Exit(1)
 
@@ -160,7 +156,7 @@ def resume(
 
     from rich.console import Console
 
-    _share_processors(give_way=True)
+    share_processors(give_way=True)
 
     from pairtune.pipeline import resume
 
@@ -211,7 +207,7 @@ def audit(
     if as_json:
         typer.echo(json.dumps(dump(found)))
     else:
-        _output().print(render_audit(found), highlight=False)
+        output().print(render_audit(found), highlight=False)
     if found.verdict == "error":
         raise typer.Exit(1)
 
@@ -225,8 +221,8 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export a run's model for other tools, load the export, and check that it matches the trained model."""
-    _check_choice("--format", form, _FORMATS)
-    _check_choice("--quant", quant, _QUANTISATIONS)
+    check_choice("--format", form, _FORMATS)
+    check_choice("--quant", quant, _QUANTISATIONS)
     finished, trial = _finished(run)
     from pairtune.publish.export import export_run
 
@@ -254,8 +250,8 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List every file and its size, upload nothing.")] = False,
 ) -> None:
     """Publish a run's model with its card, report and figures on the Hugging Face Hub, in one commit."""
-    _check_choice("--what", what, _FORMATS)
-    _check_choice("--quant", quant, _QUANTISATIONS)
+    check_choice("--what", what, _FORMATS)
+    check_choice("--quant", quant, _QUANTISATIONS)
     finished = _whole_run(run)
     from pairtune.publish.hub import push_run
 
@@ -299,11 +295,11 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Evaluate a model on pairs: what it prefers, what it answers, and how often it wins against its base."""
-    _check_choice("--on-bad-row", on_bad_row, ("stop", "skip"))
-    _check_choice("--dtype", dtype, ("auto", "float32", "bfloat16"))
+    check_choice("--on-bad-row", on_bad_row, ("stop", "skip"))
+    check_choice("--dtype", dtype, ("auto", "float32", "bfloat16"))
     if not 0 < beta < float("inf"):
         raise BadInput(f"--beta: must be greater than 0, not {beta:g}")
-    reader = _open_reader(data, _reading(columns, pairs, min_gap, yes), limit, "--data")
+    reader = open_reader(data, reading_of(columns, pairs, min_gap, yes), limit, "--data")
 
     import tempfile
 
@@ -329,11 +325,11 @@ def evaluate(
                 )
         if samples:
             if (cost := answered.cost(judging)) and not yes:
-                _confirm(cost, judging.name)
+                confirm(cost, judging.name)
             with console.status("judging") as status:
                 judged = answered.judged(judging, lambda done: status.update(f"judging: {done}"))
             found = found.model_copy(update={"answers": judged})
-    typer.echo(json.dumps(dump(found))) if as_json else _output().print(render_evaluation(found), highlight=False)
+    typer.echo(json.dumps(dump(found))) if as_json else output().print(render_evaluation(found), highlight=False)
 
 
 @app.command(cls=WithSettingsHelp)
@@ -356,11 +352,11 @@ def compare(
     Both are measured against the base model that they go back to, on the same pairs, and the difference of DPO's loss
     is tested pair by pair. Bad input has exit code 2 too, and no result.
     """
-    _check_choice("--on-bad-row", on_bad_row, ("stop", "skip"))
-    _check_choice("--dtype", dtype, ("auto", "float32", "bfloat16"))
+    check_choice("--on-bad-row", on_bad_row, ("stop", "skip"))
+    check_choice("--dtype", dtype, ("auto", "float32", "bfloat16"))
     if not 0 < beta < float("inf"):
         raise BadInput(f"--beta: must be greater than 0, not {beta:g}")
-    reader = _open_reader(data, _reading(columns, pairs, min_gap, yes), limit, "--data")
+    reader = open_reader(data, reading_of(columns, pairs, min_gap, yes), limit, "--data")
 
     import tempfile
 
@@ -382,18 +378,8 @@ def compare(
             )
         except RunFailed as error:  # not 1, which says that RUN_B is worse
             raise BadInput(str(error)) from error
-    typer.echo(json.dumps(dump(found))) if as_json else _output().print(render_comparison(found), highlight=False)
+    typer.echo(json.dumps(dump(found))) if as_json else output().print(render_comparison(found), highlight=False)
     raise typer.Exit({"better": 0, "worse": 1}.get(found.outcome, 2))
-
-
-def _confirm(cost: dict[str, int], judge: str) -> None:
-    """Show the cost of calling an endpoint, and continue only if the user agrees."""
-    asked = f"{plural(cost['calls'], 'call')} with about {plural(cost['tokens'], 'token')} to {judge}"
-    if not cost["calls"]:
-        return
-    if not sys.stdin.isatty():
-        raise BadInput(f"--yes: is required if standard input is not a terminal; this would make {asked}")
-    typer.confirm(f"This makes {asked}. Continue?", abort=True, err=True)
 
 
 @app.command()
@@ -441,7 +427,7 @@ def worker(
 ) -> None:
     """Serve only the models, over OpenAI's API (/v1/chat/completions); `serve` starts a worker of its own."""
     require("serve", "pairtune worker")
-    _share_processors(give_way=False)
+    share_processors(give_way=False)
 
     from pairtune.serve.request import Limits
     from pairtune.serve.worker import run_worker
@@ -471,186 +457,13 @@ def serve(
 ) -> None:
     """Start the site at http://localhost:8000/: chat with tuned models, watch runs, look at pairs."""
     require("serve", "pairtune serve")
-    _check_choice("--matches", matches, ("informative", "uniform"))
+    check_choice("--matches", matches, ("informative", "uniform"))
     os.environ["PAIRTUNE_MATCHES"] = matches
     from pairtune.web.server import serve
 
     limits = {"--concurrency": concurrency, "--waiting": waiting, "--context": context}
     options = [part for flag, value in limits.items() for part in (flag, str(value))]
     serve(targets or [], runs, host, port, backend, options)
-
-
-@data_app.command("inspect", cls=WithSettingsHelp)
-def inspect(
-    source: SourceArgument,
-    model: Annotated[str, typer.Option(help="Model whose tokenizer and chat template are used.")] = "smollm2-135m",
-    max_length: Annotated[int, typer.Option(min=16)] = 1024,
-    limit: Annotated[int | None, typer.Option(min=1)] = None,
-    columns: Columns = None,
-    pairs: str = "best-worst",
-    min_gap: float = 0.0,
-    yes: Confirmed = False,
-    figures: Annotated[Path | None, typer.Option(help="Folder for histograms as PNG.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Report what a source contains, what is wrong with it, and what a model would see.
-
-    Exit code 2 if it is not usable, or if columns were named and nobody has confirmed (here or with --yes) that the
-    better answer is the one that is shown.
-    """
-    reader = _open_reader(source, _reading(columns, pairs, min_gap, yes), limit)
-
-    from rich.console import Console
-
-    from pairtune.data.inspect_source import inspect_source
-    from pairtune.models.load import load_tokenizer
-    from pairtune.models.resolve import resolve_model
-    from pairtune.report.render_inspection import render_inspection
-    from pairtune.run.records import dump
-
-    with Console(stderr=True).status("reading") as status:
-        tokenizer = load_tokenizer(resolve_model(model))
-        found = inspect_source(reader, tokenizer, max_length, lambda rows: status.update(f"reading: {rows:,} rows"))
-    drawn = {}
-    if figures and found.kept:
-        from pairtune.report.figures import draw_lengths
-
-        drawn = {"figures": [str(draw_lengths(found, figures / "lengths.png"))]}
-    if as_json:
-        typer.echo(json.dumps(dump(found) | drawn))
-    else:
-        _output().print(render_inspection(found), highlight=False)
-    if found.verdict == "not confirmed" and sys.stdin.isatty() and not as_json:
-        if typer.confirm(f"Is this the better answer: {found.better}?", err=True):
-            return
-        raise BadInput("not confirmed; name other columns (pairtune data inspect --help)")
-    if found.verdict in ("not usable", "not confirmed"):
-        raise typer.Exit(2)
-
-
-@data_app.command("convert", cls=WithSettingsHelp)
-def convert(
-    source: SourceArgument,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="New .jsonl or .parquet file to write.")],
-    limit: Annotated[int | None, typer.Option(min=1)] = None,
-    columns: Columns = None,
-    pairs: str = "best-worst",
-    min_gap: float = 0.0,
-    yes: Confirmed = False,
-    on_bad_row: str = "stop",
-    as_json: Json = False,
-) -> None:
-    """Convert a source to TRL's conversational format."""
-    _check_choice("--on-bad-row", on_bad_row, ("stop", "skip"))
-    reader = _open_reader(source, _reading(columns, pairs, min_gap, yes), limit)
-
-    from pairtune.data.convert import convert_source
-    from pairtune.run.records import dump
-
-    account = convert_source(reader, out, on_bad_row).account()  # type: ignore[arg-type]
-    if as_json:
-        typer.echo(json.dumps({"out": str(out), **dump(account)}))
-        return
-    dropped = "".join(f", {rows:,} {reason}" for reason, rows in account.dropped.items())
-    typer.echo(f"{out}: {plural(account.kept, 'pair')} from {plural(account.rows_in, 'row')}{dropped}")
-    typer.echo(f"the better answer: {reader.better}", err=True)
-    for field, rows in reader.parser.unused.items():
-        typer.echo(f"not used: {field} ({plural(rows, 'row')})", err=True)
-
-
-@data_app.command("draft", cls=WithSettingsHelp)
-def draft(
-    prompts: Annotated[Path, typer.Option(help="Prompts: a text file, one a line, or .jsonl with a field prompt.")],
-    out: Annotated[Path, typer.Option(help="New .jsonl file to write; with --rounds, a new folder.")],
-    model: Annotated[str, typer.Option(help="The model that answers: a run, RUN/TRIAL, an adapter or a model.")],
-    answers: Annotated[int, typer.Option(min=2, max=64, help="Answers to each prompt.")] = 4,
-    judge: Annotated[
-        str,
-        typer.Option(help="What ranks them: rule, concise, a reward model, or an OpenAI-style endpoint (http...)."),
-    ] = "rule",
-    judge_model: Annotated[str | None, typer.Option(help="Name of the judge model at the endpoint.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Confirm the cost of an endpoint.")] = False,
-    temperature: Annotated[float, typer.Option(min=0.05, max=2, help="Sampling temperature.")] = 1.0,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Length at which an answer is cut off.")] = 160,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    rounds: Annotated[int, typer.Option(min=0, help="Train on the pairs and draft again, this many times.")] = 0,
-    hold_out: Annotated[
-        float, typer.Option(min=0.01, max=0.99, help="Share of the prompts held out to compare the rounds.")
-    ] = 0.2,
-    settings: Annotated[
-        Path | None, typer.Option(help="Settings file for the training of --rounds, as for pairtune tune.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Draft pairs without people: sample answers, rank them, and pair the best with the worst.
-
-    With --rounds, each round's pairs come from the model of the round before, which is then trained further on them
-    (online DPO by rounds); some prompts are held out to compare every round with the beginning.
-    """
-    if out.exists():
-        raise BadInput(f"--out {out}: already exists; choose another name, or remove it first")
-    if not out.absolute().parent.is_dir():
-        raise BadInput(f"--out {out}: the folder {out.absolute().parent} does not exist; create it first")
-
-    from rich.console import Console
-
-    from pairtune.draft import Drafting, draft_file, draft_rounds, read_prompts
-    from pairtune.evaluate.judges import open_judge
-    from pairtune.models.sampling import SamplingParams
-
-    asked = read_prompts(prompts)
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    how = Drafting(answers, open_judge(judge, judge_model), params)
-    if judge.startswith("http"):
-        calls = len(asked) * answers * (answers - 1) * max(1, rounds)
-        if not yes:
-            _confirm({"calls": calls, "tokens": calls * (2 * max_tokens + 100)}, how.judge.name)
-    console = Console(stderr=True)
-    if rounds:
-        _share_processors(give_way=True)
-        found = []
-        for each in draft_rounds(model, asked, how, rounds, out, settings, console, hold_out):
-            found.append(each.record())
-            console.print(str(each), highlight=False)
-        typer.echo(json.dumps({"out": str(out), "rounds": found}) if as_json else str(out / "rounds.json"))
-        return
-    drafted = draft_file(model, asked, how, out, console)
-    if as_json:
-        typer.echo(json.dumps({"out": str(out), "pairs": len(drafted.rows), "left_out": dict(drafted.left_out)}))
-        return
-    left_out = "".join(f", {count} left out: {reason}" for reason, count in drafted.left_out.items())
-    typer.echo(f"{out}: {plural(len(drafted.rows), 'pair')} of {plural(len(asked), 'prompt')}{left_out}")
-
-
-@votes_app.command("export")
-def export_votes(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder to write.")], as_json: Json = False
-) -> None:
-    """Write all votes, and the pairs and labels that they give, with provenance.
-
-    pairs.jsonl has TRL's conversational preference format, unpaired.jsonl its unpaired format, votes.jsonl every vote
-    as it was given, and votes.json says what became of them.
-    """
-    require("serve", "pairtune votes export")
-    if out.exists():
-        raise BadInput(f"OUT {out}: already exists; choose another name, or remove it first")
-    from pairtune.web.server import open_database
-
-    open_database()
-    from pairtune.web.ballots import current_harvest
-
-    found = current_harvest()
-    if not found.votes:
-        raise BadInput("OUT: nobody has voted yet; vote in the arena, or give thumbs in a chat (pairtune serve)")
-    found.write(out)
-    if as_json:
-        typer.echo(json.dumps({"out": str(out), **found.account()}))
-        return
-    left_out = "".join(f", {count} {reason}" for reason, count in found.reasons)
-    typer.echo(
-        f"{out}: {plural(len(found.pairs), 'pair')} and {plural(len(found.labels), 'label')} of "
-        f"{plural(len(found.votes), 'vote')}; in pairs: {found.used}{left_out}"
-    )
 
 
 def _finished(path: Path) -> tuple[Run, str | None]:
@@ -668,31 +481,6 @@ def _whole_run(path: Path) -> Run:
     return run
 
 
-def _check_choice(flag: str, given: str, choices: tuple[str, ...]) -> None:
-    if given not in choices:
-        raise BadInput(f"{flag}: should be {', '.join(choices[:-1])} or {choices[-1]} (given: {given!r})")
-
-
-def _open_reader(source: str, reading: Reading, limit: int | None, flag: str = "SRC") -> SourceReader:
-    """The source, of which the first rows are known to be readable."""
-    from pairtune.config import SourceConfig
-    from pairtune.data.source_reader import SourceReader
-
-    source = str(_frozen_votes("data")) if source == VOTES else source
-    reader = SourceReader.open(SourceConfig(source=source), flag, reading, limit)
-    reader.probe()
-    return reader
-
-
-def _reading(columns: list[str] | None, pairs: str, min_gap: float, confirmed: bool = False) -> Reading:
-    from pairtune.config import Reading
-
-    _check_choice("--pairs", pairs, ("best-worst", "all"))
-    if not 0 <= min_gap < float("inf"):
-        raise BadInput(f"--min-gap: must be 0 or more, not {min_gap:g}")
-    return Reading(_columns(columns).get("columns", {}), pairs, min_gap, confirmed)  # type: ignore[arg-type]
-
-
 def _weighted(data: list[str] | None, weights: list[float] | None) -> dict[str, Any]:
     """The setting `data` with its weights, matched by order; empty if no weights are given."""
     if not weights:
@@ -704,36 +492,17 @@ def _weighted(data: list[str] | None, weights: list[float] | None) -> dict[str, 
     return {"data": [{"source": name, "weight": weight} for name, weight in zip(data or [], weights, strict=True)]}
 
 
-def _columns(given: list[str] | None) -> dict[str, Any]:
-    """The setting `columns` from `PART=NAME` arguments."""
-    columns: dict[str, str] = {}
-    for text in given or []:
-        part, equals, name = text.partition("=")
-        part = part.replace("-", "_")
-        if part not in COLUMN_PARTS or not (equals and name):
-            raise BadInput(f"--column {text}: should be PART=NAME, where PART is {', '.join(COLUMN_PARTS)}")
-        # Several annotators' columns may be given one by one.
-        columns[part] = f"{columns[part]},{name}" if part == "label" and part in columns else name
-    return {"columns": columns} if columns else {}
-
-
-def _output() -> Console:
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 140)
-
-
 def _tune(file: Path | None, flags: dict[str, Any], as_json: bool) -> None:
     from rich.console import Console
 
     from pairtune.resolve_config import resolve
 
-    resolved = _with_votes(resolve(file, flags))  # before importing torch, so that a mistyped flag is reported at once
+    resolved = with_votes(resolve(file, flags))  # before importing torch, so that a mistyped flag is reported at once
     from pairtune.run.folder import check_new
 
     check_new(resolved.config.out)
     _probe(resolved.config)
-    _share_processors(give_way=True)
+    share_processors(give_way=True)
 
     from pairtune.pipeline import tune
 
@@ -745,7 +514,7 @@ def _plan(file: Path | None, flags: dict[str, Any], as_json: bool) -> None:
 
     from pairtune.resolve_config import resolve
 
-    config = _with_votes(resolve(file, flags)).config
+    config = with_votes(resolve(file, flags)).config
     _probe(config)
 
     from pairtune.plan import plan_run
@@ -754,41 +523,7 @@ def _plan(file: Path | None, flags: dict[str, Any], as_json: bool) -> None:
 
     with Console(stderr=True).status("reading") as status:
         found = plan_run(config, status.update)
-    typer.echo(json.dumps(dump(found))) if as_json else _output().print(render_plan(found), highlight=False)
-
-
-def _with_votes(resolved: Resolved) -> Resolved:
-    """The settings with the source `votes` replaced by a file of today's pairs, which later votes don't change."""
-    from pairtune.resolve_config import Resolved
-
-    changed = {}
-    for name in ("data", "eval_data", "test_data"):
-        sources = getattr(resolved.config, name) or []
-        if any(source.source == VOTES for source in sources):
-            changed[name] = [
-                each.model_copy(update={"source": str(_frozen_votes(name))}) if each.source == VOTES else each
-                for each in sources
-            ]
-    return Resolved(resolved.config.model_copy(update=changed), resolved.origins) if changed else resolved
-
-
-def _frozen_votes(name: str) -> Path:
-    require("serve", f"--{name.replace('_', '-')} {VOTES}")
-    from pairtune.web.server import open_database
-
-    open_database()
-    from pairtune.web.ballots import snapshot
-
-    path, found = snapshot()
-    told = "".join(f", {count} {reason}" for reason, count in found.reasons)
-    typer.echo(f"{VOTES}: {plural(len(found.pairs), 'pair')} of {plural(len(found.votes), 'vote')}{told}", err=True)
-    if not found.pairs:
-        raise BadInput(
-            f"--{name.replace('_', '-')} {VOTES}: no vote gives a pair yet; vote in the arena (pairtune serve), or "
-            "prefer answers in a chat"
-        )
-    typer.echo(f"{VOTES}: kept as {path}", err=True)
-    return path
+    typer.echo(json.dumps(dump(found))) if as_json else output().print(render_plan(found), highlight=False)
 
 
 def _probe(config: RunConfig) -> None:
@@ -805,23 +540,6 @@ def _probe(config: RunConfig) -> None:
             SourceReader.open(source, flag, config.reading, config.row_limit(split)).probe(config.on_bad_row)
 
 
-def _share_processors(*, give_way: bool) -> None:
-    """Set how threads wait for each other, which torch reads when it is imported, and this process's priority.
-
-    Spinning threads are a third faster on an idle machine, and many times slower beside another busy program (LOG.md).
-
-    Args:
-        give_way: lower the priority, so that a chat beside a training run stays responsive; training loses little.
-    """
-    from pairtune.environment import others_are_busy
-
-    if others_are_busy():
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if give_way:
-        with suppress(OSError, AttributeError):
-            os.nice(10)
-
-
 def _show(run: Run | None, as_json: bool) -> None:
     if run is None:
         return
@@ -833,7 +551,7 @@ def _show(run: Run | None, as_json: bool) -> None:
         selection, sweep = dump(run.need(Selection)), dump(run.need(SweepRecord))
         typer.echo(json.dumps({"run": str(run.root), "selection": selection, **sweep}))
     else:
-        _output().print(render_run(run))
+        output().print(render_run(run))
 
 
 def main() -> NoReturn:
