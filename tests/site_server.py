@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 from conftest import small_run
@@ -24,6 +26,10 @@ NEEDS_CHROMIUM = pytest.mark.skipif(
     CHROMIUM is None, reason="Chromium is missing: apt-get install chromium, or another package that includes it"
 )
 PATIENCE = 60_000  # milliseconds; machines are busy
+# httpx with as much patience as the browser.
+get = functools.partial(httpx.get, timeout=PATIENCE / 1000)
+post = functools.partial(httpx.post, timeout=PATIENCE / 1000)
+Client = functools.partial(httpx.Client, timeout=PATIENCE / 1000)
 WIDTHS = {"desktop": (1440, 900), "phone": (390, 844)}
 
 

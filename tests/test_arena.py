@@ -6,11 +6,10 @@ import json
 import re
 from collections.abc import Iterator
 
-import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
-from site_server import NEEDS_CHROMIUM, PATIENCE, Site, serving, watched
+from site_server import NEEDS_CHROMIUM, PATIENCE, Client, Site, get, serving, watched
 from talker import ADAPTER, BASE, Talker, talking
 
 pytestmark = NEEDS_CHROMIUM
@@ -87,7 +86,7 @@ def test_a_vote_is_withdrawn_and_stays_on_record(page, arena, said):
     page.on("dialog", lambda dialog: dialog.accept())
     page.get_by_role("button", name="Withdraw this vote").click()
     page.wait_for_url("**/arena/")
-    last = json.loads(httpx.get(f"{arena.url}/arena/votes.jsonl").text.splitlines()[-1])
+    last = json.loads(get(f"{arena.url}/arena/votes.jsonl").text.splitlines()[-1])
     assert last["withdrawn"]
     assert last["outcome"] == "left"
     page.go_back()
@@ -104,14 +103,14 @@ def test_enter_in_the_reason_does_not_choose(page, arena, said):
     expect(page.locator("#ballot")).to_be_visible()
     page.get_by_role("button", name="Right").click()
     expect(page.get_by_role("heading", name=re.compile("You preferred"))).to_be_visible()
-    vote = json.loads(httpx.get(f"{arena.url}/arena/votes.jsonl").text.splitlines()[-1])
+    vote = json.loads(get(f"{arena.url}/arena/votes.jsonl").text.splitlines()[-1])
     assert (vote["outcome"], vote["reason"]) == ("right", "The right one is kinder.")
 
 
 def test_one_vote_for_each_match_and_only_on_what_was_shown(page, arena, said):
     ask(page, arena)
     number = re.search(r"/arena/(\d+)/", page.url).group(1)
-    client = httpx.Client(base_url=arena.url)
+    client = Client(base_url=arena.url)
     token = re.search(r'name="csrfmiddlewaretoken" value="(\w+)"', client.get("/arena/").text).group(1)
     sent = {"outcome": "left", "csrfmiddlewaretoken": token}
     late = client.post(f"/arena/{number}/vote", data={**sent, "turn": "1"})
@@ -130,10 +129,10 @@ def test_thumbs_of_two_people_both_stand(page, arena, said):
     expect(page.locator(".answer.done")).to_have_count(2, timeout=PATIENCE)
     number = page.locator(".answer").first.get_attribute("id").removeprefix("answer-")
     for _ in range(2):
-        client = httpx.Client(base_url=arena.url)
+        client = Client(base_url=arena.url)
         token = re.search(r'name="csrfmiddlewaretoken" value="(\w+)"', client.get("/arena/").text).group(1)
         client.post(f"/answers/{number}/vote", data={"up": "1", "csrfmiddlewaretoken": token})
-    votes = [json.loads(line) for line in httpx.get(f"{arena.url}/arena/votes.jsonl").text.splitlines()][-2:]
+    votes = [json.loads(line) for line in get(f"{arena.url}/arena/votes.jsonl").text.splitlines()][-2:]
     assert [(vote["outcome"], vote["withdrawn"]) for vote in votes] == [("up", None)] * 2
     assert votes[0]["voter"] != votes[1]["voter"]
 
@@ -155,7 +154,7 @@ def test_a_vote_says_everything_that_is_needed_to_trust_it(page, arena, said):
     ask(page, arena, "What is rain?")
     page.keyboard.press("ArrowLeft")
     expect(page.get_by_role("heading", name=re.compile("You preferred"))).to_be_visible()
-    vote = json.loads(httpx.get(f"{arena.url}/arena/votes.jsonl").text.splitlines()[-1])
+    vote = json.loads(get(f"{arena.url}/arena/votes.jsonl").text.splitlines()[-1])
     assert (vote["kind"], vote["outcome"], vote["withdrawn"]) == ("arena", "left", None)
     assert vote["prompt"] == [{"role": "user", "content": "What is rain?"}]
     for answer in vote["answers"]:
@@ -176,7 +175,7 @@ def test_nothing_that_the_browser_gets_tells_which_is_which(browser, arena, said
         number = re.search(r"/arena/(\d+)/", page.url).group(1)
         turn = page.get_attribute("[name=turn]", "value")
         cookies = page.context.cookies()
-        client = httpx.Client(base_url=arena.url, cookies={each["name"]: each["value"] for each in cookies})
+        client = Client(base_url=arena.url, cookies={each["name"]: each["value"] for each in cookies})
         # The pages of chats do not show the match either.
         for other in (f"/chat/{number}/", f"/chat/{number}/export", f"/chat/{number}/export?format=json"):
             assert client.get(other).status_code == 404
@@ -191,7 +190,7 @@ def test_nothing_that_the_browser_gets_tells_which_is_which(browser, arena, said
 
 def test_both_answers_appear_at_one_pace(arena, said):
     """The slow model's answer is as long as the quick one's at every moment, until one of them ends."""
-    client = httpx.Client(base_url=arena.url, timeout=60)
+    client = Client(base_url=arena.url)
     for _ in range(4):
         token = re.search(r'name="csrfmiddlewaretoken" value="(\w+)"', client.get("/arena/").text).group(1)
         began = client.post("/arena/start", data={"prompt": "Go", "csrfmiddlewaretoken": token})
@@ -212,7 +211,7 @@ def test_both_answers_appear_at_one_pace(arena, said):
 
 
 def test_a_vote_before_both_are_written_is_refused(arena, said):
-    client = httpx.Client(base_url=arena.url)
+    client = Client(base_url=arena.url)
     said.paces = dict.fromkeys(NAMES, 0.5)
     token = re.search(r'name="csrfmiddlewaretoken" value="(\w+)"', client.get("/arena/").text).group(1)
     began = client.post("/arena/start", data={"prompt": "Slowly", "csrfmiddlewaretoken": token})
@@ -230,11 +229,11 @@ def test_better_beside_another_and_better_than_before(page, arena, said):
     expect(page.locator(".answer.done")).to_have_count(2, timeout=PATIENCE)
     page.get_by_role("button", name="This one is better").nth(1).click()
     expect(page.get_by_role("button", name="This one is better", pressed=True)).to_have_count(1)
-    vote = json.loads(httpx.get(f"{arena.url}/arena/votes.jsonl").text.splitlines()[-1])
+    vote = json.loads(get(f"{arena.url}/arena/votes.jsonl").text.splitlines()[-1])
     assert (vote["kind"], vote["outcome"], len(vote["answers"])) == ("side by side", "right", 2)
     page.get_by_role("button", name="This one is better").nth(0).click()  # a changed mind
     expect(page.get_by_role("button", name="This one is better", pressed=True)).to_have_count(1)
-    votes = [json.loads(line) for line in httpx.get(f"{arena.url}/arena/votes.jsonl").text.splitlines()][-2:]
+    votes = [json.loads(line) for line in get(f"{arena.url}/arena/votes.jsonl").text.splitlines()][-2:]
     assert [bool(vote["withdrawn"]) for vote in votes] == [True, False]
     assert votes[1]["outcome"] == "left"
 

@@ -17,7 +17,7 @@ import httpx
 import psutil
 import pytest
 from playwright.sync_api import expect
-from site_server import NEEDS_CHROMIUM, PATIENCE, Site, say, serving, wait_done
+from site_server import NEEDS_CHROMIUM, PATIENCE, Client, Site, get, post, say, serving, wait_done
 
 from pairtune.models.resolve import BUNDLED, bundled_gguf
 
@@ -148,13 +148,13 @@ def test_a_worker_that_is_killed_in_mid_answer_is_said_and_a_retry_works(page, s
 
 def _answers(site: Site) -> bool:
     try:
-        return httpx.get(f"http://127.0.0.1:{_port(site.worker)}/health").is_success
+        return get(f"http://127.0.0.1:{_port(site.worker)}/health").is_success
     except (httpx.HTTPError, StopIteration, psutil.Error):
         return False
 
 
 def _health(site: Site) -> dict:
-    return httpx.get(f"http://127.0.0.1:{_port(site.worker)}/health").json()
+    return get(f"http://127.0.0.1:{_port(site.worker)}/health").json()
 
 
 def _port(worker: psutil.Process) -> str:
@@ -249,18 +249,18 @@ def test_runs_are_listed_whatever_their_state(page, site):
 
 
 def test_report_and_model_can_be_downloaded(page, site, runs, tmp_path):
-    report = httpx.get(f"{site.url}/runs/small/report")
+    report = get(f"{site.url}/runs/small/report")
     back = '<header><p class="kind"><a href="/runs/small/">Back to small in Pairtune</a></p>'
     assert report.text == (runs / "small" / "report.html").read_text().replace("<header>", back)
     page.goto(f"{site.url}/runs/small/report")  # its styles are allowed, or the page fixture fails
     page.get_by_role("link", name="Back to small").click()
     expect(page.locator("h1")).to_contain_text("small")
-    (tmp_path / "a.zip").write_bytes(httpx.get(f"{site.url}/runs/small/download/adapter").content)
+    (tmp_path / "a.zip").write_bytes(get(f"{site.url}/runs/small/download/adapter").content)
     with zipfile.ZipFile(tmp_path / "a.zip") as archive:
         packed = archive.read("small/adapter_model.safetensors")
     assert packed == (runs / "small" / "best" / "adapter_model.safetensors").read_bytes()
-    assert httpx.get(f"{site.url}/runs/halfway/download/adapter").status_code == 404
-    assert httpx.get(f"{site.url}/runs/%2e%2e/").status_code == 404
+    assert get(f"{site.url}/runs/halfway/download/adapter").status_code == 404
+    assert get(f"{site.url}/runs/%2e%2e/").status_code == 404
 
 
 def test_a_live_runs_curve_grows_while_watching(page, site, runs):
@@ -309,7 +309,7 @@ def test_what_is_gone_is_not_a_fault(page, site):
     page.wait_for_url(f"{site.url}/")
     cookies = {each["name"]: each["value"] for each in page.context.cookies()}
     form = {"csrfmiddlewaretoken": token, "prompt": "x", "model": "small", "temperature": 1, "top_p": 1}
-    with httpx.Client(base_url=site.url, cookies=cookies, headers={"Referer": site.url}) as client:
+    with Client(base_url=site.url, cookies=cookies, headers={"Referer": site.url}) as client:
         for where in (f"{path}say", f"/answers/{answer}/again", f"/answers/{answer}/choose", "/turns/99999/branch"):
             assert client.post(where, data={**form, "max_tokens": 5}).status_code == 404, where
         assert client.post("/chat/say", data={**form, "max_tokens": 5, "turn": "12"}).status_code == 404
@@ -334,11 +334,11 @@ def test_again_in_a_branch_that_is_not_shown_answers_that_branch(page, browser, 
 
 def test_every_answer_has_the_strict_policy(site):
     for path in ("/", "/runs/", "/runs/small/", "/runs/small/report", "/nowhere"):
-        policy = httpx.get(site.url + path).headers["Content-Security-Policy"]
+        policy = get(site.url + path).headers["Content-Security-Policy"]
         assert "unsafe-inline" not in policy
         assert "default-src 'none'" in policy
-    assert httpx.get(site.url, headers={"Host": "evil.example"}).status_code == 400
-    assert httpx.post(f"{site.url}/chat/say", data={"prompt": "x"}).status_code == 403
+    assert get(site.url, headers={"Host": "evil.example"}).status_code == 400
+    assert post(f"{site.url}/chat/say", data={"prompt": "x"}).status_code == 403
 
 
 def test_a_site_without_models_says_so(page, tmp_path):
@@ -376,7 +376,7 @@ def test_runserver_is_the_same_site(runs, tmp_path):
     process = subprocess.Popen(command, cwd=app, env=environment, text=True, stdout=subprocess.PIPE)
     try:
         address = process.stdout.readline().split("/  ")[0].replace("localhost", "127.0.0.1")
-        assert "small" in httpx.get(f"{address}/runs/").text
+        assert "small" in get(f"{address}/runs/").text
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(20)

@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import httpx
 import pytest
 from playwright.sync_api import Page, expect
-from site_server import NEEDS_CHROMIUM, PATIENCE, Site, serving, watched
+from site_server import NEEDS_CHROMIUM, PATIENCE, Client, Site, get, serving, watched
 from talker import TOO_LONG, Talker, talking
 
 pytestmark = NEEDS_CHROMIUM
@@ -288,7 +287,7 @@ def test_thumbs_are_votes_that_can_be_withdrawn(page, chat):
     expect(up).to_have_attribute("aria-pressed", "false")
     page.reload()
     expect(down).to_have_attribute("aria-pressed", "true")
-    exported = httpx.get(f"{page.url}export?format=json").json()
+    exported = get(f"{page.url}export?format=json").json()
     assert [each["thumb"] for each in exported["turns"][0]["answers"]] == ["down", None]
     down.click()
     expect(down).to_have_attribute("aria-pressed", "false")
@@ -305,7 +304,7 @@ def test_a_conversation_is_renamed_pinned_exported_and_reached_by_keyboard(page,
     address = page.url
     start(page, chat, "a later one")
     assert "Birds" in page.locator("#conversations li").first.inner_text()
-    text = httpx.get(f"{address}export")
+    text = get(f"{address}export")
     assert text.headers["Content-Disposition"] == 'attachment; filename="birds.md"'
     assert text.text.startswith("# Birds\n\n**You:** What is a heron?\n\n**tuned** (`")
     page.locator("h1").click()
@@ -335,7 +334,7 @@ def test_the_colours_are_the_persons_choice(page, chat):
 
 
 def test_a_form_that_is_wrong_is_refused_in_words(chat):
-    with httpx.Client(base_url=chat.url) as client:
+    with Client(base_url=chat.url) as client:
         token = re.search(r'csrfmiddlewaretoken" value="(\w+)"', client.get("/").text)[1]
         form = {"csrfmiddlewaretoken": token, "prompt": "x", "model": "plain", "top_p": 1, "max_tokens": 5}
         headers = {"Referer": chat.url}
@@ -351,7 +350,7 @@ def arriving_slowly(url: str) -> Iterator[str]:
 
     class Slow(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            answer = httpx.get(url + self.path)
+            answer = get(url + self.path)
             self.send_response(answer.status_code)
             self.send_header("Content-Type", answer.headers["Content-Type"])
             self.end_headers()

@@ -8,14 +8,13 @@ import shutil
 import time
 from pathlib import Path
 
-import httpx
 import psutil
 import pytest
 import yaml
 from axe_playwright_python.sync_playwright import Axe
 from conftest import make_pair, small_run, write_pairs
 from playwright.sync_api import Page, expect
-from site_server import NEEDS_CHROMIUM, PATIENCE, Site, say, wait_done, watched
+from site_server import NEEDS_CHROMIUM, PATIENCE, Site, get, say, wait_done, watched
 
 from pairtune.run.folder import Run
 
@@ -194,9 +193,9 @@ def test_the_verdict_comes_first_and_what_was_hurt_one_click_away(any_page, site
     assert page.url.endswith("#hurt")
     margins = json.loads((runs / "small" / "regressions.json").read_text())
     assert f"On {margins['count']} of 4 test pairs" in page.locator("#hurt").inner_text()
-    for text in (page.locator("main").inner_text(), httpx.get(f"{site.url}/runs/small/report").text):
+    for text in (page.locator("main").inner_text(), get(f"{site.url}/runs/small/report").text):
         assert not re.search(r"\bwin rate|\bwins?\b|\bwon\b", text)
-    report = httpx.get(f"{site.url}/runs/small/report").text
+    report = get(f"{site.url}/runs/small/report").text
     assert report.index('href="#hurt"') < report.index('<section id="trials">') < report.index('<section id="hurt">')
 
 

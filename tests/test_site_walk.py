@@ -12,10 +12,9 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import pytest
 from playwright.sync_api import Page, expect
-from site_server import NEEDS_CHROMIUM, PATIENCE, Site, serving, watched
+from site_server import NEEDS_CHROMIUM, PATIENCE, Client, Site, serving, watched
 from talker import talking
 
 from pairtune.models.resolve import bundled_gguf
@@ -179,14 +178,14 @@ def _insert(database: sqlite3.Connection, table: str, **values: object) -> int |
 @pytest.mark.parametrize("path", ["/", "/chat/500/", "/chat/search?q=Question", "/runs/", "/runs/new"])
 def test_pages_are_light_with_a_thousand_conversations(full, path):
     """At most 150 kB; the time is measured by `benchmarks/site.py`, since tests share the machine."""
-    with httpx.Client(base_url=full.url) as client:
+    with Client(base_url=full.url) as client:
         answer = client.get(path)
     assert answer.status_code == 200
     assert len(answer.content) <= 150_000
 
 
 def test_searching_a_thousand_conversations_finds_the_one(full):
-    with httpx.Client(base_url=full.url) as client:
+    with Client(base_url=full.url) as client:
         found = client.get("/chat/search", params={"q": "Question about 777"}).text
     assert found.count("<li>") == 1
     assert "Conversation 777" in found

@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from importlib import import_module
 from pathlib import Path
 
 import uvicorn
@@ -56,11 +57,13 @@ def serve(
 
 
 def prepare() -> None:
-    """Migrate the database, and mark interrupted answers as failed."""
+    """Migrate the database, mark interrupted answers as failed, and load the pages, so that the first is not slow."""
     open_database()
     from pairtune.web.answering import forget_unfinished
 
     forget_unfinished()
+    import_module("pairtune.web.asgi")
+    import_module("pairtune.web.urls")
 
 
 def open_database() -> None:
