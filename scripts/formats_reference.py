@@ -21,8 +21,12 @@ writes this page.
 
 _TAIL = """
 Every format may have `system` or `system_prompt`, and `tools`. Tools and thinking (`reasoning_content`, `thinking`) go
-through the chat template where it has room for them, and are counted where it has none. Images are refused. One answer
-with a thumb (KTO's formats) is no pair.
+through the chat template where it has room for them, and are counted where it has none. Images are refused.
+
+**Single answers** (unpaired feedback, thumbs) are read for the losses `kto`, `bco` and `apo_zero_unpaired`, which also
+take pairs: each as a desirable and an undesirable answer. A label is true, 1, yes, good, up, like or 👍 for desirable
+answers, and false, 0, -1, no, bad, down, dislike or 👎 for undesirable ones, whatever its type and case; rows without a
+label are left out. Of Open WebUI's exports every answer with a thumb is read, in all branches of a chat.
 
 ## Any other table
 
@@ -35,6 +39,7 @@ Name the columns, with `--column PART=NAME`, or a YAML file's `columns`:
 | two answers and several annotators | `--label by_anna,by_ben,by_carl` (or a column with a list) |
 | two answers and a score for each | `--answer-a left --answer-b right --score-a left_score --score-b right_score` |
 | a list of rated answers | `--column answers=completions --column scores=rating` |
+| a single answer and a label, for an unpaired loss | `--column prompt=ask --column completion=answer --label thumb` |
 
 **A label's values** are never guessed. A value that names an answer (its column, or A, model_b, left, B>A …) says which
 one is better, and so do the numbers 1 and 2. Other values, such as 0 and 1, mean either answer in one public file or

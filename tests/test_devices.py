@@ -24,7 +24,8 @@ from pairtune.engine.lora import LoraSettings, add_adapters
 from pairtune.engine.losses import Objective
 from pairtune.engine.optimize import AdapterWeights, FullWeights, TrialOptimizer
 from pairtune.engine.policy import STATES, Policy, cast_parameters
-from pairtune.engine.scoring import score_pairs
+from pairtune.engine.processes import Processes
+from pairtune.engine.scoring import Scorer
 
 FAKE_CUDA = torch.backends.cuda.is_built()
 DEVICE = torch.device("cuda" if FAKE_CUDA else "meta")
@@ -96,11 +97,16 @@ def model_of(family, dtype):
     return model
 
 
+def scorer(policy, config, pairs, reference, trials=1, base=None):
+    alone = Processes(torch.device("cpu"))
+    return Scorer(policy, [Objective.of(config)] * trials, pairs, reference, alone, (1,), base)
+
+
 def step(policy, config, pairs, weights, trials):
     """Forward, loss, backward, clipping, update: a step as in `native`."""
     policy.train(True)
     reference = torch.zeros(len(pairs), 2, device=DEVICE)
-    for scored in score_pairs(policy, [Objective.of(config)] * trials, pairs, [0, 2, 3], reference, 512, (1,)):
+    for scored in scorer(policy, config, pairs, reference, trials).batch([0, 2, 3], 512):
         losses = torch.stack([each.losses.sum() for each in scored])
         (losses.sum() / 3).backward()
         weights[0].collect_gradients()
@@ -149,9 +155,7 @@ def test_an_evaluation_stays_on_the_device(monkeypatch, pairs, family):
             states = torch.zeros(len(pairs), 2 * STATES, head.in_features)
             base = BaseStates(states, head.weight, head.bias)
             reference = torch.zeros(len(pairs), 2, device=DEVICE)
-            for (scored,) in score_pairs(
-                policy, [Objective.of(trial())], pairs, [0, 1, 2, 3], reference, 4096, base=base
-            ):
+            for (scored,) in scorer(policy, trial(), pairs, reference, base=base).batch([0, 1, 2, 3], 4096):
                 assert scored.kl is not None
                 assert scored.kl.device.type == DEVICE.type
                 assert scored.chosen_logits.dtype == torch.float32
@@ -171,4 +175,4 @@ def test_a_tensor_on_the_wrong_device_is_found(monkeypatch, pairs, part):
                 policy.answer_logps(replace(pack, **{part: left}))
         else:
             with pytest.raises(RuntimeError, match=r"device|meta tensor"):
-                list(score_pairs(policy, [Objective.of(trial())], pairs, [0, 1], torch.zeros(len(pairs), 2), 4096))
+                list(scorer(policy, trial(), pairs, torch.zeros(len(pairs), 2)).batch([0, 1], 4096))

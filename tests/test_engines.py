@@ -8,6 +8,7 @@ import re
 from dataclasses import replace
 from functools import partial
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -22,6 +23,7 @@ from pairtune.engine.trial import BaseOutputs, TrialInputs, load_start
 from pairtune.errors import RunFailed
 from pairtune.files import saved_fingerprint
 from pairtune.models.load import load_model, load_tuned, weights_fingerprint
+from pairtune.run.examples import Examples
 
 TRAIN = [make_pair(number) for number in range(5)]
 HELD = [make_pair(number, rejected="No." * (number % 3 + 1) + "{}") for number in range(20, 23)]
@@ -163,7 +165,10 @@ def test_every_evaluation_is_on_disk_per_example_and_its_means_are_the_tables(ru
                 record["rewards/chosen"] - record["rewards/rejected"], abs=1e-5
             )
             assert record["loss"] == pytest.approx(math.log1p(math.exp(-record["rewards/margins"])), abs=1e-5)
-        assert {name: row.metric(name) for name in mean_metrics(records)} == mean_metrics(records)
+        means = mean_metrics(Examples.read(folder.examples(row.epoch)))
+        assert {name: row.metric(name) for name in means} == means
+        for name in EXAMPLE_METRICS:
+            assert means[f"eval_{name}"] == math.fsum(record[name] for record in records) / len(records)
     assert [line for line in lines if "eval_loss" in line] == [row.metrics() for row in result.epochs]
 
 
@@ -217,6 +222,7 @@ def test_a_trial_that_breaks_down_keeps_its_last_weights_and_names_the_pairs(inp
 
 def test_means_and_scores_by_hand():
     records = [dict.fromkeys(EXAMPLE_METRICS, value) for value in (1.0, 2.0, 6.0)]
-    assert mean_metrics(records) == {f"eval_{name}": 3.0 for name in EXAMPLE_METRICS}
+    examples = Examples.of(pa.array(["a", "b", "c"]), [0, 1, 2], {}, records)
+    assert mean_metrics(examples) == {f"eval_{name}": 3.0 for name in EXAMPLE_METRICS}
     metrics = evaluation(eval_loss=0.5, accuracy=0.75, margin=2.0)
     assert [score(metrics, rule) for rule in ("eval_loss", "accuracy", "margin")] == [-0.5, 0.75, 2.0]

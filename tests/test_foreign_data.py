@@ -22,7 +22,7 @@ from pairtune.config import Reading, SourceConfig
 from pairtune.data.convert import convert_source
 from pairtune.data.inspect_source import inspect_source
 from pairtune.data.preference import BadRow, LeftOut, PreferencePair
-from pairtune.data.row_parser import parse_row
+from pairtune.data.row_parser import RowParser, parse_row
 from pairtune.data.source_reader import SourceReader
 from pairtune.errors import BadInput
 
@@ -433,6 +433,8 @@ def test_one_answer_with_a_thumb_is_called_what_it_is(row):
     with pytest.raises(BadRow, match="one answer with a label") as caught:
         parse_row(row, "f:1")
     assert caught.value.reason == "not a pair"
+    (pair,) = RowParser(Reading(wanted="single answers")).parse(row, "f:1")
+    assert (pair.chosen or pair.rejected, bool(pair.chosen)) == ("A", row.get("label", row.get("kto_tag")))
 
 
 def test_a_pointer_of_git_lfs_is_called_one(tmp_path):

@@ -13,6 +13,7 @@ from pairtune.data.conversations import read_prompt
 from pairtune.data.formats import FORMATS, detect_format
 from pairtune.data.preference import BadRow, LeftOut
 from pairtune.data.row_parser import RowParser, parse_row
+from pairtune.errors import BadInput
 
 ROW = {
     "prompt": "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Name a fish.\n\nAssistant:",
@@ -267,6 +268,126 @@ SAMPLES = [
 JOINED = {"HelpSteer"}
 
 
+def chat(*ratings):
+    """Open WebUI's export of a chat in which the last question has one answer for each rating."""
+    talk = [{"role": "user", "content": ASKED[0]["content"]}, *ASKED[1:]]
+    messages = {
+        str(number): {"id": str(number), "parentId": str(number - 1) if number else None, **turn}
+        for number, turn in enumerate(talk)
+    }
+    for number, rating in enumerate(ratings):
+        texts = {1: "A carp.", -1: "No.", 0: "A pike.", None: "A pike."}
+        thumb = {} if rating is None else {"annotation": {"rating": rating, "reason": "", "comment": ""}}
+        parent = str(len(talk) - 1)
+        messages[f"a{number}"] = {"parentId": parent, "role": "assistant", "content": texts[rating], **thumb}
+    return {"title": "Fish", "history": {"messages": messages, "currentId": "a0"}, "messages": []}
+
+
+def rated(rating, **changes):
+    data = {"rating": rating, "model_id": "smollm2", "reason": "", "comment": ""}
+    snapshot = {"chat": {"id": "c", "chat": chat(rating)}}
+    return {"id": "f", "type": "rating", "data": data, "meta": {"message_id": "a0"}, "snapshot": snapshot, **changes}
+
+
+# Single answers: a row of each format with the label True or False.
+SINGLE = [
+    (f"{tool} unpaired{more}", lambda good, row=row, label=label: {**row, label: good})
+    for tool, label in (("TRL", "label"), ("LLaMA-Factory", "kto_tag"))
+    for more, row in (
+        ("", {"prompt": ASKED, "completion": CHOSEN}),
+        (", messages", {"messages": ASKED + CHOSEN}),
+        (", conversations", {"conversations": [*SHARE, {"from": "gpt", "value": "A carp."}]}),
+        (
+            ", alpaca",
+            {
+                "instruction": ASKED[-1]["content"],
+                "history": [[turn["content"] for turn in ASKED[:2]]],
+                "output": "A carp.",
+            },
+        ),
+    )
+]
+SINGLE += [
+    ("TRL unpaired", lambda good: {"prompt": ROW["prompt"], "completion": "A carp.", "label": int(good)}),
+    ("unpaired answers", lambda good: {"prompt": ASKED, "response": "A carp.", "label": "👍" if good else "👎"}),
+    ("Open WebUI chats", lambda good: {"id": "c", "title": "Fish", "chat": chat(1 if good else -1, None)}),
+    ("Open WebUI feedback", lambda good: rated(1 if good else -1)),
+]
+
+
+@pytest.mark.parametrize("good", [True, False])
+@pytest.mark.parametrize(("name", "row"), SINGLE)
+def test_single_answers_are_read_for_unpaired_losses(name, row, good):
+    assert detect_format(row(good)).name == name
+    (pair,) = RowParser(Reading(wanted="single answers")).parse(row(good), "file:1")
+    assert (list(pair.prompt), pair.single, bool(pair.chosen), bool(pair.rejected)) == (ASKED, True, good, not good)
+    text = "No." if "WebUI" in name and not good else "A carp."
+    assert pair.chosen + pair.rejected == text
+    assert pair.conversational() == {"prompt": ASKED, "completion": [assistant(text)], "label": good}
+    with pytest.raises(BadRow, match="one answer with a label: add --loss kto"):
+        parse_row(row(good), "file:1")
+
+
+def test_a_chat_gives_all_its_rated_answers():
+    (one, other) = RowParser(Reading(wanted="single answers")).parse({"chat": chat(1, None, -1)}, "f:1")
+    assert (one.chosen, other.rejected, other.origin) == ("A carp.", "No.", "f:1.2")
+    told = chat(1)
+    told["params"] = {"system": SYSTEM["content"]}
+    (pair,) = RowParser(Reading(wanted="single answers")).parse({"chat": told}, "f:1")
+    assert list(pair.prompt) == [SYSTEM, *ASKED]
+
+
+def test_a_pair_is_two_single_answers():
+    one, other = RowParser(Reading(wanted="single answers")).parse(ROW, "f:1")
+    assert (one.chosen, one.rejected, one.origin) == ("A carp.", "", "f:1")
+    assert (other.chosen, other.rejected, other.origin) == ("", "No.", "f:1.2")
+    assert [half.single for half in (one, other)] == [True, True]
+
+
+LOOP = chat(1)
+LOOP["history"]["messages"]["0"]["parentId"] = "a0"
+LOST = chat(1)
+LOST["history"]["messages"]["a0"]["parentId"] = "gone"
+ANSWER = {"prompt": "Q", "completion": "A", "label": True}
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "reason", "field"),
+    [
+        ({**ANSWER, "label": None}, LeftOut, "no label", "label"),
+        ({**ANSWER, "completion": " "}, BadRow, "empty completion", "completion"),
+        ({**ANSWER, "completion": [user("A")]}, BadRow, "no answer at the end", "completion"),
+        ({"chat": chat(None)}, LeftOut, "no rated answer", "chat"),
+        ({"chat": LOOP}, BadRow, "broken chat", "chat"),
+        ({"chat": LOST}, BadRow, "broken chat", "chat"),
+        (rated(0), LeftOut, "no thumb", "data"),
+        (rated(1, snapshot=None), BadRow, "no rated message", "snapshot"),
+        (rated(1, meta={}), BadRow, "no rated message", "snapshot"),
+    ],
+)
+def test_single_answers_that_cannot_be_used(row, kind, reason, field):
+    with pytest.raises(kind) as caught:
+        RowParser(Reading(wanted="single answers")).parse(row, "f:1")
+    assert (caught.value.reason, caught.value.field) == (reason, field)
+
+
+def test_columns_of_single_answers_can_be_named():
+    row = {"ask": "Name a fish.", "said": "A carp.", "thumb": "Up"}
+    columns = {"prompt": "ask", "completion": "said", "label": "thumb"}
+    parser = RowParser(Reading(columns, wanted="single answers"))
+    parser.prepare([row], Counter, "--data f")
+    (pair,) = parser.parse(row, "f:1")
+    assert (pair.chosen, pair.rejected) == ("A carp.", "")
+    with pytest.raises(BadRow, match="is 5 stars, which is neither"):
+        parser.parse({**row, "thumb": "5 stars"}, "f:2")
+    for wrong, told in (
+        ({"completion": "said"}, "--label NAME: name the column that says whether an answer is good"),
+        ({**columns, "chosen": "ask"}, "is a single answer; omit chosen"),
+    ):
+        with pytest.raises(BadInput, match=told):
+            RowParser(Reading(wrong, wanted="single answers")).prepare([row], Counter, "--data f")
+
+
 @pytest.mark.parametrize(("name", "row", "prompt"), SAMPLES)
 def test_each_format_is_told_by_its_keys_and_gives_the_same_pair(name, row, prompt):
     assert detect_format(row).name == name
@@ -277,7 +398,8 @@ def test_each_format_is_told_by_its_keys_and_gives_the_same_pair(name, row, prom
 
 
 def test_every_format_has_a_sample():
-    assert {known.name for known in FORMATS} - JOINED == {name for name, _, _ in SAMPLES}
+    samples = {name for name, *_ in (*SAMPLES, *SINGLE)}
+    assert {known.name for known in FORMATS} - JOINED == samples
 
 
 def test_the_pair_goes_out_in_trls_conversational_format():

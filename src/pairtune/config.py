@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import product
 from pathlib import Path, PurePath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -34,7 +34,7 @@ from pydantic.fields import FieldInfo
 
 Method = Literal["lora", "full"]
 Engine = Literal["pairtune", "trl"]
-Loss = Literal[
+PairLoss = Literal[
     "sigmoid",
     "ipo",
     "hinge",
@@ -49,6 +49,10 @@ Loss = Literal[
     "simpo",
     "orpo",
 ]
+# Losses of single answers, each desirable or undesirable.
+UnpairedLoss = Literal["kto", "bco", "apo_zero_unpaired"]
+UNPAIRED: tuple[UnpairedLoss, ...] = get_args(UnpairedLoss)
+Loss = Literal[PairLoss, UnpairedLoss]
 Search = Literal["grid", "random", "tpe"]
 Select = Annotated[
     Literal["eval_loss", "accuracy", "margin", "fewer_faults"],
@@ -100,9 +104,11 @@ ColumnPart = Literal[
     "score_b",
     "answers",
     "scores",
+    "completion",
 ]
 Columns = dict[ColumnPart, str]
 Pairing = Literal["best-worst", "all"]
+Wanted = Literal["pairs", "single answers", "either"]
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,7 @@ class Reading:
         min_gap: the least difference between the scores of a pair's answers.
         confirmed: whether the person confirmed the columns.
         prompts: stop after this many pairs with unrelated prompts, and leave out those with related ones; None for all.
+        wanted: what the rows should give; of single answers, a pair gives two.
     """
 
     columns: Columns = field(default_factory=dict)
@@ -122,6 +129,7 @@ class Reading:
     min_gap: float = 0.0
     confirmed: bool = False
     prompts: int | None = None
+    wanted: Wanted = "pairs"
 
 
 class SourceConfig(_Strict):
@@ -214,6 +222,15 @@ class _Training(_Strict):
         "DPO as published (Rafailov et al. 2023, eq. 7)",
         group=LOSS,
         metavar="LOSS",
+    )
+    desirable_weight: Positive = setting(
+        1.0,
+        "Weight of desirable answers (kto, bco, apo_zero_unpaired).",
+        "both kinds weigh the same; the KTO paper gives the rarer kind the larger weight",
+        group=LOSS,
+    )
+    undesirable_weight: Positive = setting(
+        1.0, "Weight of undesirable answers.", "both kinds weigh the same", group=LOSS
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = setting(
         0.0,
@@ -308,6 +325,13 @@ class _Training(_Strict):
             raise ValueError("must be above 0 for the loss exo_pair, for example 0.001")
         return value
 
+    @field_validator("sft_weight")
+    @classmethod
+    def _pairs_only(cls, value: float, info: ValidationInfo) -> float:
+        if value and info.data.get("loss") in UNPAIRED:
+            raise ValueError(f"is a term of pair losses, which {info.data['loss']} is not; omit it")
+        return value
+
 
 class TrialConfig(_Training):
     """One trial: one learning rate, one beta, and one value of every other setting that the grid varies.
@@ -375,7 +399,8 @@ class RunConfig(_Training):
         {},
         "Column that holds a part of the pairs: prompt, chosen, rejected, system; or two answers, answer_a and "
         "answer_b, and what judges them, label (several annotators' columns with commas) or score_a and score_b; "
-        "or answers, a list, and their scores. label_a and label_b say which of the label's values mean an answer. "
+        "or answers, a list, and their scores; or for unpaired losses completion, a single answer, and its label. "
+        "label_a and label_b say which of a label's values mean one of two answers. "
         "Repeat for each; --label NAME is short for --column label=NAME, and so on.",
         "detected from the keys of the rows",
         group=DATA,
@@ -528,6 +553,8 @@ class RunConfig(_Training):
     def _what_trl_has(cls, value: Engine, info: ValidationInfo) -> Engine:
         loss, smoothing = info.data.get("loss"), info.data.get("label_smoothing")
         beyond = loss in ("simpo", "orpo") or info.data.get("sft_weight") or (smoothing and loss == "sigmoid")
+        if value == "trl" and loss in UNPAIRED:
+            raise ValueError(f"is for pairs, and {loss} learns from single answers; use --engine pairtune")
         if value == "trl" and beyond:
             raise ValueError(
                 "has no simpo or orpo, no SFT weight, and no label smoothing of sigmoid; use --engine pairtune"
@@ -545,7 +572,13 @@ class RunConfig(_Training):
     def reading(self) -> Reading:
         """How the rows of all sources are read; a source may have columns of its own."""
         prompts = SANITY_PROMPTS if self.sanity_check else None
-        return Reading(self.columns, self.pairs, self.min_gap, self.accept_columns, prompts)
+        wanted: Wanted = "single answers" if self.unpaired else "pairs"
+        return Reading(self.columns, self.pairs, self.min_gap, self.accept_columns, prompts, wanted)
+
+    @property
+    def unpaired(self) -> bool:
+        """Whether the trials learn from single answers instead of pairs."""
+        return self.loss in UNPAIRED
 
     def row_limit(self, split: str) -> int | None:
         """The most rows to read from each source of a split (train, validation or test); None for all."""
@@ -567,6 +600,10 @@ class RunConfig(_Training):
             if len(set(checked[name])) != len(values):
                 fault = {"type": "value_error", "loc": (name,), "input": values, "ctx": {"error": ValueError(_TWICE)}}
                 raise ValidationError.from_exception_data("RunConfig", [fault])  # type: ignore[list-item]
+        if (losses := checked.get("loss")) and len({loss in UNPAIRED for loss in losses}) > 1:
+            told = "some learn from pairs and some from single answers; compare them in separate runs"
+            fault = {"type": "value_error", "loc": ("loss",), "input": losses, "ctx": {"error": ValueError(told)}}
+            raise ValidationError.from_exception_data("RunConfig", [fault])  # type: ignore[list-item]
         config = build(firsts)
         config._vary = {name: values for name, values in checked.items() if len(values) > 1}
         return config

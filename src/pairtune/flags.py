@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # What --column names; those in `_SHORT` have a flag of their own, which is rewritten before arguments are parsed.
 _SHORT = ("label", "label_a", "label_b", "answer_a", "answer_b", "score_a", "score_b")
-COLUMN_PARTS = ("prompt", "chosen", "rejected", "system", *_SHORT, "answers", "scores")
+COLUMN_PARTS = ("prompt", "chosen", "rejected", "system", *_SHORT, "answers", "scores", "completion")
 _SHORT_FLAGS = {f"--{part.replace('_', '-')}": part for part in _SHORT}
 
 

@@ -294,8 +294,8 @@ def _select(
     wins = _wins_on_validation(config, data, base, run, console) if config.select == "fewer_faults" else None
     examples = best_examples(run, results)
     records = {name: each.metrics for name, each in examples.items()}
-    groups = next(iter(examples.values())).groups
-    chosen = select_best(results, records, config.select, wins, groups)
+    first = next(iter(examples.values()))
+    chosen = select_best(results, records, config.select, wins, first.groups, first.cases)
     warnings = chosen.warnings + rounding_warnings(run.need(SweepRecord), chosen)
     selection = chosen.model_copy(update={"examples": summarise_best(examples), "warnings": warnings})
     if not run.paths.test.is_file():  # else a killed run had got past this point: its selection stands

@@ -88,7 +88,13 @@ def _lengths(found: list[Inspection]) -> PairLengths | None:
         for each in kept
         if (summary := each.lengths["chosen"])
     )
-    return PairLengths(prompt=mean("prompt"), chosen=mean("chosen"), rejected=mean("rejected"), longest=longest)
+    prompt, chosen, rejected = (mean(part) for part in _PARTS)
+    if any(each.single for each in kept):
+        # A single answer costs no second one, but its mismatched answer is scored without gradients, with the prompt:
+        # a third of what the same tokens cost in training.
+        chosen = (chosen + rejected) / 2
+        rejected = (prompt + chosen) / 3
+    return PairLengths(prompt=prompt, chosen=chosen, rejected=rejected, longest=longest)
 
 
 _PARTS = ("prompt", "chosen", "rejected")

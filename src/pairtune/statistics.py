@@ -16,6 +16,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
+from pairtune.run.examples import contributions
 from pairtune.run.metrics import EXAMPLE_METRICS, evaluation_name
 from pairtune.run.records import Interval, Share
 
@@ -108,18 +109,22 @@ def _by_group(values: Numbers, groups: Groups | None) -> tuple[Numbers, Numbers]
     return sums, sizes
 
 
-def metric_intervals(metrics: Numbers, groups: Groups | None = None) -> dict[str, Interval]:
+def metric_intervals(metrics: Numbers, groups: Groups | None = None, cases: int | None = None) -> dict[str, Interval]:
     """95 % intervals of the means over pairs, by metric name.
 
     Args:
-        metrics: [pairs, EXAMPLE_METRICS].
+        metrics: [pairs, EXAMPLE_METRICS]; of single answers, their `contributions`.
         groups: the group of each pair, [pairs].
+        cases: of single answers, the number of those of the rarer kind.
     """
     intervals = bootstrap_intervals(metrics, groups)
     accuracy = EXAMPLE_METRICS.index("rewards/accuracies")
     right = metrics[:, accuracy]
-    effect = design_effect(right, groups)
-    intervals[accuracy] = share_interval(right.sum() / effect, len(right) / effect)  # 5 of 5 is not certainty
+    if cases is None:
+        effect = design_effect(right, groups)
+        intervals[accuracy] = share_interval(right.sum() / effect, len(right) / effect)  # 5 of 5 is not certainty
+    else:
+        intervals[accuracy] = _area_interval(right, intervals[accuracy], cases)
     return {
         evaluation_name(name): (float(low), float(high))
         for name, (low, high) in zip(EXAMPLE_METRICS, intervals, strict=True)
@@ -233,14 +238,64 @@ def share_of(right: Numbers, groups: Groups | None = None) -> Share:
     return Share(value=count / len(right), interval=interval, pairs=len(right))
 
 
+def within_groups(values: Numbers, desirable: NDArray[np.bool_], groups: Groups) -> Numbers:
+    """How often the order of values agrees with the labels, answer by answer.
+
+    Args:
+        values: what the answers are ordered by, [answers].
+        desirable: whether each should be high, [answers].
+        groups: answers are compared within these, [answers].
+
+    Returns:
+        For each answer the share of the group's answers of the other kind that are on the right side of it, equal
+        values counting half, [answers]; NaN where there are none. In a single group the mean over either kind is the
+        area under the ROC curve (Hanley and McNeil 1982).
+    """
+    shares = np.full(len(values), np.nan)
+    order = np.argsort(groups, kind="stable")
+    for rows in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
+        good, bad = rows[desirable[rows]], rows[~desirable[rows]]
+        if len(good) and len(bad):
+            shares[good] = _below(values[bad], values[good])
+            shares[bad] = 1 - _below(values[good], values[bad])
+    return shares
+
+
+def _below(others: Numbers, values: Numbers) -> Numbers:
+    """The share of others that each value exceeds, [values]."""
+    ordered = np.sort(others)
+    left, right = (np.searchsorted(ordered, values, side=side) for side in ("left", "right"))
+    return np.asarray((left + right) / 2 / len(ordered))
+
+
+def _area_interval(shares: Numbers, bootstrapped: NDArray[np.float64], cases: int) -> Interval:
+    """The interval of an area under the curve: its bootstrap, or without spread that of the rarer kind's answers.
+
+    Its variance is at most that of a share of so many cases (Birnbaum and Klose 1957).
+    """
+    area = float(shares.mean())
+    if np.ptp(shares) < 1e-12:
+        return share_interval(area * cases, cases)
+    return max(0.0, float(bootstrapped[0])), min(1.0, float(bootstrapped[1]))
+
+
 def longer_wins(chosen: NDArray[np.int64], rejected: NDArray[np.int64], groups: Groups | None = None) -> Share:
     """How often the longer answer is the chosen one; answers of equal length count half.
 
+    Of single answers, each desirable one is compared with each undesirable one.
+
     Args:
-        chosen: lengths of the chosen answers, [pairs].
-        rejected: lengths of the rejected answers, [pairs].
+        chosen: lengths of the chosen answers, [pairs]; 0 for single undesirable answers.
+        rejected: lengths of the rejected answers, [pairs]; 0 for single desirable answers.
         groups: the group of each pair, [pairs].
     """
+    desirable = chosen > 0
+    if not (desirable & (rejected > 0)).all():
+        shares = within_groups((chosen + rejected).astype(np.float64), desirable, np.zeros(len(chosen), np.int64))
+        shares = contributions(shares, desirable, "mean")
+        cases = min(int(desirable.sum()), int((~desirable).sum()))
+        (ends,) = bootstrap_intervals(shares[:, None], groups)
+        return Share(value=float(shares.mean()), interval=_area_interval(shares, ends, cases), pairs=len(shares))
     return share_of((chosen > rejected) + (chosen == rejected) / 2, groups)
 
 

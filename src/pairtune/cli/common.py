@@ -17,7 +17,7 @@ from pairtune.flags import COLUMN_PARTS
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pairtune.config import Reading
+    from pairtune.config import Reading, Wanted
     from pairtune.data.source_reader import SourceReader
     from pairtune.resolve_config import Resolved
 
@@ -49,14 +49,17 @@ def open_reader(source: str, reading: Reading, limit: int | None, flag: str = "S
     return reader
 
 
-def reading_of(columns: list[str] | None, pairs: str, min_gap: float, confirmed: bool = False) -> Reading:
+def reading_of(
+    columns: list[str] | None, pairs: str, min_gap: float, confirmed: bool = False, wanted: Wanted = "pairs"
+) -> Reading:
     """How rows are read, from the flags that say so."""
     from pairtune.config import Reading
 
     check_choice("--pairs", pairs, ("best-worst", "all"))
     if not 0 <= min_gap < float("inf"):
         raise BadInput(f"--min-gap: must be 0 or more, not {min_gap:g}")
-    return Reading(columns_of(columns).get("columns", {}), pairs, min_gap, confirmed)  # type: ignore[arg-type]
+    named = columns_of(columns).get("columns", {})
+    return Reading(named, pairs, min_gap, confirmed, wanted=wanted)  # type: ignore[arg-type]
 
 
 def columns_of(given: list[str] | None) -> dict[str, Any]:

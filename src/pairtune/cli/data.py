@@ -47,7 +47,7 @@ def inspect(
     Exit code 2 if it is not usable, or if columns were named and nobody has confirmed (here or with --yes) that the
     better answer is the one that is shown.
     """
-    reader = open_reader(source, reading_of(columns, pairs, min_gap, yes), limit)
+    reader = open_reader(source, reading_of(columns, pairs, min_gap, yes, "either"), limit)
 
     from rich.console import Console
 
@@ -91,7 +91,7 @@ def convert(
 ) -> None:
     """Convert a source to TRL's conversational format."""
     check_choice("--on-bad-row", on_bad_row, ("stop", "skip"))
-    reader = open_reader(source, reading_of(columns, pairs, min_gap, yes), limit)
+    reader = open_reader(source, reading_of(columns, pairs, min_gap, yes, "either"), limit)
 
     from pairtune.data.convert import convert_source
     from pairtune.run.records import dump

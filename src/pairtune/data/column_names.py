@@ -13,7 +13,7 @@ from typing import Any
 
 from pairtune.data.conversations import field_names
 from pairtune.data.formats import FORMATS, PROMPTS, Format
-from pairtune.data.judged_rows import Verdict, label_key
+from pairtune.data.judged_rows import Verdict
 from pairtune.data.pair_rows import Row
 from pairtune.data.preference import BadRow
 
@@ -47,16 +47,6 @@ def unknown_format(row: Row, source: str) -> BadRow:
         f"is in no known format; it has {field_names(row)}. Nearest are {nearest}. If it is another format, name the "
         f"columns: pairtune data inspect {shlex.quote(source)} {as_flags(proposed_columns(row))}",
     )
-
-
-def unpaired(row: Row) -> BadRow | None:
-    """The fault of rows with a single answer and a thumb: KTO's format, in the spellings of TRL and LLaMA-Factory."""
-    thumbs = {"true", "false", "0", "1", "desirable", "undesirable"}
-    labels = [name for name in ("label", "kto_tag") if label_key(row.get(name)) in thumbs]
-    single = {"completion", "messages", "output", "response"} & row.keys()
-    if labels and single and not ({"chosen", "rejected", "rejected_response", "rejected_messages"} & row.keys()):
-        return BadRow("not a pair", "", "has one answer with a label (KTO's format); give two answers per row")
-    return None
 
 
 def _nearest(row: Row) -> list[str]:

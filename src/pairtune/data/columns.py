@@ -9,10 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 from pairtune.config import Reading
-from pairtune.data import judged_rows, rated_rows
+from pairtune.data import judged_rows, labelled_rows, rated_rows
 from pairtune.data.column_names import ITEM_SCORES, as_answers, as_flags, is_label, judged_columns
 from pairtune.data.conversations import field_names, is_empty, is_transcript, one_line_of
-from pairtune.data.formats import FORMATS, PROMPTS, Format, detect_format
+from pairtune.data.formats import DESIRABLE, FORMATS, PROMPTS, Format, detect_format
 from pairtune.data.judged_rows import Verdict
 from pairtune.data.labels import learn_values, shown_values
 from pairtune.data.pair_rows import Row
@@ -96,6 +96,8 @@ def format_of_columns(
     columns: Mapping[str, str] = {str(part): name for part, name in reading.columns.items()}
     asked = set(columns)
     row = _typical(columns, [row for row in head if isinstance(row, Mapping)])
+    if "completion" in asked:
+        return _single_format(columns, row, where)
     one_way = asked & {"chosen", "rejected"}, asked & {"score_a", "score_b"}, asked & {"label"}, asked & {"answers"}
     if sum(map(bool, one_way)) > 1:
         given = ", ".join(sorted(set().union(*one_way)))
@@ -191,6 +193,25 @@ def _judged_format(
         prompt_field=(used or (a,))[0],
         also=(*used, a, b, *scores),
         better=f"{a} where {scores[0]} is higher than {scores[1]}, {b} where it is lower; equal scores are a tie",
+    )
+
+
+def _single_format(columns: Mapping[str, str], row: Row, where: str) -> Format:
+    """A single answer, and a label that says whether it is desirable."""
+    if beside := sorted(columns.keys() - {"prompt", "system", "completion", "label"}):
+        raise BadInput(f"{where}: --column completion={columns['completion']}: is a single answer; omit {beside[0]}")
+    answer, label = columns["completion"], columns.get("label", "label")
+    if label not in row:
+        raise BadInput(f"{where}: --label NAME: name the column that says whether an answer is good; {_present([row])}")
+    prompt, used = _prompt_reader(columns, row, answer, where)
+    return Format(
+        "labelled single answers",
+        (),
+        labelled_rows.completion(prompt, answer, label),
+        prompt_field=(used or (answer,))[0],
+        also=(*used, answer, label),
+        better=DESIRABLE.format(label),
+        single=True,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +101,13 @@ def _write_parquet(path: Path, pairs: Iterator[dict[str, Any]]) -> None:
     import pyarrow.parquet as pq
 
     turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-    schema = pa.schema([("prompt", turns), ("chosen", turns), ("rejected", turns), ("origin", pa.string())])
+    columns = {"prompt": turns, "chosen": turns, "rejected": turns, "origin": pa.string()}
+    first = list(islice(pairs, 1))
+    if first and "completion" in first[0]:
+        columns = {"prompt": turns, "completion": turns, "label": pa.bool_(), "origin": pa.string()}
+    schema, rest = pa.schema(columns), chain(first, pairs)
     with pq.ParquetWriter(path, schema) as writer:
-        while batch := list(islice(pairs, _BATCH)):
+        while batch := list(islice(rest, _BATCH)):
             for pair in batch:
                 if pair.keys() - schema.names or any(turn.keys() > {"role", "content"} for turn in _turns(pair)):
                     raise BadInput(f"{pair['origin']}: has tools or thinking, which only .jsonl can hold; write .jsonl")
@@ -111,4 +115,4 @@ def _write_parquet(path: Path, pairs: Iterator[dict[str, Any]]) -> None:
 
 
 def _turns(pair: dict[str, Any]) -> list[dict[str, Any]]:
-    return [*pair["prompt"], *pair["chosen"], *pair["rejected"]]
+    return [turn for part in ("prompt", "chosen", "rejected", "completion") for turn in pair.get(part, [])]

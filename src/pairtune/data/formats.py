@@ -6,13 +6,13 @@ The first entry that fits is used, so formats with rarer keys come first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from pairtune.conversation import Message
-from pairtune.data import judged_rows, pair_rows, rated_rows
+from pairtune.data import judged_rows, labelled_rows, pair_rows, rated_rows
 from pairtune.data.conversations import SYSTEM_FIELDS, Parts, is_transcript, need, system_turn
 from pairtune.data.judged_rows import by_name, by_preference, by_sign, by_value, judged, prompt_in
 from pairtune.data.pair_rows import Row, alpaca, texts, turns
@@ -37,6 +37,7 @@ class Format:
         strict: whether rows that have the keys but do not fit are in another format, not faulty rows of this one.
         codes: fields whose values are codes, which other files use otherwise.
         proof: whether the values that occur in a source show that it uses the codes as this format does.
+        single: whether rows have single answers, each desirable or not, for unpaired losses.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Format:
     strict: bool = False
     codes: tuple[str, ...] = ()
     proof: Callable[[Collection[str]], bool] = lambda values: True
+    single: bool = False
 
     def uses(self, field: str) -> bool:
         """Whether a field of a row is read."""
@@ -149,6 +151,30 @@ _listed_pair = _listed(*PAIR)
 # Names of columns that hold a prompt; beside such a column, two answers' common beginning is no prompt.
 PROMPTS = ("prompt", "instruction", "question", "input", "inputs", "query", "context", "history", "post")
 _RATINGS = ("ratings", "rating")
+
+DESIRABLE = "an answer is desirable where {} is true or 1, undesirable where it is false, 0 or -1"
+
+
+def _labelled(
+    name: str, keys: tuple[str, ...], read: Callable[[Row], Parts], prompt: str, also: tuple[str, ...] = ()
+) -> Format:
+    label = keys[-1]
+    fits, better = labelled_rows.has_thumb(label), DESIRABLE.format(label)
+    return Format(name, keys, read, fits, prompt, also, better, strict=True, single=True)
+
+
+def _labelled_formats(label: str) -> Iterator[Format]:
+    """Single answers as TRL and LLaMA-Factory write them, which differ in the name of the label."""
+    prompt, read = prompt_in("prompt"), labelled_rows.completion
+    tuned = "TRL" if label == "label" else "LLaMA-Factory"
+    yield _labelled(f"{tuned} unpaired", ("prompt", "completion", label), read(prompt, "completion", label), "prompt")
+    yield _labelled("unpaired answers", ("prompt", "response", label), read(prompt, "response", label), "prompt")
+    for turns_field in ("messages", "conversations"):
+        talk = labelled_rows.conversation(turns_field, label)
+        yield _labelled(f"{tuned} unpaired, {turns_field}", (turns_field, label), talk, turns_field)
+    keys, alpaca_answer = ("instruction", "output", label), read(pair_rows.instruction, "output", label)
+    yield _labelled(f"{tuned} unpaired, alpaca", keys, alpaca_answer, "instruction", ("input", "history"))
+
 
 FORMATS: tuple[Format, ...] = (
     # --- two answers and a judgement
@@ -309,6 +335,26 @@ FORMATS: tuple[Format, ...] = (
         rated_rows.helpsteer,
         better="of the answers to one prompt, in neighbouring rows, that with the higher helpfulness",
     ),
+    # --- single answers
+    Format(
+        "Open WebUI feedback",
+        ("data", "meta", "snapshot"),
+        labelled_rows.feedback,
+        labelled_rows.is_feedback,
+        "snapshot",
+        better="an answer is desirable where its rating is 1, undesirable where it is -1",
+        single=True,
+    ),
+    Format(
+        "Open WebUI chats",
+        ("chat",),
+        labelled_rows.rated_chat,
+        labelled_rows.is_chat,
+        "chat",
+        better="an answer is desirable where its rating is 1, undesirable where it is -1",
+        strict=True,
+        single=True,
+    ),
     # --- a chosen and a rejected answer
     Format(
         "OpenAI",
@@ -377,4 +423,7 @@ FORMATS: tuple[Format, ...] = (
         "chosen",
         better="chosen, as its name says; what both texts begin with is taken for the prompt",
     ),
+    # --- single answers in the shapes of training files; last, since their keys occur in others
+    *_labelled_formats("label"),
+    *_labelled_formats("kto_tag"),
 )

@@ -43,6 +43,7 @@ EXAMPLES = 3
 # Thresholds of the warnings, as a share of the pairs unless noted.
 MANY_DUPLICATES = 0.01
 MANY_TOO_LONG = 0.05
+UNBALANCED = 4 / 3  # of one kind of single answers over the other; the KTO paper balances beyond it
 LENGTH_BIAS = 0.1  # distance from 0.5 of the accuracy of "the longer answer wins"
 FEW_PAIRS = 100
 UNUSABLE = 0.5  # of the rows
@@ -98,6 +99,7 @@ class _Seen:
     answers: Counter[tuple[int, int, int]] = field(default_factory=Counter)
     shortened: int = 0
     with_special: list[str] = field(default_factory=list)
+    single: Counter[bool] = field(default_factory=Counter)  # single answers, by whether they are desirable
     odd: Counter[str] = field(default_factory=Counter)
     examples: list[TokenizedPair] = field(default_factory=list)
 
@@ -126,7 +128,9 @@ class _Seen:
         if len(self.examples) < EXAMPLES:
             self.examples.append(result)
         self.shortened += result.turns_cut > 0
-        self.odd.update(odd_lengths(len(result.chosen_ids), len(result.rejected_ids)))
+        chosen, rejected = len(result.chosen_ids), len(result.rejected_ids)
+        self.odd.update(odd_lengths(chosen or rejected, rejected or chosen))
+        self.single.update([bool(chosen)] if pair.single else [])
         prompt = Prompt.of(pair.prompt)
         self.prompts.append(prompt)
         self.answers[prompt.whole[0], hash(pair.chosen), hash(pair.rejected)] += 1
@@ -139,7 +143,12 @@ class _Seen:
         lengths = np.array(self.lengths, dtype=np.int64).reshape(-1, 3)
         prompt, chosen, rejected = lengths.T
         longer = prompt + np.maximum(chosen, rejected)
-        of_parts = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "prompt and longer answer": longer}
+        of_parts = {
+            "prompt": prompt,
+            "chosen": chosen[chosen > 0],
+            "rejected": rejected[rejected > 0],
+            "prompt and longer answer": longer,
+        }
         swapped = {(prompt_hash, worse, better) for prompt_hash, better, worse in self.answers} & self.answers.keys()
         return Inspection(
             source=reader.source.name,
@@ -163,6 +172,7 @@ class _Seen:
             duplicates=sum(times - 1 for times in self.answers.values()),
             conflicts=sum(self.answers[key] for key in swapped),
             special_tokens=SpecialTokens(pairs=len(self.with_special), places=self.with_special[:_PLACES]),
+            single=(self.single[True], self.single[False]) if self.single else None,
             odd_pairs=dict(self.odd),
             examples=[decode_pair(tokenizer, each) for each in self.examples],
             template_warnings=encoder.warnings,
@@ -218,14 +228,16 @@ def _findings(found: Inspection) -> Iterator[DataFinding]:
     if not kept:
         return
     yield from _of_fields(found)
+    yield from _of_kinds(*found.single) if found.single else ()
     yield from (finding("warning", message) for message in found.template_warnings)
     if kept < FEW_PAIRS:
-        yield finding("warning", f"only {plural(kept, 'pair')}: too few to measure what a tuned model gains")
+        yield finding("warning", f"only {plural(kept, found.noun)}: too few to measure what a tuned model gains")
     if found.conflicts:
-        yield finding("warning", f"{found.conflicts:,} pairs contradict another one: same answers, opposite choice")
+        same = "same answer, opposite label" if found.single else "same answers, opposite choice"
+        yield finding("warning", f"{found.conflicts:,} {found.noun}s contradict another one: {same}")
     if found.duplicates:
         level = "warning" if found.duplicates > MANY_DUPLICATES * kept else "note"
-        yield finding(level, f"pairs that repeat another one: {_share(found.duplicates, kept)}")
+        yield finding(level, f"{found.noun}s that repeat another one: {_share(found.duplicates, kept)}")
     if found.prompts.unrelated < found.prompts.different:
         yield finding(
             "note",
@@ -238,18 +250,39 @@ def _findings(found: Inspection) -> Iterator[DataFinding]:
     if too_long + cut:
         level = "warning" if too_long + cut > MANY_TOO_LONG * rows else "note"
         what = f"prompts that lose their oldest turns: {_share(cut, rows)}"
-        yield finding(level, f"at --max-length {limit}, {what}; pairs that do not fit: {_share(too_long, rows)}")
+        yield finding(
+            level, f"at --max-length {limit}, {what}; {found.noun}s that do not fit: {_share(too_long, rows)}"
+        )
     if (longer := found.longer_wins) and abs(longer.accuracy - 0.5) > LENGTH_BIAS and not _spans(longer.interval, 0.5):
         which = "longer" if longer.accuracy > 0.5 else "shorter"
         better = max(longer.accuracy, 1 - longer.accuracy)
-        yield finding("warning", f"the {which} answer wins {better:.0%} of the time: a tuned model must beat that")
+        wins = "is the desirable one" if found.single else "wins"
+        yield finding("warning", f"the {which} answer {wins} {better:.0%} of the time: a tuned model must beat that")
     for what, pairs in found.odd_pairs.items():
-        yield finding("note", f"{what}: {_share(pairs, kept)} pairs")
+        yield finding("note", f"{what}: {_share(pairs, kept)} {found.noun}s")
     if found.special_tokens.pairs:
         yield finding(
             "warning",
-            f"{plural(found.special_tokens.pairs, 'pair')} with the model's special tokens as text, first at "
+            f"{plural(found.special_tokens.pairs, found.noun)} with the model's special tokens as text, first at "
             f"{found.special_tokens.places[0]}: the model will read them as turn markers",
+        )
+
+
+def _of_kinds(desirable: int, undesirable: int) -> Iterator[DataFinding]:
+    """What single answers are good for, and how their kinds would be balanced."""
+    yield DataFinding(
+        level="note",
+        message=f"single answers, {desirable:,} desirable and {undesirable:,} undesirable: train on them with --loss "
+        "kto, bco or apo_zero_unpaired",
+    )
+    if not (desirable and undesirable):
+        missing = "undesirable" if desirable else "desirable"
+        yield DataFinding(level="error", message=f"no answer is {missing}: both kinds are needed")
+    elif max(desirable, undesirable) > UNBALANCED * min(desirable, undesirable):
+        rarer = "desirable" if desirable < undesirable else "undesirable"
+        weight = max(desirable, undesirable) / min(desirable, undesirable)
+        yield DataFinding(
+            level="note", message=f"{rarer} answers are few: --{rarer}-weight {weight:.2g} would balance both kinds"
         )
 
 

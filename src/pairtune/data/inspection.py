@@ -86,6 +86,7 @@ class Inspection(Part):
         source: as the user typed it.
         format: its format; None if no row could be read.
         better: which answer is taken for the better one, and why.
+        single: numbers of desirable and undesirable answers, if the rows are single answers instead of pairs.
         max_length: the limit in tokens.
         rows_in: number of rows read.
         further: number of pairs after the first of rows that give several.
@@ -126,11 +127,17 @@ class Inspection(Part):
     duplicates: int
     conflicts: int
     special_tokens: SpecialTokens
+    single: tuple[int, int] | None = None
     odd_pairs: dict[str, int] = Field(default_factory=dict)
     examples: list[DecodedPair]
     template_warnings: list[str]
     findings: list[DataFinding] = Field(default_factory=list)
     verdict: Verdict = "ok"
+
+    @property
+    def noun(self) -> str:
+        """What the rows give."""
+        return "answer" if self.single else "pair"
 
     @property
     def example(self) -> DecodedPair | None:

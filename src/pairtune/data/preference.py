@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from pairtune.conversation import Message
@@ -34,12 +34,12 @@ class LeftOut(BadRow):
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """One human (or rule-made) preference.
+    """One human (or rule-made) preference: between two answers, or for unpaired losses about a single one.
 
     Attributes:
         prompt: the conversation up to the answer; ends with a user turn, or with a tool's result.
-        chosen: the preferred answer's text.
-        rejected: the other answer's text.
+        chosen: the preferred answer's text, or a single desirable answer.
+        rejected: the other answer's text, or a single undesirable answer; of a single answer the other one is empty.
         origin: `file:row`, with rows counted from 1; of a row's further pairs, `file:row.2` and so on.
         thinking: the reasoning before the chosen and the rejected answer; empty where there is none.
         tools: the tools that the prompt offers, as JSON schemas.
@@ -52,14 +52,35 @@ class PreferencePair:
     thinking: tuple[str, str] = ("", "")
     tools: tuple[Mapping[str, Any], ...] = ()
 
+    @property
+    def single(self) -> bool:
+        """Whether this is a single answer."""
+        return not (self.chosen and self.rejected)
+
+    def halves(self) -> tuple[PreferencePair, ...]:
+        """The two answers as single ones, the desirable one first; a single answer is its only half."""
+        if self.single:
+            return (self,)
+        good, bad = self.thinking
+        return replace(self, rejected="", thinking=(good, "")), replace(self, chosen="", thinking=("", bad))
+
+    def given(self, side: Answer) -> Answer:
+        """The side itself, or the other one if it has no answer."""
+        if side == "chosen":
+            return "chosen" if self.chosen else "rejected"
+        return "rejected" if self.rejected else "chosen"
+
     def answer(self, side: Answer) -> Message:
         """One of the two answers as a turn."""
         text, thinking = (self.chosen, self.thinking[0]) if side == "chosen" else (self.rejected, self.thinking[1])
         return answer_turn(text, thinking)
 
     def conversational(self) -> dict[str, Any]:
-        """The pair in TRL's conversational preference format."""
+        """The pair in TRL's conversational preference format, or a single answer in its unpaired format."""
         tools = {"tools": list(self.tools)} if self.tools else {}
+        if self.single:
+            answer = self.answer(self.given("chosen"))
+            return {"prompt": list(self.prompt), "completion": [answer], "label": bool(self.chosen), **tools}
         return {
             "prompt": list(self.prompt),
             "chosen": [self.answer("chosen")],

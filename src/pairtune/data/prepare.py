@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from pairtune.data.sources import BUNDLED, SourceRow, bundled_source
 from pairtune.data.splits import Prompt, draw_splits, find_leaks
 from pairtune.data.table import PairTable, write_table
 from pairtune.data.tokens import PairTokenizer, TokenizedPair, decode_pair
-from pairtune.errors import BadInput
+from pairtune.errors import BadInput, plural
 from pairtune.files import fill_folder, fingerprint, forget_oldest, mark_used, read_json, user_cache, write_json
 from pairtune.run.examples import PairIndex
 from pairtune.run.records import DataRecord, DecodedPair, SplitRecord
@@ -32,7 +32,7 @@ from pairtune.run.schema import from_json, to_json
 SPLITS = ("train", "validation", "test")
 TRAIN, VALIDATION, TEST = range(3)
 
-_CACHE_FORMAT = "5"
+_CACHE_FORMAT = "6"
 _CACHE_BYTES = 4 << 30
 _RECORD, _PAIRS, _ROWS = "data.json", "pairs.arrow", "splits.npz"
 _PROMPTS = "prompts of "
@@ -69,9 +69,11 @@ class PreparedData:
     def open(cls, folder: Path, *, from_cache: bool) -> PreparedData:
         """Open the prepared data in a cache folder."""
         with np.load(folder / _ROWS) as rows:
-            train, validation, test = (PairTable.open(folder / _PAIRS, rows[name]) for name in SPLITS)
+            record = from_json(DataRecord, read_json(folder / _RECORD), str(folder / _RECORD))
+            train, validation, test = (
+                PairTable.open(folder / _PAIRS, rows[name], record.max_length) for name in SPLITS
+            )
             prompts = {name: rows[_PROMPTS + name] for name in SPLITS}
-        record = from_json(DataRecord, read_json(folder / _RECORD), str(folder / _RECORD))
         return cls(train, validation, test, prompts, record, from_cache)
 
 
@@ -161,7 +163,7 @@ def _open_all(config: RunConfig) -> list[_SourcePart]:
 
 
 def _cache_key(config: RunConfig, parts: Sequence[_SourcePart], encoder: PairTokenizer, earlier: Earlier) -> str:
-    settings = (config.on_bad_row, config.seed, config.validation_share, config.test_share)
+    settings = (config.on_bad_row, config.seed, config.validation_share, config.test_share, config.unpaired)
     content = [_CACHE_FORMAT, encoder.fingerprint(), *map(str, settings)]
     for part in parts:
         reading = part.reader.parser.reading
@@ -183,6 +185,7 @@ class _Kept:
     content: bytes
     further: bool
     shortened: bool
+    desirable: bool  # for single answers: which kind
 
 
 class _Preparation:
@@ -217,6 +220,8 @@ class _Preparation:
         for name in SPLITS[:TEST]:
             if not len(rows[name]):
                 self._raise_empty(name, counts)
+        if self.config.unpaired:
+            self._check_kinds(rows)
         prompts = {
             _PROMPTS + name: np.array([self.kept[n].prompt.whole[0] for n in of_split], np.uint64)
             for name, of_split in rows.items()
@@ -241,7 +246,8 @@ class _Preparation:
             return None
         prompts = (result.pair.prompt, result.prompt) if result.turns_cut else (result.prompt,)
         content = pair_hash(result.pair)
-        self.kept.append(_Kept(part, Prompt.of(*prompts), content, row.further, result.turns_cut > 0))
+        good = bool(result.chosen_ids)
+        self.kept.append(_Kept(part, Prompt.of(*prompts), content, row.further, result.turns_cut > 0, good))
         part.kept += 1
         self.example = self.example or decode_pair(self.encoder.tokenizer, result)
         return result
@@ -323,6 +329,22 @@ class _Preparation:
         reasons = ", ".join(f"{rows} {reason}" for reason, rows in dropped.items()) or nothing
         named = [count.source for count in counts if count.split == split] or [part.name for part in self.parts]
         raise BadInput(f"{', '.join(named)}: no pair is left for {split} ({reasons}); give more or other rows")
+
+    def _check_kinds(self, rows: Mapping[str, np.ndarray]) -> None:
+        """Make sure that every split has answers of both kinds, without which no accuracy is defined.
+
+        Raises:
+            BadInput: one has not.
+        """
+        for name, of_split in rows.items():
+            good = sum(self.kept[n].desirable for n in of_split)
+            if len(of_split) and good in (0, len(of_split)):
+                missing, has = ("undesirable", "desirable") if good else ("desirable", "undesirable")
+                other = "" if name == SPLITS[TRAIN] else ", or hold out more (--validation-share, --test-share)"
+                raise BadInput(
+                    f"{', '.join(part.name for part in self.parts)}: the {plural(len(of_split), 'answer')} for {name} "
+                    f"are all {has}; give rows with {missing} answers too{other}"
+                )
 
     def _record(self, counts: list[RowCount], rows: dict[str, np.ndarray]) -> DataRecord:
         return DataRecord(

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from pairtune.config import Reading
-from pairtune.data.column_names import unknown_format, unpaired
+from pairtune.data.column_names import unknown_format
 from pairtune.data.columns import check_codes, check_columns, format_of_columns
 from pairtune.data.conversations import Parts, check_prompt, field_names, images_in, is_empty, kind_of, tools_of
 from pairtune.data.formats import PAIR, Format, detect_format, formats_with, has_prompt_column
@@ -112,16 +112,23 @@ class RowParser:
         except BadRow as fault:
             yield row, fault
             return
-        for number, parts in enumerate([content] if isinstance(content, Parts) else content, 1):
-            further = number > 1
-            place = replace(row, further=True) if further else row
-            origin = f"{row.file}:{row.number}" + (f".{number}" if further else "")
+        number = 0
+        for parts in [content] if isinstance(content, Parts) else content:
             try:
-                yield place, self._pair(parts, tools, origin)
+                pair = self._pair(parts, tools)
+                found: Sequence[PreferencePair | BadRow] = (
+                    pair.halves() if self.reading.wanted == "single answers" else [pair]
+                )
             except BadRow as fault:
-                yield place, fault
+                found = [fault]
+            for each in found:
+                number += 1
+                further = number > 1
+                place = replace(row, further=True) if further else row
+                origin = f"{row.file}:{row.number}" + (f".{number}" if further else "")
+                yield place, replace(each, origin=origin) if isinstance(each, PreferencePair) else each
 
-    def _pair(self, parts: Parts, tools: tuple[Mapping[str, Any], ...], origin: str) -> PreferencePair:
+    def _pair(self, parts: Parts, tools: tuple[Mapping[str, Any], ...]) -> PreferencePair:
         prompt, chosen, rejected, thinking, note = parts
         if self.format is None:
             raise AssertionError("a row was read in no format")
@@ -130,7 +137,7 @@ class RowParser:
             raise same_answers()
         if note:
             self.notes[note] += 1
-        return PreferencePair(tuple(prompt), chosen, rejected, origin, thinking, tools)
+        return PreferencePair(tuple(prompt), chosen, rejected, "", thinking, tools)
 
     def _content(self, row: Any) -> Parts | list[Parts] | Rated | RatedAnswer:
         if isinstance(row, BadRow):
@@ -144,6 +151,12 @@ class RowParser:
         self._count_unused(known, row)
         if note := check_scores(row):
             self.notes[note] += 1
+        if known.single and self.reading.wanted == "pairs":
+            raise BadRow(
+                "not a pair",
+                "",
+                "has one answer with a label: add --loss kto or --loss bco to learn from it, or give two answers a row",
+            )
         content = known.read(row)
         self.format = known
         return content
@@ -160,8 +173,6 @@ class RowParser:
         raise BadRow("mixed formats", "", f"is in the format {found.name}, but earlier rows are in {self.format.name}")
 
     def _nearest(self, row: Row) -> Format:
-        if fault := unpaired(row):
-            raise fault
         candidates = [known for known in formats_with(tuple(row)) if not known.strict]
         if has_prompt_column(row):  # whose name no format has: what has no prompt column is none of those without one
             candidates = [known for known in candidates if known.keys != PAIR]

@@ -36,7 +36,10 @@ ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 class TokenIds(NamedTuple):
-    """The token ids of one pair, as described in `TokenizedPair`."""
+    """The token ids of one pair, as described in `TokenizedPair`.
+
+    Of a single answer, `chosen` is the answer and `rejected` the mismatched one (`PairTable.mismatched`).
+    """
 
     prompt: list[int]
     chosen: list[int]
@@ -49,16 +52,18 @@ class PairTable(Sequence[PreferencePair]):
     Args:
         table: a table with the columns of `SCHEMA`.
         rows: the numbers of the selected rows; None for all.
+        max_length: the most tokens of a prompt with a mismatched answer, which is cut there; None for no limit.
     """
 
-    def __init__(self, table: pa.Table, rows: np.ndarray | None = None) -> None:
+    def __init__(self, table: pa.Table, rows: np.ndarray | None = None, max_length: int | None = None) -> None:
         self._table = table
         self._rows = np.arange(table.num_rows) if rows is None else rows
+        self._max_length = max_length
 
     @classmethod
-    def open(cls, path: Path, rows: np.ndarray | None = None) -> PairTable:
+    def open(cls, path: Path, rows: np.ndarray | None = None, max_length: int | None = None) -> PairTable:
         """A table that `write_table` wrote, memory-mapped."""
-        return cls(pa.ipc.open_file(pa.memory_map(str(path))).read_all(), rows)
+        return cls(pa.ipc.open_file(pa.memory_map(str(path))).read_all(), rows, max_length)
 
     @classmethod
     def of(cls, pairs: Sequence[PreferencePair], tokenizer: Any) -> PairTable:
@@ -82,7 +87,7 @@ class PairTable(Sequence[PreferencePair]):
     def __getitem__(self, index: slice) -> PairTable: ...
     def __getitem__(self, index: int | slice) -> PreferencePair | PairTable:
         if isinstance(index, slice):
-            return PairTable(self._table, self._rows[index])
+            return PairTable(self._table, self._rows[index], self._max_length)
         return _pair(self._table.slice(int(self._rows[index]), 1).to_pylist()[0])
 
     def __iter__(self) -> Iterator[PreferencePair]:
@@ -97,17 +102,63 @@ class PairTable(Sequence[PreferencePair]):
 
     def tokens(self, rows: Sequence[int]) -> list[TokenIds]:
         """The token ids of the given rows, numbered by position in this `PairTable`."""
-        found = self._table.select(list(ID_COLUMNS)).take(self._rows[list(rows)]).to_pylist()
+        found = self._token_ids(list(rows))
+        if not self.unpaired:
+            return found
+        others = self._token_ids(self.mismatched[list(rows)])
+        return [self._with_mismatched(own, other) for own, other in zip(found, others, strict=True)]
+
+    def _token_ids(self, rows: Sequence[int] | np.ndarray) -> list[TokenIds]:
+        found = self._table.select(list(ID_COLUMNS)).take(self._rows[rows]).to_pylist()
         return [TokenIds(*(row[name] for name in ID_COLUMNS)) for row in found]
 
+    def _with_mismatched(self, own: TokenIds, other: TokenIds) -> TokenIds:
+        answer, mismatched = own.chosen or own.rejected, other.chosen or other.rejected
+        room = None if self._max_length is None else max(1, self._max_length - len(own.prompt))
+        return TokenIds(own.prompt, answer, mismatched[:room])
+
+    @cached_property
+    def unpaired(self) -> bool:
+        """Whether the rows are single answers, each desirable or not, instead of pairs."""
+        return len(self) > 0 and not all(self._token_ids([0])[0])
+
+    @cached_property
+    def desirable(self) -> np.ndarray:
+        """Whether each single answer is a desirable one, [answers]."""
+        return self.lengths()["tokens/chosen"] > 0
+
+    @cached_property
+    def same_prompt(self) -> np.ndarray:
+        """A number for each row that rows with the same prompt share, [rows]."""
+        keys = [ids.tobytes() for ids in _arrays(self.columns("prompt_ids")["prompt_ids"])]
+        numbers: dict[bytes, int] = {}
+        return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
+
+    @cached_property
+    def mismatched(self) -> np.ndarray:
+        """For each single answer, the row whose answer to another prompt KTO's KL estimate gives to its prompt, [rows].
+
+        It is the nearest row before it with another prompt, going round at the beginning. In TRL it is the row before
+        it in its batch, whatever its prompt. The pairing is the same in every epoch, so that reference log-probs are
+        computed once.
+        """
+        prompts = self.same_prompt
+        turns = np.flatnonzero(prompts != np.roll(prompts, 1))  # rows whose predecessor has another prompt
+        if not len(turns):
+            return np.roll(np.arange(len(prompts)), 1)
+        start = turns[np.searchsorted(turns, np.arange(len(prompts)), side="right") - 1]  # of its run of equal prompts
+        return (start - 1) % len(prompts)
+
     def ids_fingerprint(self) -> str:
-        """A fingerprint of all token ids, in order."""
+        """A fingerprint of all token ids that are scored, in order."""
         ids = self.ids()
-        return fingerprint(
+        parts = [
             chunk.flatten().to_numpy().tobytes() + chunk.value_lengths().to_numpy().tobytes()
             for name in ID_COLUMNS
             for chunk in ids[name].chunks
-        )
+        ]
+        more = (self.mismatched.tobytes(), str(self._max_length).encode()) if self.unpaired else ()
+        return fingerprint([*parts, *more])
 
     @cached_property
     def groups(self) -> np.ndarray:
@@ -129,6 +180,13 @@ class PairTable(Sequence[PreferencePair]):
     def ids(self) -> pa.Table:
         """`prompt_ids`, `chosen_ids` and `rejected_ids` of all rows, copied into memory."""
         return self.columns(*ID_COLUMNS)
+
+
+def _arrays(column: pa.ChunkedArray) -> Iterator[np.ndarray]:
+    """The token ids of each row."""
+    for chunk in column.chunks:
+        values, ends = chunk.flatten().to_numpy(), np.cumsum(chunk.value_lengths().to_numpy())
+        yield from np.split(values, ends[:-1]) if len(ends) else ()
 
 
 def write_table(path: Path, batches: Iterable[Sequence[TokenizedPair]]) -> None:

@@ -36,8 +36,9 @@ class TokenizedPair:
         pair: the pair as it was read.
         prompt: the turns of its prompt that are used.
         prompt_ids: the common beginning of both conversations, including the header of the answer.
-        chosen_ids: the answer, its end-of-turn token and what the template writes after it.
-        rejected_ids: likewise.
+        chosen_ids: the answer, its end-of-turn token and what the template writes after it; empty if the pair is a
+            single undesirable answer.
+        rejected_ids: likewise; empty if the pair is a single desirable answer.
     """
 
     pair: PreferencePair
@@ -204,12 +205,20 @@ class _Template:
         """Token ids of pairs that offer the same tools."""
         prompts = self._render([list(pair.prompt) for pair in pairs], header=True, tools=tools)
         chosen, rejected = (
-            self._render([[*pair.prompt, pair.answer(side)] for pair in pairs], tools=tools) for side in ANSWERS
+            # A missing answer is rendered as the other one, so that both agree on where the prompt ends.
+            self._render([[*pair.prompt, pair.answer(pair.given(side))] for pair in pairs], tools=tools)
+            for side in ANSWERS
         )
         self._count_left_out(pairs, tools, prompts, (chosen, rejected))
         texts = list(zip(prompts, chosen, rejected, strict=True))
         return [
-            TokenizedPair(pair, pair.prompt, ids, chosen_ids + self.end, rejected_ids + self.end)
+            TokenizedPair(
+                pair,
+                pair.prompt,
+                ids,
+                chosen_ids + self.end if pair.chosen else [],
+                rejected_ids + self.end if pair.rejected else [],
+            )
             for pair, (ids, chosen_ids, rejected_ids) in zip(pairs, self._cut(texts), strict=True)
         ]
 

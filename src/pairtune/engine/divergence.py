@@ -45,7 +45,7 @@ class BaseStates:
 
         Args:
             policy: the policy, for its head.
-            states: the policy's last hidden states, [pairs, 2 * STATES, size].
+            states: the policy's last hidden states, [pairs, 2 * STATES, size], or those at its first positions.
             rows: row numbers of the pairs.
 
         Returns:
@@ -54,7 +54,7 @@ class BaseStates:
         result = torch.full((len(rows),), torch.nan, device=states.device)
         known = [index for index, row in enumerate(rows) if row < len(self.states)]
         if known:
-            base = self.states[[rows[index] for index in known]].to(states.device)
+            base = self.states[[rows[index] for index in known], : states.shape[1]].to(states.device)
             kl = token_kl(
                 (states[known].flatten(0, 1), policy.head.weight, policy.head.bias),
                 (base.flatten(0, 1), self.head, self.bias),

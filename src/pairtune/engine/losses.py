@@ -2,6 +2,8 @@
 
 All take `PairLogps` with tensors of shape [..., pairs] and return the same shape, in nats; leading dimensions are
 trials side by side, each with its own `beta`. Log-ratios are policy minus reference log-probs, summed over an answer.
+
+Unpaired losses take single answers, each desirable or undesirable: `LabelledLogps`, one value per answer.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from pairtune.config import Loss, TrialConfig
+from pairtune.config import Loss, PairLoss, TrialConfig, UnpairedLoss
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,28 @@ class PairLogps:
 
 
 @dataclass(frozen=True)
+class LabelledLogps:
+    """The inputs of an unpaired loss for a batch of single answers.
+
+    Attributes:
+        policy: log-probs of the answers under the policy, summed over their tokens, [..., answers].
+        reference: the same under the reference model, [answers].
+        desirable: whether each is a desirable answer, [answers].
+        kl: the batch's estimate of the policy's KL divergence from the reference model, [...]; see `kl_estimate`.
+    """
+
+    policy: Tensor
+    reference: Tensor
+    desirable: Tensor
+    kl: Tensor | float = 0.0
+
+    @property
+    def ratio(self) -> Tensor:
+        """Log pi(answer) - log pi_ref(answer)."""
+        return self.policy - self.reference
+
+
+@dataclass(frozen=True)
 class LossSettings:
     """Hyperparameters of the losses.
 
@@ -67,7 +91,9 @@ class LossSettings:
         label_smoothing: the assumed share of swapped labels (sigmoid, robust, exo_pair).
         simpo_gamma: SimPO's target margin, as a share of beta.
         discopop_tau: DiscoPOP's temperature.
-        sft_weight: weight of the chosen answer's negative log-prob per token, added to any loss.
+        sft_weight: weight of the chosen answer's negative log-prob per token, added to any loss of pairs.
+        desirable_weight: weight of desirable answers (unpaired losses).
+        undesirable_weight: weight of undesirable answers.
     """
 
     beta: Tensor | float
@@ -75,6 +101,8 @@ class LossSettings:
     simpo_gamma: float = 0.5
     discopop_tau: float = 0.05
     sft_weight: float = 0.0
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -95,11 +123,13 @@ class Objective:
                 simpo_gamma=trial.simpo_gamma,
                 discopop_tau=trial.discopop_tau,
                 sft_weight=trial.sft_weight,
+                desirable_weight=trial.desirable_weight,
+                undesirable_weight=trial.undesirable_weight,
             ),
         )
 
 
-def pair_loss(name: Loss, pairs: PairLogps, settings: LossSettings) -> Tensor:
+def pair_loss(name: PairLoss, pairs: PairLogps, settings: LossSettings) -> Tensor:
     """The loss called `name` for each pair, plus the SFT term if its weight is not 0.
 
     The SFT term is that of RPO (Pang et al. 2024, "Iterative Reasoning Preference Optimization"), per token of
@@ -189,6 +219,50 @@ def orpo(pairs: PairLogps, settings: LossSettings) -> Tensor:
     return _nll_per_token(pairs) - settings.beta * logsigmoid(log_odds)
 
 
+def unpaired_loss(name: UnpairedLoss, answers: LabelledLogps, settings: LossSettings) -> Tensor:
+    """The loss called `name` for each answer, times the weight of its kind; their mean is the batch's loss, as in TRL.
+
+    Weights do not change the number that the mean is taken over.
+    """
+    weights = torch.where(answers.desirable, settings.desirable_weight, settings.undesirable_weight)
+    return UNPAIRED_LOSSES[name](answers, settings) * weights
+
+
+def kl_estimate(ratios: Tensor) -> Tensor:
+    """KTO's estimate of KL(policy || reference) in nats: the mean log-ratio of mismatched answers, at least 0.
+
+    It is a constant of the loss, without a gradient (Ethayarajh et al. 2024, section 4.1).
+
+    Args:
+        ratios: log-ratios of answers given to other prompts than their own, [..., answers].
+
+    Returns:
+        [...]
+    """
+    return ratios.detach().mean(-1).clamp(min=0)
+
+
+def kto(answers: LabelledLogps, settings: LossSettings) -> Tensor:
+    """KTO (Ethayarajh et al. 2024, "KTO: Model Alignment as Prospect Theoretic Optimization", eq. 7)."""
+    gain = settings.beta * (answers.ratio - answers.kl)
+    return 1 - torch.sigmoid(torch.where(answers.desirable, gain, -gain))
+
+
+def bco(answers: LabelledLogps, settings: LossSettings) -> Tensor:
+    """BCO: binary cross-entropy with the reward as logit (Jung et al. 2024, "Binary Classifier Optimization").
+
+    Without the paper's reward shift, a running mean of rewards, as TRL computes `bco_pair` since its version 1.
+    """
+    reward = settings.beta * answers.ratio
+    return -logsigmoid(torch.where(answers.desirable, reward, -reward))
+
+
+def apo_zero_unpaired(answers: LabelledLogps, settings: LossSettings) -> Tensor:
+    """APO-zero for single answers: KTO without the KL term, as TRL computes it (D'Oosterlinck et al. 2024, eq. 7)."""
+    reward = settings.beta * answers.ratio
+    return 1 - torch.sigmoid(torch.where(answers.desirable, reward, -reward))
+
+
 def _nll_per_token(pairs: PairLogps) -> Tensor:
     return -pairs.chosen / pairs.chosen_tokens
 
@@ -198,7 +272,7 @@ def _log1mexp(x: Tensor) -> Tensor:
     return torch.log1p(-torch.exp(x))
 
 
-LOSSES: dict[Loss, Callable[[PairLogps, LossSettings], Tensor]] = {
+LOSSES: dict[PairLoss, Callable[[PairLogps, LossSettings], Tensor]] = {
     "sigmoid": sigmoid,
     "robust": robust,
     "hinge": hinge,
@@ -212,4 +286,10 @@ LOSSES: dict[Loss, Callable[[PairLogps, LossSettings], Tensor]] = {
     "discopop": discopop,
     "simpo": simpo,
     "orpo": orpo,
+}
+
+UNPAIRED_LOSSES: dict[UnpairedLoss, Callable[[LabelledLogps, LossSettings], Tensor]] = {
+    "kto": kto,
+    "bco": bco,
+    "apo_zero_unpaired": apo_zero_unpaired,
 }

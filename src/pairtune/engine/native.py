@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -41,8 +41,8 @@ from pairtune.engine.reference import (
     reference_logps,
 )
 from pairtune.engine.rounding import measure_rounding
-from pairtune.engine.scoring import Scored, score_pairs
-from pairtune.engine.summaries import TrialFailed
+from pairtune.engine.scoring import Scorer
+from pairtune.engine.summaries import TrialFailed, batch_means
 from pairtune.engine.trial import (
     TrialInputs,
     check_adapters_are_zero,
@@ -334,7 +334,7 @@ class _TrialGroup:
         self.policy.train(True)
         weights = self.members[0].weights  # the adapters of all trials lie in the same stacks
         records: list[list[ExampleRecord]] = [[] for _ in self.members]
-        for scored in self._scored("train", self.inputs.processes.shard(rows), TRAIN_TOKENS):
+        for scored in self._scorer("train").batch(rows, TRAIN_TOKENS):
             losses = torch.stack([each.losses.sum() for each in scored])
             (losses.sum() / len(rows)).backward()  # the sum does not mix the adapters' gradients
             weights.collect_gradients()
@@ -350,15 +350,14 @@ class _TrialGroup:
             tensor.grad = None
         self.seen += len(rows)
 
-    def _scored(self, split: str, rows: Sequence[int], max_tokens: int) -> Iterator[list[Scored]]:
-        """Score some pairs of a split under every trial."""
-        return score_pairs(
+    def _scorer(self, split: str) -> Scorer:
+        """Scores the pairs of a split under every trial."""
+        return Scorer(
             self.policy,
             [Objective.of(member.trial) for member in self.members],
             self.inputs.splits[split],
-            rows,
             self.references[split],
-            max_tokens,
+            self.inputs.processes,
             (self.shared.seed, self.step),
             self.base_states if split == "validation" else None,
         )
@@ -366,9 +365,10 @@ class _TrialGroup:
     def _update(self, member: _TrialState, records: list[ExampleRecord], rows: Sequence[int]) -> None:
         """Check the gradients of a step, and update a trial's weights."""
         member.result.train_pairs += len(rows)
-        means = {name: math.fsum(record[name] for record in records) / len(rows) for name in records[0]}
+        means = batch_means(records, unpaired=self.inputs.train.unpaired)
         if self.step == 1 and self.inputs.base.reference is None:
-            check_first_step(member.trial, means["loss"], means["rewards/margins"], self.inputs.base_outputs.rounding)
+            margin = math.fsum(record["rewards/margins"] for record in records) / len(records)
+            check_first_step(member.trial, means["loss"], margin, self.inputs.base_outputs.rounding)
         member.weights.take_gradients()
         rate, norm = member.optimizer.learning_rate, member.optimizer.clip()
         self._guard(member, means["loss"], norm, rows)
@@ -397,21 +397,18 @@ class _TrialGroup:
     def _evaluate(self) -> None:
         """Evaluate every trial on the validation pairs, and save the weights that are the trial's best so far."""
         self.policy.train(False)
-        records: list[list[ExampleRecord]] = [[] for _ in self.members]
         total = len(self.inputs.validation)
-        rows, max_tokens = self.inputs.processes.shard(range(total)), EVALUATION_TOKENS // len(self.members)
-        with torch.no_grad(), self.policy.computing_in(self._evaluation_dtype):
-            for scored in self._scored("validation", rows, max_tokens):
-                for mine, each in zip(records, scored, strict=True):
-                    mine.extend(each.records())
-                self._report_progress("evaluating", len(records[0]) * self.inputs.processes.count, total)
+        with self.policy.computing_in(self._evaluation_dtype):
+            records = self._scorer("validation").all_records(
+                EVALUATION_TOKENS // len(self.members), lambda done: self._report_progress("evaluating", done, total)
+            )
         for member, mine in zip(self.members, records, strict=True):
             loss = math.fsum(member.losses) / len(member.losses)
             member.losses.clear()
-            gathered, save = self.inputs.processes.gather(mine), partial(self._save, member, member.paths.best)
+            save = partial(self._save, member, member.paths.best)
             try:
                 evaluation = record_evaluation(
-                    member.result, self.inputs, member.paths, self.epoch, self.step, loss, gathered, save
+                    member.result, self.inputs, member.paths, self.epoch, self.step, loss, mine, save
                 )
                 self._log(member, evaluation)
             except TrialFailed as failure:

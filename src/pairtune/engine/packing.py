@@ -1,5 +1,7 @@
 """Packs pairs into rows without padding: `[prompt | chosen | rejected]`, one pair after another.
 
+An entry may also have a single answer, in unpaired training: `[prompt | answer]`.
+
 The rejected answer's positions continue from the prompt, and it does not attend to the chosen answer, so that every
 token attends to what it would attend to in a row of its own (Wang and Hegde 2024, "Accelerating Direct Preference
 Optimization with Prefix Sharing"). An answer's last token predicts nothing and is left out.
@@ -47,6 +49,7 @@ class Pack:
         answers: the index of the answer that each target belongs to, [N]: 2i is pair i's chosen, 2i + 1 its rejected.
         answer_tokens: number of targets of each answer, [2 * pairs].
         mask: for padded rows, 1 where there is a token, [rows, longest].
+        answers_each: 2, or 1 if each entry has a single answer; then "pair" stands for such an entry.
     """
 
     input_ids: Tensor
@@ -57,12 +60,13 @@ class Pack:
     answers: Tensor
     answer_tokens: Tensor
     mask: Tensor | None = None
+    answers_each: int = 2
 
     @property
     def pair_widths(self) -> list[int]:
         """Number of row positions that each pair takes, in the order of the pairs."""
         if self.mask is not None:
-            return [2 * self.mask.shape[1]] * self.pairs
+            return [self.answers_each * self.mask.shape[1]] * self.pairs
         lengths = [segment.length for segment in self.segments]
         each = len(lengths) // self.pairs  # segments per pair: two if each answer has its own prompt
         return [sum(lengths[start : start + each]) for start in range(0, len(lengths), each)]
@@ -70,7 +74,7 @@ class Pack:
     @property
     def pairs(self) -> int:
         """Number of pairs in the row."""
-        return len(self.answer_tokens) // 2
+        return len(self.answer_tokens) // self.answers_each
 
     def spaced_indices(self, count: int) -> Tensor:
         """Indices of `count` evenly spaced targets per answer, [2 * pairs * count]; short answers repeat some."""
@@ -83,7 +87,7 @@ def pack_pairs(pairs: Sequence[TokenIds], device: torch.device, *, share_prompts
     """Pack pairs into one row.
 
     Args:
-        pairs: each with a prompt and two answers of at least one token.
+        pairs: each with a prompt and two answers of at least one token; or all with a single one, and no `rejected`.
         device: the device of the tensors.
         share_prompts: False gives each answer its own copy of the prompt: the plain layout, twice the prompt tokens.
     """
@@ -93,9 +97,10 @@ def pack_pairs(pairs: Sequence[TokenIds], device: torch.device, *, share_prompts
     predicting: list[int] = []
     targets: list[int] = []
     lengths: list[int] = []
+    each = 2 if pairs and pairs[0].rejected else 1
     for pair in pairs:
         prompt = len(pair.prompt)
-        for side, answer in enumerate((pair.chosen, pair.rejected)):
+        for side, answer in enumerate((pair.chosen, pair.rejected)[:each]):
             if side == 0 or not share_prompts:
                 start = len(ids)  # where this answer's prompt begins
                 ids += pair.prompt
@@ -108,7 +113,7 @@ def pack_pairs(pairs: Sequence[TokenIds], device: torch.device, *, share_prompts
             if not share_prompts:
                 segments.append(Segment(prompt, len(answer) - 1, 0))
         if share_prompts:
-            segments.append(Segment(prompt, len(pair.chosen) - 1, len(pair.rejected) - 1))
+            segments.append(Segment(prompt, len(pair.chosen) - 1, max(0, len(pair.rejected) - 1)))
     answer_tokens = torch.tensor(lengths, device=device)
     return Pack(
         input_ids=torch.tensor([ids], device=device),
@@ -120,6 +125,7 @@ def pack_pairs(pairs: Sequence[TokenIds], device: torch.device, *, share_prompts
             torch.arange(len(lengths), device=device), answer_tokens, output_size=len(targets)
         ),
         answer_tokens=answer_tokens,
+        answers_each=each,
     )
 
 
@@ -146,7 +152,8 @@ def pad_pairs(pairs: Sequence[TokenIds], max_tokens: int, device: torch.device) 
     batch: list[TokenIds] = []
     for pair in pairs:
         alike = not batch or _padded_length(pair) == _padded_length(batch[0])
-        if batch and not (alike and 2 * (len(batch) + 1) * _padded_length(pair) <= max_tokens):
+        answers = (len(batch) + 1) * (2 if pair.rejected else 1)
+        if batch and not (alike and answers * _padded_length(pair) <= max_tokens):
             yield _pad(batch, device)
             batch = []
         batch.append(pair)

@@ -44,6 +44,8 @@ STATES = 8
 class AnswerLogps:
     """Outputs for the answers of a row: 2i is the chosen, 2i + 1 the rejected answer of pair i.
 
+    Where entries have a single answer, read 1 for the 2 in these shapes.
+
     Attributes:
         logps: summed over the answer's tokens, [trials, 2 * pairs], nats, float32.
         logits: mean over the answer's tokens and the vocabulary, [trials, 2 * pairs].
@@ -160,7 +162,7 @@ class Policy:
         summed = [self._sum_by_answer(pack, hidden[trial]) for trial in range(self.trials)]
         logps, logits = (torch.stack(values) for values in zip(*summed, strict=True))
         states = hidden[:, pack.spaced_indices(STATES)] if keep_states else hidden[:, :0]
-        shape = (self.trials, pack.pairs, 2 * STATES if keep_states else 0, hidden.shape[-1])
+        shape = (self.trials, pack.pairs, pack.answers_each * STATES if keep_states else 0, hidden.shape[-1])
         return AnswerLogps(logps, logits, states.reshape(shape))
 
     def _hidden(self, pack: Pack) -> Tensor:

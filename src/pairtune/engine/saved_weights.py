@@ -23,7 +23,7 @@ from pairtune.engine.reference import (
     reference_fingerprint,
     reference_logps,
 )
-from pairtune.engine.scoring import score_pairs
+from pairtune.engine.scoring import Scorer
 from pairtune.models.load import LoadedBase, load_model, weights_fingerprint
 from pairtune.run.examples import ExampleRecord
 
@@ -93,11 +93,6 @@ def evaluate_weights(
         cast_parameters(tuned, dtype)
         policy = Policy(tuned, kernels=kernels)
     policy.train(False)
-    records: list[ExampleRecord] = []
-    with torch.no_grad():
-        rows = processes.shard(range(len(pairs)))
-        objectives = [saved.objective]
-        for (scored,) in score_pairs(policy, objectives, pairs, rows, reference, EVALUATION_TOKENS, base=states):
-            records += scored.records()
-            on_progress(len(records) * processes.count)
-    return processes.gather(records)
+    scorer = Scorer(policy, [saved.objective], pairs, reference, processes, base=states)
+    (records,) = scorer.all_records(EVALUATION_TOKENS, on_progress)
+    return records

@@ -20,12 +20,12 @@ from pairtune.data.table import PairTable
 from pairtune.engine.kernels import Kernels
 from pairtune.engine.processes import Processes
 from pairtune.engine.rounding import allowed_margin
-from pairtune.engine.summaries import TrialFailed, examples_of, mean_metrics, score
+from pairtune.engine.summaries import TrialFailed, estimate_in, examples_of, mean_metrics, score
 from pairtune.errors import RunFailed
 from pairtune.files import saved_fingerprint
 from pairtune.models.load import LoadedBase, blank_model, load_model, weights_fingerprint
 from pairtune.run.examples import ExampleRecord
-from pairtune.run.metrics import Evaluation
+from pairtune.run.metrics import Evaluation, evaluation_name
 from pairtune.run.paths import TrialPaths
 from pairtune.run.records import Rounding, TrialRecord
 
@@ -163,12 +163,14 @@ def record_evaluation(
     Raises:
         TrialFailed: a mean is not a finite number.
     """
-    means = mean_metrics(records)
+    examples = examples_of(inputs.validation, records)
+    means = mean_metrics(examples)
     if not all(math.isfinite(value) for value in (loss, *means.values())):
         raise TrialFailed(f"an evaluation metric of epoch {epoch} is not a finite number; lower the learning rate")
+    means |= {evaluation_name(name): value for name, value in estimate_in(records).items()}
     evaluation = Evaluation.model_validate({"epoch": epoch, "step": step, "loss": loss, **means})
     if inputs.processes.first:
-        examples_of(inputs.validation, records).write(paths.examples(epoch))
+        examples.write(paths.examples(epoch))
     if not result.epochs or score(evaluation, inputs.select) > score(result.best, inputs.select):
         result.best_epoch = epoch
         result.best_fingerprint = save()
@@ -220,6 +222,7 @@ def check_first_step(trial: TrialConfig, loss: float, margin: float, rounding: R
     room = trial.beta * allowed_margin(rounding) if rounding else 0.0
     plain = trial.loss == "sigmoid" and not trial.sft_weight
     if not abs(margin) <= room or (plain and not abs(loss - LN_2) <= 1e-6 + room):
+        expected = f"{LN_2:.6f} and 0" if plain else "a margin of 0"
         measured = (
             f"; on this machine a pair's margin differs by {trial.beta * rounding.between_rows:.6f} between rows "
             f"(root mean square, {rounding.pairs} pairs), so {room:.6f} is allowed"
@@ -228,7 +231,7 @@ def check_first_step(trial: TrialConfig, loss: float, margin: float, rounding: R
         )
         raise RunFailed(
             f"trial {trial.name}: the first step has loss {loss:.6f} and reward margin {margin:.6f} instead of "
-            f"{LN_2:.6f} and 0: policy and reference are not the same model at the start{measured}"
+            f"{expected}: policy and reference are not the same model at the start{measured}"
         )
 
 

@@ -133,8 +133,8 @@ def evaluate_pairs(
         base=candidate.base.source.name,
         data=rows,
         pairs=len(pairs),
-        metrics=EvaluationMetrics.model_validate(mean_metrics(records)),
-        intervals=metric_intervals(examples.metrics, examples.groups),
+        metrics=EvaluationMetrics.model_validate(mean_metrics(examples)),
+        intervals=metric_intervals(examples.metrics, examples.groups, examples.cases),
         examples=summarise_examples(examples),
     )
 

@@ -31,8 +31,8 @@ def render_inspection(found: Inspection) -> Group:
 def _parts(found: Inspection) -> Iterator[RenderableType]:
     yield Text(f"{found.source}: {found.format or 'unknown format'}", style="bold")
     dropped = sum(entry.rows for entry in found.dropped.values())
-    further = f" + {found.further:,} further pairs of these rows" if found.further else ""
-    yield Text(f"{plural(found.rows_in, 'row')}{further} = {plural(found.kept, 'pair')} + {dropped:,} dropped")
+    further = f" + {found.further:,} further {found.noun}s of these rows" if found.further else ""
+    yield Text(f"{plural(found.rows_in, 'row')}{further} = {plural(found.kept, found.noun)} + {dropped:,} dropped")
     if found.better:
         yield Text(f"the better answer: {found.better}")
     for reason, entry in sorted(found.dropped.items(), key=lambda named: -named[1].rows):
@@ -46,7 +46,8 @@ def _parts(found: Inspection) -> Iterator[RenderableType]:
         yield _lengths(found)
         longer = found.longer_wins
         low, high = longer.interval
-        yield Text(f'"the longer answer wins" is right for {longer.accuracy:.1%} of pairs ({low:.1%} to {high:.1%})')
+        of = "two answers of different kinds" if found.single else "pairs"
+        yield Text(f'"the longer answer wins" is right for {longer.accuracy:.1%} of {of} ({low:.1%} to {high:.1%})')
         yield _example(found.example)
     for finding in found.findings:
         yield Text(f"{finding.level}: {finding.message}", style=STYLES[finding.level])
@@ -82,6 +83,7 @@ def _example(example: DecodedPair) -> Panel:
     """One pair as the model sees it: the prompt is masked (dim), the answers carry the loss."""
     text = Text(example.prompt, style="dim")
     text.append(example.chosen, style="green")
-    text.append("\n… or, rejected:\n", style="italic")
+    if example.chosen and example.rejected:
+        text.append("\n… or, rejected:\n", style="italic")
     text.append(example.rejected, style="red")
     return Panel(text, title=f"{example.origin} as the model sees it", title_align="left", subtitle="dim: no loss")

@@ -75,7 +75,7 @@ def intervals(trial: Trial, epoch: int) -> dict[str, Interval]:
 
     def read() -> dict[str, Interval]:
         examples = Examples.read(file)
-        return metric_intervals(examples.metrics, examples.groups)
+        return metric_intervals(examples.metrics, examples.groups, examples.cases)
 
     try:
         found: dict[str, Interval] = _INTERVALS.get(file, read)

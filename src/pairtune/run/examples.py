@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self, cast
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pairtune.errors import BadInput, one_line
 from pairtune.files import replacing
 from pairtune.run.metrics import EXAMPLE_METRICS, KL
+from pairtune.run.records import AccuracyOf
 
 Numbers = NDArray[np.float64]
 PARTS = ("prompt", "chosen", "rejected")
@@ -29,6 +30,7 @@ ExampleRecord = dict[str, float]
 
 _TOKENS = "tokens/"
 _GROUP = "group"
+_ACCURACY_OF = "accuracy_of"
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Examples(_PairTable):
         groups: Sequence[int] | NDArray[np.int64],
         lengths: Mapping[str, pa.Array],
         records: Sequence[Mapping[str, float | None]],
+        accuracy_of: AccuracyOf = "pairs",
     ) -> Examples:
         """Build the table from the results of an evaluation, all in the order of the pairs.
 
@@ -88,12 +91,30 @@ class Examples(_PairTable):
             groups: group number of each pair.
             lengths: token counts of the pairs' parts, as `tokens/prompt` and so on.
             records: the metrics of each pair.
+            accuracy_of: what accuracies count; see `ExampleSummary`.
         """
         columns = {"origin": origins, _GROUP: pa.array(groups), **lengths}
         columns |= {name: pa.array([row[name] for row in records], pa.float64()) for name in EXAMPLE_METRICS}
         if any(KL in row for row in records):
             columns[KL] = pa.array([row[KL] for row in records], pa.float64())
-        return cls(pa.table(columns))
+        return cls(pa.table(columns, metadata={_ACCURACY_OF: accuracy_of}))
+
+    @property
+    def accuracy_of(self) -> AccuracyOf:
+        """What accuracies count: pairs, or single answers within prompts or among all of the evaluation."""
+        kept = (self.table.schema.metadata or {}).get(_ACCURACY_OF.encode(), b"pairs").decode()
+        return cast(AccuracyOf, kept)
+
+    @property
+    def unpaired(self) -> bool:
+        """Whether these are single answers; then what is defined for the other kind of answers is missing."""
+        return self.accuracy_of != "pairs"
+
+    @property
+    def cases(self) -> int | None:
+        """Of single answers, the number of those of the rarer kind; None for pairs."""
+        good = int((self.tokens("chosen") > 0).sum())
+        return min(good, len(self) - good) if self.unpaired else None
 
     @property
     def groups(self) -> NDArray[np.int64] | None:
@@ -106,8 +127,24 @@ class Examples(_PairTable):
 
     @cached_property
     def metrics(self) -> Numbers:
-        """All of EXAMPLE_METRICS, [pairs, metrics]."""
-        return np.stack([self.metric(name) for name in EXAMPLE_METRICS], axis=1)
+        """All of EXAMPLE_METRICS, [pairs, metrics], for statistics.
+
+        Of single answers, each value is what the answer contributes to the metric of the whole evaluation, of which a
+        plain mean is taken like that over pairs: see `contributions`.
+        """
+        values = [self.metric(name) for name in EXAMPLE_METRICS]
+        if self.unpaired:
+            desirable = self.tokens("chosen") > 0
+            # Of metrics of one kind only that kind has values; margins and the area under the curve are a sum and a
+            # mean over both kinds.
+            kinds: dict[str, Literal["sum", "mean"]] = {"rewards/margins": "sum", "logps/margins_per_token": "sum"}
+            if self.accuracy_of == "auc":
+                kinds["rewards/accuracies"] = "mean"
+            values = [
+                each if name == "loss" else contributions(each, desirable, kinds.get(name, "known"))
+                for name, each in zip(EXAMPLE_METRICS, values, strict=True)
+            ]
+        return np.stack(values, axis=1)
 
     @property
     def has_kl(self) -> bool:
@@ -162,3 +199,27 @@ class PairIndex(_PairTable):
 
 def _array(column: pa.ChunkedArray) -> NDArray[np.int64]:
     return np.asarray(column.to_numpy())
+
+
+def contributions(values: Numbers, desirable: NDArray[np.bool_], how: Literal["known", "sum", "mean"]) -> Numbers:
+    """What each single answer contributes to a metric: values whose mean is the metric, and whose spread is its own.
+
+    The metric is a mean over some of the answers, or the sum or mean of the means over both kinds, of which there may
+    be different numbers. A plain mean of the contributions equals it, and the variance of that mean is the metric's, so
+    that intervals and tests for means hold (for the area under the ROC curve, DeLong, DeLong and Clarke-Pearson 1988).
+
+    Args:
+        values: [answers]; NaN where the metric is not defined.
+        desirable: the kind of each answer, [answers].
+        how: the mean over the answers with values, or the sum or mean of those over either kind.
+
+    Returns:
+        [answers]
+    """
+    kinds = [~np.isnan(values)] if how == "known" else [desirable, ~desirable]
+    means = [values[kind].mean() for kind in kinds if kind.any()]
+    metric = float(np.mean(means) if how == "mean" else np.sum(means))
+    found = np.full(len(values), metric)
+    for kind, mean in zip([kind for kind in kinds if kind.any()], means, strict=True):
+        found[kind] += len(values) / kind.sum() * (values[kind] - mean)
+    return found

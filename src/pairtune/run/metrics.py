@@ -29,6 +29,9 @@ EXAMPLE_METRICS = (
 )
 # Only in some evaluations: KL divergence from the base model (nats per token), measured on the first pairs only.
 KL = "kl"
+# Only for KTO: its estimate of the KL divergence from the reference model, nats per answer (TRL's `kl`); one for each
+# training batch, and one for an evaluation.
+KL_ESTIMATE = "kl_estimate"
 _EVALUATION = "eval_"
 
 

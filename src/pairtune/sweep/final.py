@@ -55,8 +55,8 @@ def evaluate_test(
             epoch=selection.best_epoch,
             selection_sha256=hash_file(run.paths.selection),
             pairs=len(pairs),
-            metrics=EvaluationMetrics.model_validate(mean_metrics(records)),
-            intervals=metric_intervals(examples.metrics, examples.groups),
+            metrics=EvaluationMetrics.model_validate(mean_metrics(examples)),
+            intervals=metric_intervals(examples.metrics, examples.groups, examples.cases),
             against_base=against_base(examples.metrics, examples.groups),
             examples=summarise_examples(examples),
         )

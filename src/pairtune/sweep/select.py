@@ -53,6 +53,7 @@ def select_best(
     rule: Select,
     wins: Mapping[str, Sequence[float]] | None = None,
     groups: Groups | None = None,
+    cases: int | None = None,
 ) -> Selection:
     """Rank the trials by their best epochs, and test whether the ranking is more than noise.
 
@@ -65,6 +66,7 @@ def select_best(
         rule: the selection rule.
         wins: for the rule fewer_faults, each ranked trial's score against the base model per prompt: 1, a half or 0.
         groups: the group of each validation pair, [pairs]; pairs of one conversation share a group.
+        cases: of single answers, the number of those of the rarer kind.
 
     Returns:
         The choice, without the fingerprint of the weights, which `install_best` adds.
@@ -110,7 +112,7 @@ def select_best(
         verdict=_verdict(winner, comparisons, compared_by, noun, count, no_two_differ=no_two_differ),
         settled=all(entry.differs for entry in comparisons),
         warnings=[*_warnings(ranked, rule, pairs), *([] if wins is None else [_CHOSEN_BY])],
-        ranking=[_ranked(result, records[result.trial.name], groups) for result in ranked],
+        ranking=[_ranked(result, records[result.trial.name], groups, cases) for result in ranked],
         comparisons=comparisons,
     )
 
@@ -189,12 +191,12 @@ def _one_scale(results: Sequence[TrialRecord], rule: Select) -> bool:
     return all(len({getattr(result.trial, name) for result in results}) == 1 for name in settings)
 
 
-def _ranked(result: TrialRecord, records: Numbers, groups: Groups | None) -> RankedTrial:
+def _ranked(result: TrialRecord, records: Numbers, groups: Groups | None, cases: int | None) -> RankedTrial:
     return RankedTrial(
         name=result.name,
         best_epoch=result.best.epoch,
         metrics=result.best,
-        intervals=metric_intervals(records, groups),
+        intervals=metric_intervals(records, groups, cases),
         against_base=against_base(records, groups),
     )
 

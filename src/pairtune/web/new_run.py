@@ -47,7 +47,8 @@ PARTS = {
     "rejected": "the worse answer",
     "answer_a": "answer A",
     "answer_b": "answer B",
-    "label": "says which answer is better",
+    "completion": "the only answer, for kto or bco",
+    "label": "says which answer is better, or whether the only one is good",
     "score_a": "score of answer A",
     "score_b": "score of answer B",
     "answers": "a list of answers",
@@ -214,7 +215,7 @@ def _sources(made: Draft, lines: str) -> list[dict[str, Any]]:
 
 def _problem(made: Draft) -> str:
     """Why the data's first rows cannot be read as they are; empty if they can."""
-    reading = Reading(made.columns, confirmed=made.confirmed)
+    reading = Reading(made.columns, confirmed=made.confirmed, wanted="either")
     for source in (*_sources(made, made.source), *_sources(made, made.held_out)):
         try:
             SourceReader.open(SourceConfig(**source), "--data", reading, None).probe()

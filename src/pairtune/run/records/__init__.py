@@ -48,6 +48,7 @@ from pairtune.run.records.lineage_record import Beginning, Lineage, Parent
 from pairtune.run.records.progress_record import Progress
 from pairtune.run.records.regression_records import RegressedPair, Regressions
 from pairtune.run.records.selection_records import (
+    AccuracyOf,
     AgainstBase,
     Comparison,
     ExampleSummary,
@@ -81,6 +82,7 @@ RECORDS: tuple[type[Record], ...] = (
 __all__ = [
     "LEVELS",
     "RECORDS",
+    "AccuracyOf",
     "AgainstBase",
     "Answer",
     "AnswerSummary",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pairtune.config import Select
 from pairtune.run.metrics import Evaluation, EvaluationMetrics
@@ -17,19 +17,26 @@ class Share(Part):
     pairs: int
 
 
+AccuracyOf = Literal["pairs", "prompts", "auc"]
+
+
 class ExampleSummary(Part):
     """Statistics over an evaluation's pairs, besides the means of its metrics.
 
     Attributes:
-        longer_wins: how often "the longer answer is the better one" is right; equal lengths count half.
+        longer_wins: how often "the longer answer is the better one" is right; equal lengths count half. Of single
+            answers, every desirable one is compared with every undesirable one.
         accuracy_longer_chosen: the model's accuracy on pairs whose chosen answer is longer.
         accuracy_shorter_chosen: the model's accuracy on pairs whose chosen answer is shorter.
+        accuracy_of: what the accuracy counts: pairs; or two single answers of different kinds, to one prompt or to any
+            (auc: the area under the ROC curve).
         kl: KL divergence from the base model in nats per token, if it was measured.
     """
 
     longer_wins: Share
     accuracy_longer_chosen: Share
     accuracy_shorter_chosen: Share
+    accuracy_of: AccuracyOf = "pairs"
     kl: Share | None = None
 
 
