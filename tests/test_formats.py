@@ -324,7 +324,7 @@ def test_single_answers_are_read_for_unpaired_losses(name, row, good):
     text = "No." if "WebUI" in name and not good else "A carp."
     assert pair.chosen + pair.rejected == text
     assert pair.conversational() == {"prompt": ASKED, "completion": [assistant(text)], "label": good}
-    with pytest.raises(BadRow, match="one answer with a label: add --loss kto"):
+    with pytest.raises(BadRow, match="one answer with a label, which --loss kto or bco"):
         parse_row(row(good), "file:1")
 
 

@@ -54,6 +54,29 @@ def test_data_that_is_missing_is_told_at_once_at_its_field(any_page, site, tiny_
     expect(field.locator(".fault")).to_have_text("Choose a file, or write where the data is.")
 
 
+def test_a_file_of_thumbs_gets_the_loss_that_it_needs(page, site, runs, tiny_model):
+    rows = [half.conversational() for number in range(60, 72) for half in make_pair(number).halves()[number % 2 :]]
+    file = runs.parent / "thumbs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    choose(page, site, tiny_model, str(file))
+    expect(page.locator("#check")).to_contain_text("18 answers from 18 rows of TRL unpaired", timeout=PATIENCE)
+    expect(page.locator("#check pre").first).to_contain_text("desirable: Yes, 60 of them.")
+    expect(page.locator("[name=loss]")).to_have_value("kto")
+    start_run(page, "thumbs")
+    expect(page.locator("tr", has=page.locator("a[href$='/runs/thumbs/']"))).to_contain_text(
+        "finished", timeout=PATIENCE
+    )
+    page.goto(f"{site.url}/runs/thumbs/")
+    expect(page.locator("main")).to_contain_text(
+        "comparisons of a desirable with an undesirable answer", timeout=PATIENCE
+    )
+    expect(page.locator("#hurt")).to_contain_text("the model moved against the label", timeout=PATIENCE)
+    page.goto(f"{site.url}/runs/thumbs/pairs/")
+    expect(page.locator(".pair h2").first).to_have_text(re.compile("Desirable|Undesirable"))
+    page.locator(".pair").first.get_by_role("button", name="Wrong way round").click()
+    expect(page.locator(".pair").first).to_contain_text("label turned round in a run with these marks")
+
+
 def test_wrong_settings_are_told_at_their_fields_in_plain_words(any_page, site, runs, tiny_model):
     page = any_page
     choose(page, site, tiny_model, str(write_pairs(runs.parent / "plain.jsonl", range(60, 72))))

@@ -217,3 +217,14 @@ def test_no_real_conversation_stands_in_two_splits(name):
     for flat, split in whole.items():
         for end in range(1, len(flat)):
             assert whole.get(flat[:end], split) == split
+
+
+@given(st.lists(st.booleans(), min_size=8, max_size=60), st.integers(0, 20))
+def test_splits_of_single_answers_have_both_kinds_where_there_are_enough(kinds, seed):
+    prompts = [prompt(f"Question {number} about something else entirely?") for number in range(len(kinds))]
+    splits = draw_splits(prompts, (0.1, 0.1), seed, None, kinds)
+    held_out = sum(split > 0 for split in draw_splits(prompts, (0.1, 0.1), seed))
+    assert held_out <= sum(split > 0 for split in splits) <= held_out + 2
+    of_split = [{kind for kind, of in zip(kinds, splits, strict=True) if of == split} for split in (0, 1, 2)]
+    if min(kinds.count(True), kinds.count(False)) > held_out + 2:
+        assert of_split == [{True, False}] * 3

@@ -209,7 +209,9 @@ class _Training(_Strict):
     """The settings of a trial besides its learning rate and beta."""
 
     epochs: PositiveInt = setting(3, "Passes over the training pairs.", "small sets of pairs need a few", group=COMMON)
-    batch_size: PositiveInt = setting(2, "Pairs per optimizer step.", "fits a 6 GB card", group=COMMON)
+    batch_size: PositiveInt = setting(
+        2, "Pairs, or single answers, per optimizer step.", "fits a 6 GB card", group=COMMON
+    )
     method: Method = setting(
         "lora",
         "Train LoRA adapters, or all weights.",

@@ -257,7 +257,7 @@ def _train(
     shared = f" in {processes.count} processes" if processes.count > 1 else ""
     console.print(
         f"{plural(search.count, 'trial')}, {len(data.train):,} training and "
-        f"{plural(len(data.validation), 'validation pair')}, "
+        f"{plural(len(data.validation), 'validation answer' if config.unpaired else 'validation pair')}, "
         f"{str(base.dtype).removeprefix('torch.')} on {base.device.type}{shared}",
         highlight=False,
     )

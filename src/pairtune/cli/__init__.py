@@ -31,7 +31,7 @@ from pairtune.extras import require
 from pairtune.flags import WithSettings, WithSettingsHelp
 
 if TYPE_CHECKING:
-    from pairtune.config import RunConfig
+    from pairtune.config import RunConfig, Wanted
     from pairtune.run.folder import Run
 
 # The base class of usage errors. Typer bundles its own copy of click and exports only some of its exceptions.
@@ -299,12 +299,13 @@ def evaluate(
     check_choice("--dtype", dtype, ("auto", "float32", "bfloat16"))
     if not 0 < beta < float("inf"):
         raise BadInput(f"--beta: must be greater than 0, not {beta:g}")
-    reader = open_reader(data, reading_of(columns, pairs, min_gap, yes), limit, "--data")
+    open_reader(data, reading_of(columns, pairs, min_gap, yes, "either"), limit, "--data")  # before anything slow
 
     import tempfile
 
     from rich.console import Console
 
+    from pairtune.config import UNPAIRED
     from pairtune.evaluate.judges import open_judge
     from pairtune.evaluate.model import answer_prompts, evaluate_pairs, open_candidate, read_pairs
     from pairtune.report.render_evaluation import render_evaluation
@@ -313,6 +314,8 @@ def evaluate(
     console = Console(stderr=True)
     judging = open_judge(judge, judge_model)
     candidate = open_candidate(target, base, beta, dtype)
+    wanted: Wanted = "single answers" if candidate.saved.objective.loss in UNPAIRED else "pairs"
+    reader = open_reader(data, reading_of(columns, pairs, min_gap, yes, wanted), limit, "--data")
     with tempfile.TemporaryDirectory(prefix="pairtune-") as folder:
         with console.status("reading pairs") as status:
             read, rows = read_pairs(candidate, reader, on_bad_row, Path(folder))  # type: ignore[arg-type]

@@ -113,19 +113,21 @@ def with_votes(resolved: Resolved) -> Resolved:
     """The settings with the source `votes` replaced by a file of today's pairs, which later votes don't change."""
     from pairtune.resolve_config import Resolved
 
-    changed = {}
+    changed, single = {}, resolved.config.unpaired
     for name in ("data", "eval_data", "test_data"):
         sources = getattr(resolved.config, name) or []
         if any(source.source == VOTES for source in sources):
             changed[name] = [
-                each.model_copy(update={"source": str(frozen_votes(name))}) if each.source == VOTES else each
+                each.model_copy(update={"source": str(frozen_votes(name, single=single))})
+                if each.source == VOTES
+                else each
                 for each in sources
             ]
     return Resolved(resolved.config.model_copy(update=changed), resolved.origins) if changed else resolved
 
 
-def frozen_votes(name: str) -> Path:
-    """A file of the pairs that today's votes give; `name` is the setting that asks for them.
+def frozen_votes(name: str, *, single: bool = False) -> Path:
+    """A file of the pairs, or the single answers, that today's votes give; `name` is the setting that asks for them.
 
     Raises:
         BadInput: no vote gives a pair.
@@ -136,13 +138,15 @@ def frozen_votes(name: str) -> Path:
     open_database()
     from pairtune.web.ballots import snapshot
 
-    path, found = snapshot()
-    told = "".join(f", {count} {reason}" for reason, count in found.reasons)
-    typer.echo(f"{VOTES}: {plural(len(found.pairs), 'pair')} of {plural(len(found.votes), 'vote')}{told}", err=True)
-    if not found.pairs:
+    path, found = snapshot(single=single)
+    told = "" if single else "".join(f", {count} {reason}" for reason, count in found.reasons)
+    rows = plural(len(found.labels), "answer") if single else plural(len(found.pairs), "pair")
+    typer.echo(f"{VOTES}: {rows} of {plural(len(found.votes), 'vote')}{told}", err=True)
+    if not (found.labels if single else found.pairs):
+        wanted, how = ("an answer", "press a thumb") if single else ("a pair", "prefer answers")
         raise BadInput(
-            f"--{name.replace('_', '-')} {VOTES}: no vote gives a pair yet; vote in the arena (pairtune serve), or "
-            "prefer answers in a chat"
+            f"--{name.replace('_', '-')} {VOTES}: no vote gives {wanted} yet; vote in the arena (pairtune serve), or "
+            f"{how} in a chat"
         )
     typer.echo(f"{VOTES}: kept as {path}", err=True)
     return path

@@ -281,7 +281,9 @@ class _Preparation:
         shares = (self.config.validation_share, 0.0 if self.config.test_data else self.config.test_share)
         splits = [each.part.split or TRAIN for each in self.kept]
         prompts = [self.kept[n].prompt for n in drawn]
-        for number, split in zip(drawn, draw_splits(prompts, shares, self.config.seed, self.known), strict=True):
+        kinds = [self.kept[n].desirable for n in drawn] if self.config.unpaired else []
+        drawn_splits = draw_splits(prompts, shares, self.config.seed, self.known, kinds)
+        for number, split in zip(drawn, drawn_splits, strict=True):
             splits[number] = split
         if self.config.test_data:
             self._drop_leaks(splits)

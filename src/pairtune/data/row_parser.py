@@ -155,7 +155,8 @@ class RowParser:
             raise BadRow(
                 "not a pair",
                 "",
-                "has one answer with a label: add --loss kto or --loss bco to learn from it, or give two answers a row",
+                "has one answer with a label, which --loss kto or bco learn from; add one of them, or give two answers "
+                "a row",
             )
         content = known.read(row)
         self.format = known

@@ -21,6 +21,7 @@ from pairtune.errors import BadInput
 from pairtune.files import fingerprint
 
 if TYPE_CHECKING:
+    from pairtune.data.formats import Format
     from pairtune.data.tokens import TokenizedPair
 
 _BATCH = 512
@@ -69,15 +70,18 @@ class SourceReader:
         found = self.source.fingerprint()
         return fingerprint([found, self.edits.model_dump_json()]) if self.edits else found
 
-    def probe(self, on_bad_row: OnBadRow = "skip") -> None:
+    def probe(self, on_bad_row: OnBadRow = "skip") -> Format | None:
         """Read the first rows of a local source, so that what cannot be read is refused before anything else starts.
+
+        Returns:
+            Their format; None if there is no row, or the source is not local.
 
         Raises:
             BadInput: the rows are in no known format, the named columns cannot be used, or one of the rows is faulty
                 and `on_bad_row` is stop.
         """
         if self.source.hub:
-            return
+            return None
         head = list(islice(self.source.rows(self.limit), HEAD))
         parser = RowParser(self.parser.reading, self.config.source)
         parser.prepare([row.content for row in head], self._values, self.where)
@@ -86,6 +90,7 @@ class SourceReader:
         if on_bad_row == "stop" and self.parser.reading.prompts is None:  # else fewer rows are read
             for row, result in results:
                 stop_at(row, result)
+        return parser.format
 
     def parsed(self) -> Iterator[Parsed]:
         """Each row with its pair, or with the reason why it has none; a row may give further pairs."""

@@ -167,7 +167,11 @@ def group_prompts(prompts: Sequence[Prompt]) -> list[int]:
 
 
 def draw_splits(
-    prompts: Sequence[Prompt], shares: Sequence[float], seed: int, known: Mapping[int, int] | None = None
+    prompts: Sequence[Prompt],
+    shares: Sequence[float],
+    seed: int,
+    known: Mapping[int, int] | None = None,
+    kinds: Sequence[bool] = (),
 ) -> list[int]:
     """Draw groups of prompts for splits 1, 2, …; the rest is split 0.
 
@@ -180,6 +184,8 @@ def draw_splits(
         shares: the shares of the groups for splits 1, 2, …
         seed: a different seed draws different groups.
         known: the splits of the prompts of earlier rounds, by hash.
+        kinds: of single answers, whether each is desirable. A split of one kind gets a group with the other kind too,
+            if split 0 keeps one.
 
     Returns:
         The split of each prompt.
@@ -200,7 +206,32 @@ def draw_splits(
         count = min(max(0, wanted), max(0, len(drawn) - start - (not trained)))
         split_of |= dict.fromkeys(drawn[start : start + count], split)
         start += count
+        if kinds and count:
+            more = _missing_kinds(split, split_of, drawn[start:], _kinds_of(groups, kinds))
+            split_of |= dict.fromkeys(more, split)
+            drawn = [group for group in drawn if group not in more]
     return [split_of.get(group, 0) for group in groups]
+
+
+def _kinds_of(groups: Sequence[int], kinds: Sequence[bool]) -> dict[int, set[bool]]:
+    """The kinds of answers in each group."""
+    found: dict[int, set[bool]] = {}
+    for group, kind in zip(groups, kinds, strict=True):
+        found.setdefault(group, set()).add(kind)
+    return found
+
+
+def _missing_kinds(
+    split: int, split_of: Mapping[int, int], left: Sequence[int], kinds: Mapping[int, set[bool]]
+) -> list[int]:
+    """The first groups left with the kinds of answers that a split lacks, unless they are the last of a kind."""
+    more: list[int] = []
+    for kind in (True, False):
+        inside = [*(group for group, of in split_of.items() if of == split), *more]
+        having = [group for group in left if kind in kinds[group] and group not in more]
+        if not any(kind in kinds[group] for group in inside) and len(having) > 1:
+            more.append(having[0])
+    return more
 
 
 def _stay(prompts: Sequence[Prompt], groups: Sequence[int], known: Mapping[int, int]) -> dict[int, int]:

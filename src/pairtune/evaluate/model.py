@@ -108,7 +108,7 @@ def read_pairs(
     if not count.kept:
         reasons = ", ".join(f"{rows} {reason}" for reason, rows in count.dropped.items()) or "it is empty"
         raise BadInput(f"{count.source}: no pair is left ({reasons})")
-    return PairTable.open(path), count.account()
+    return PairTable.open(path, max_length=candidate.max_length), count.account()
 
 
 def evaluate_pairs(

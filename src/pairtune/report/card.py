@@ -50,7 +50,7 @@ def _body(run: ReportData, repository: str, what: str) -> str:
 {_loading(repository, what)}
 
 - Base model: {run.base_name}; licence: {base.license or "unknown, look it up before you publish"}
-{_lineage(run)}- Preference pairs: {sources}; licence: {_data_licence(run)}
+{_lineage(run)}- Preference {run.selection.noun}s: {sources}; licence: {_data_licence(run)}
 - Limits: it was trained to prefer one answer over another. It learned no facts, and safety only as far as the pairs
   teach it.
 """
@@ -113,7 +113,7 @@ def _results(run: ReportData) -> Iterator[EvalResult]:
             task_type=_TASK[0],
             task_name=_TASK[1],
             dataset_type=name,
-            dataset_name=f"{name} ({pairs} {split} pairs)",
+            dataset_name=f"{name} ({pairs} {split} {run.selection.noun}s)",
             dataset_split=split,
             metric_type=kind,
             metric_name=title,

@@ -60,7 +60,7 @@ def render_evaluation(found: EvaluationReport) -> RenderableType:
     dropped = "".join(f", {count:,} dropped: {reason}" for reason, count in rows.dropped.items())
     parts: list[RenderableType] = [
         Text(f"{found.model} against {found.base}", style="bold"),
-        Text(f"{rows.source}: {plural(rows.rows_in, 'row')}, {plural(rows.kept, 'pair')}{dropped}\n"),
+        Text(f"{rows.source}: {plural(rows.rows_in, 'row')}, {plural(rows.kept, found.examples.noun)}{dropped}\n"),
         _preferences(found),
     ]
     if found.answers:
@@ -69,7 +69,9 @@ def render_evaluation(found: EvaluationReport) -> RenderableType:
 
 
 def _preferences(found: EvaluationReport) -> Table:
-    table = Table(title=f"Preferences on {plural(found.pairs, 'pair')}, with 95% intervals", title_justify="left")
+    table = Table(
+        title=f"Preferences on {plural(found.pairs, found.examples.noun)}, with 95% intervals", title_justify="left"
+    )
     table.add_column("")
     table.add_column("", justify="right")
     for title, metric in _SHOWN:
@@ -83,7 +85,9 @@ def _preferences(found: EvaluationReport) -> Table:
     for title, share in shares:
         if share and share.value is not None:
             low, high = share.interval
-            table.add_row(title, f"{share.value:.3f} [{low:.3f}, {high:.3f}], {plural(share.pairs, 'pair')}")
+            table.add_row(
+                title, f"{share.value:.3f} [{low:.3f}, {high:.3f}], {plural(share.pairs, found.examples.noun)}"
+            )
     return table
 
 

@@ -73,8 +73,9 @@ def render_trial(record: TrialRecord, *, winner: bool) -> RenderableType:
 
 def render_selection(selection: Selection) -> RenderableType:
     """The ranking with its intervals, the winner and why, and whether the data supports the selection."""
+    evaluated = plural(selection.validation_pairs, f"validation {selection.noun}")
     table = Table(
-        title=f"Best epochs on {plural(selection.validation_pairs, 'validation pair')}, with 95% intervals",
+        title=f"Best epochs on {evaluated}, with 95% intervals",
         title_justify="left",
         title_style="bold",
     )
@@ -108,7 +109,7 @@ def render_test(test: TestRecord) -> RenderableType:
     )
     better = "better than the base" if test.against_base.better else "not shown to be better than the base"
     return Text.assemble(
-        (f"Test on {plural(test.pairs, 'pair')} not used for training or selection\n", "bold"),
+        (f"Test on {plural(test.pairs, test.examples.noun)} not used for training or selection\n", "bold"),
         f"  {test.trial}, epoch {test.epoch}: {numbers}; {better} ({p_value(test.against_base.p)})\n",
     )
 

@@ -167,7 +167,8 @@ class ReportData:
     def lengths(self) -> dict[str, Lengths]:
         """Token counts of the parts of the training pairs."""
         train = self.index.of_split("train")
-        parts = {name: train.tokens(name) for name in PARTS}
+        # Of single answers, one side has no tokens.
+        parts = {name: values[values > 0] for name in PARTS if (values := train.tokens(name)).any()}
         return {
             name: Lengths(float(np.median(values)), float(np.percentile(values, 95))) for name, values in parts.items()
         }
@@ -197,8 +198,9 @@ class ReportData:
     def headline(self) -> list[str]:
         """The run in a few sentences: what was tried, where it started, what won and how certain that is, the test."""
         selection, train_pairs = self.selection, self.data.splits["train"].pairs
+        trained = "preference pair" if selection.noun == "pair" else "single answer"
         said = [
-            f"{plural(len(self.trials), 'trial')} tuning {self.base_name} on {plural(train_pairs, 'preference pair')} "
+            f"{plural(len(self.trials), 'trial')} tuning {self.base_name} on {plural(train_pairs, trained)} "
             f"({self.config.method}, {self.config.loss} loss).",
             f"Winner by {selection.metric}: {self.winner.label}, epoch {selection.best_epoch} "
             f"({selection.value:.4f}); {selection.verdict}.",
@@ -210,9 +212,9 @@ class ReportData:
             against = self.test.against_base
             better = "better than the base" if against.better else "not shown to be better than the base"
             said.append(
-                f"On {plural(self.test.pairs, 'test pair')}, not used for training or selection, the winner's "
-                f"accuracy is {self.test.metrics.accuracy:.0%} (95% interval {low:.0%} to {high:.0%}); it is {better} "
-                f"({p_value(against.p)})."
+                f"On {plural(self.test.pairs, f'test {selection.noun}')}, not used for training or selection, the "
+                f"winner's accuracy is {self.test.metrics.accuracy:.0%} (95% interval {low:.0%} to {high:.0%}); it is "
+                f"{better} ({p_value(against.p)})."
             )
         return said
 

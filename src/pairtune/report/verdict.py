@@ -91,8 +91,9 @@ def learned(run: Run) -> str:
     bias = ""
     if longer and longer.value is not None and not longer.interval[0] <= 0.5 <= longer.interval[1]:
         which, share = ("longer", longer.value) if longer.value > 0.5 else ("shorter", 1 - longer.value)
-        bias = f", where the {which} answer is preferred in {share:.0%} of the held-out pairs"
-    said = f"{of}, tuned on {plural(data.splits['train'].pairs, 'pair')} of {names}{bias}"
+        compared = selection.measured.compared if selection.measured else "pairs"
+        bias = f", where the {which} answer is preferred in {share:.0%} of the held-out {compared}"
+    said = f"{of}, tuned on {plural(data.splits['train'].pairs, selection.noun)} of {names}{bias}"
     if lengths := _lengths(run.generations, selection.winner):
         before, after = lengths
         said += f": its answers now have {after:.0f} tokens instead of {before:.0f} (medians)"
@@ -167,7 +168,10 @@ def _measured(run: Run, selection: Selection) -> tuple[TestRecord | RankedTrial,
 def _better(run: Run, selection: Selection) -> str:
     measured, count = _measured(run, selection)
     accuracy, against = measured.metrics.accuracy, measured.against_base
-    pairs = f"{plural(count, 'pair')} that {'it never saw' if run.test else 'chose it'}"
+    pairs = f"{plural(count, selection.noun)} that {'it never saw' if run.test else 'chose it'}"
+    summary = run.test.examples if run.test else selection.measured
+    if summary and summary.accuracy_of != "pairs":
+        pairs = f"the {summary.compared}, among {pairs}"
     if against.better and accuracy > 0.5:
         return f"Better than its base on {accuracy:.0%} of {pairs}"
     if against.better:
@@ -186,7 +190,7 @@ def _told_apart(run: Run, selection: Selection) -> str:
     first = open_ones[0]
     said = f"; {_both(run, selection.winner, first.name)} cannot be told apart"
     if first.pairs_needed:
-        noun = "prompts" if selection.rule == "fewer_faults" else "pairs"
+        noun = "prompts" if selection.rule == "fewer_faults" else f"{selection.noun}s"
         said += f": that would take about {first.pairs_needed:,} {noun}"
     return said
 
@@ -205,7 +209,15 @@ def _both(run: Run, one: str, other: str) -> str:
 
 def _numbers(run: Run, selection: Selection) -> list[BigNumber]:
     measured, pairs = _measured(run, selection)
-    of = "test pairs, evaluated once" if run.test else "validation pairs, which also chose the winner"
+    noun = selection.noun
+    of = f"test {noun}s, evaluated once" if run.test else f"validation {noun}s, which also chose the winner"
+    summary = run.test.examples if run.test else selection.measured
+    share = f"share of {pairs:,} {of}, on which tuning moved the model towards the preferred answer; chance is 50%"
+    if summary and summary.accuracy_of != "pairs":
+        share = (
+            f"share of the {summary.compared} in which tuning favours the desirable one, among {pairs:,} {of}; chance "
+            "is 50%"
+        )
     accuracy, (low, high) = measured.metrics.accuracy, measured.intervals["eval_rewards/accuracies"]
     margin, (least, most) = measured.metrics.margin, measured.intervals["eval_rewards/margins"]
     found = [
@@ -213,13 +225,13 @@ def _numbers(run: Run, selection: Selection) -> list[BigNumber]:
             "Preference accuracy",
             f"{accuracy:.0%}",
             f"{low:.0%} to {high:.0%}",
-            f"share of {pairs:,} {of}, on which tuning moved the model towards the preferred answer; chance is 50%",
+            share,
         ),
         BigNumber(
             "Reward margin",
             f"{margin:.2f}",
             f"{least:.2f} to {most:.2f}",
-            f"mean over the same pairs; the base's is 0 ({p_value(measured.against_base.p)})",
+            f"mean over the same {noun}s; the base's is 0 ({p_value(measured.against_base.p)})",
         ),
     ]
     if lengths := _lengths(run.generations, selection.winner):

@@ -86,7 +86,8 @@ def select_best(
     )
     winner, pairs = ranked[0], len(records[ranked[0].trial.name])
     value = values[winner.trial.name]
-    noun, count = ("pair", pairs) if wins is None else ("prompt", len(wins[winner.trial.name]))
+    thing = "pair" if cases is None else "answer"
+    noun, count = (thing, pairs) if wins is None else ("prompt", len(wins[winner.trial.name]))
     why = (
         f"{winner.trial.name}, epoch {winner.best_epoch}: {'highest' if more_is_better else 'lowest'} {metric} "
         f"({value:.4f}) of {plural(sum(len(result.epochs) for result in ranked), 'evaluation')} of "
@@ -111,7 +112,7 @@ def select_best(
         why=why,
         verdict=_verdict(winner, comparisons, compared_by, noun, count, no_two_differ=no_two_differ),
         settled=all(entry.differs for entry in comparisons),
-        warnings=[*_warnings(ranked, rule, pairs), *([] if wins is None else [_CHOSEN_BY])],
+        warnings=[*_warnings(ranked, rule, pairs, thing), *([] if wins is None else [_CHOSEN_BY])],
         ranking=[_ranked(result, records[result.trial.name], groups, cases) for result in ranked],
         comparisons=comparisons,
     )
@@ -249,7 +250,7 @@ def _verdict(
     return f"{winner.trial.name} cannot be told apart from {names} by {data}; {settle}"
 
 
-def _warnings(results: Sequence[TrialRecord], rule: Select, validation_pairs: int) -> list[str]:
+def _warnings(results: Sequence[TrialRecord], rule: Select, validation_pairs: int, thing: str) -> list[str]:
     warnings = []
     if not _one_scale(results, rule):
         by_accuracy = sorted(results, key=lambda result: score(result.best, "accuracy"), reverse=True)
@@ -261,6 +262,6 @@ def _warnings(results: Sequence[TrialRecord], rule: Select, validation_pairs: in
             f"accuracy: {order}"
         )
     if validation_pairs < _FEW_PAIRS:
-        few = plural(validation_pairs, "validation pair")
+        few = plural(validation_pairs, f"validation {thing}")
         warnings.append(f"only {few}: too few to tell trials apart; provide {_FEW_PAIRS} or more")
     return warnings

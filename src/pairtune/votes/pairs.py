@@ -50,15 +50,15 @@ class Harvest:
         """Why votes gave no pair, the most frequent reason first."""
         return [(reason, count) for reason, count in self.left_out.most_common() if count]
 
-    def write_pairs(self, path: Path) -> None:
-        """Write the pairs as JSON lines."""
+    def write_rows(self, path: Path, *, single: bool = False) -> None:
+        """Write the pairs, or the single answers with their labels, as JSON lines."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, _lines(self.pairs))
+        write_atomic(path, _lines(self.labels if single else self.pairs))
 
     def write(self, folder: Path) -> None:
         """Write `pairs.jsonl`, `unpaired.jsonl`, `votes.jsonl` and the account, `votes.json`, into a folder."""
-        self.write_pairs(folder / "pairs.jsonl")
-        write_atomic(folder / "unpaired.jsonl", _lines(self.labels))
+        self.write_rows(folder / "pairs.jsonl")
+        self.write_rows(folder / "unpaired.jsonl", single=True)
         write_atomic(folder / "votes.jsonl", _lines([vote.model_dump(mode="json") for vote in self.votes]))
         write_json(folder / "votes.json", self.account())
 

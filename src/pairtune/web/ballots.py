@@ -166,8 +166,11 @@ def _harvest_of(state: _State) -> Harvest:
     return harvest(_votes_of(state))
 
 
-def snapshot() -> tuple[Path, Harvest]:
+def snapshot(*, single: bool = False) -> tuple[Path, Harvest]:
     """Freeze the pairs of all votes in a file, which a run trains on and which later votes do not change.
+
+    Args:
+        single: for an unpaired loss: single answers with their labels, thumbs too, instead of pairs.
 
     Returns:
         The file, and what became of the votes.
@@ -175,5 +178,5 @@ def snapshot() -> tuple[Path, Harvest]:
     found = current_harvest()
     folder = settings.PAIRTUNE_SITE / "votes"
     path = folder / f"votes-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}.jsonl"
-    found.write_pairs(path)
+    found.write_rows(path, single=single)
     return path, found

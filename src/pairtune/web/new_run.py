@@ -19,9 +19,10 @@ from django.utils.safestring import SafeString, mark_safe
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 from pydantic import ValidationError
 
-from pairtune.config import Reading, SourceConfig
+from pairtune.config import UNPAIRED, Reading, SourceConfig
 from pairtune.cost import Cost, estimate
 from pairtune.data.column_names import proposed_columns
+from pairtune.data.formats import Format
 from pairtune.data.inspection import Plan
 from pairtune.data.source_reader import SourceReader
 from pairtune.errors import BadInput
@@ -92,7 +93,7 @@ class DataChoice(forms.Form):
         for field in ("source", "held_out"):
             for name in _lines(cleaned.get(field) or ""):
                 if name == VOTES:
-                    if not ballots.current_harvest().pairs:
+                    if not (ballots.current_harvest().pairs or ballots.current_harvest().labels):
                         self.add_error(
                             field, "No vote gives a pair yet. Vote in the arena, or prefer answers in a chat."
                         )
@@ -129,7 +130,8 @@ def choose_data(request: HttpRequest) -> HttpResponse:
 
 def _frozen(names: list[str]) -> list[str]:
     """The sources, with the votes as they are now in a file of their own."""
-    return [str(ballots.snapshot()[0]) if name == VOTES else name for name in names]
+    only_thumbs = not ballots.current_harvest().pairs
+    return [str(ballots.snapshot(single=only_thumbs)[0]) if name == VOTES else name for name in names]
 
 
 def _keep(upload: UploadedFile) -> Path:
@@ -190,8 +192,13 @@ def _start_check(made: Draft) -> None:
     """Start the process that reads the data and measures this machine; an earlier one is stopped."""
     if earlier := jobs.last(("plan",), str(made.pk)):
         jobs.stop(earlier)
-    if _problem(made):
+    formats, problem = _probe(made)
+    if problem:
         return
+    losses = str(made.settings.get("loss", "")).split(", ")
+    if any(each and each.single for each in formats) and not set(losses) & set(UNPAIRED):
+        made.settings = made.settings | {"loss": UNPAIRED[0]}
+        made.save()
     file: Path = settings.PAIRTUNE_SITE / "drafts" / f"{made.pk}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, yaml.safe_dump(_data_settings(made) | {"on_bad_row": "skip"}))
@@ -203,6 +210,8 @@ def _data_settings(made: Draft) -> dict[str, Any]:
     found: dict[str, Any] = {"data": _sources(made, made.source), "model": made.model}
     if made.held_out:
         found["eval_data"] = _sources(made, made.held_out)
+    if set(losses := str(made.settings.get("loss", "")).split(", ")) & set(UNPAIRED):
+        found["loss"] = losses
     if made.columns:
         found |= {"columns": made.columns, "accept_columns": made.confirmed}
     return found
@@ -215,13 +224,19 @@ def _sources(made: Draft, lines: str) -> list[dict[str, Any]]:
 
 def _problem(made: Draft) -> str:
     """Why the data's first rows cannot be read as they are; empty if they can."""
+    return _probe(made)[1]
+
+
+def _probe(made: Draft) -> tuple[list[Format | None], str]:
+    """The formats of the data's first rows, or why they cannot be read as they are."""
+    found: list[Format | None] = []
     reading = Reading(made.columns, confirmed=made.confirmed, wanted="either")
     for source in (*_sources(made, made.source), *_sources(made, made.held_out)):
         try:
-            SourceReader.open(SourceConfig(**source), "--data", reading, None).probe()
+            found.append(SourceReader.open(SourceConfig(**source), "--data", reading, None).probe())
         except BadInput as error:
-            return str(error)
-    return ""
+            return [], str(error)
+    return found, ""
 
 
 @dataclass(frozen=True)

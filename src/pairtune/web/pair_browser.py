@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from django import forms
 from django.core.paginator import Paginator
 from django.http import HttpRequest, HttpResponse, HttpResponseBadRequest
@@ -27,7 +28,7 @@ from pairtune.run.examples import PARTS, Examples, PairIndex
 from pairtune.web.pair_edits import Key, by_pair, edits_of, key_of, mark_pair
 from pairtune.web.run_pages import part_or_page
 from pairtune.web.run_view import ShownRun, find_run
-from pairtune.web.text import marked_differences
+from pairtune.web.text import marked_differences, plain
 
 _PAGE = 20
 
@@ -74,12 +75,17 @@ class ShownPair:
         found = []
         if self.judged and self.judged.margin <= 0:
             found.append("model disagrees with the label")
-        return found + odd_lengths(*self.tokens[1:])
+        _, chosen, rejected = self.tokens
+        return found + odd_lengths(chosen or rejected, rejected or chosen)
 
     @property
     def differences(self) -> tuple[str, str]:
         """Rejected and chosen, with what chosen lacks and adds marked."""
-        return marked_differences(self.pair.rejected, self.pair.chosen) if self.pair else ("", "")
+        if self.pair is None:
+            return "", ""
+        if self.pair.single:
+            return plain(self.pair.rejected), plain(self.pair.chosen)
+        return marked_differences(self.pair.rejected, self.pair.chosen)
 
     @property
     def hash(self) -> str:
@@ -236,6 +242,9 @@ def _judged(run: ShownRun, trial: str, epoch: int | None) -> dict[str, Judged]:
             continue
         examples = Examples.read(file)
         surprise = -examples.metric("logps/chosen") / examples.tokens("chosen").clip(1)
+        if examples.unpaired:
+            undesirable = -examples.metric("logps/rejected") / examples.tokens("rejected").clip(1)
+            surprise = np.where(np.isnan(surprise), undesirable, surprise)
         columns = (examples.metric("rewards/margins"), examples.metric("logps/margins_per_token"), surprise)
         values = zip(*(column.tolist() for column in columns), strict=True)
         found |= {origin: Judged(*three) for origin, three in zip(examples.origins, values, strict=True)}

@@ -39,6 +39,19 @@ class ExampleSummary(Part):
     accuracy_of: AccuracyOf = "pairs"
     kl: Share | None = None
 
+    @property
+    def noun(self) -> str:
+        """What was evaluated."""
+        return "pair" if self.accuracy_of == "pairs" else "answer"
+
+    @property
+    def compared(self) -> str:
+        """Of what an accuracy is the share, as it is said after "of": pairs, or two answers of different kinds."""
+        among = "" if self.accuracy_of == "auc" else " to the same prompt"
+        return (
+            "pairs" if self.accuracy_of == "pairs" else f"comparisons of a desirable with an undesirable answer{among}"
+        )
+
 
 class AgainstBase(Part):
     """Whether tuning moved the model in the right direction; the base's reward margin is 0 on every pair."""
@@ -122,6 +135,16 @@ class Selection(Record):
     comparisons: list[Comparison] = []
     examples: dict[str, ExampleSummary] = {}
     best_fingerprint: str = ""
+
+    @property
+    def measured(self) -> ExampleSummary | None:
+        """The winner's example statistics; None in runs from before they were recorded."""
+        return self.examples.get(self.winner)
+
+    @property
+    def noun(self) -> str:
+        """What was evaluated: pairs or answers."""
+        return self.measured.noun if self.measured else "pair"
 
 
 class TestRecord(Record, Measured):
