@@ -71,10 +71,12 @@ def test_a_file_of_thumbs_gets_the_loss_that_it_needs(page, site, runs, tiny_mod
         "comparisons of a desirable with an undesirable answer", timeout=PATIENCE
     )
     expect(page.locator("#hurt")).to_contain_text("the model moved against the label", timeout=PATIENCE)
-    page.goto(f"{site.url}/runs/thumbs/pairs/")
+    page.goto(f"{site.url}/runs/thumbs/pairs")
     expect(page.locator(".pair h2").first).to_have_text(re.compile("Desirable|Undesirable"))
     page.locator(".pair").first.get_by_role("button", name="Wrong way round").click()
-    expect(page.locator(".pair").first).to_contain_text("label turned round in a run with these marks")
+    expect(page.locator(".pair").first).to_contain_text(
+        "label turned round in a run with these marks", timeout=PATIENCE
+    )
 
 
 def test_wrong_settings_are_told_at_their_fields_in_plain_words(any_page, site, runs, tiny_model):
