@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pairtune.config import Select
+from pairtune.config import UNPAIRED, Loss, Select
 from pairtune.engine.summaries import RULES, score, summarise_examples
 from pairtune.errors import RunFailed, plural
 from pairtune.files import fill_folder, saved_fingerprint
@@ -37,12 +37,13 @@ from pairtune.statistics import (
 
 _FEW_PAIRS = 30
 # Settings that a loss depends on, besides beta.
-_IN_THE_LOSS = {
+_IN_THE_LOSS: dict[Loss, set[str]] = {
     "sigmoid": {"label_smoothing"},
     "robust": {"label_smoothing"},
     "exo_pair": {"label_smoothing"},
     "simpo": {"simpo_gamma"},
     "discopop": {"discopop_tau"},
+    **{loss: {"desirable_weight", "undesirable_weight"} for loss in UNPAIRED},
 }
 _CHOSEN_BY = "the winner was chosen for having fewer faults on these prompts, so its count of faults there is too low"
 

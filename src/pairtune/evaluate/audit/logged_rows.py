@@ -17,7 +17,7 @@ _HUGE = 1e12  # no setting is as large
 
 
 # Losses by TRL's and this project's names.
-LOSSES = (*get_args(Loss), "bco_pair", "aot", "aot_pair", "aot_unpaired", "sft", "cpo", "kto")
+LOSSES = (*get_args(Loss), "bco_pair", "aot", "aot_pair", "aot_unpaired", "sft", "cpo")
 
 
 def trl_name(name: str) -> str:
