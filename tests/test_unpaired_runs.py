@@ -13,6 +13,7 @@ from pairtune.data.row_parser import RowParser
 from pairtune.evaluate.audit.check import audit
 from pairtune.evaluate.audit.own_runs import evidence_of_run
 from pairtune.run.examples import Examples
+from pairtune.run.folder import Run
 from pairtune.votes.pairs import harvest
 from pairtune.votes.records import Vote, VotedAnswer
 
@@ -207,3 +208,11 @@ def test_votes_and_thumbs_are_labels(tmp_path):
         ("", "No."),
         ("A pike.", ""),
     ]
+
+
+def test_a_sanity_check_takes_whole_rows(tiny_model, tmp_path):
+    pairs = write_pairs(tmp_path / "pairs.jsonl", range(30))
+    common = ["--model", tiny_model, "--loss", "kto", "--sanity-check", "--epochs", "1", "--samples", "0"]
+    done = pairtune("tune", *common, "--data", pairs, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert sum(split.pairs for split in Run(tmp_path / "run").data.splits.values()) == 40

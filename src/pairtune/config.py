@@ -80,6 +80,7 @@ Share = Annotated[float, Field(ge=0, lt=0.5)]
 Grid = Annotated[list[Positive], Field(min_length=1), AfterValidator(_different)]
 
 SANITY_PROMPTS = 5
+SANITY_ANSWERS = 20  # of single answers, so that every split has both kinds
 MAX_LENGTH = 1024
 _LOCAL = "a .jsonl, .json, .csv or .parquet file, a folder"
 SOURCES = f"{_LOCAL}, a Hub id (org/name:subset@split#revision), bundled:concise, votes"
@@ -470,7 +471,8 @@ class RunConfig(_Training):
     )
     sanity_check: bool = setting(
         False,
-        f"Use only the first {SANITY_PROMPTS} pairs with unrelated prompts, to check that everything works.",
+        f"Use only the first {SANITY_PROMPTS} pairs with unrelated prompts ({SANITY_ANSWERS} for unpaired losses), to "
+        "check that everything works.",
         "all rows are used",
         group=COMMON,
     )
@@ -573,7 +575,7 @@ class RunConfig(_Training):
     @property
     def reading(self) -> Reading:
         """How the rows of all sources are read; a source may have columns of its own."""
-        prompts = SANITY_PROMPTS if self.sanity_check else None
+        prompts = (SANITY_ANSWERS if self.unpaired else SANITY_PROMPTS) if self.sanity_check else None
         wanted: Wanted = "single answers" if self.unpaired else "pairs"
         return Reading(self.columns, self.pairs, self.min_gap, self.accept_columns, prompts, wanted)
 

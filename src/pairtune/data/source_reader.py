@@ -124,9 +124,12 @@ def _unrelated(parsed: Iterator[Parsed], count: int) -> Iterator[Parsed]:
     """The rows up to the pair with which `count` unrelated prompts have been seen; related ones are left out."""
     from pairtune.data.splits import Prompt, PromptIndex  # loads numpy, which refusing a source does not need
 
-    index, seen = PromptIndex(), 0
+    index, seen, last = PromptIndex(), 0, None
     for row, result in parsed:
-        if not isinstance(result, PreferencePair):
+        place = row.file, row.number
+        if seen == count and place != last:
+            return
+        if not isinstance(result, PreferencePair) or (result.single and place == last):  # a pair's other half
             yield row, result
             continue
         prompt = Prompt.of(result.prompt)
@@ -135,8 +138,9 @@ def _unrelated(parsed: Iterator[Parsed], count: int) -> Iterator[Parsed]:
             continue
         index.add(seen, prompt)
         seen += 1
+        last = place if result.single else None
         yield row, result
-        if seen == count:
+        if seen == count and last is None:
             return
 
 

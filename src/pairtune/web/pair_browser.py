@@ -75,8 +75,13 @@ class ShownPair:
         found = []
         if self.judged and self.judged.margin <= 0:
             found.append("model disagrees with the label")
+        return found + odd_lengths(*self.answer_tokens)
+
+    @property
+    def answer_tokens(self) -> tuple[int, int]:
+        """Token counts of the answers; of a single one twice."""
         _, chosen, rejected = self.tokens
-        return found + odd_lengths(chosen or rejected, rejected or chosen)
+        return chosen or rejected, rejected or chosen
 
     @property
     def differences(self) -> tuple[str, str]:
@@ -189,8 +194,8 @@ def _filtered(every: list[ShownPair], asked: dict[str, Any], edits: dict[Key, Ed
         each
         for each in every
         if (not asked["split"] or each.split == asked["split"])
-        and (not asked["longest"] or max(each.tokens[1:]) <= asked["longest"])
-        and (not asked["shortest"] or min(each.tokens[1:]) >= asked["shortest"])
+        and (not asked["longest"] or max(each.answer_tokens) <= asked["longest"])
+        and (not asked["shortest"] or min(each.answer_tokens) >= asked["shortest"])
         and (not asked["disagrees"] or (each.judged is not None and each.judged.margin <= 0))
         and (not asked["found"] or each.findings)
         and (not asked["marked"] or (each.pair and key_of(each.pair) in edits))

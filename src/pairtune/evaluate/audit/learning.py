@@ -77,6 +77,8 @@ def _prefers_by_length(evidence: Evidence) -> Iterator[Hit]:
         right = trial.examples.get("rewards/accuracies")
         if right is None or lengths["chosen"] is None or lengths["rejected"] is None:
             continue
+        if not ((lengths["chosen"] > 0) & (lengths["rejected"] > 0)).all():
+            continue
         longer = right[lengths["chosen"] > lengths["rejected"]]
         shorter = right[lengths["chosen"] < lengths["rejected"]]
         if min(len(longer), len(shorter)) < _LENGTH_PAIRS:
@@ -176,6 +178,8 @@ def _no_lengths(trial: TrialLog, evidence: Evidence) -> str:
     if not {"tokens/chosen", "tokens/rejected", "rewards/accuracies"} <= trial.examples.keys():
         return "per-pair metrics"
     chosen, rejected = (trial.examples[f"tokens/{answer}"] for answer in ("chosen", "rejected"))
+    if not ((chosen > 0) & (rejected > 0)).all():
+        return "pairs, but it has single answers"
     fewest = min(int((chosen > rejected).sum()), int((chosen < rejected).sum()))
     if fewest >= _LENGTH_PAIRS:
         return ""
