@@ -17,8 +17,8 @@ from pairtune.data.source_reader import SourceReader
 from pairtune.errors import BadInput
 
 
-def read(source) -> tuple[list, Counter]:
-    reader = SourceReader.open(SourceConfig(source=str(source)), "--data", Reading(), None)
+def read(source, wanted="pairs") -> tuple[list, Counter]:
+    reader = SourceReader.open(SourceConfig(source=str(source)), "--data", Reading(wanted=wanted), None)
     return [result for _, result in reader.parsed()], reader.parser.notes
 
 
@@ -61,6 +61,26 @@ def test_marks_of_pairs_that_have_changed_are_counted_and_not_applied(tmp_path):
     after, notes = read(edits)
     assert all(isinstance(each, PreferencePair) for each in after)
     assert notes == {"edits that match no pair any more": 1, "pairs whose answers were swapped, as marked": 1}
+
+
+def test_marks_of_pairs_and_of_their_single_answers_hold_for_an_unpaired_loss(tmp_path):
+    source = write_pairs(tmp_path / "pairs.jsonl", range(4))
+    edits = edits_for(source, {1: "drop"})
+    halves, _ = read(source, "single answers")
+    listed = json.loads(edits.read_text())
+    last = {
+        "row": row_of(halves[5]),
+        "pair": pair_hash(halves[5]),
+        "action": "swap",
+        "marked": listed["edits"][0]["marked"],
+    }
+    edits.write_text(json.dumps(listed | {"edits": [*listed["edits"], last]}))
+    results, notes = read(edits, "single answers")
+    kept = [each for each in results if isinstance(each, PreferencePair)]
+    assert kept[:3] + kept[4:] == halves[:2] + halves[4:5] + halves[6:]
+    assert (kept[3].chosen, kept[3].rejected, kept[3].origin) == (halves[5].rejected, "", halves[5].origin)
+    assert isinstance(results[2], LeftOut)
+    assert notes == {"pairs whose answers were swapped, as marked": 1}
 
 
 def test_a_run_counts_what_was_marked_and_names_the_list(tiny_model, tmp_path):

@@ -12,7 +12,8 @@ from pairtune.config import Reading
 from pairtune.data.conversations import read_prompt
 from pairtune.data.formats import FORMATS, detect_format
 from pairtune.data.preference import BadRow, LeftOut
-from pairtune.data.row_parser import RowParser, parse_row
+from pairtune.data.row_parser import RowParser, halved, parse_row
+from pairtune.data.sources import SourceRow
 from pairtune.errors import BadInput
 
 ROW = {
@@ -338,7 +339,9 @@ def test_a_chat_gives_all_its_rated_answers():
 
 
 def test_a_pair_is_two_single_answers():
-    one, other = RowParser(Reading(wanted="single answers")).parse(ROW, "f:1")
+    parsed = RowParser(Reading(wanted="single answers")).parse_all([SourceRow("f", 1, ROW), SourceRow("f", 2, {})])
+    (_, one), (place, other), (fault, _) = halved(parsed)
+    assert (place.further, fault.further) == (True, False)
     assert (one.chosen, one.rejected, one.origin) == ("A carp.", "", "f:1")
     assert (other.chosen, other.rejected, other.origin) == ("", "No.", "f:1.2")
     assert [half.single for half in (one, other)] == [True, True]
@@ -348,6 +351,8 @@ LOOP = chat(1)
 LOOP["history"]["messages"]["0"]["parentId"] = "a0"
 LOST = chat(1)
 LOST["history"]["messages"]["a0"]["parentId"] = "gone"
+TOOLS = chat(1)
+TOOLS["history"]["messages"]["a0"]["content"] = '<details type="tool_calls" id="1">{}</details> A carp.'
 ANSWER = {"prompt": "Q", "completion": "A", "label": True}
 
 
@@ -360,6 +365,7 @@ ANSWER = {"prompt": "Q", "completion": "A", "label": True}
         ({"chat": chat(None)}, LeftOut, "no rated answer", "chat"),
         ({"chat": LOOP}, BadRow, "broken chat", "chat"),
         ({"chat": LOST}, BadRow, "broken chat", "chat"),
+        ({"chat": TOOLS}, BadRow, "tool calls", "chat"),
         (rated(0), LeftOut, "no thumb", "data"),
         (rated(1, snapshot=None), BadRow, "no rated message", "snapshot"),
         (rated(1, meta={}), BadRow, "no rated message", "snapshot"),
@@ -369,6 +375,43 @@ def test_single_answers_that_cannot_be_used(row, kind, reason, field):
     with pytest.raises(kind) as caught:
         RowParser(Reading(wanted="single answers")).parse(row, "f:1")
     assert (caught.value.reason, caught.value.field) == (reason, field)
+
+
+@pytest.mark.parametrize(
+    ("good", "odd", "field"),
+    [
+        (rated(1), rated(1, data=None), "data"),
+        (rated(1), {"id": "f", "data": {"rating": 1}, "snapshot": {}}, "meta"),
+        (rated(1), rated(1, meta="m"), "meta"),
+        ({"chat": chat(1)}, {"id": "c"}, "chat"),
+        ({"chat": chat(1)}, {"chat": None}, "chat"),
+        ({"chat": chat(1)}, {"chat": {"history": []}}, "chat"),
+    ],
+)
+def test_odd_rows_of_exports_are_faults_wherever_they_come(good, odd, field):
+    for rows in ([good, odd], [odd, good], [odd]):
+        parser = RowParser(Reading(wanted="single answers"))
+        found = [result for _, result in parser.parse_all([SourceRow("f", at, row) for at, row in enumerate(rows, 1)])]
+        faults = [each for each in found if isinstance(each, BadRow)]
+        assert len(faults) == 1
+        assert faults[0].field in (field, "")  # alone it is in no known format
+
+
+def test_one_broken_answer_does_not_cost_the_others_of_its_chat():
+    told = chat(1, -1)
+    told["history"]["messages"]["a1"]["content"] = ""
+    parsed = RowParser(Reading(wanted="single answers")).parse_all([SourceRow("f", 1, {"chat": told})])
+    (_, one), (place, fault) = parsed
+    assert (one.chosen, fault.reason, place.further) == ("A carp.", "empty turn", True)
+
+
+def test_reasoning_in_a_chat_is_no_part_of_its_answers():
+    told = chat(1)
+    block = '<details type="reasoning" done="true"><summary>Thought</summary>\n> Fish?\n> A carp.\n</details>\n'
+    for key in ("1", "a0"):
+        told["history"]["messages"][key]["content"] = block + told["history"]["messages"][key]["content"]
+    (pair,) = RowParser(Reading(wanted="single answers")).parse({"chat": told}, "f:1")
+    assert (list(pair.prompt), pair.chosen, pair.thinking) == (ASKED, "A carp.", ("Fish?\nA carp.", ""))
 
 
 def test_columns_of_single_answers_can_be_named():

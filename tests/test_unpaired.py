@@ -10,7 +10,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 import torch
-from conftest import Lines, make_pair, train_one
+from conftest import Lines, byte_tokenizer, make_pair, train_one
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
@@ -258,13 +258,13 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(inputs, tmp_path):
 # --- mismatched answers
 
 
-def test_mismatched_answers_are_those_before_with_another_prompt(tiny_base):
+def test_mismatched_answers_are_those_of_the_prompt_before_in_turn(tiny_base):
     pairs = [make_pair(number) for number in (1, 1, 2, 3, 3)]
     table = PairTable.of([half for pair in pairs for half in pair.halves()], tiny_base.tokenizer)
     assert table.unpaired
-    assert table.mismatched.tolist() == [9, 9, 9, 9, 3, 3, 5, 5, 5, 5]
+    assert table.mismatched.tolist() == [6, 7, 8, 9, 0, 1, 4, 5, 4, 5]
     assert table.desirable.tolist() == [True, False] * 5
-    one, other = table.tokens([6, 5])
+    one, other = table.tokens([6, 4])
     assert (one.rejected, one.prompt != other.prompt) == (other.chosen, True)
     assert not PairTable.of(pairs, tiny_base.tokenizer).unpaired
 
@@ -272,6 +272,15 @@ def test_mismatched_answers_are_those_before_with_another_prompt(tiny_base):
 def test_of_different_prompts_it_is_trls_rotation(tiny_base):
     table = PairTable.of(answers(range(6)), tiny_base.tokenizer)
     assert table.mismatched.tolist() == [5, 0, 1, 2, 3, 4]
+
+
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=12))
+def test_a_mismatched_answer_has_another_prompt_where_there_is_one(numbers):
+    table = PairTable.of([make_pair(number).halves()[at % 2] for at, number in enumerate(numbers)], byte_tokenizer())
+    prompts, mismatched = table.same_prompt, table.mismatched
+    assert len(set(numbers)) == 1 or (prompts[mismatched] != prompts).all()
+    whole = PairTable.of([half for number in range(9) for half in make_pair(number).halves()], byte_tokenizer())
+    assert sorted(whole.mismatched) == list(range(18))  # both answers of every pair, once
 
 
 def test_a_single_prompt_gets_its_own_answers(tiny_base):

@@ -126,6 +126,28 @@ def test_a_run_is_evaluated_on_single_answers(run, thumbs, tmp_path):
     assert "Preferences on 10 answers" in pairs.stdout
 
 
+def test_answers_of_one_kind_cannot_be_evaluated(run, tmp_path):
+    liked = write_labels(tmp_path / "liked.jsonl", range(10), lambda number: True)
+    done = pairtune("eval", run.root, "--data", liked, "--samples", "0")
+    assert (done.returncode, "all answers are desirable; give undesirable ones too" in done.stderr) == (2, True)
+
+
+def test_one_file_for_each_kind_is_planned_and_trained_on(tiny_model, tmp_path):
+    liked = write_labels(tmp_path / "liked.jsonl", range(20), lambda number: True)
+    disliked = write_labels(tmp_path / "disliked.jsonl", range(30, 50), lambda number: False)
+    common = ["--model", tiny_model, "--loss", "kto", "--epochs", "1", "--samples", "0"]
+    done = pairtune("plan", *common, "--data", disliked, "--json")
+    assert done.returncode == 0, done.stderr
+    done = pairtune("plan", *common, "--data", liked, "--data", disliked, "--json")
+    planned = json.loads(done.stdout)
+    good, bad = (
+        each["lengths"][side] for each, side in zip(planned["inspections"], ("chosen", "rejected"), strict=True)
+    )
+    assert planned["lengths"]["chosen"] == pytest.approx((good["mean"] + bad["mean"]) / 2)
+    done = pairtune("tune", *common, "--data", liked, "--data", disliked, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+
+
 def test_labels_go_out_as_they_came(thumbs, tmp_path):
     for ending in ("jsonl", "parquet"):
         done = pairtune("data", "convert", thumbs, tmp_path / f"out.{ending}")
@@ -148,8 +170,12 @@ def test_the_doctor_counts_kinds_repeats_and_contradictions(tmp_path):
     told = pairtune("data", "inspect", tmp_path / "odd.jsonl").stdout
     assert "single answers, 9 desirable and 1 undesirable" in told
     assert "undesirable answers are few: --undesirable-weight 9 would balance" in told
+    liked = write_labels(tmp_path / "liked.jsonl", range(10), lambda number: True)
     assert "answers contradict another one: same answer, opposite label" in told
     assert "answers that repeat another one: 1 of 10" in told
+    said = " ".join(pairtune("data", "inspect", liked).stdout.split())
+    assert "no answer is undesirable: both kinds are needed, perhaps from another source" in said
+    assert "nan" not in said
 
 
 @pytest.mark.parametrize(
@@ -211,8 +237,10 @@ def test_votes_and_thumbs_are_labels(tmp_path):
 
 
 def test_a_sanity_check_takes_whole_rows(tiny_model, tmp_path):
-    pairs = write_pairs(tmp_path / "pairs.jsonl", range(30))
+    """Ten unrelated prompts of either kind, in whatever order the rows are."""
     common = ["--model", tiny_model, "--loss", "kto", "--sanity-check", "--epochs", "1", "--samples", "0"]
-    done = pairtune("tune", *common, "--data", pairs, "--out", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
-    assert sum(split.pairs for split in Run(tmp_path / "run").data.splits.values()) == 40
+    first_liked = write_labels(tmp_path / "sorted.jsonl", range(60), lambda number: number < 30)
+    for number, data in enumerate((write_pairs(tmp_path / "pairs.jsonl", range(30)), first_liked)):
+        done = pairtune("tune", *common, "--data", data, "--out", tmp_path / f"run-{number}")
+        assert done.returncode == 0, done.stderr
+        assert sum(split.pairs for split in Run(tmp_path / f"run-{number}").data.splits.values()) == 20

@@ -80,21 +80,32 @@ def _lengths(found: list[Inspection]) -> PairLengths | None:
         return None
 
     def mean(part: str) -> float:
-        weighted = (each.kept * summary.mean for each in kept if (summary := each.lengths[part]))
-        return sum(weighted) / sum(each.kept for each in kept)
+        counted = [(_answers_of(each, part), summary.mean) for each in kept if (summary := each.lengths[part])]
+        return sum(count * length for count, length in counted) / max(1, sum(count for count, _ in counted))
 
     longest = max(
-        min(each.max_length + summary.max // 2, sum(part.max for name in _PARTS if (part := each.lengths[name])))
+        min(
+            each.max_length + max(part.max for part in parts[1:]) // 2,
+            sum(part.max for part in parts),
+        )
         for each in kept
-        if (summary := each.lengths["chosen"])
+        if (parts := [part for name in _PARTS if (part := each.lengths[name])])
     )
     prompt, chosen, rejected = (mean(part) for part in _PARTS)
     if any(each.single for each in kept):
         # A single answer costs no second one, but its mismatched answer is scored without gradients, with the prompt:
         # a third of what the same tokens cost in training.
-        chosen = (chosen + rejected) / 2
+        counts = [sum(_answers_of(each, part) for each in kept) for part in _PARTS[1:]]
+        chosen = (counts[0] * chosen + counts[1] * rejected) / sum(counts)
         rejected = (prompt + chosen) / 3
     return PairLengths(prompt=prompt, chosen=chosen, rejected=rejected, longest=longest)
+
+
+def _answers_of(found: Inspection, part: str) -> int:
+    """How many rows have a part: all, or of single answers those of one kind."""
+    if found.single is None or part == "prompt":
+        return found.kept
+    return found.single[0 if part == "chosen" else 1]
 
 
 _PARTS = ("prompt", "chosen", "rejected")

@@ -124,7 +124,7 @@ def metric_intervals(metrics: Numbers, groups: Groups | None = None, cases: int 
         effect = design_effect(right, groups)
         intervals[accuracy] = share_interval(right.sum() / effect, len(right) / effect)  # 5 of 5 is not certainty
     else:
-        intervals[accuracy] = _area_interval(right, intervals[accuracy], cases)
+        intervals[accuracy] = _area_interval(right, intervals[accuracy], cases, groups)
     return {
         evaluation_name(name): (float(low), float(high))
         for name, (low, high) in zip(EXAMPLE_METRICS, intervals, strict=True)
@@ -268,15 +268,17 @@ def _below(others: Numbers, values: Numbers) -> Numbers:
     return np.asarray((left + right) / 2 / len(ordered))
 
 
-def _area_interval(shares: Numbers, bootstrapped: NDArray[np.float64], cases: int) -> Interval:
+def _area_interval(shares: Numbers, ends: NDArray[np.float64], cases: int, groups: Groups | None) -> Interval:
     """The interval of an area under the curve: its bootstrap, or without spread that of the rarer kind's answers.
 
-    Its variance is at most that of a share of so many cases (Birnbaum and Klose 1957).
+    Its variance is at most that of a share of so many cases (Birnbaum and Klose 1957), which are no more than there are
+    groups.
     """
-    area = float(shares.mean())
-    if np.ptp(shares) < 1e-12:
-        return share_interval(area * cases, cases)
-    return max(0.0, float(bootstrapped[0])), min(1.0, float(bootstrapped[1]))
+    area, independent = float(shares.mean()), len(shares) if groups is None else len(np.unique(groups))
+    if np.ptp(shares) < 1e-12 or independent == 1:
+        fewest = min(cases, independent)
+        return share_interval(area * fewest, fewest)
+    return max(0.0, float(ends[0])), min(1.0, float(ends[1]))
 
 
 def longer_wins(chosen: NDArray[np.int64], rejected: NDArray[np.int64], groups: Groups | None = None) -> Share:
@@ -291,11 +293,15 @@ def longer_wins(chosen: NDArray[np.int64], rejected: NDArray[np.int64], groups: 
     """
     desirable = chosen > 0
     if not (desirable & (rejected > 0)).all():
+        cases = min(int(desirable.sum()), int((~desirable).sum()))
+        if not cases:
+            return share_of(np.zeros(0))
         shares = within_groups((chosen + rejected).astype(np.float64), desirable, np.zeros(len(chosen), np.int64))
         shares = contributions(shares, desirable, "mean")
-        cases = min(int(desirable.sum()), int((~desirable).sum()))
-        (ends,) = bootstrap_intervals(shares[:, None], groups)
-        return Share(value=float(shares.mean()), interval=_area_interval(shares, ends, cases), pairs=len(shares))
+        sums, sizes = _by_group(shares[:, None], groups)
+        ends = np.array(_student_ends(sums, sizes))[:, 0] if len(sizes) > 1 else np.zeros(2)
+        found = _area_interval(shares, ends, cases, groups)
+        return Share(value=float(shares.mean()), interval=found, pairs=len(shares))
     return share_of((chosen > rejected) + (chosen == rejected) / 2, groups)
 
 

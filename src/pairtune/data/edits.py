@@ -7,7 +7,7 @@ what was left out or swapped, and every edit says when it was made and why.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -84,16 +84,29 @@ def row_of(pair: PreferencePair) -> str:
     return pair.origin.rpartition(":")[2]
 
 
-def edited(parsed: Iterator[Parsed], edits: EditList, notes: Counter[str]) -> Iterator[Parsed]:
+def edited(
+    parsed: Iterator[Parsed],
+    edits: EditList,
+    notes: Counter[str],
+    split: Callable[[Iterator[Parsed]], Iterator[Parsed]] | None = None,
+) -> Iterator[Parsed]:
     """The pairs with the edits applied.
 
     Args:
         parsed: rows with their pairs.
         edits: the list.
         notes: where swapped pairs, and edits that match no pair any more, are counted.
+        split: makes single answers of pairs, to which edits of single answers are applied.
     """
     left = {(edit.row, edit.pair): edit for edit in edits.edits}
-    rows = {edit.row for edit in edits.edits}
+    done = _apply(parsed, left, notes)
+    yield from _apply(split(done), left, notes) if split else done
+    if left:
+        notes["edits that match no pair any more"] += len(left)
+
+
+def _apply(parsed: Iterator[Parsed], left: dict[tuple[str, str], Edit], notes: Counter[str]) -> Iterator[Parsed]:
+    rows = {row for row, _ in left}
     for row, result in parsed:
         found = _edit_of(result, rows, left)
         if found is None or not isinstance(result, PreferencePair):
@@ -103,8 +116,6 @@ def edited(parsed: Iterator[Parsed], edits: EditList, notes: Counter[str]) -> It
         else:
             notes["pairs whose answers were swapped, as marked"] += 1
             yield row, replace(result, chosen=result.rejected, rejected=result.chosen, thinking=result.thinking[::-1])
-    if left:
-        notes["edits that match no pair any more"] += len(left)
 
 
 def _edit_of(result: PreferencePair | BadRow, rows: set[str], left: dict[tuple[str, str], Edit]) -> Edit | None:

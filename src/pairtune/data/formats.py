@@ -16,10 +16,11 @@ from pairtune.data import judged_rows, labelled_rows, pair_rows, rated_rows
 from pairtune.data.conversations import SYSTEM_FIELDS, Parts, is_transcript, need, system_turn
 from pairtune.data.judged_rows import by_name, by_preference, by_sign, by_value, judged, prompt_in
 from pairtune.data.pair_rows import Row, alpaca, texts, turns
+from pairtune.data.preference import BadRow
 from pairtune.data.rated_rows import Rated, RatedAnswer
 
 # What a row gives: a pair, several, or rated answers that pairs are made of.
-Content = Parts | list[Parts] | Rated | RatedAnswer
+Content = Parts | list[Parts] | list[Parts | BadRow] | Rated | RatedAnswer
 
 
 @dataclass(frozen=True)
@@ -343,6 +344,7 @@ FORMATS: tuple[Format, ...] = (
         labelled_rows.is_feedback,
         "snapshot",
         better="an answer is desirable where its rating is 1, undesirable where it is -1",
+        strict=True,
         single=True,
     ),
     Format(

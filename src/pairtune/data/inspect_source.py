@@ -277,7 +277,9 @@ def _of_kinds(desirable: int, undesirable: int) -> Iterator[DataFinding]:
     )
     if not (desirable and undesirable):
         missing = "undesirable" if desirable else "desirable"
-        yield DataFinding(level="error", message=f"no answer is {missing}: both kinds are needed")
+        yield DataFinding(
+            level="warning", message=f"no answer is {missing}: both kinds are needed, perhaps from another source"
+        )
     elif max(desirable, undesirable) > UNBALANCED * min(desirable, undesirable):
         rarer = "desirable" if desirable < undesirable else "undesirable"
         weight = max(desirable, undesirable) / min(desirable, undesirable)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -100,11 +101,19 @@ def is_feedback(row: Row) -> bool:
     return isinstance(row["data"], Mapping) and isinstance(row["meta"], Mapping) and "rating" in row["data"]
 
 
-def rated_chat(row: Row) -> list[Parts]:
-    """The rated answers of an exported chat, in all of its branches."""
-    messages = _messages(row["chat"]) or {}
-    system = _system(row["chat"])
-    found = [_rated(messages, key, rating, system) for key, message in messages.items() if (rating := _rating(message))]
+def rated_chat(row: Row) -> list[Parts | BadRow]:
+    """The rated answers of an exported chat, in all of its branches, or what is wrong with them."""
+    chat = need(row, "chat")
+    messages = _messages(chat)
+    if messages is None:
+        raise BadRow("no messages", "chat", "has no history with messages")
+    found: list[Parts | BadRow] = []
+    for key, message in messages.items():
+        if rating := _rating(message):
+            try:
+                found.append(_rated(messages, key, rating, _system(chat)))
+            except BadRow as fault:
+                found.append(fault)
     if not found:
         raise LeftOut("no rated answer", "chat", "has no answer with a thumb")
     return found
@@ -112,7 +121,11 @@ def rated_chat(row: Row) -> list[Parts]:
 
 def feedback(row: Row) -> Parts:
     """An exported rating with its chat."""
-    rating, key = row["data"].get("rating"), str(row["meta"].get("message_id"))
+    data, meta = need(row, "data"), need(row, "meta")
+    for name, value in (("data", data), ("meta", meta)):
+        if not isinstance(value, Mapping):
+            raise BadRow(f"{name} is no object", name, f"should be an object, but is {kind_of(value)}")
+    rating, key = data.get("rating"), str(meta.get("message_id"))
     if rating not in (1, -1):
         raise LeftOut("no thumb", "data", f"has the rating {one_line_of(rating, 20)}, which is neither 1 nor -1")
     kept = row.get("snapshot")
@@ -145,9 +158,30 @@ def _rating(message: Any) -> int:
 
 
 def _rated(messages: Mapping[str, Any], key: str, rating: int, system: list[Message]) -> Parts:
-    turns = [{"role": each["role"], "content": each["content"]} for each in _path(messages, key)]
+    turns = [_without_details(each) for each in _path(messages, key)]
+    for turn in turns[1:]:
+        turn.pop("reasoning_content", None)  # of earlier turns, which templates leave out too
     whole = read_turns(list(reversed(turns)), "chat")
     return _single(split_answers(system, whole, whole, ("chat", "chat")), good=rating == 1)
+
+
+_DETAILS = re.compile(r"<details type=\"(?P<type>\w+)\"[^>]*>(?P<inner>.*?)</details>\s*", re.DOTALL)
+_SUMMARY = re.compile(r"<summary>.*?</summary>", re.DOTALL)
+
+
+def _without_details(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message without the folded blocks that Open WebUI writes into its text; reasoning becomes a field."""
+    turn, content = {"role": message["role"], "content": message["content"]}, message["content"]
+    if not isinstance(content, str):
+        return turn
+    reasoning = []
+    for block in _DETAILS.finditer(content):
+        if block["type"] != "reasoning":
+            raise BadRow("tool calls", "chat", f"has a block of {block['type']}; only answers in text can be used")
+        lines = _SUMMARY.sub("", block["inner"]).strip().splitlines()
+        reasoning.append("\n".join(line.removeprefix("> ").removeprefix(">") for line in lines))
+    turn["content"] = _DETAILS.sub("", content)
+    return turn | ({"reasoning_content": "\n".join(reasoning)} if reasoning else {})
 
 
 def _path(messages: Mapping[str, Any], key: str) -> Iterator[Mapping[str, Any]]:

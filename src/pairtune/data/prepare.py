@@ -342,9 +342,12 @@ class _Preparation:
             good = sum(self.kept[n].desirable for n in of_split)
             if len(of_split) and good in (0, len(of_split)):
                 missing, has = ("undesirable", "desirable") if good else ("desirable", "undesirable")
-                other = "" if name == SPLITS[TRAIN] else ", or hold out more (--validation-share, --test-share)"
+                number = SPLITS.index(name)
+                given = [part.name for part in self.parts if part.split == number]
+                drawn = [part.name for part in self.parts if part.split is None]
+                other = ", or hold out more (--validation-share, --test-share)" if drawn and number != TRAIN else ""
                 raise BadInput(
-                    f"{', '.join(part.name for part in self.parts)}: the {plural(len(of_split), 'answer')} for {name} "
+                    f"{', '.join([*given, *drawn])}: the {plural(len(of_split), 'answer')} for {name} "
                     f"are all {has}; give rows with {missing} answers too{other}"
                 )
 

@@ -11,7 +11,7 @@ from pairtune.config import Reading
 from pairtune.data.column_names import unknown_format
 from pairtune.data.columns import check_codes, check_columns, format_of_columns
 from pairtune.data.conversations import Parts, check_prompt, field_names, images_in, is_empty, kind_of, tools_of
-from pairtune.data.formats import PAIR, Format, detect_format, formats_with, has_prompt_column
+from pairtune.data.formats import PAIR, Content, Format, detect_format, formats_with, has_prompt_column
 from pairtune.data.pair_rows import Row, check_scores, same_answers
 from pairtune.data.preference import BadRow, LeftOut, PreferencePair
 from pairtune.data.rated_rows import Rated, RatedAnswer, pairs_of
@@ -104,7 +104,7 @@ class RowParser:
         for row, _ in others:
             yield row, LeftOut("joined to an earlier row with its prompt", "", "belongs to an earlier row")
 
-    def _results(self, row: SourceRow, content: Parts | list[Parts] | Rated) -> Iterator[Parsed]:
+    def _results(self, row: SourceRow, content: Parts | list[Parts] | list[Parts | BadRow] | Rated) -> Iterator[Parsed]:
         try:
             if isinstance(content, Rated):
                 content = pairs_of(content, self.reading.pairing, self.reading.min_gap)
@@ -112,23 +112,17 @@ class RowParser:
         except BadRow as fault:
             yield row, fault
             return
-        number = 0
-        for parts in [content] if isinstance(content, Parts) else content:
+        for number, parts in enumerate([content] if isinstance(content, Parts) else content, 1):
+            place, origin = _place(row, number)
+            if isinstance(parts, BadRow):
+                yield place, parts
+                continue
             try:
-                pair = self._pair(parts, tools)
-                found: Sequence[PreferencePair | BadRow] = (
-                    pair.halves() if self.reading.wanted == "single answers" else [pair]
-                )
+                yield place, self._pair(parts, tools, origin)
             except BadRow as fault:
-                found = [fault]
-            for each in found:
-                number += 1
-                further = number > 1
-                place = replace(row, further=True) if further else row
-                origin = f"{row.file}:{row.number}" + (f".{number}" if further else "")
-                yield place, replace(each, origin=origin) if isinstance(each, PreferencePair) else each
+                yield place, fault
 
-    def _pair(self, parts: Parts, tools: tuple[Mapping[str, Any], ...]) -> PreferencePair:
+    def _pair(self, parts: Parts, tools: tuple[Mapping[str, Any], ...], origin: str) -> PreferencePair:
         prompt, chosen, rejected, thinking, note = parts
         if self.format is None:
             raise AssertionError("a row was read in no format")
@@ -137,9 +131,9 @@ class RowParser:
             raise same_answers()
         if note:
             self.notes[note] += 1
-        return PreferencePair(tuple(prompt), chosen, rejected, "", thinking, tools)
+        return PreferencePair(tuple(prompt), chosen, rejected, origin, thinking, tools)
 
-    def _content(self, row: Any) -> Parts | list[Parts] | Rated | RatedAnswer:
+    def _content(self, row: Any) -> Content:
         if isinstance(row, BadRow):
             raise row
         if not isinstance(row, Mapping):
@@ -193,6 +187,24 @@ class RowParser:
         for name in unread:
             if not is_empty(row[name]):
                 self.unused[name] += 1
+
+
+def _place(row: SourceRow, number: int) -> tuple[SourceRow, str]:
+    """Where the result with this number of a row is counted, and its origin."""
+    name = f"{row.file}:{row.number}"
+    return (row, name) if number == 1 else (replace(row, further=True), f"{name}.{number}")
+
+
+def halved(parsed: Iterable[Parsed]) -> Iterator[Parsed]:
+    """The same with two single answers instead of each pair."""
+    last, number = ("", 0), 0
+    for row, result in parsed:
+        number = number if (row.file, row.number) == last else 0
+        last = row.file, row.number
+        for half in result.halves() if isinstance(result, PreferencePair) else [result]:
+            number += 1
+            place, origin = _place(replace(row, further=False), number)
+            yield place, replace(half, origin=origin) if isinstance(half, PreferencePair) else half
 
 
 def parse_row(row: Any, origin: str) -> PreferencePair:

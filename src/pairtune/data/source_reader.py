@@ -15,7 +15,7 @@ from pairtune.data.conversations import is_empty
 from pairtune.data.edits import EditList, edited, is_edit_list, read_edits
 from pairtune.data.judged_rows import label_key
 from pairtune.data.preference import BadRow, LeftOut, PreferencePair
-from pairtune.data.row_parser import Parsed, RowParser, refuse_unknown
+from pairtune.data.row_parser import Parsed, RowParser, halved, refuse_unknown
 from pairtune.data.sources import Source, SourceRow, open_source
 from pairtune.errors import BadInput
 from pairtune.files import fingerprint
@@ -98,8 +98,11 @@ class SourceReader:
         head = list(islice(rows, HEAD))
         self.parser.prepare([row.content for row in head], self._values, self.where)
         parsed = self.parser.parse_all(chain(head, rows))
+        split = halved if self.parser.reading.wanted == "single answers" else None
         if self.edits:
-            parsed = edited(parsed, self.edits, self.parser.notes)
+            parsed = edited(parsed, self.edits, self.parser.notes, split)
+        elif split:
+            parsed = split(parsed)
         yield from parsed if self.parser.reading.prompts is None else _unrelated(parsed, self.parser.reading.prompts)
 
     def encoded(self, encode: Encode) -> Iterator[list[tuple[SourceRow, TokenizedPair | BadRow]]]:
@@ -121,27 +124,30 @@ class SourceReader:
 
 
 def _unrelated(parsed: Iterator[Parsed], count: int) -> Iterator[Parsed]:
-    """The rows up to the pair with which `count` unrelated prompts have been seen; related ones are left out."""
+    """The rows up to the pair with which `count` unrelated prompts have been seen; related ones are left out.
+
+    Of single answers, half as many of either kind.
+    """
     from pairtune.data.splits import Prompt, PromptIndex  # loads numpy, which refusing a source does not need
 
-    index, seen, last = PromptIndex(), 0, None
+    seen: dict[str, int] = {}
+    indexes = {kind: PromptIndex() for kind in ("pair", "desirable", "undesirable")}
     for row, result in parsed:
-        place = row.file, row.number
-        if seen == count and place != last:
-            return
-        if not isinstance(result, PreferencePair) or (result.single and place == last):  # a pair's other half
+        if not isinstance(result, PreferencePair):
             yield row, result
             continue
-        prompt = Prompt.of(result.prompt)
-        if next(index.related(prompt), None):
+        kind = "pair" if not result.single else "desirable" if result.chosen else "undesirable"
+        wanted, index, prompt = count if kind == "pair" else count // 2, indexes[kind], Prompt.of(result.prompt)
+        if seen.get(kind, 0) == wanted:
+            yield row, LeftOut(f"more {kind} answers", "", "is not needed")
+        elif next(index.related(prompt), None):
             yield row, LeftOut("related to an earlier prompt", "", "has a prompt that is related to an earlier one")
-            continue
-        index.add(seen, prompt)
-        seen += 1
-        last = place if result.single else None
-        yield row, result
-        if seen == count and last is None:
-            return
+        else:
+            number = seen[kind] = seen.get(kind, 0) + 1
+            index.add(number - 1, prompt)
+            yield row, result
+            if sum(seen.values()) == count:
+                return
 
 
 def stop_at(row: SourceRow, result: object) -> None:

@@ -138,16 +138,23 @@ class PairTable(Sequence[PreferencePair]):
     def mismatched(self) -> np.ndarray:
         """For each single answer, the row whose answer to another prompt KTO's KL estimate gives to its prompt, [rows].
 
-        It is the nearest row before it with another prompt, going round at the beginning. In TRL it is the row before
-        it in its batch, whatever its prompt. The pairing is the same in every epoch, so that reference log-probs are
-        computed once.
+        Neighbouring rows with the same prompt get the answers of the neighbours before them in turn, the first ones
+        those of the last, so that each answer is used about once, as in TRL, where it is the row before in the batch,
+        whatever its prompt. The pairing is the same in every epoch, so that reference log-probs are computed once.
         """
-        prompts = self.same_prompt
+        prompts, count = self.same_prompt, len(self)
         turns = np.flatnonzero(prompts != np.roll(prompts, 1))  # rows whose predecessor has another prompt
         if not len(turns):
-            return np.roll(np.arange(len(prompts)), 1)
-        start = turns[np.searchsorted(turns, np.arange(len(prompts)), side="right") - 1]  # of its run of equal prompts
-        return (start - 1) % len(prompts)
+            return np.roll(np.arange(count), 1)
+        first = turns[0]  # rows are numbered from here, so that none of the neighbours go round
+        starts = turns - first
+        lengths = np.diff(np.append(starts, count))
+        place = np.repeat(np.arange(len(starts)), lengths)
+        before = np.roll(np.arange(len(starts)), 1)[place]
+        partner = starts[before] + (np.arange(count) - starts[place]) % lengths[before]
+        result = np.empty(count, np.int64)
+        result[(np.arange(count) + first) % count] = (partner + first) % count
+        return result
 
     def ids_fingerprint(self) -> str:
         """A fingerprint of all token ids that are scored, in order."""

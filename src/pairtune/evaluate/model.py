@@ -108,7 +108,11 @@ def read_pairs(
     if not count.kept:
         reasons = ", ".join(f"{rows} {reason}" for reason, rows in count.dropped.items()) or "it is empty"
         raise BadInput(f"{count.source}: no pair is left ({reasons})")
-    return PairTable.open(path, max_length=candidate.max_length), count.account()
+    pairs = PairTable.open(path, max_length=candidate.max_length)
+    if pairs.unpaired and len(set(pairs.desirable.tolist())) == 1:
+        kind, other = ("desirable", "undesirable") if pairs.desirable[0] else ("undesirable", "desirable")
+        raise BadInput(f"{count.source}: all answers are {kind}; give {other} ones too, to compare them with")
+    return pairs, count.account()
 
 
 def evaluate_pairs(

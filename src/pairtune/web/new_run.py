@@ -37,7 +37,8 @@ from pairtune.web.pair_edits import edited_source
 from pairtune.web.run_form import ELSEWHERE, INITIAL, Settings, plainly
 from pairtune.web.run_view import all_runs, find_run
 
-BUNDLED, VOTES = "bundled:concise", "votes"
+# As sources: pairs of the votes given here; every answer that a vote or a thumb judged, for unpaired losses.
+BUNDLED, VOTES, THUMBS = "bundled:concise", "votes", "thumbs"
 _MODEL = "smollm2-135m"
 _ROWS = 5  # shown of a file whose columns have to be named
 _CELL = 400  # characters shown of one cell
@@ -68,7 +69,7 @@ class DataChoice(forms.Form):
         max_length=1000,
         label="A path or a dataset of the Hub",
         help_text="A .jsonl, .json, .csv or .parquet file (also .gz), a folder, or a Hub id such as "
-        "org/name@train, or votes. Several: one per line.",
+        "org/name@train, or votes, or thumbs. Several: one per line.",
         widget=forms.Textarea(attrs={"rows": 1}),
     )
     held_out = forms.CharField(
@@ -92,10 +93,15 @@ class DataChoice(forms.Form):
             self.add_error("source", "Choose a file, or write where the data is.")
         for field in ("source", "held_out"):
             for name in _lines(cleaned.get(field) or ""):
-                if name == VOTES:
-                    if not (ballots.current_harvest().pairs or ballots.current_harvest().labels):
+                if name in (VOTES, THUMBS):
+                    found = ballots.current_harvest()
+                    if name == VOTES and not found.pairs:
                         self.add_error(
                             field, "No vote gives a pair yet. Vote in the arena, or prefer answers in a chat."
+                        )
+                    if name == THUMBS and not found.labels:
+                        self.add_error(
+                            field, "No answer was judged yet. Press a thumb in a chat, or vote in the arena."
                         )
                     continue
                 try:
@@ -124,14 +130,14 @@ def choose_data(request: HttpRequest) -> HttpResponse:
         return redirect("draft", made.pk)
     recent = dict.fromkeys(Draft.objects.order_by("-pk").values_list("source", flat=True)[:20])
     context = {"form": form, "recent": [each for each in recent if each != BUNDLED][:4], "page": "runs"}
-    context |= {"bundled": BUNDLED, "votes": len(ballots.current_harvest().pairs)}
+    harvested = ballots.current_harvest()
+    context |= {"bundled": BUNDLED, "votes": len(harvested.pairs), "thumbs": len(harvested.labels)}
     return render(request, "site/new.html", context, status=400 if form.errors else 200)
 
 
 def _frozen(names: list[str]) -> list[str]:
-    """The sources, with the votes as they are now in a file of their own."""
-    only_thumbs = not ballots.current_harvest().pairs
-    return [str(ballots.snapshot(single=only_thumbs)[0]) if name == VOTES else name for name in names]
+    """The sources, with the votes or the answers that they judge as they are now in a file of their own."""
+    return [str(ballots.snapshot(single=name == THUMBS)[0]) if name in (VOTES, THUMBS) else name for name in names]
 
 
 def _keep(upload: UploadedFile) -> Path:
