@@ -231,7 +231,9 @@ def test_better_beside_another_and_better_than_before(page, arena, said):
     expect(page.get_by_role("button", name="This one is better", pressed=True)).to_have_count(1)
     vote = json.loads(get(f"{arena.url}/arena/votes.jsonl").text.splitlines()[-1])
     assert (vote["kind"], vote["outcome"], len(vote["answers"])) == ("side by side", "right", 2)
-    page.get_by_role("button", name="This one is better").nth(0).click()  # a changed mind
+    other = page.get_by_role("button", name="This one is better").nth(0)
+    other.click()  # a changed mind
+    expect(other).to_have_attribute("aria-pressed", "true", timeout=PATIENCE)
     expect(page.get_by_role("button", name="This one is better", pressed=True)).to_have_count(1)
     votes = [json.loads(line) for line in get(f"{arena.url}/arena/votes.jsonl").text.splitlines()][-2:]
     assert [bool(vote["withdrawn"]) for vote in votes] == [True, False]

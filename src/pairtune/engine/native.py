@@ -117,6 +117,13 @@ class _TrialState:
         return self.result.trial
 
 
+def _identity(trial: TrialConfig) -> str:
+    """A trial's settings; those that older checkpoints do not know are left out at their defaults."""
+    later = ("desirable_weight", "undesirable_weight")
+    same = {name for name in later if getattr(trial, name) == TrialConfig.model_fields[name].default}
+    return trial.model_dump_json(exclude=same)
+
+
 class _TrialGroup:
     """Trials that are trained together."""
 
@@ -259,7 +266,7 @@ class _TrialGroup:
             member.weights.updated()
 
     def _fingerprint(self) -> str:
-        trials = [member.trial.model_dump_json() for member in self.members]
+        trials = [_identity(member.trial) for member in self.members]
         return fingerprint([self.inputs.start_fingerprint, self._pairs_fingerprint, *trials])
 
     def _base_outputs(self, base: Policy) -> tuple[dict[str, Tensor], BaseStates]:
