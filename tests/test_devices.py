@@ -16,7 +16,7 @@ from conftest import make_pair
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
 
-from pairtune.config import TrialConfig
+from pairtune.config import UNPAIRED, TrialConfig
 from pairtune.data.table import PairTable
 from pairtune.engine import policy as policies
 from pairtune.engine.divergence import BaseStates
@@ -133,6 +133,16 @@ def test_a_training_step_stays_on_the_device(monkeypatch, pairs, family, trials,
         if trials == 2:
             policy.checkpoint_activations()
         step(policy, config, pairs, [AdapterWeights(layers, place) for place in range(trials)], trials)
+
+
+@pytest.mark.parametrize("loss", UNPAIRED)
+def test_a_step_on_single_answers_stays_on_the_device(monkeypatch, tiny_base, loss):
+    halves = [half for number in range(2) for half in make_pair(number).halves()]
+    with elsewhere(monkeypatch):
+        model = model_of("llama", torch.bfloat16)
+        layers = add_adapters(model, LoraSettings(rank=4), [0])
+        table = PairTable.of(halves, tiny_base.tokenizer)
+        step(Policy(model, layers), trial(loss=loss), table, [AdapterWeights(layers, 0)], 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -251,7 +251,7 @@ def kto(answers: LabelledLogps, settings: LossSettings) -> Tensor:
 def bco(answers: LabelledLogps, settings: LossSettings) -> Tensor:
     """BCO: binary cross-entropy with the reward as logit (Jung et al. 2024, "Binary Classifier Optimization").
 
-    Without the paper's reward shift, a running mean of rewards, as TRL computes `bco_pair` since its version 1.
+    Without the paper's reward shift, a running mean of rewards, as TRL 1.16 computes `bco_pair`.
     """
     reward = settings.beta * answers.ratio
     return -logsigmoid(torch.where(answers.desirable, reward, -reward))

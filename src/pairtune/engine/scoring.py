@@ -112,7 +112,7 @@ class _ScoredAnswers:
             found[f"{name}/chosen"] = [value if good else None for value, good in values]
             found[f"{name}/rejected"] = [None if good else value for value, good in values]
         if self.objective.loss == "kto":
-            found[KL_ESTIMATE] = [float(self.answers.kl)] * len(ratio)
+            found[KL_ESTIMATE] = torch.as_tensor(self.answers.kl).expand(len(ratio)).tolist()
         return _records(found, self.kl)
 
 
@@ -188,13 +188,10 @@ class Scorer:
                 for mine, part in zip(parts, each, strict=True):
                     mine.append(part)
                 done += len(each[0].losses)
-                self._report(on_progress, done)
+                on_progress(done * self.processes.count)
             if self.pairs.unpaired:
                 parts = [self._with_common_kl(cast(list[_ScoredAnswers], mine)) for mine in parts]
             return [self.processes.gather([row for part in mine for row in part.records()]) for mine in parts]
-
-    def _report(self, on_progress: Callable[[int], None], done: int) -> None:
-        on_progress(done * self.processes.count)
 
     def _pairs(self, rows: Sequence[int], max_tokens: int) -> Iterator[list[Scored]]:
         for numbers, pack, answers in self._forward(rows, max_tokens, "both"):
