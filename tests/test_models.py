@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_pairs
 
+import pairtune
 from pairtune.errors import BadInput
 from pairtune.models import resolve as resolving
 from pairtune.models.load import (
@@ -18,7 +24,9 @@ from pairtune.models.load import (
     pick_dtype,
     weights_fingerprint,
 )
-from pairtune.models.resolve import BUNDLED, bundled_gguf, resolve_model, resolve_target
+from pairtune.models.resolve import BUNDLED, ModelSource, bundled_gguf, resolve_model, resolve_target
+
+SOURCES = Path(pairtune.__file__).parent
 
 
 @pytest.mark.parametrize(
@@ -56,6 +64,51 @@ def test_damaged_parts_of_a_model_are_named(tiny_model, tmp_path):
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(BadInput, match="the tokenizer cannot be loaded"):
         load_tokenizer(source)
+
+
+# A model's own code, which leaves a mark when it is run.
+OWN_CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+Path({mark!r}).write_text("run")
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_models_own_code_is_never_run(tiny_model, tmp_path):
+    """Not even when somebody pipes `yes` into the command, since transformers would ask."""
+    folder, mark = shutil.copytree(tiny_model, tmp_path / "m"), tmp_path / "mark"
+    (folder / "own.py").write_text(OWN_CODE.format(mark=str(mark)))
+    config = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": names}))
+    data = write_pairs(tmp_path / "pairs.jsonl", range(8))
+    for command in ("tune", "plan"):
+        said = subprocess.run(
+            [sys.executable, "-m", "pairtune", command, "--model", folder, "--data", data, "--out", tmp_path / "out"],
+            input="y\n" * 20,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert said.returncode == 2
+        assert "it brings Python code of its own, which is never run" in said.stderr
+    with pytest.raises(BadInput, match="Python code of its own"):
+        load_model(ModelSource("own", folder, "folder", str(folder)), torch.float32)
+    assert not mark.exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_auto_class_is_told_not_to_run_code():
+    calls = re.compile(r"Auto\w+\.from_(?:pretrained|config)\((?:[^()]|\([^()]*\))*\)", re.DOTALL)
+    found = [
+        call for file in SOURCES.rglob("*.py") if "card" not in file.name for call in calls.findall(file.read_text())
+    ]
+    assert len(found) >= 8
+    assert [call for call in found if "trust_remote_code=False" not in call] == []
 
 
 def test_a_tokenizer_without_a_chat_template_gets_the_default_and_keeps_it(tiny_model, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,11 @@ from typing import Any
 
 from pairtune.errors import BadInput
 
+# What new files are not allowed to be, as the user has set it. It can only be read by setting it, which is safe before
+# there are threads.
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)
+
 
 def user_cache() -> Path:
     """The folder for data that can be regenerated: dequantised models, tokenized pairs, reference log-probs."""
@@ -24,19 +30,34 @@ def user_cache() -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that replaces it when the block ends; after an error `path` is unchanged."""
+    """A temporary file beside `path` that replaces it when the block ends; after an error `path` is unchanged.
+
+    File and folder are synced: what has been replaced survives a power cut, and so does all that was replaced before.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        sync(temporary)
+        temporary.chmod(0o666 & ~_UMASK)
         os.replace(temporary, path)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold a file's content, or a folder's names; some file systems cannot do that for folders."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -64,25 +85,56 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def fill_folder(path: Path, fill: Callable[[Path], None]) -> Path:
+def fill_folder(path: Path, fill: Callable[[Path], None], *, new: bool = False) -> Path:
     """Replace the folder `path` with what `fill(temporary)` writes; on failure `path` is unchanged.
 
-    If another process created the same folder in the meantime, ours replaces it: both are complete.
+    The old folder is moved aside before the new one takes its place, and removed afterwards; `restore_moved` undoes
+    this for a process that was killed in between. If another process created the same folder in the meantime, ours
+    replaces it: both are complete.
+
+    Args:
+        path: the folder.
+        fill: writes the content into the folder that it is given.
+        new: refuse to replace a folder that is not empty.
+
+    Raises:
+        OSError: the folder cannot be written; with `new`, ENOTEMPTY or EEXIST if there is one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:
         fill(temporary)
-        temporary.chmod(0o755)
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                file.chmod(0o644)  # some libraries write weights that only the owner can read
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+        for file in (*temporary.rglob("*"), temporary):
+            file.chmod((0o777 if file.is_dir() else 0o666) & ~_UMASK)  # some libraries' weights are the owner's only
+            sync(file)
+        if new or not path.exists():
+            os.replace(temporary, path)
+        else:
+            moved = Path(f"{temporary.with_suffix('')}{_MOVED}")
+            os.replace(path, moved)
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                os.replace(moved, path)
+                raise
+            shutil.rmtree(moved, ignore_errors=True)
+        sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return path
+
+
+_MOVED = ".old"  # a folder that `fill_folder` is replacing: .NAME.xxxxxxxx.old
+
+
+def restore_moved(folder: Path) -> None:
+    """Move back, anywhere in `folder`, what a killed `fill_folder` had moved aside without putting anything there."""
+    for moved in list(folder.rglob(f".*{_MOVED}")):
+        path = moved.with_name(moved.name.removeprefix(".").removesuffix(_MOVED).rpartition(".")[0])
+        if path.exists():
+            shutil.rmtree(moved, ignore_errors=True)
+        else:
+            os.replace(moved, path)
 
 
 def forget_oldest(folder: Path, keep_bytes: int) -> None:

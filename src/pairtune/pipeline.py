@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ from pairtune.report.write import write_report
 from pairtune.resolve_config import Resolved, resolve
 from pairtune.run.examples import Examples
 from pairtune.run.folder import Run
+from pairtune.run.lock import writing
 from pairtune.run.records import (
     AnswersRecord,
     BaseModelRecord,
@@ -91,8 +92,10 @@ def tune(resolved: Resolved, console: Console) -> Run | None:
             "adapter; tune a model from the Hub, or push the merged model afterwards (pairtune push RUN --what merged)"
         )
     run = Run(processes.from_first(resolved.config.out))
+    held = ExitStack()
 
     def write(run: Run) -> None:
+        held.enter_context(writing(run))
         write_atomic(run.paths.config, resolved.to_yaml())
         run.write(data.record)
         data.index().write(run.paths.pairs)
@@ -101,12 +104,13 @@ def tune(resolved: Resolved, console: Console) -> Run | None:
         if start.run:
             keep_prompts(run, prompts_of_round(start.run))
 
-    if processes.first:
-        Run.create(run.root, write)  # only now, so that bad input leaves nothing behind
-    processes.wait()
-    if base.adapter:
-        base = replace(base, adapter=run.paths.start)
-    return _carry_out(resolved.config, base, data, run, processes, console)
+    with held:
+        if processes.first:
+            Run.create(run.root, write)  # only now, so that bad input leaves nothing behind
+        processes.wait()
+        if base.adapter:
+            base = replace(base, adapter=run.paths.start)
+        return _carry_out(resolved.config, base, data, run, processes, console)
 
 
 def resume(root: Path, console: Console) -> Run | None:
@@ -123,15 +127,17 @@ def resume(root: Path, console: Console) -> Run | None:
     if run.complete:
         return run
     config = resolve(run.paths.config, {"out": root}).config
-    start, data, processes, console = _open(config, console, run)
-    before, now = run.need(DataRecord), data.record
-    # The example shows whether pairs are still rendered the same way.
-    if before.splits != now.splits or before.example not in (None, now.example):
-        raise BadInput(f"{run.paths.data}: the pairs have changed since the run started; start a new run")
-    if processes.first:
-        run.forget_half_written()
-    processes.wait()
-    return _carry_out(config, start.base, data, run, processes, console)
+    first = Processes(pick_device()).first
+    with writing(run) if first else nullcontext():
+        if first:
+            run.forget_half_written()
+        start, data, processes, console = _open(config, console, run)
+        before, now = run.need(DataRecord), data.record
+        # The example shows whether pairs are still rendered the same way.
+        if before.splits != now.splits or before.example not in (None, now.example):
+            raise BadInput(f"{run.paths.data}: the pairs have changed since the run started; start a new run")
+        processes.wait()
+        return _carry_out(config, start.base, data, run, processes, console)
 
 
 def with_settings_of_adapter(resolved: Resolved, adapter: Path) -> Resolved:

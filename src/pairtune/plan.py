@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pairtune.config import RunConfig, SourceConfig
 from pairtune.cost import PairLengths, Speed, estimate
@@ -17,7 +17,7 @@ from pairtune.data.preference import PreferencePair
 from pairtune.data.source_reader import SourceReader
 from pairtune.data.sources import BUNDLED
 from pairtune.engine.memory import shape_of
-from pairtune.models.load import blank_model, free_bytes, pick_device, pick_dtype
+from pairtune.models.load import blank_model, free_bytes, pick_device, pick_dtype, read_config
 from pairtune.models.resolve import ModelSource
 from pairtune.models.start import open_start
 
@@ -141,7 +141,7 @@ def _measured(source: ModelSource, dtype: torch.dtype, memory_free: float) -> Sp
     hidden = torch.ones(_HEAD_TOKENS, model.config.hidden_size, dtype=dtype)
     words = torch.ones(_HEAD_WORDS, model.config.hidden_size, dtype=dtype)
     head = _fastest(lambda: torch.nn.functional.linear(hidden, words)) / _HEAD_TOKENS / _HEAD_WORDS
-    whole = AutoConfig.from_pretrained(source.folder)
+    whole = read_config(source)
     each = _LAYERS * _TOKENS
     return Speed(
         dtype=str(dtype).removeprefix("torch."),
@@ -155,12 +155,12 @@ def _measured(source: ModelSource, dtype: torch.dtype, memory_free: float) -> Sp
 
 def _few_layers(source: ModelSource) -> PreTrainedModel:
     """A model with random weights, a few of the source's layers and hardly any vocabulary."""
-    config = AutoConfig.from_pretrained(source.folder)
+    config = read_config(source)
     config.num_hidden_layers, config.vocab_size = _LAYERS, 64
     config.bos_token_id = config.eos_token_id = config.pad_token_id = 0
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:_LAYERS]
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model.eval()

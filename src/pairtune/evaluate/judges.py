@@ -94,17 +94,17 @@ class RewardModelJudge:
         """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        from pairtune.models.load import pick_device
+        from pairtune.models.load import pick_device, why_unloadable
         from pairtune.models.resolve import resolve_model
 
         folder = resolve_model(name, "--judge").folder
         try:
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                folder, use_safetensors=True, output_loading_info=True
+                folder, use_safetensors=True, output_loading_info=True, trust_remote_code=False
             )
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise BadInput(f"--judge {name}: cannot be loaded as a reward model ({one_line(error)})") from error
+            raise BadInput(f"--judge {name}: cannot be loaded as a reward model ({why_unloadable(error)})") from error
         if missing := sorted(info["missing_keys"]):  # they would be random, and so would the verdicts
             raise BadInput(f"--judge {name}: is not a reward model: it has no weights for {', '.join(missing[:3])}")
         if model.config.num_labels != 1:

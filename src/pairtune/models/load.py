@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import logging as transformers_logging
 
 from pairtune.chat_templates import adds_bos
@@ -73,6 +73,7 @@ def open_base(name: str, dtype: str = "auto") -> LoadedBase:
         BadInput: the model cannot be found or used.
     """
     source, device = resolve_model(name), pick_device()
+    read_config(source)  # before anything slow
     return LoadedBase(
         source, load_tokenizer(source), pick_dtype(device) if dtype == "auto" else getattr(torch, dtype), device
     )
@@ -132,9 +133,9 @@ def load_tokenizer(source: ModelSource | Path) -> Any:
     """
     folder = source.folder if isinstance(source, ModelSource) else source
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise BadInput(f"--model {_typed(source)}: the tokenizer cannot be loaded ({one_line(error)})") from error
+        raise BadInput(f"--model {_typed(source)}: the tokenizer cannot be loaded ({why_unloadable(error)})") from error
     if tokenizer.eos_token is None:
         raise BadInput(f"--model {_typed(source)}: the tokenizer has no end token, so answers could never end")
     if tokenizer.chat_template is None:
@@ -153,16 +154,36 @@ def load_model(source: ModelSource | Path, dtype: torch.dtype, device: torch.dev
     folder = source.folder if isinstance(source, ModelSource) else source
     transformers_logging.disable_progress_bar()  # the live view shows what is going on
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise BadInput(f"--model {_typed(source)}: the weights cannot be loaded ({one_line(error)})") from error
+        raise BadInput(f"--model {_typed(source)}: the weights cannot be loaded ({why_unloadable(error)})") from error
     return model.to(device or pick_device()).eval()
+
+
+def why_unloadable(error: Exception) -> str:
+    """Why transformers could not load a model, for a message in one line."""
+    if "trust_remote_code" in str(error):
+        return "it brings Python code of its own, which is never run; choose a model that transformers itself supports"
+    return one_line(error)
+
+
+def read_config(source: ModelSource) -> PretrainedConfig:
+    """A model's config.
+
+    Raises:
+        BadInput: it cannot be read, or is of an architecture that transformers does not have.
+    """
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise BadInput(f"--model {source.name}: its config.json cannot be used ({why_unloadable(error)})") from error
+    return config
 
 
 def blank_model(source: ModelSource) -> PreTrainedModel:
     """A model of the same architecture without weights, on the meta device."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source.folder))
+        return AutoModelForCausalLM.from_config(read_config(source), trust_remote_code=False)
 
 
 def load_tuned(

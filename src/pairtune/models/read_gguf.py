@@ -30,8 +30,10 @@ def read_gguf(file: Path, rotary: Mapping[str, Any] | None = None) -> tuple[PreT
     if scaled and rotary is None:
         raise ValueError("Llama 3.1's rotary embedding cannot be read from GGUF; use the model's safetensors")
     with redirect_stderr(io.StringIO()):  # hides its progress bar; failures are raised, not printed
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
+        )
     if hasattr(model.config, "quantization_config"):  # the weights are dense now, and the config must agree
         del model.config.quantization_config
         model.is_quantized, model.hf_quantizer = False, None

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig
 
 from pairtune.config import Method, OnTop, Reference, source_name
 from pairtune.errors import BadInput
 from pairtune.files import fill_folder, fingerprint, saved_fingerprint
-from pairtune.models.load import LoadedBase, load_tokenizer, load_tuned, open_base
+from pairtune.models.load import LoadedBase, load_tokenizer, load_tuned, open_base, read_config
 from pairtune.models.resolve import ModelSource, Target, merged_folder, resolve_model, resolve_target
 from pairtune.models.save import save_best
 from pairtune.run.folder import Run
@@ -190,7 +189,7 @@ def _merge(lineage: Lineage, ground: ModelSource, adapters: Sequence[Path]) -> P
     final = merged_folder(lineage)
     if (final / "config.json").is_file():
         return final
-    stored = AutoConfig.from_pretrained(ground.folder).dtype or torch.float32
+    stored = read_config(ground).dtype or torch.float32
     folder = ground.folder
     for number, adapter in enumerate(adapters, 1):
         made = final if number == len(adapters) else final.parent / _merged_name(lineage.ground, adapters[:number])

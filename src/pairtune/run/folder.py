@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from pairtune.config import RunConfig, TrialConfig
 from pairtune.errors import BadInput
-from pairtune.files import fill_folder, read_json, write_atomic, write_json
+from pairtune.files import fill_folder, read_json, restore_moved, write_atomic, write_json
 from pairtune.resolve_config import resolve
 from pairtune.run.cache import FileCache, LogCache
 from pairtune.run.metrics import Evaluation, MetricsLog
@@ -127,8 +127,9 @@ class Run:
         """
         check_new(root)
         try:
-            fill_folder(root, lambda temporary: fill(cls(temporary)))
+            fill_folder(root, lambda temporary: fill(cls(temporary)), new=True)
         except OSError as error:
+            check_new(root)  # another process may have been quicker
             raise BadInput(f"--out {root}: cannot be created ({error.strerror})") from error
         return cls(root)
 
@@ -377,7 +378,11 @@ class Run:
         write_atomic(self.paths.complete, datetime.now(UTC).isoformat(timespec="seconds") + "\n")
 
     def forget_half_written(self) -> None:
-        """Remove the temporary files of interrupted writes."""
+        """Remove the temporary files of interrupted writes, and undo those that were half done.
+
+        Only for the process that holds the run's lock: the files may be another writer's.
+        """
+        restore_moved(self.root)
         for path in list(self.root.rglob(".*.tmp")):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)

@@ -12,16 +12,18 @@ from pathlib import Path
 import psutil
 from django.conf import settings
 from django.utils.text import slugify
+from filelock import FileLock
 
 from pairtune.run.records import Progress
 from pairtune.web.models import Job
 
 _LINES, _TAIL = 12, 4000
+_ONE_AT_A_TIME = (("tune", "resume"), ("push",))  # kinds of which there is one process for a subject and a detail
 _JUST_WRITTEN = 2.0  # seconds by which two notes of a process's start may differ
 
 
 def start(kind: str, subject: str, arguments: Sequence[str], detail: str = "") -> Job:
-    """Run a `pairtune` command in a process of its own.
+    """Run a `pairtune` command in a process of its own, or find the one that a double click has started already.
 
     Args:
         kind: see `Job`.
@@ -31,6 +33,15 @@ def start(kind: str, subject: str, arguments: Sequence[str], detail: str = "") -
     """
     root: Path = settings.PAIRTUNE_SITE / "jobs"
     root.mkdir(parents=True, exist_ok=True)
+    alone = next((kinds for kinds in _ONE_AT_A_TIME if kind in kinds), ())
+    with FileLock(root / ".lock"):
+        running = last(alone, subject) if alone else None
+        if running and running.detail == detail and is_alive(running):
+            return running
+        return _start(root, kind, subject, arguments, detail)
+
+
+def _start(root: Path, kind: str, subject: str, arguments: Sequence[str], detail: str) -> Job:
     folder = Path(tempfile.mkdtemp(prefix=f"{kind}-{slugify(subject)[:40]}-", dir=root))
     with (folder / "out").open("wb") as out, (folder / "log").open("wb") as log:
         process = subprocess.Popen(  # noqa: S603 - our own command
