@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import re
 import shutil
@@ -16,6 +17,8 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from playwright.sync_api import expect
 from site_server import NEEDS_CHROMIUM, PATIENCE, Client, Site, get, post, say, serving, wait_done
 
@@ -230,6 +233,23 @@ def test_markdown_is_rendered_and_harmless():
     assert not re.search(r"<(img|script|a)\b|javascript:[^}]*\"", markdown(hostile))
     before, after = marked_differences("the <b>old</b> lamp", "the new lamp")
     assert (before, after) == ("the <del>&lt;b&gt;old&lt;/b&gt;</del> lamp", "the <ins>new</ins> lamp")
+
+
+@given(st.tuples(*[st.lists(st.sampled_from(["ha ", "no ", "ha", "\n", "<b>"]), max_size=300).map("".join)] * 2))
+def test_differences_keep_both_texts_however_often_they_repeat_themselves(texts):
+    from pairtune.web.text import marked_differences
+
+    for text, marked in zip(texts, marked_differences(*texts), strict=True):
+        assert html.unescape(re.sub("</?(del|ins)>", "", marked)) == text
+
+
+def test_texts_that_only_repeat_themselves_are_not_compared_word_by_word():
+    from pairtune.web.text import marked_differences
+
+    before, after = marked_differences("Yes. " + "ha " * 300 + "End.", "Yes. " + "ha ha no " * 100 + "End.")
+    assert (before.count("<del>"), after.count("<ins>")) == (1, 1)
+    assert before.startswith("Yes. ha ha <del>ha ha")
+    assert after.endswith("no</ins> End.")
 
 
 def test_runs_are_listed_whatever_their_state(page, site):

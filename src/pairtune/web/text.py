@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -24,8 +25,9 @@ from pygments.util import ClassNotFound
 
 # Longer code is shown without colours, since an answer is rendered ten times a second while it is written.
 _HIGHLIGHTED = 20_000
-# Two texts with more words in all are compared by difflib's quicker rule, which takes frequent words for noise.
-_COMPARED_EXACTLY = 1_200
+# Pairs of equal words, one from each text, up to which difflib compares them: its time grows faster than their number,
+# so that a few hundred repetitions of one word take seconds. Two ordinary answers of 1,500 words have about 15,000.
+_MOST_MATCHES = 20_000
 
 _MATHML = {
     *("math", "mrow", "mi", "mn", "mo", "ms", "mtext", "mspace", "mfrac", "msqrt", "mroot", "msub", "msup", "msubsup"),
@@ -156,13 +158,36 @@ def without_flags(text: str) -> str:
 
 @lru_cache(maxsize=2048)  # comparing takes milliseconds, and a page has dozens of texts
 def marked_differences(before: str, after: str) -> tuple[SafeString, SafeString]:
-    """Both texts: words only in `before` in `<del>`, words only in `after` in `<ins>`."""
-    words: list[list[str]] = [re.findall(r"\s+|[^\s]+", plain(text)) for text in (before, after)]
-    quick = len(words[0]) + len(words[1]) > _COMPARED_EXACTLY
-    matcher = difflib.SequenceMatcher(None, words[0], words[1], autojunk=quick)
+    """Both texts: words only in `before` in `<del>`, words only in `after` in `<ins>`.
+
+    Of two texts that repeat themselves too often to be compared word by word, all between their common beginning and
+    their common end is marked.
+    """
+    words: list[list[str]] = [re.findall(r"\S+\s*|\s+", plain(text)) for text in (before, after)]
+    compared = [[word.rstrip() for word in each] for each in words]
+    counts = [Counter(each) for each in compared]
+    matches = sum(count * counts[1][word] for word, count in counts[0].items())
+    if matches <= _MOST_MATCHES:
+        opcodes = difflib.SequenceMatcher(None, *compared, autojunk=False).get_opcodes()
+    else:
+        opcodes = _ends_in_common(*compared)
     sides: tuple[list[str], list[str]] = ([], [])
-    for kind, a, b, c, d in matcher.get_opcodes():
+    for kind, a, b, c, d in opcodes:
         for side, tag, part in ((sides[0], "del", words[0][a:b]), (sides[1], "ins", words[1][c:d])):
-            text = escape("".join(part))
-            side.append(f"<{tag}>{text}</{tag}>" if kind != "equal" and text.strip() else text)
+            text = "".join(part)
+            shown, space = escape(text.rstrip()), text[len(text.rstrip()) :]
+            side.append(f"<{tag}>{shown}</{tag}>{space}" if kind != "equal" and shown else shown + space)
     return mark_safe("".join(sides[0])), mark_safe("".join(sides[1]))  # noqa: S308 - escaped word by word
+
+
+def _ends_in_common(before: list[str], after: list[str]) -> list[tuple[str, int, int, int, int]]:
+    """Opcodes like difflib's: a common beginning, a middle that is replaced, a common end."""
+    shorter = min(len(before), len(after))
+    start = next((at for at in range(shorter) if before[at] != after[at]), shorter)
+    end = next((at for at in range(shorter - start) if before[-1 - at] != after[-1 - at]), shorter - start)
+    middle, last = (len(before) - end, len(after) - end), (len(before), len(after))
+    return [
+        ("equal", 0, start, 0, start),
+        ("replace", start, middle[0], start, middle[1]),
+        ("equal", middle[0], last[0], middle[1], last[1]),
+    ]
