@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from conftest import pairtune, small_run, write_pairs
+from markupsafe import escape
 from model_hub import TOKEN, online, serve_models
 
 from pairtune.errors import BadInput, RunFailed
@@ -114,8 +115,14 @@ def test_what_is_pushed_arrives_whole_in_one_commit(run, hub, tmp_path):
     assert hub.private == {"someone/demo": True}
     assert len(hub.commits) == 1
     arrived = hub.repositories["someone/demo"]["main"]
-    for name in ("report.html", "report.md"):
-        assert arrived[name] == (run.root / name).read_bytes()
+    texts = [prompt[-1]["content"] for prompt in run.generations.prompts]
+    texts += [model.answers[0].text.split("\n")[0][:20].strip() for model in run.generations.models.values()]
+    texts += [run.data.example.chosen, *(each.chosen for each in run.regressions.pairs)]
+    own = (run.root / "report.html").read_text()
+    assert all(str(escape(text)) in own for text in texts if text)
+    for name in ("report.html", "report.md", "README.md"):  # other people's texts stay here
+        assert not [text for text in texts if text and str(escape(text)) in arrived[name].decode()], name
+        assert "left out of reports that are shared" in arrived[name].decode()
     for file in run.paths.figures.iterdir():
         assert arrived[f"figures/{file.name}"] == file.read_bytes()
     export_run(run, "merged", tmp_path / "merged")
@@ -130,6 +137,14 @@ def test_what_is_pushed_arrives_whole_in_one_commit(run, hub, tmp_path):
         assert TOKEN.encode() not in content
         assert str(run.root.parent).encode() not in content
     assert TOKEN not in done.stdout + done.stderr
+
+
+def test_prompts_are_published_where_somebody_says_so(run, hub, tmp_path):
+    flags = ("--repo", "someone/open", "--what", "merged", "--share-prompts")
+    assert pairtune("push", run.root, *flags, **online(hub, tmp_path)).returncode == 0
+    arrived = hub.repositories["someone/open"]["main"]
+    for name in ("report.html", "report.md"):
+        assert arrived[name] == (run.root / name).read_bytes()
 
 
 def test_an_adapter_from_the_hub_answers_as_the_runs_best(tiny_model, hub, tmp_path):

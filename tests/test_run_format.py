@@ -76,7 +76,7 @@ def test_an_old_run_that_was_interrupted_goes_on_to_the_results_of_the_whole(old
 
 def test_an_old_run_is_served(old):
     with WorkerProcess(["finished"]) as worker:
-        client = openai.OpenAI(base_url=f"{worker.url}/v1", api_key="none", max_retries=0)
+        client = openai.OpenAI(base_url=f"{worker.url}/v1", api_key=worker.key, max_retries=0)
         assert {each.id for each in client.models.list()} >= {"model", "finished", "finished/lr-0.001-beta-0.1"}
         answer = client.chat.completions.create(
             model="finished", messages=[{"role": "user", "content": "Hi"}], max_tokens=4

@@ -9,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -21,13 +23,16 @@ from conftest import byte_tokenizer, pairtune, small_run
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from starlette.testclient import TestClient
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from pairtune.files import saved_fingerprint
 from pairtune.models.generate import end_tokens, generate_answers
 from pairtune.models.load import load_model, load_tuned, open_base
 from pairtune.models.sampling import SamplingParams
+from pairtune.serve import api
 from pairtune.serve.adapters import read_adapter
+from pairtune.serve.catalogue import Catalogue
 from pairtune.serve.detokenizer import IncrementalDetokenizer
 from pairtune.serve.model_runner import ModelRunner
 from pairtune.serve.process import WorkerProcess
@@ -330,7 +335,7 @@ def worker(run):
 
 @pytest.fixture
 def client(worker):
-    return openai.OpenAI(base_url=f"{worker.url}/v1", api_key="none", max_retries=0)
+    return openai.OpenAI(base_url=f"{worker.url}/v1", api_key=worker.key, max_retries=0)
 
 
 def ask(model="small", **more):
@@ -362,6 +367,11 @@ def test_openais_client_lists_completes_and_streams(client, run, tiny_model):
         ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages.0.role"),
         ({"temperature": -1}, 400, "temperature"),
         ({"n": 2}, 400, "n:"),
+        ({"frequency_penalty": 0.5}, 400, "frequency_penalty: Value error, penalties are not supported"),
+        ({"presence_penalty": -1}, 400, "presence_penalty"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format.type"),
+        ({"logit_bias": {"7": 5}}, 400, "logit_bias"),
+        ({"tool_choice": "required"}, 400, "tool_choice"),
         ({"extra_body": {"continue_final_message": True}}, 400, "needs add_generation_prompt false"),
         ({"messages": [{"role": "user", "content": "x" * 1_000_000}]}, 400, "longer than this model's 400 tokens"),
         ({"messages": [{"role": "user", "content": "x" * 500}]}, 400, "too many for this model"),
@@ -392,8 +402,95 @@ def test_odd_text_is_answered(client):
 
 
 def test_other_hosts_and_no_json_are_refused(worker):
-    assert httpx.get(f"{worker.url}/v1/models", headers={"Host": "evil.example"}).status_code == 400
-    assert httpx.post(f"{worker.url}/v1/chat/completions", content=b"{").status_code == 400
+    key, json_ = {"Authorization": f"Bearer {worker.key}"}, {"Content-Type": "application/json"}
+    assert httpx.get(f"{worker.url}/v1/models", headers={**key, "Host": "evil.example"}).status_code == 400
+    assert httpx.post(f"{worker.url}/v1/chat/completions", content=b"{", headers=key | json_).status_code == 400
+
+
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; x=1"])
+def test_what_any_page_can_post_is_refused(worker, kind):
+    """Browsers send these to other sites without asking them first."""
+    headers = {"Authorization": f"Bearer {worker.key}"} | ({"Content-Type": kind} if kind else {})
+    said = httpx.post(f"{worker.url}/v1/chat/completions", content=json.dumps(ask()), headers=headers)
+    assert (said.status_code, said.json()["error"]["code"]) == (415, "unsupported_media_type")
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer none"}, {"Authorization": "Basic none"}])
+def test_without_its_key_a_worker_only_says_whether_it_lives(worker, headers):
+    assert httpx.get(f"{worker.url}/health", headers=headers).json().keys() == {"status"}
+    for said in (
+        httpx.get(f"{worker.url}/v1/models", headers=headers),
+        httpx.post(f"{worker.url}/v1/chat/completions", json=ask(), headers=headers),
+    ):
+        assert (said.status_code, said.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert worker.key not in said.text
+    assert worker.key not in " ".join(psutil.Process(worker.pid).cmdline())
+
+
+def test_a_worker_for_other_machines_has_a_key_that_it_shows_once(run):
+    command = [sys.executable, "-m", "pairtune", "worker", str(run.root), "--host", "0.0.0.0", "--port", "0"]  # noqa: S104
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        key = process.stderr.readline().rpartition(": ")[2].strip()
+        port = process.stdout.readline().partition("/v1")[0].rpartition(":")[2]
+        url = f"http://127.0.0.1:{port}/v1"
+        assert httpx.get(f"{url}/models", timeout=60).status_code == 401
+        assert list(openai.OpenAI(base_url=url, api_key=key).models.list())
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+
+
+def test_nulls_mean_not_given(client):
+    names = ("temperature", "top_p", "top_k", "max_completion_tokens", "stop", "n", "seed", "logprobs", "top_logprobs")
+    more = dict.fromkeys(
+        (*names, "tools", "tool_choice", "stream_options", "response_format", "logit_bias", "pairtune")
+    )
+    nulls = dict.fromkeys(("frequency_penalty", "presence_penalty", "functions", "continue_final_message", "stream"))
+    answer = client.chat.completions.create(**ask(), extra_body=more | nulls)
+    assert answer.choices[0].finish_reason in ("stop", "length")
+
+
+def test_a_list_of_models_does_not_wait_for_models_that_are_loaded(monkeypatch, run):
+    loading, go_on = threading.Event(), threading.Event()
+
+    class Slow(Catalogue):
+        def open(self, model):
+            loading.set()
+            assert go_on.wait(60)
+            return super().open(model)
+
+    monkeypatch.setattr(api, "_SILENCE_SECONDS", 0.2)
+    catalogue = Slow([str(run.root)], None, Limits())
+    with (
+        TestClient(api.make_app(catalogue, ["testserver"]), client=("127.0.0.1", 1)) as client,
+        ThreadPoolExecutor(24) as pool,
+    ):
+        asked = [pool.submit(client.post, "/v1/chat/completions", json=ask(stream=bool(n % 2))) for n in range(24)]
+        assert loading.wait(60)
+        assert len(client.get("/v1/models").json()["data"]) == 4
+        time.sleep(0.5)
+        go_on.set()
+        said = [each.result() for each in asked]
+    assert [each.status_code for each in said] == [200] * 24
+    streamed = [each.text for each in said if "event-stream" in each.headers["content-type"]]
+    assert len(streamed) == 12
+    assert all(text.startswith(": waiting") and text.endswith("data: [DONE]\n\n") for text in streamed)
+
+
+def test_a_dead_engine_is_not_healthy_and_the_next_request_starts_another(monkeypatch, run):
+    catalogue = Catalogue([str(run.root)], None, Limits())
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    with TestClient(api.make_app(catalogue, ["testserver"])) as client:
+        assert client.post("/v1/chat/completions", json=ask()).status_code == 200
+        assert client.get("/health").json()["status"] == "ok"
+        with monkeypatch.context() as patch:
+            patch.setattr(BatchScheduler, "_step", lambda self: sys.exit(1))  # which is not caught as an Exception
+            failed = client.post("/v1/chat/completions", json=ask())
+        assert (failed.status_code, failed.json()["error"]["message"]) == (500, "the server is closing")
+        assert client.get("/health").status_code == 503
+        assert client.post("/v1/chat/completions", json=ask()).status_code == 200
+        assert client.get("/health").json()["status"] == "ok"
 
 
 def test_who_hangs_up_frees_the_place(worker, client):
@@ -408,7 +505,7 @@ def test_who_hangs_up_frees_the_place(worker, client):
 def test_a_worker_that_is_killed_comes_back(run):
     with WorkerProcess([str(run.root)]) as worker:
         before = worker.pid
-        client = openai.OpenAI(base_url=f"{worker.url}/v1", api_key="none", max_retries=0)
+        client = openai.OpenAI(base_url=f"{worker.url}/v1", api_key=worker.key, max_retries=0)
         os.kill(before, signal.SIGKILL)
         until = time.monotonic() + 60
         while True:
@@ -416,6 +513,7 @@ def test_a_worker_that_is_killed_comes_back(run):
                 answer = client.chat.completions.create(**ask())
                 break
             except openai.APIConnectionError:
+                client.base_url = f"{worker.url}/v1"  # it has chosen another port
                 assert time.monotonic() < until
                 time.sleep(0.2)
         assert answer.choices[0].message is not None
@@ -426,7 +524,7 @@ def test_a_worker_that_is_killed_comes_back(run):
 
 def test_runs_come_and_go_while_it_serves(run, tmp_path):
     with WorkerProcess(["--runs", str(tmp_path)]) as worker:
-        client = openai.OpenAI(base_url=f"{worker.url}/v1", api_key="none", max_retries=0)
+        client = openai.OpenAI(base_url=f"{worker.url}/v1", api_key=worker.key, max_retries=0)
         assert not list(client.models.list())
         shutil.copytree(run.root, tmp_path / "later")
         (tmp_path / "unfinished").mkdir()
@@ -448,7 +546,7 @@ def test_runs_come_and_go_while_it_serves(run, tmp_path):
 def test_a_whole_model_is_served_as_it_is(tiny_model, tmp_path):
     full = small_run(tiny_model, tmp_path, method="full", learning_rate=[1e-3], samples=0, out=tmp_path / "whole")
     with WorkerProcess([str(full.root)]) as worker:
-        client = openai.OpenAI(base_url=f"{worker.url}/v1", api_key="none", max_retries=0)
+        client = openai.OpenAI(base_url=f"{worker.url}/v1", api_key=worker.key, max_retries=0)
         answer = client.chat.completions.create(**ask("whole"))
         assert answer.system_fingerprint.endswith(saved_fingerprint(full.paths.best))
         base = open_base(str(tiny_model), "float32")
@@ -463,7 +561,7 @@ def test_a_worker_without_such_a_run_says_so(tmp_path):
 
 
 def _health(worker) -> dict:
-    return httpx.get(f"{worker.url}/health").json()
+    return httpx.get(f"{worker.url}/health", headers={"Authorization": f"Bearer {worker.key}"}).json()
 
 
 def test_the_terminal_needs_no_worker():

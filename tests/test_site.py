@@ -151,18 +151,25 @@ def test_a_worker_that_is_killed_in_mid_answer_is_said_and_a_retry_works(page, s
 
 def _answers(site: Site) -> bool:
     try:
-        return get(f"http://127.0.0.1:{_port(site.worker)}/health").is_success
+        return _ask_worker(site).is_success
     except (httpx.HTTPError, StopIteration, psutil.Error):
         return False
 
 
 def _health(site: Site) -> dict:
-    return get(f"http://127.0.0.1:{_port(site.worker)}/health").json()
+    return _ask_worker(site).json()
 
 
-def _port(worker: psutil.Process) -> str:
-    command = worker.cmdline()
-    return command[command.index("--port") + 1]
+def _ask_worker(site: Site) -> httpx.Response:
+    url, key = _worker_of(site)
+    return get(f"{url}/health", headers={"Authorization": f"Bearer {key}"})
+
+
+def _worker_of(site: Site) -> tuple[str, str]:
+    """The worker's URL and key."""
+    worker = site.worker
+    port = next(each.laddr.port for each in worker.net_connections("tcp") if each.status == psutil.CONN_LISTEN)
+    return f"http://127.0.0.1:{port}", worker.environ()["PAIRTUNE_API_KEY"]
 
 
 def test_two_tabs_show_one_conversation(page, browser, site):
@@ -381,9 +388,11 @@ def test_a_site_without_models_says_so(page, tmp_path):
         assert page.input_value("#prompt") == "Nobody is there"
 
 
-def test_any_server_of_openais_protocol_does(page, runs, tmp_path, site):
+def test_any_server_of_openais_protocol_does(page, runs, tmp_path, site, monkeypatch):
     """Our own worker, used like any other server."""
-    with serving(runs, tmp_path / "data", "--backend", f"http://127.0.0.1:{_port(site.worker)}") as other:
+    url, key = _worker_of(site)
+    monkeypatch.setenv("PAIRTUNE_BACKEND_KEY", key)
+    with serving(runs, tmp_path / "data", "--backend", url) as other:
         say(page, other, "Hi")
         wait_done(page)
         assert len(psutil.Process(other.process.pid).children()) == 0

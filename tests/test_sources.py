@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import tracemalloc
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -53,6 +54,45 @@ def write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     return path
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_a_row_without_end_does_not_fill_the_memory(tmp_path, monkeypatch, name, ending):
+    """Sixteen million characters in a file of a few hundred bytes, read with a limit of a sixteenth of that."""
+    monkeypatch.setattr(row_files, "_LARGEST_ROW", 1 << 20)
+    long = b"x" * (1 << 24)
+    content = {
+        "a.jsonl": LINES + b'{"prompt": "' + long + b'"}\n' + LINES,
+        "a.json": ARRAY[:-2] + b', "' + long + b'"]',
+        "a.csv": csv_bytes(ROWS) + b'"' + long + b'",b,c\n',
+    }[name]
+    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstd}[ending]
+    path = write(tmp_path / (name + ending), pack(content))
+    tracemalloc.start()
+    try:
+        if name == "a.jsonl":
+            rows = read(path)
+            assert [number for number, _ in rows] == [1, 2, 3, 4, 5, 6, 7]
+            assert isinstance(rows[3][1], BadRow)
+            assert "is longer than" in str(rows[3][1])
+        else:
+            with pytest.raises(BadInput, match=r"row 4: .*is longer than"):
+                read(path)
+        assert tracemalloc.get_traced_memory()[1] < 12 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_cell_of_parquet_that_is_not_utf8_is_one_bad_row(tmp_path):
+    texts = pa.array([b"good", b"\xff\xfe", b"fine"], pa.binary()).view(pa.string())
+    table = pa.table({"prompt": texts, "chosen": texts, "rejected": ["a", "b", "c"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    rows = read(tmp_path / "a.parquet")
+    assert [number for number, _ in rows] == [1, 2, 3]
+    assert isinstance(rows[1][1], BadRow)
+    assert "is not UTF-8 (byte 1)" in str(rows[1][1])
+    assert rows[2][1]["prompt"] == "fine"
 
 
 @pytest.mark.parametrize("ending", ["", ".gz", ".zst"])

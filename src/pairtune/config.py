@@ -535,6 +535,12 @@ class RunConfig(_Training):
         group=RESULTS,
         metavar="USER/NAME",
     )
+    share_prompts: bool = setting(
+        False,
+        "Let prompts, answers and pairs be part of what is published on the Hub or sent to W&B and MLflow.",
+        "no: they are other people's texts, and held-out prompts that are public are soon in training data",
+        group=RESULTS,
+    )
     samples: NonNegativeInt | None = setting(
         None,
         "Held-out prompts answered before and after tuning; 0 for none.",

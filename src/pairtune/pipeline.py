@@ -34,7 +34,7 @@ from pairtune.models.load import LoadedBase, blank_model, device_name, pick_devi
 from pairtune.models.start import Start, open_base_of, open_start
 from pairtune.publish.export import Format
 from pairtune.publish.hub import push_run
-from pairtune.report.write import write_report
+from pairtune.report.write import shared_report, write_report
 from pairtune.resolve_config import Resolved, resolve
 from pairtune.run.examples import Examples
 from pairtune.run.folder import Run
@@ -337,8 +337,10 @@ def _conclude(data: PreparedData, run: Run, selection: Selection, trackers: Sequ
     _write_regressions(data, run, selection)
     run.write(audit(evidence_of_run(run.root)))
     write_report(run)
-    for tracker in trackers:
-        tracker.conclude(run, selection)
+    if trackers:
+        shared = shared_report(run, prompts=run.settings.share_prompts).html
+        for tracker in trackers:
+            tracker.conclude(run, selection, shared)
     run.paths.progress.unlink(missing_ok=True)
     run.mark_complete()
 

@@ -248,6 +248,10 @@ def push(
     revision: Annotated[str | None, typer.Option(help="Branch to push to (default main).")] = None,
     anyway: Annotated[bool, typer.Option("--anyway", help="Publish even if the audit reports errors.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List every file and its size, upload nothing.")] = False,
+    share_prompts: Annotated[
+        bool,
+        typer.Option("--share-prompts", help="Publish prompts, answers and pairs in card and report; else they stay."),
+    ] = False,
 ) -> None:
     """Publish a run's model with its card, report and figures on the Hugging Face Hub, in one commit."""
     check_choice("--what", what, _FORMATS)
@@ -264,6 +268,7 @@ def push(
         revision=revision,
         anyway=anyway,
         dry_run=dry_run,
+        share_prompts=share_prompts,
     )
     for name, size in pushed.files.items():
         typer.echo(f"{size:>13,}  {name}", err=not dry_run)

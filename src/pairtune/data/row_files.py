@@ -11,24 +11,28 @@ import csv
 import gzip
 import io
 import json
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 from pairtune.data.preference import BadRow
 from pairtune.errors import BadInput, one_line
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 # One row: its number (from 1; for JSON lines the line number) and its content, or what is wrong with it.
 Row = tuple[int, Any]
 
 _COMPRESSIONS = (".gz", ".zst")
 _BLOCK = 1 << 20
-# Characters of an array item after which it is taken to be unterminated.
-_LARGEST_ROW = 64 << 20
+# Bytes of a line, or characters of an array item or of a row of CSV, above which it is no pair: some four million
+# tokens. A compressed file of a few hundred KB can hold a line that fills the memory.
+_LARGEST_ROW = 16 << 20
+_TOO_LONG = f"is longer than {_LARGEST_ROW >> 20} MiB"
 
 
 def is_data_file(path: str | Path) -> bool:
@@ -96,8 +100,14 @@ def _open(path: Path) -> BinaryIO:
 
 def _read_json_lines(path: Path) -> Iterator[Row]:
     with _open(path) as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
+        number = 0
+        while line := lines.readline(_LARGEST_ROW):
+            number += 1
+            if len(line) == _LARGEST_ROW and not line.endswith(b"\n"):
+                while (rest := lines.readline(_BLOCK)) and not rest.endswith(b"\n"):
+                    pass
+                yield number, BadRow("too long", "", f"{_TOO_LONG}; a row is one pair")
+            elif line.strip():
                 yield number, _parse_line(number, line)
 
 
@@ -160,22 +170,31 @@ def _take_item(where: str, decoder: json.JSONDecoder, text: TextIO, held: str) -
             fault = "a comma or ] is missing after it"
         except (ValueError, RecursionError) as error:
             fault = one_line(error)
-        block = text.read(max(_BLOCK, len(held))) if len(held) < _LARGEST_ROW else ""
+        if len(held) >= _LARGEST_ROW:
+            raise BadInput(
+                f"{where}: {_TOO_LONG}, or is not valid JSON ({fault}); correct it, since later rows cannot be read"
+            )
+        block = text.read(max(_BLOCK, len(held)))
         if not block:
             raise BadInput(f"{where}: is not valid JSON ({fault}); correct it, since later rows cannot be read")
         held += block
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default limit is 128 KB per cell
+    csv.field_size_limit(_LARGEST_ROW)  # the default limit is 128 KB per cell
     with _open(path) as file:
         # Bytes that are not UTF-8 become lone surrogates, which are rejected row by row when texts are checked.
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        rows = csv.DictReader(text, restkey="", strict=True)
+        lines = _Lines(text)
+        rows = csv.DictReader(lines, restkey="", strict=True)
         number = 0
-        _check_names(path, rows.fieldnames or [])
+        try:
+            _check_names(path, rows.fieldnames or [])
+        except csv.Error as error:
+            raise BadInput(f"{path}: its header is not valid CSV ({one_line(error)})") from error
         while True:
             number += 1
+            lines.row = 0
             try:
                 row = next(rows)
             except StopIteration:
@@ -183,6 +202,24 @@ def _read_csv(path: Path) -> Iterator[Row]:
             except csv.Error as error:
                 raise BadInput(f"{path}: row {number}: is not valid CSV ({one_line(error)})") from error
             yield number, _whole_row(row, len(rows.fieldnames or []))
+
+
+class _Lines:
+    """The lines of a text, for the `csv` module, which otherwise takes a row of any length into memory.
+
+    Attributes:
+        row: characters of the row that is being read; to be set to 0 before each row.
+    """
+
+    def __init__(self, text: TextIO) -> None:
+        self._text, self.row = text, 0
+
+    def __iter__(self) -> Iterator[str]:
+        while line := self._text.readline(_LARGEST_ROW):
+            self.row += len(line)
+            if self.row >= _LARGEST_ROW:
+                raise csv.Error(f"{_TOO_LONG}; a quote may be missing")
+            yield line
 
 
 def _check_names(path: Path, names: Iterable[str]) -> None:
@@ -223,11 +260,24 @@ def _read_parquet(path: Path) -> Iterator[Row]:
             _check_names(path, file.schema_arrow.names)
             number = 0
             for batch in file.iter_batches(batch_size=256):
-                for row in batch.to_pylist():
+                for row in _rows_of(batch):
                     number += 1
                     yield number, row
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise BadInput(f"{path}: cannot be read as Parquet ({one_line(error)})") from error
+
+
+def _rows_of(batch: pa.RecordBatch) -> Iterator[Any]:
+    """The rows of a batch; one with bytes that are not UTF-8 fails alone."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for at in range(batch.num_rows):
+            try:
+                [row] = batch.slice(at, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                row = BadRow("not UTF-8", "", f"is not UTF-8 (byte {error.start + 1}); write its texts as UTF-8")
+            yield row
 
 
 _READERS = {".jsonl": _read_json_lines, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}

@@ -17,6 +17,7 @@ from pairtune.publish.export import Format, export_run
 from pairtune.publish.modelfile import Quantisation
 from pairtune.report.card import model_card
 from pairtune.report.report_data import ReportData
+from pairtune.report.write import shared_report
 from pairtune.run.folder import Run
 
 # Weight formats that can run code when loaded.
@@ -54,8 +55,9 @@ def push_run(
     revision: str | None = None,
     anyway: bool = False,
     dry_run: bool = False,
+    share_prompts: bool = False,
 ) -> Pushed:
-    """Upload a finished run.
+    """Upload a finished run; without the texts of prompts, answers and pairs unless they are to be shared.
 
     A retry after a failure sends only what the Hub does not have; nothing is visible before the commit.
 
@@ -65,7 +67,7 @@ def push_run(
     """
     _check(run, anyway=anyway)
     with tempfile.TemporaryDirectory(prefix="pairtune-") as scratch:
-        files = collect(run, repo, what, Path(scratch), quantisation)
+        files = collect(run, repo, what, Path(scratch), quantisation, share_prompts=share_prompts)
         sizes = {
             name: len(content) if isinstance(content, bytes) else content.stat().st_size
             for name, content in files.items()
@@ -85,7 +87,13 @@ def push_run(
 
 
 def collect(
-    run: Run, repo: str, what: Format, scratch: Path, quantisation: Quantisation = "q8_0"
+    run: Run,
+    repo: str,
+    what: Format,
+    scratch: Path,
+    quantisation: Quantisation = "q8_0",
+    *,
+    share_prompts: bool = False,
 ) -> dict[str, bytes | Path]:
     """The files to publish for a run, by name in the repository.
 
@@ -100,10 +108,10 @@ def collect(
                 f"{run.root}: the adapter's base model exists only on this machine, so nobody else could load it; "
                 "use --what merged"
             )
-    report = run.paths.report_text.read_text(encoding="utf-8")
-    card = model_card(ReportData(run), report, repository=repo, what=what)
+    report = shared_report(run, prompts=share_prompts or run.settings.share_prompts)
+    card = model_card(ReportData(run), report.text, repository=repo, what=what)
     files: dict[str, bytes | Path] = {"README.md": card.encode()}
-    files |= {file.name: file for file in (run.paths.report, run.paths.report_text)}
+    files |= {run.paths.report.name: report.html.encode(), run.paths.report_text.name: report.text.encode()}
     files |= {f"figures/{file.name}": file for file in sorted(run.paths.figures.glob("*.svg"))}
     files |= {file.name: file for file in sorted((scratch / what).iterdir()) if file.name != "README.md"}
     if pickled := [name for name in files if name.endswith(_PICKLED)]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
@@ -20,6 +21,19 @@ from pairtune.run.folder import Run
 from pairtune.run.records import Measured, ModelAnswers, Selection, Share
 
 
+@dataclass(frozen=True)
+class Report:
+    """A run's report.
+
+    Attributes:
+        html: one file for browsers.
+        text: the same in Markdown, with less detail.
+    """
+
+    html: str
+    text: str
+
+
 def write_report(run: Run) -> None:
     """Write a run's reports, figures and model card, replacing earlier ones.
 
@@ -30,6 +44,25 @@ def write_report(run: Run) -> None:
     curves = draw_curves(gathered)
     for name, svg in curves.items():
         write_atomic(run.paths.figures / f"{name}.svg", standalone(svg))
+    report = _rendered(gathered, curves, texts=True)
+    write_atomic(run.paths.report, report.html)
+    write_atomic(run.paths.report_text, report.text)
+    shared = report if run.settings.share_prompts else _rendered(gathered, curves, texts=False)
+    write_atomic(run.paths.card, model_card(gathered, shared.text))
+
+
+def shared_report(run: Run, *, prompts: bool) -> Report:
+    """The report that leaves this machine: without the texts of prompts, answers and pairs, unless `prompts` is set.
+
+    Raises:
+        BadInput: a file of the run is damaged.
+    """
+    gathered = ReportData(run)
+    return _rendered(gathered, draw_curves(gathered), texts=prompts)
+
+
+def _rendered(gathered: ReportData, curves: dict[str, str], *, texts: bool) -> Report:
+    run = gathered.run
     winner = gathered.selection.winner
     shown = {
         "run": gathered,
@@ -45,11 +78,10 @@ def write_report(run: Run) -> None:
         "findings": gathered.audit.by_rule() if gathered.audit else [],
         "columns": COLUMNS,
         "watts": WATTS,
+        "texts": texts,
     }
-    write_atomic(run.paths.report, render("report.html.j2", style=style() + render("report.css"), **shown))
-    text = render("report.md.j2", **shown)
-    write_atomic(run.paths.report_text, text)
-    write_atomic(run.paths.card, model_card(gathered, text))
+    html = render("report.html.j2", style=style() + render("report.css"), **shown)
+    return Report(html, render("report.md.j2", **shown))
 
 
 def draw_curves(gathered: ReportData) -> dict[str, str]:

@@ -1,5 +1,8 @@
 """The worker's HTTP interface: OpenAI's `/v1/models` and `/v1/chat/completions`.
 
+Requests are JSON by their content type: a page of another site can post text and forms without being asked, but not
+JSON. If there is a key, requests carry it as at OpenAI (`Authorization: Bearer KEY`), `/health` excepted.
+
 Every reply carries `system_fingerprint`: the hashes of the base model and the adapter. As an extension, a streaming
 request with `"pairtune": {"queue": true}` receives its queue position while it waits, in chunks without choices.
 """
@@ -8,10 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from jinja2 import TemplateError
@@ -26,12 +31,23 @@ from starlette.routing import Route
 from pairtune.errors import BadInput
 from pairtune.serve.catalogue import Catalogue, OpenedModel, ServedModel
 from pairtune.serve.protocol import ChatRequest
-from pairtune.serve.request import Event, Failed, Finished, GenerationRequest, QueueFull, QueuePosition, TextDelta
+from pairtune.serve.request import (
+    Event,
+    Failed,
+    Finished,
+    GenerationRequest,
+    QueueFull,
+    QueuePosition,
+    SchedulerEnded,
+    TextDelta,
+)
 
 # Maximum size of a request in bytes; enough for a context of a hundred thousand tokens.
 _LARGEST = 2_000_000
 # A generous upper bound for ordinary text; longer prompts are refused before they are tokenized.
 _CHARACTERS_PER_TOKEN = 16
+# The longest that a stream is silent while its answer waits or is thought about.
+_SILENCE_SECONDS = 5.0
 
 
 class _Refused(Exception):
@@ -43,14 +59,15 @@ class _Refused(Exception):
         return JSONResponse(self.body, self.status, headers=self.headers)
 
 
-def make_app(catalogue: Catalogue, hosts: list[str]) -> Starlette:
+def make_app(catalogue: Catalogue, hosts: list[str], key: str = "") -> Starlette:
     """Make the ASGI application.
 
     Args:
         catalogue: the models to serve.
         hosts: accepted values of the Host header; others are refused to prevent DNS rebinding.
+        key: the key that requests must carry; empty: none.
     """
-    worker = _Worker(catalogue)
+    worker = _Worker(catalogue, key)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -69,14 +86,35 @@ def make_app(catalogue: Catalogue, hosts: list[str]) -> Starlette:
 
 
 class _Worker:
-    def __init__(self, catalogue: Catalogue) -> None:
-        self.catalogue = catalogue
+    def __init__(self, catalogue: Catalogue, key: str) -> None:
+        self.catalogue, self._key = catalogue, key
+        # Threads of their own, so that the list of models does not wait for models that are being loaded, or for
+        # prompts that are being tokenized.
+        self._loading = ThreadPoolExecutor(2, "pairtune-load")
+        self._tokenizing = ThreadPoolExecutor(2, "pairtune-tokenize")
+        self._opening: dict[ServedModel, asyncio.Future[OpenedModel]] = {}
 
-    async def health(self, _: Request) -> Response:
-        return JSONResponse({"status": "ok", "load": self.catalogue.loads()})
+    async def health(self, request: Request) -> Response:
+        loads = self.catalogue.loads()
+        alive = all(load["alive"] for load in loads.values())
+        said: dict[str, Any] = {"status": "ok" if alive else "failed"}
+        with suppress(_Refused):
+            self._check_key(request)
+            said["load"] = loads
+        return JSONResponse(said, 200 if alive else 503)
 
-    async def models(self, _: Request) -> Response:
+    async def models(self, request: Request) -> Response:
+        try:
+            self._check_key(request)
+        except _Refused as refusal:
+            return refusal.response()
         return JSONResponse({"object": "list", "data": await asyncio.to_thread(self._listed)})
+
+    def _check_key(self, request: Request) -> None:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if self._key and not secrets.compare_digest(given.encode(), self._key.encode()):
+            message = "the key is missing or wrong; send it as Authorization: Bearer KEY"
+            raise _Refused(401, message, "invalid_api_key", **{"WWW-Authenticate": "Bearer"})
 
     def _listed(self) -> list[dict[str, Any]]:
         return [
@@ -96,26 +134,38 @@ class _Worker:
 
     async def complete(self, request: Request) -> Response:
         try:
+            self._check_key(request)
             asked = await _read(request)
             model = (await asyncio.to_thread(self.catalogue.models)).get(asked.model)
             if model is None:
                 message = f"there is no model {asked.model!r}; /v1/models lists those that are served"
                 raise _Refused(404, message, "model_not_found", "model")
-            answer = await asyncio.to_thread(self._start, asked, model, asyncio.get_running_loop())
+            starting = asyncio.ensure_future(self._start(asked, model))
+            if asked.stream and not (await asyncio.wait({starting}, timeout=_SILENCE_SECONDS))[0]:
+                return _streamed(_late(starting))
+            answer = await starting
         except _Refused as refusal:
             return refusal.response()
         except BadInput as error:
-            return _Refused(400, str(error), "bad_model", "model").response()
+            return _bad_model(error).response()
         except ClientDisconnect:
             return Response(status_code=499)
-        if asked.stream:
-            return StreamingResponse(
-                answer.stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
-            )
-        return await answer.whole(request)
+        return _streamed(answer.stream()) if asked.stream else await answer.whole(request)
 
-    def _start(self, asked: ChatRequest, model: ServedModel, loop: asyncio.AbstractEventLoop) -> _Answer:
-        opened = self.catalogue.open(model)
+    async def _start(self, asked: ChatRequest, model: ServedModel) -> _Answer:
+        loop = asyncio.get_running_loop()
+        opened = await self._opened(model)
+        return await loop.run_in_executor(self._tokenizing, self._submit, asked, opened, loop)
+
+    async def _opened(self, model: ServedModel) -> OpenedModel:
+        """The model in memory; all who ask for it while it is being loaded wait together, without a thread each."""
+        if model not in self._opening:
+            loop = asyncio.get_running_loop()
+            opening = self._opening[model] = loop.run_in_executor(self._loading, self.catalogue.open, model)
+            opening.add_done_callback(lambda _: self._opening.pop(model))
+        return await asyncio.shield(self._opening[model])
+
+    def _submit(self, asked: ChatRequest, opened: OpenedModel, loop: asyncio.AbstractEventLoop) -> _Answer:
         ids = _encode(opened, asked)
         answer = _Answer(asked, opened, len(ids))
         events = answer.events
@@ -131,10 +181,43 @@ class _Worker:
             raise _Refused(
                 429, "too many requests are queued; try again later", "rate_limit_exceeded", **{"Retry-After": "5"}
             ) from None
+        except SchedulerEnded:
+            message = "the model was just unloaded, or has failed; the next request loads it again"
+            raise _Refused(503, message, "unavailable", **{"Retry-After": "1"}) from None
         return answer
 
 
+def _bad_model(error: BadInput) -> _Refused:
+    return _Refused(400, str(error), "bad_model", "model")
+
+
+def _streamed(events: AsyncIterator[str]) -> Response:
+    return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+
+async def _late(starting: asyncio.Future[_Answer]) -> AsyncIterator[str]:
+    """The events of an answer that takes long to start, since its model is being loaded."""
+    try:
+        while not (await asyncio.wait({starting}, timeout=_SILENCE_SECONDS))[0]:
+            yield _ALIVE
+    finally:
+        if not starting.done():
+            starting.cancel()
+    try:
+        answer = starting.result()
+    except (_Refused, BadInput) as error:
+        refusal = error if isinstance(error, _Refused) else _bad_model(error)
+        yield _event(refusal.body)
+        yield _DONE
+        return
+    async for event in answer.stream():
+        yield event
+
+
 async def _read(request: Request) -> ChatRequest:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise _Refused(415, "the content type must be application/json", "unsupported_media_type")
     body = b""
     async for chunk in request.stream():
         body += chunk
@@ -189,7 +272,12 @@ class _Answer:
         try:
             yield self._chunk({"role": "assistant", "content": ""})
             while True:
-                match await self.events.get():
+                try:
+                    event = await asyncio.wait_for(self.events.get(), _SILENCE_SECONDS)
+                except TimeoutError:
+                    yield _ALIVE
+                    continue
+                match event:
                     case TextDelta(text):
                         yield self._chunk({"content": text})
                     case QueuePosition(ahead) if self.asked.pairtune.queue:
@@ -202,7 +290,7 @@ class _Answer:
                     case Failed(message):
                         yield _event({"error": {"message": message, "type": "server_error", "code": "failed"}})
                         break
-            yield "data: [DONE]\n\n"
+            yield _DONE
         finally:
             self.scheduler.cancel(self.request)  # a client that disconnects frees its slot at once
 
@@ -246,6 +334,8 @@ class _Answer:
 
 
 _CHUNK = "chat.completion.chunk"
+_DONE = "data: [DONE]\n\n"
+_ALIVE = ": waiting\n\n"  # a comment, which clients pass over: it tells them that the server has not gone
 
 
 def _event(value: dict[str, Any]) -> str:

@@ -163,8 +163,10 @@ class Catalogue:
         # The key includes the weights' hash: a run that was repeated under the same name is another model.
         key = (str(own or model.base), model.dtype, fingerprint.partition("+")[2] if own else "")
         scheduler = self._schedulers.get(key)  # without the lock: loading another model may take minutes
-        if scheduler is None:
+        if scheduler is None or not scheduler.alive:
             with self._lock:
+                if key in self._schedulers and not self._schedulers[key].alive:
+                    del self._schedulers[key]
                 if key not in self._schedulers:
                     self._forget_idle()
                     base = open_base_of(Run.open(model.run)) if model.run else open_base(model.base, model.dtype)

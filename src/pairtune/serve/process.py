@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-import socket
+import os
+import secrets
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from pairtune.errors import BadInput, RunFailed
+from pairtune.serve.listen import KEY
 
 log = logging.getLogger(__name__)
 
@@ -26,14 +28,24 @@ class WorkerProcess:
 
     Args:
         arguments: arguments of `pairtune worker`, without host and port.
-        meanwhile: called while the worker loads its model.
+        meanwhile: called while the worker starts.
+        moved: called with the worker's URL whenever it has one: it chooses a port at every start, and says which,
+            so that no other process can take the port in between.
+
+    Attributes:
+        key: the key that requests must carry.
+        url: its URL; empty before it has started.
     """
 
-    def __init__(self, arguments: Sequence[str], meanwhile: Callable[[], None] = lambda: None) -> None:
-        self._meanwhile = meanwhile
-        self.port = _free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._command = [sys.executable, "-m", "pairtune", "worker", *arguments, "--port", str(self.port), "--attached"]
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        meanwhile: Callable[[], None] = lambda: None,
+        moved: Callable[[str], None] = lambda url: None,
+    ) -> None:
+        self._meanwhile, self._moved = meanwhile, moved
+        self.key, self.url = secrets.token_urlsafe(32), ""
+        self._command = [sys.executable, "-m", "pairtune", "worker", *arguments, "--port", "0", "--attached"]
         self._process: subprocess.Popen[bytes] | None = None
         self._ending = threading.Event()
         self._lock = threading.Lock()  # guards stopping against restarting
@@ -67,6 +79,8 @@ class WorkerProcess:
         return subprocess.Popen(  # noqa: S603 - our own command
             self._command,
             stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, KEY: self.key},
             start_new_session=True,  # Ctrl-C in a terminal goes to the site, which then stops the worker
         )
 
@@ -78,6 +92,7 @@ class WorkerProcess:
             RunFailed: the worker did not start in time.
         """
         assert self._process is not None  # noqa: S101
+        self._read_address()
         until = time.monotonic() + _STARTING_SECONDS
         while time.monotonic() < until:
             if (code := self._process.poll()) is not None:
@@ -87,12 +102,21 @@ class WorkerProcess:
                     else RunFailed(f"the worker exited with code {code} while starting")
                 )
             with (
-                suppress(urllib.error.URLError, OSError),
+                suppress(urllib.error.URLError, OSError, ValueError),  # ValueError: no URL, since it has ended
                 urllib.request.urlopen(f"{self.url}/health", timeout=5),  # noqa: S310 - our own worker
             ):
                 return
             time.sleep(0.1)
         raise RunFailed(f"the worker did not start within {_STARTING_SECONDS} s")
+
+    def _read_address(self) -> None:
+        """Wait for the process to say where it listens; it says nothing if it has ended."""
+        assert self._process is not None  # noqa: S101
+        assert self._process.stdout is not None  # noqa: S101
+        with self._process.stdout as said:
+            self.url = said.readline().decode().partition("/v1")[0]
+        if self.url:
+            self._moved(self.url)
 
     def _restart(self) -> None:
         pause = 1.0
@@ -108,6 +132,8 @@ class WorkerProcess:
             with self._lock:
                 if not self._ending.is_set():
                     self._process = self._start()
+            if not self._ending.is_set():
+                self._read_address()
 
     def _end(self) -> None:
         if self._process is None:
@@ -120,10 +146,3 @@ class WorkerProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pairtune.models.sampling import SamplingParams
 
 _MAX_TOKENS = 512  # default, if the request sets no limit
+
+
+class _Lenient(BaseModel):
+    """A part of a request in which `null` means that a field is not given, as at OpenAI."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
 
 
 class _Part(BaseModel):
@@ -19,6 +28,7 @@ class _Part(BaseModel):
 class _Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[_Part]
+    tool_calls: Annotated[list[Any] | None, Field(max_length=0)] = None
 
     def turn(self) -> dict[str, str]:
         """The message as the chat template takes it."""
@@ -26,16 +36,23 @@ class _Message(BaseModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
-class _StreamOptions(BaseModel):
+class _StreamOptions(_Lenient):
     include_usage: bool = False
 
 
-class _Extension(BaseModel):
+class _ResponseFormat(BaseModel):
+    type: Literal["text"]
+
+
+class _Extension(_Lenient):
     queue: bool = False
 
 
-class ChatRequest(BaseModel):
-    """A chat-completions request. Other fields are ignored; unsupported values of these are refused."""
+class ChatRequest(_Lenient):
+    """A chat-completions request. Unsupported values of these fields are refused, and fields not named here ignored.
+
+    What would change an answer is named here, so that nobody takes it for granted: penalties, formats, tools.
+    """
 
     model_config = ConfigDict(extra="ignore")
 
@@ -51,12 +68,26 @@ class ChatRequest(BaseModel):
     stream: bool = False
     stream_options: _StreamOptions = _StreamOptions()
     n: Literal[1] = 1
-    logprobs: Literal[False] | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    logprobs: Literal[False] = False
+    top_logprobs: Literal[0] = 0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] = {}
+    response_format: _ResponseFormat | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] = []
+    tool_choice: Literal["none", "auto"] = "none"
+    functions: Annotated[list[Any], Field(max_length=0)] = []
     # As vLLM has them: the last message is the beginning of the answer, which goes on from there.
     continue_final_message: bool = False
     add_generation_prompt: bool = True
     pairtune: _Extension = _Extension()
+
+    @field_validator("frequency_penalty", "presence_penalty")
+    @classmethod
+    def _no_penalty(cls, given: float) -> float:
+        if given:
+            raise ValueError("penalties are not supported; leave it out, or give 0")
+        return given
 
     @model_validator(mode="after")
     def _one_of_both(self) -> ChatRequest:

@@ -67,6 +67,10 @@ class QueueFull(Exception):
     """The queue is full."""
 
 
+class SchedulerEnded(Exception):
+    """The scheduler takes no more requests."""
+
+
 class NotBatchable(BadInput):
     """A model or adapter that continuous batching does not support here."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,7 @@ from pairtune.serve.request import (
     Limits,
     QueueFull,
     QueuePosition,
+    SchedulerEnded,
     TextDelta,
 )
 
@@ -100,8 +101,11 @@ class BatchScheduler:
 
         Raises:
             QueueFull: too many requests are waiting.
+            SchedulerEnded: the scheduler was closed, or its thread has died.
         """
         with self._changed:
+            if not self.alive:
+                raise SchedulerEnded
             if len(self._waiting) >= self.limits.waiting:
                 raise QueueFull
             self._waiting.append(request)
@@ -124,9 +128,15 @@ class BatchScheduler:
         self._thread.join()
 
     @property
+    def alive(self) -> bool:
+        """Whether it answers requests."""
+        return not self._closed and self._thread.is_alive()
+
+    @property
     def load(self) -> dict[str, int]:
-        """The numbers of running and waiting requests, and the KV cache's size."""
+        """The numbers of running and waiting requests, the KV cache's size, and whether it answers requests (1)."""
         return {
+            "alive": int(self.alive),
             "running": len(self._running),
             "waiting": len(self._waiting),
             "kv_cache_bytes": self.runner.cache.bytes,
@@ -139,21 +149,25 @@ class BatchScheduler:
     # The scheduler's thread -------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        with torch.inference_mode():
-            while (admitted := self._next()) is not None:
-                try:
-                    for request in admitted:
-                        self._admit(request)
-                    self._step()
-                except Exception as error:
-                    log.exception("a forward pass failed")
-                    self._fail_all(f"the model failed ({one_line(error, 200)})")
-                    self._slots.clear()  # their content is unreliable after a failed pass
-        self._fail_all("the server is closing")
-        for request in self._waiting:
-            request.emit(Failed("the server is closing"))
+        try:
+            with torch.inference_mode():
+                while (admitted := self._next()) is not None:
+                    try:
+                        while admitted:
+                            self._admit(admitted[0])
+                            admitted.popleft()
+                        self._step()
+                    except Exception as error:
+                        log.exception("a forward pass failed")
+                        self._fail_all(f"the model failed ({one_line(error, 200)})", admitted)
+                        self._slots.clear()  # their content is unreliable after a failed pass
+        finally:  # also when the thread dies: nobody waits for it any more
+            with self._changed:
+                self._closed = True
+                self._fail_all("the server is closing", self._waiting)
+                self._waiting.clear()
 
-    def _next(self) -> list[GenerationRequest] | None:
+    def _next(self) -> deque[GenerationRequest] | None:
         """Wait for work and return the requests that join the next pass; None: the scheduler is closed."""
         with self._changed:
             if not self._running:
@@ -163,15 +177,16 @@ class BatchScheduler:
                 self._changed.wait_for(lambda: self._closed or len(self._waiting) >= full, _GATHERING_SECONDS)
             if self._closed:
                 return None
-            admitted = [self._waiting.popleft() for _ in range(self._slots.available) if self._waiting]
+            admitted = deque(self._waiting.popleft() for _ in range(self._slots.available) if self._waiting)
             if admitted:
                 self._emit_positions()
             return admitted
 
-    def _fail_all(self, message: str) -> None:
+    def _fail_all(self, message: str, others: Iterable[GenerationRequest]) -> None:
+        """Fail the requests with a slot, and others."""
         running, self._running = self._running, []
-        for each in running:
-            each.emit(Failed(message))
+        for request in (*(each.request for each in running), *others):
+            request.emit(Failed(message))
 
     def _admit(self, request: GenerationRequest) -> None:
         """Give a request a slot; an error fails this request only."""

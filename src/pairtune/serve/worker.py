@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
+import socket
 import sys
 import threading
 import time
@@ -15,6 +17,7 @@ import uvicorn
 from pairtune.errors import BadInput
 from pairtune.serve.api import make_app
 from pairtune.serve.catalogue import Catalogue
+from pairtune.serve.listen import KEY, is_loopback, listening
 from pairtune.serve.request import Limits
 
 
@@ -23,25 +26,38 @@ def run_worker(
 ) -> None:
     """Serve until the process is terminated or, if `attached`, standard input ends.
 
+    Its address is the first line of standard output, as soon as it is known; then it loads the first model.
+
     Raises:
         BadInput: a target cannot be served, or the address is taken.
     """
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    with listening(host, port) as bound:
+        _serve(targets, root, host, bound, limits, attached=attached)
+
+
+def _serve(
+    targets: Sequence[str], root: Path | None, host: str, bound: socket.socket, limits: Limits, *, attached: bool
+) -> None:
+    key = os.environ.pop(KEY, "")
+    if not key and not is_loopback(host):
+        key = secrets.token_urlsafe(24)
+        print(f"key for this server, shown once (set {KEY} to choose one): {key}", file=sys.stderr)
+    print(f"http://{host}:{bound.getsockname()[1]}/v1  (Ctrl-C stops it)", flush=True)
+    if attached:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nobody reads what a library may print there
     catalogue = Catalogue(targets, root, limits)
     models = catalogue.available()  # reads all weights once
     if targets and not models:
         raise BadInput(f"{', '.join(targets)}: cannot be served; the base model cannot be found")
     if models:
         catalogue.open(models[0])  # so that the first answer does not wait
-    names = ["127.0.0.1", "localhost", "[::1]", *([] if host in ("127.0.0.1", "localhost") else [host])]
-    app = make_app(catalogue, ["*"] if host in ("0.0.0.0", "::") else names)  # noqa: S104 - requested by the user
-    server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False))
+    names = ["127.0.0.1", "localhost", "[::1]", *([] if is_loopback(host) else [host])]
+    app = make_app(catalogue, ["*"] if host in ("0.0.0.0", "::") else names, key)  # noqa: S104 - requested by the user
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
     if attached:
         threading.Thread(target=_end_with_input, args=[server], daemon=True).start()
-    try:
-        server.run()
-    except SystemExit as error:
-        raise BadInput(f"--port {port}: cannot listen on {host}:{port}; choose another port") from error
+    server.run(sockets=[bound])
 
 
 def _end_with_input(server: uvicorn.Server) -> None:

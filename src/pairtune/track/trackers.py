@@ -38,7 +38,7 @@ class Tracker(Protocol):
     def close(self, trial: str, summary: Mapping[str, Any]) -> None:
         """A trial has ended."""
 
-    def conclude(self, run: Run, summary: Mapping[str, Any]) -> None:
+    def conclude(self, run: Run, summary: Mapping[str, Any], report: str) -> None:
         """The run has ended, and its report is written."""
 
 
@@ -102,11 +102,11 @@ class TrackerSink(Sink):
         for trial in sorted(self._open):
             self.finish(trial, "interrupted", None)
 
-    def conclude(self, run: Run, selection: Selection) -> None:
-        """Send the choice and the report."""
+    def conclude(self, run: Run, selection: Selection, report: str) -> None:
+        """Send the choice and the report, as HTML."""
         shown = selection.model_dump(include={"winner", "best_epoch", "metric", "value", "verdict"})
         with self._tolerating() as tracker:
-            tracker.conclude(run, shown)
+            tracker.conclude(run, shown, report)
 
     @contextmanager
     def _tolerating(self) -> Iterator[Any]:
@@ -165,10 +165,10 @@ class WandbTracker:
         tracked.summary.update(dict(summary))
         tracked.finish()
 
-    def conclude(self, run: Run, summary: Mapping[str, Any]) -> None:
+    def conclude(self, run: Run, summary: Mapping[str, Any], report: str) -> None:
         tracked = self._init("result", "result", {})
         tracked.summary.update(dict(summary))
-        tracked.log({"report": self._wandb.Html(run.paths.report.read_text(encoding="utf-8"))})
+        tracked.log({"report": self._wandb.Html(report)})
         tracked.finish()
 
     def _init(self, name: str, kind: str, config: dict[str, Any]) -> Any:
@@ -217,7 +217,7 @@ class TensorboardTracker:
         writer.add_text("summary", str(dict(summary)))
         writer.close()
 
-    def conclude(self, run: Run, summary: Mapping[str, Any]) -> None:
+    def conclude(self, run: Run, summary: Mapping[str, Any], report: str) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(self._folder / "result"))
@@ -257,8 +257,8 @@ class MlflowTracker:
         status = {"finished": "FINISHED", "pruned": "KILLED", "interrupted": "KILLED"}
         self._client.set_terminated(tracked, status.get(summary["status"], "FAILED"))
 
-    def conclude(self, run: Run, summary: Mapping[str, Any]) -> None:
+    def conclude(self, run: Run, summary: Mapping[str, Any], report: str) -> None:
         for name, value in summary.items():
             self._client.set_tag(self._parent, name, value)
-        self._client.log_artifact(self._parent, str(run.paths.report))
+        self._client.log_text(self._parent, report, run.paths.report.name)
         self._client.set_terminated(self._parent)

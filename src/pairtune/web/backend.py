@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
+import httpx
 import openai
 from django.conf import settings
 
@@ -64,11 +65,19 @@ class Unanswered(Exception):
         self.remedy = remedy
 
 
-@cache
+# Seconds: until a connection, and between two pieces of an answer. Our worker says every few seconds that it is there;
+# others may read a long prompt on a CPU meanwhile.
+_PATIENCE = httpx.Timeout(120.0, connect=5.0)
+
+
 def _client() -> openai.AsyncOpenAI:
-    url = settings.PAIRTUNE_BACKEND.rstrip("/").removesuffix("/v1")
-    # Our worker needs no key.
-    return openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=settings.PAIRTUNE_KEY or "none", max_retries=0, timeout=600)
+    return _client_of(settings.PAIRTUNE_BACKEND, settings.PAIRTUNE_KEY)
+
+
+@lru_cache(maxsize=2)  # a worker that was restarted has another address
+def _client_of(backend: str, key: str) -> openai.AsyncOpenAI:
+    url = backend.rstrip("/").removesuffix("/v1")
+    return openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key or "none", max_retries=0, timeout=_PATIENCE)
 
 
 @dataclass
@@ -145,6 +154,8 @@ async def answer(
                     choice.delta.content or "", chunk.system_fingerprint or "", reason=choice.finish_reason or ""
                 )
                 ended = ended or bool(choice.finish_reason)
+    except openai.APITimeoutError as error:
+        raise Unanswered("The model server has been silent for two minutes, and was given up. Try again.") from error
     except openai.APIConnectionError as error:
         raise Unanswered("The model server cannot be reached. It may be starting again; try in a moment.") from error
     except openai.NotFoundError as error:

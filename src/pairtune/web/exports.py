@@ -123,6 +123,11 @@ class Publication(forms.Form):
     )
     what = forms.ChoiceField(label="What", choices=[(each, each) for each in FORMATS], initial="adapter")
     private = forms.BooleanField(label="Private", required=False, initial=True)
+    share_prompts = forms.BooleanField(
+        label="With prompts",
+        required=False,
+        help_text="Publish prompts, answers and pairs in card and report; otherwise only numbers and figures leave.",
+    )
 
 
 @require_http_methods(["GET", "POST"])
@@ -131,8 +136,8 @@ def push(request: HttpRequest, name: str) -> HttpResponse:
     shown, form = _finished(name), Publication(request.POST or None)
     if request.method == "POST" and form.is_valid():
         chosen = form.cleaned_data
-        private = ["--private"] if chosen["private"] else []
-        arguments = ["push", str(shown.paths.root), "--repo", chosen["repo"], "--what", chosen["what"], *private]
+        more = [f"--{name.replace('_', '-')}" for name in ("private", "share_prompts") if chosen[name]]
+        arguments = ["push", str(shown.paths.root), "--repo", chosen["repo"], "--what", chosen["what"], *more]
         jobs.start("push", name, arguments, detail=chosen["repo"])
         return redirect("push", name)
     last = jobs.last(("push",), name)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+import re
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
 
 import uvicorn
+from django.conf import settings
 
 from pairtune.errors import BadInput
+from pairtune.serve.listen import is_loopback, listening
 from pairtune.serve.process import WorkerProcess
 
 
@@ -36,24 +38,33 @@ def serve(
     Raises:
         BadInput: the address is taken, or a target cannot be served.
     """
-    with _bound(host, port) as listening:
+    if backend and not re.fullmatch(r"https?://[\w.:\[\]-]+(/[\w./-]*)?", backend):
+        raise BadInput(f"--backend {backend}: is not the URL of a server, such as http://127.0.0.1:11434/v1")
+    with listening(host, port) as bound:
         arguments = [*targets, *([] if targets else ["--runs", str(runs)]), *worker_options]
-        worker = None if backend else WorkerProcess(arguments, meanwhile=prepare)
+        worker = None if backend else WorkerProcess(arguments, meanwhile=prepare, moved=_use)
         os.environ |= {
             "DJANGO_SETTINGS_MODULE": "pairtune.web.settings",
             "PAIRTUNE_RUNS": str(runs.absolute()),
-            "PAIRTUNE_BACKEND": worker.url if worker else backend or "",
+            "PAIRTUNE_BACKEND": backend or "",
         }
-        if host not in ("127.0.0.1", "localhost"):
+        if not is_loopback(host):
             os.environ["PAIRTUNE_HOSTS"] = "*" if host in ("0.0.0.0", "::") else host  # noqa: S104 - asked for
         if worker is None:
             prepare()
         with worker or nullcontext():
+            if worker:
+                settings.PAIRTUNE_KEY = worker.key
             name = "localhost" if host == "127.0.0.1" else host
-            print(f"http://{name}:{listening.getsockname()[1]}/  (Ctrl-C stops it)", flush=True)
+            print(f"http://{name}:{bound.getsockname()[1]}/  (Ctrl-C stops it)", flush=True)
             config = uvicorn.Config("pairtune.web.asgi:application", log_level="warning", timeout_graceful_shutdown=3)
             with suppress(KeyboardInterrupt):  # the usual way to stop the site
-                uvicorn.Server(config).run(sockets=[listening])
+                uvicorn.Server(config).run(sockets=[bound])
+
+
+def _use(url: str) -> None:
+    """Talk to the worker where it listens now."""
+    settings.PAIRTUNE_BACKEND = url
 
 
 def prepare() -> None:
@@ -69,27 +80,9 @@ def prepare() -> None:
 def open_database() -> None:
     """Make the site's database usable in this process, whether or not a site is running."""
     import django
-    from django.conf import settings
     from django.core.management import call_command
 
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "pairtune.web.settings")
     django.setup()
     settings.PAIRTUNE_SITE.mkdir(parents=True, exist_ok=True)
     call_command("migrate", verbosity=0)
-
-
-@contextmanager
-def _bound(host: str, port: int) -> Iterator[socket.socket]:
-    """Bind the site's address first, before anything slow."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # With an explicit IPPROTO_TCP, or asyncio does not set TCP_NODELAY and every page takes 40 ms longer.
-    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listening:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listening.bind((host, port))
-            listening.listen(128)  # early clients wait until the site is up
-        except OSError as error:
-            raise BadInput(
-                f"--port {port}: cannot listen on {host}:{port} ({error.strerror}); choose another port"
-            ) from error
-        yield listening

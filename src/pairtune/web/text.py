@@ -167,8 +167,9 @@ def marked_differences(before: str, after: str) -> tuple[SafeString, SafeString]
     compared = [[word.rstrip() for word in each] for each in words]
     counts = [Counter(each) for each in compared]
     matches = sum(count * counts[1][word] for word, count in counts[0].items())
+    opcodes: Sequence[tuple[str, int, int, int, int]]
     if matches <= _MOST_MATCHES:
-        opcodes = difflib.SequenceMatcher(None, *compared, autojunk=False).get_opcodes()
+        opcodes = difflib.SequenceMatcher(None, compared[0], compared[1], autojunk=False).get_opcodes()
     else:
         opcodes = _ends_in_common(*compared)
     sides: tuple[list[str], list[str]] = ([], [])
