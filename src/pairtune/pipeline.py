@@ -20,7 +20,7 @@ from pairtune.config import RunConfig, TrialConfig, flag_of
 from pairtune.data.earlier import Earlier, keep_prompts, prompts_before, prompts_of_round
 from pairtune.data.prepare import PreparedData, prepare_data
 from pairtune.engine.kernels import Kernels
-from pairtune.engine.lora import settings_of_adapter
+from pairtune.engine.lora import check_targets, settings_of_adapter
 from pairtune.engine.processes import Processes
 from pairtune.environment import describe_environment
 from pairtune.errors import BadInput, RunFailed, plural
@@ -70,6 +70,8 @@ from pairtune.track.trackers import TrackerSink, check_trackers
 
 R = TypeVar("R", bound=AnswersRecord)
 
+_HIGHEST_RATE = 0.1  # tiny models, in tests and courses, learn at rates up to here
+
 
 def tune(resolved: Resolved, console: Console) -> Run | None:
     """Run the whole pipeline, from the data to the selected model. Progress goes to `console`.
@@ -91,6 +93,8 @@ def tune(resolved: Resolved, console: Console) -> Run | None:
             f"--push {resolved.config.push}: the base model exists only on this machine, so nobody else could load the "
             "adapter; tune a model from the Hub, or push the merged model afterwards (pairtune push RUN --what merged)"
         )
+    if resolved.config.lora_targets and not base.adapter:
+        check_targets(blank_model(base.source), resolved.config.lora_targets)
     run = Run(processes.from_first(resolved.config.out))
     held = ExitStack()
 
@@ -267,6 +271,8 @@ def _train(
         f"{str(base.dtype).removeprefix('torch.')} on {base.device.type}{shared}",
         highlight=False,
     )
+    for warning in _odd_settings(planned, len(data.train)):
+        console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
     epochs = {each.name: each.epochs for each in planned}
     left = TimeLeft(steps, epochs, search.count, len(data.validation) / max(1, config.batch_size), config.epochs)
     for trial in run.trials:
@@ -286,6 +292,16 @@ def _train(
             for tracker in trackers:
                 tracker.interrupt()  # does nothing once all trials have ended
     return results, progress, trackers
+
+
+def _odd_settings(trials: Sequence[TrialConfig], pairs: int) -> list[str]:
+    """Settings that are allowed, but hardly meant."""
+    found = []
+    if (most := max((each.batch_size for each in trials), default=0)) > pairs:
+        found.append(f"--batch-size {most}: there are only {pairs:,} to train on, so that each epoch is one step")
+    if (rate := max((each.learning_rate for each in trials), default=0.0)) > _HIGHEST_RATE:
+        found.append(f"--lr {rate:g}: is far above what fine-tuning uses (1e-6 to 1e-3); a digit may be missing")
+    return found
 
 
 def _select(

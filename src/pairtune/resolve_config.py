@@ -50,7 +50,8 @@ def resolve(file: Path | None, flags: Mapping[str, Any]) -> Resolved:
         config.trials()  # validates every combination, not only every value
         return Resolved(config, origins)
     except ValidationError as error:
-        first = error.errors()[0]
+        # A mistyped key first: what it was meant to set may be what is missing.
+        first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
         name = str(first["loc"][0]) if first["loc"] else "?"
         where = f"{file}: {name}" if name in written and name not in given else flag_of(name)
         raise BadInput(f"{where}: {_explain(first)}") from None
@@ -75,7 +76,11 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise BadInput(f"{file}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: no UTF-8, numbers of thousands of digits
         raise BadInput(f"{file}: is not valid YAML ({one_line(error)})") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise BadInput(f"{file}: should contain settings, one `name: value` per line")

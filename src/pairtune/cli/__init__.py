@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -29,6 +30,7 @@ from pairtune.cli.votes import votes_app
 from pairtune.errors import BadInput, RunFailed, plural
 from pairtune.extras import require
 from pairtune.flags import WithSettings, WithSettingsHelp
+from pairtune.screen import harmless, screen
 
 if TYPE_CHECKING:
     from pairtune.config import RunConfig, Wanted
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 # The base class of usage errors. Typer bundles its own copy of click and exports only some of its exceptions.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
+_LONG_NAME = 120  # characters of a name in an error message
 _INTERRUPTED = 130  # Typer's exit code after Ctrl-C
 
 app = typer.Typer(
@@ -132,13 +135,11 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Describe this machine, what is chosen for it and why, and what is missing: the first thing for a bug report."""
-    from rich.console import Console
-
     from pairtune.doctor import diagnose
     from pairtune.report.render_diagnosis import render_diagnosis
     from pairtune.run.records import dump
 
-    with Console(stderr=True).status("examining this machine") as status:
+    with screen(stderr=True).status("examining this machine") as status:
         found = diagnose(model, max_length, status.update)
     typer.echo(json.dumps(dump(found))) if as_json else output().print(render_diagnosis(found), highlight=False)
     if not found.usable:
@@ -154,13 +155,11 @@ def resume(
 
     Run.started(run)  # before torch is imported
 
-    from rich.console import Console
-
     share_processors(give_way=True)
 
     from pairtune.pipeline import resume
 
-    _show(resume(run, Console(stderr=True)), as_json)
+    _show(resume(run, screen(stderr=True)), as_json)
 
 
 @app.command()
@@ -308,15 +307,13 @@ def evaluate(
 
     import tempfile
 
-    from rich.console import Console
-
     from pairtune.config import UNPAIRED
     from pairtune.evaluate.judges import open_judge
     from pairtune.evaluate.model import answer_prompts, evaluate_pairs, open_candidate, read_pairs
     from pairtune.report.render_evaluation import render_evaluation
     from pairtune.run.records import dump
 
-    console = Console(stderr=True)
+    console = screen(stderr=True)
     judging = open_judge(judge, judge_model)
     candidate = open_candidate(target, base, beta, dtype)
     wanted: Wanted = "single answers" if candidate.saved.objective.loss in UNPAIRED else "pairs"
@@ -368,13 +365,11 @@ def compare(
 
     import tempfile
 
-    from rich.console import Console
-
     from pairtune.evaluate.compare import compare_models, open_both
     from pairtune.report.render_evaluation import render_comparison
     from pairtune.run.records import dump
 
-    with Console(stderr=True).status("reading pairs") as status, tempfile.TemporaryDirectory(prefix="pairtune-") as tmp:
+    with screen(stderr=True).status("reading pairs") as status, tempfile.TemporaryDirectory(prefix="pairtune-") as tmp:
         both = open_both(one, other, beta, dtype)
         try:
             found = compare_models(
@@ -405,11 +400,9 @@ def chat(
     target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A finished run folder, or a model.")],
 ) -> None:
     """Chat with a tuned model in the terminal; /base and /tuned switch between models."""
-    from rich.console import Console
-
     from pairtune.serve.terminal import chat
 
-    chat(target, Console())
+    chat(target, screen())
 
 
 Served = Annotated[
@@ -501,8 +494,6 @@ def _weighted(data: list[str] | None, weights: list[float] | None) -> dict[str, 
 
 
 def _tune(file: Path | None, flags: dict[str, Any], as_json: bool) -> None:
-    from rich.console import Console
-
     from pairtune.resolve_config import resolve
 
     resolved = with_votes(resolve(file, flags))  # before importing torch, so that a mistyped flag is reported at once
@@ -514,12 +505,10 @@ def _tune(file: Path | None, flags: dict[str, Any], as_json: bool) -> None:
 
     from pairtune.pipeline import tune
 
-    _show(tune(resolved, Console(stderr=True)), as_json)
+    _show(tune(resolved, screen(stderr=True)), as_json)
 
 
 def _plan(file: Path | None, flags: dict[str, Any], as_json: bool) -> None:
-    from rich.console import Console
-
     from pairtune.resolve_config import resolve
 
     config = with_votes(resolve(file, flags)).config
@@ -529,7 +518,7 @@ def _plan(file: Path | None, flags: dict[str, Any], as_json: bool) -> None:
     from pairtune.report.render_plan import render_plan
     from pairtune.run.records import dump
 
-    with Console(stderr=True).status("reading") as status:
+    with screen(stderr=True).status("reading") as status:
         found = plan_run(config, status.update)
     typer.echo(json.dumps(dump(found))) if as_json else output().print(render_plan(found), highlight=False)
 
@@ -572,6 +561,8 @@ def main() -> NoReturn:
         _fail(error.format_message(), 2)  # type: ignore[attr-defined]
     except RunFailed as error:
         _fail(str(error), 1)
+    except OSError as error:
+        _fail_of_file(error)
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     if code == _INTERRUPTED:
@@ -580,5 +571,31 @@ def main() -> NoReturn:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {harmless(message)}", file=sys.stderr)
     sys.exit(code)
+
+
+# What a person can do about a file that cannot be read or written.
+_REMEDIES = {
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    errno.ENOENT: "there is no such file or folder",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EISDIR: "is a folder; name a file",
+    errno.EACCES: "may not be read or written; choose another place, or ask its owner",
+    errno.EPERM: "may not be changed; choose another place, or ask its owner",
+    errno.EROFS: "cannot be written, since its file system is read-only; choose another place",
+    errno.ELOOP: "is a link that leads to itself",
+    errno.EMFILE: "too many files are open; raise the limit (ulimit -n)",
+    errno.EIO: "cannot be read or written; the disk may be failing",
+}
+
+
+def _fail_of_file(error: OSError) -> NoReturn:
+    """End with the line for a file that cannot be read or written; other errors of the system are faults of ours."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}the disk is full; free some space, then `pairtune resume RUN` goes on with an unfinished run", 1)
+    if error.filename is None or error.errno not in _REMEDIES:
+        raise error
+    name = str(error.filename)
+    _fail(f"{name if len(name) <= _LONG_NAME else f'{name[:_LONG_NAME]}…'}: {_REMEDIES[error.errno]}", 2)

@@ -13,6 +13,7 @@ import typer
 from pairtune.errors import BadInput, plural
 from pairtune.extras import require
 from pairtune.flags import COLUMN_PARTS
+from pairtune.screen import screen
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,6 +45,8 @@ def open_reader(source: str, reading: Reading, limit: int | None, flag: str = "S
     from pairtune.data.source_reader import SourceReader
 
     source = str(frozen_votes("data")) if source == VOTES else source
+    if not source.strip():
+        raise BadInput(f"{flag}: is empty; name a file, a folder, a Hub id or bundled:concise")
     reader = SourceReader.open(SourceConfig(source=source), flag, reading, limit)
     reader.probe()
     return reader
@@ -77,9 +80,7 @@ def columns_of(given: list[str] | None) -> dict[str, Any]:
 
 def output() -> Console:
     """The console for results, on standard output."""
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 140)
+    return screen(width=None if sys.stdout.isatty() else 140)
 
 
 def confirm(cost: dict[str, int], judge: str) -> None:

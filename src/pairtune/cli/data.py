@@ -23,6 +23,7 @@ from pairtune.cli.common import (
 )
 from pairtune.errors import BadInput, plural
 from pairtune.flags import WithSettingsHelp
+from pairtune.screen import screen
 
 data_app = typer.Typer(
     help="Inspect and convert preference data before training on it.", no_args_is_help=True, rich_markup_mode=None
@@ -49,15 +50,13 @@ def inspect(
     """
     reader = open_reader(source, reading_of(columns, pairs, min_gap, yes, "either"), limit)
 
-    from rich.console import Console
-
     from pairtune.data.inspect_source import inspect_source
     from pairtune.models.load import load_tokenizer
     from pairtune.models.resolve import resolve_model
     from pairtune.report.render_inspection import render_inspection
     from pairtune.run.records import dump
 
-    with Console(stderr=True).status("reading") as status:
+    with screen(stderr=True).status("reading") as status:
         tokenizer = load_tokenizer(resolve_model(model))
         found = inspect_source(reader, tokenizer, max_length, lambda rows: status.update(f"reading: {rows:,} rows"))
     drawn = {}
@@ -141,8 +140,6 @@ def draft(
     if not out.absolute().parent.is_dir():
         raise BadInput(f"--out {out}: the folder {out.absolute().parent} does not exist; create it first")
 
-    from rich.console import Console
-
     from pairtune.draft import Drafting, draft_file, draft_rounds, read_prompts
     from pairtune.evaluate.judges import open_judge
     from pairtune.models.sampling import SamplingParams
@@ -154,7 +151,7 @@ def draft(
         calls = len(asked) * answers * (answers - 1) * max(1, rounds)
         if not yes:
             confirm({"calls": calls, "tokens": calls * (2 * max_tokens + 100)}, how.judge.name)
-    console = Console(stderr=True)
+    console = screen(stderr=True)
     if rounds:
         share_processors(give_way=True)
         found = []

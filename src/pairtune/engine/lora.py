@@ -202,14 +202,9 @@ def add_adapters(model: nn.Module, settings: LoraSettings, seeds: list[int]) -> 
         BadInput: a target is not a linear layer of this model.
     """
     model.requires_grad_(False)
-    layers = list(linear_layers(model))
-    kinds = {name.rpartition(".")[2] for name, _ in layers}
-    if unknown := set(settings.targets or ()) - kinds:
-        raise BadInput(
-            f"--lora-target {min(unknown)}: not a linear layer of this model; use some of {', '.join(sorted(kinds))}"
-        )
+    kinds = check_targets(model, settings.targets or ())
     adapted = {}
-    for name, layer in layers:
+    for name, layer in list(linear_layers(model)):
         if name.rpartition(".")[2] not in (settings.targets or kinds):
             continue
         adapted[name] = LoraLinear(layer, settings, len(seeds))
@@ -220,6 +215,20 @@ def add_adapters(model: nn.Module, settings: LoraSettings, seeds: list[int]) -> 
         for factor, start in zip(factors, draw_starts([each[0] for each in factors], seed), strict=True):
             factor.data[trial] = start
     return adapted
+
+
+def check_targets(model: nn.Module, targets: Iterable[str]) -> set[str]:
+    """Make sure that adapters can be added to some layers; returns the names of those that a model has.
+
+    Raises:
+        BadInput: a target is not a linear layer of this model.
+    """
+    kinds = {name.rpartition(".")[2] for name, _ in linear_layers(model)}
+    if unknown := set(targets) - kinds:
+        raise BadInput(
+            f"--lora-target {min(unknown)}: not a linear layer of this model; use some of {', '.join(sorted(kinds))}"
+        )
+    return kinds
 
 
 def draw_starts(factors: Iterable[Tensor], seed: int) -> Iterator[Tensor]:

@@ -105,6 +105,8 @@ def resolve_target(name: str, flag: str = "MODEL") -> Target:
     Raises:
         BadInput: it is none of these, is an unfinished run, or cannot be loaded (for example a Hub id while offline).
     """
+    if not name.strip():
+        raise BadInput(f"{flag}: is empty; name a model, such as {BUNDLED}")
     path = Path(name).expanduser()
     has_weights = (path / "config.json").is_file() or (path / ADAPTER_SETTINGS).is_file()
     if not has_weights and (found := find_run(path)):  # a model's folder may have a config.yaml too

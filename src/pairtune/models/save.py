@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pairtune.errors import RunFailed, one_line
 from pairtune.files import fill_folder, saved_fingerprint
 from pairtune.models.generate import end_tokens
 
@@ -32,13 +35,26 @@ def save_best(model: PreTrainedModel | PeftModel, tokenizer: Any, folder: Path, 
         else:
             ends = sorted(end_tokens(model, tokenizer))
             model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
-        model.save_pretrained(target, safe_serialization=True)
+        with _explaining(folder):
+            model.save_pretrained(target, safe_serialization=True)
         tokenizer.save_pretrained(target)
         (target / "README.md").unlink(
             missing_ok=True
         )  # PEFT's card is an empty template; ours is generated from the run
 
     return saved_fingerprint(fill_folder(folder, fill))
+
+
+@contextmanager
+def _explaining(folder: Path) -> Iterator[None]:
+    """Turn what the writer of safetensors says of a full disk into one line."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise RunFailed(
+            f"{folder}: the weights cannot be written ({one_line(error)}); free some disk space, then `pairtune "
+            "resume RUN` goes on with an unfinished run"
+        ) from error
 
 
 def save_adapter(
@@ -49,11 +65,9 @@ def save_adapter(
     def fill(target: Path) -> None:
         config.base_model_name_or_path = base_name
         config.save_pretrained(target)
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            target / "adapter_model.safetensors",
-            metadata={"format": "pt"},
-        )
+        content = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        with _explaining(folder):
+            save_file(content, target / "adapter_model.safetensors", metadata={"format": "pt"})
         tokenizer.save_pretrained(target)
 
     return saved_fingerprint(fill_folder(folder, fill))

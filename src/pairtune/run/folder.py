@@ -155,6 +155,8 @@ class Run:
         run = cls(root)
         if not root.is_dir():
             raise BadInput(f"{root}: no such run folder")
+        if not (run.complete or is_run(root)):
+            raise BadInput(f"{root}: not a run folder (config.yaml or data.json is missing)")
         if not run.complete:
             raise BadInput(f"{root}: the run is unfinished (no COMPLETE); `pairtune resume {root}` continues it")
         return run
@@ -408,4 +410,4 @@ def is_run(root: Path) -> bool:
 def check_new(root: Path) -> None:
     """Raise BadInput if a run folder cannot be created because something is there already."""
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise BadInput(f"--out {root}: already exists; choose another name, or remove it first (rm -r {root})")
+        raise BadInput(f"--out {root}: already exists; choose another name, or remove it first")

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from pairtune.run.metrics import Evaluation, TrainingStep
+from pairtune.screen import screen
 from pairtune.track.sinks import Sink
 from pairtune.track.time_left import TimeLeft
 
@@ -28,7 +29,7 @@ class LiveView(Sink):
 
     def __init__(self, trials: Mapping[str, int], count: int, left: TimeLeft, console: Console | None = None) -> None:
         self._count, self._estimate = count, left
-        self._console = console or Console(stderr=True)
+        self._console = console or screen(stderr=True)
         self._totals: dict[str, int] = {}
         self._steps: dict[str, int] = {}
         self._printed = time.monotonic()

@@ -23,6 +23,8 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import get_lexer_by_name
 from pygments.util import ClassNotFound
 
+from pairtune.screen import harmless
+
 # Longer code is shown without colours, since an answer is rendered ten times a second while it is written.
 _HIGHLIGHTED = 20_000
 # Pairs of equal words, one from each text, up to which difflib compares them: its time grows faster than their number,
@@ -52,8 +54,6 @@ _ATTRIBUTES: dict[str, set[str]] = {
     "*": {"dir", "class"},
     **dict.fromkeys(_MATHML, _MATH_ATTRIBUTES),
 }
-# Control characters except tab and newline, and bidirectional overrides.
-_UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]")
 # Blocks whose direction follows their first strong character.
 _DIRECTED = {
     *("paragraph_open", "heading_open", "blockquote_open", "bullet_list_open", "ordered_list_open"),
@@ -147,7 +147,7 @@ def markdown(text: str) -> SafeString:
 
 def plain(text: str) -> str:
     """Text with plain line ends, and without characters that hide or reorder others."""
-    return _UNSHOWN.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n").replace("\r", "\n"))
+    return harmless(text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def without_flags(text: str) -> str:
