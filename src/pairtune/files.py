@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -34,7 +35,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     File and folder are synced: what has been replaced survives a power cut, and so does all that was replaced before.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with _naming(path):
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
@@ -70,6 +71,14 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def make_folder(path: Path) -> None:
+    """Create a folder and those above it, unless they exist, so that they survive a power cut."""
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for each in missing:
+        sync(each.parent)
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file atomically: a reader sees either the old content or the new, never a part of it."""
     with replacing(path) as temporary:
@@ -83,11 +92,18 @@ def read_json(path: Path) -> Any:
         BadInput: the file is missing or not valid JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
+        if _HALF_PAIR.search(text):
+            json.dumps(value, ensure_ascii=False).encode()  # fails if it is one, which no page or file could contain
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path}: is not valid JSON; the file is damaged") from error
+    return value
+
+
+_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # perhaps half of a surrogate pair
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -110,7 +126,7 @@ def fill_folder(path: Path, fill: Callable[[Path], None], *, new: bool = False) 
     Raises:
         OSError: the folder cannot be written; with `new`, ENOTEMPTY or EEXIST if there is one.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with _naming(path):
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:

@@ -211,6 +211,7 @@ class _TrialGroup:
             if member not in staying:
                 member.result.peak_memory_mb = peak_memory_mb(self.device)
                 if self.inputs.processes.first:
+                    self.sink.flush()
                     self.run.write_trial(member.result)
                 self.sink.finish(member.trial.name, member.result.status, member.result.best_epoch)
         if 0 < len(staying) < len(self.members):
@@ -229,6 +230,7 @@ class _TrialGroup:
         """Between two steps: write a checkpoint if one is due, and stop if asked to."""
         stopping = self.inputs.processes.any(self.inputs.stopping())
         if self.members and (checkpoint or stopping) and self.inputs.processes.first:
+            self.sink.flush()
             write_checkpoint(self.run.paths.checkpoint, *self._state())
         if stopping:
             raise Interrupted(

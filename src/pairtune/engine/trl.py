@@ -93,6 +93,7 @@ def run_trials(trials: Sequence[TrialConfig], inputs: TrialInputs, run: Run, sin
         except TrialFailed as failure:
             result.status, result.reason = "failed", str(failure)
     result.peak_memory_mb = peak_memory_mb(inputs.base.device)
+    sink.flush()
     run.write_trial(result)
     sink.finish(trial.name, result.status, result.best_epoch)
     return [result]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
-from pairtune.files import write_atomic
+from pairtune.files import sync, write_atomic
 from pairtune.run.folder import Run
 from pairtune.run.metrics import Evaluation, TrainingStep
 
@@ -26,6 +27,9 @@ class Sink:
     def log(self, trial: str, line: TrainingStep | Evaluation) -> None:
         """Receive the metrics of one step or one evaluation."""
 
+    def flush(self) -> None:
+        """Make what was logged so far survive a power cut: a checkpoint, or a trial's end, is about to say so."""
+
     def on_progress(self, trials: Sequence[str], what: str, done: int, total: int) -> None:
         """Trials make progress with work other than steps, such as an evaluation; `what` names it."""
 
@@ -38,6 +42,7 @@ class JsonlSink(Sink):
 
     def __init__(self, run: Run) -> None:
         self._run = run
+        self._unsynced: set[Path] = set()
 
     def start(self, trial: str, total_steps: int, steps: int, lines: int) -> None:
         file = self._run.paths.trial(trial).metrics
@@ -46,8 +51,15 @@ class JsonlSink(Sink):
 
     def log(self, trial: str, line: TrainingStep | Evaluation) -> None:
         text = json.dumps(line.metrics(), allow_nan=True)  # a NaN loss is recorded as NaN
-        with self._run.paths.trial(trial).metrics.open("a", encoding="utf-8") as file:
+        path = self._run.paths.trial(trial).metrics
+        with path.open("a", encoding="utf-8") as file:
             file.write(text + "\n")
+        self._unsynced.add(path)
+
+    def flush(self) -> None:
+        for path in self._unsynced:
+            sync(path)
+        self._unsynced.clear()
 
 
 class Sinks(Sink):
@@ -63,6 +75,10 @@ class Sinks(Sink):
     def log(self, trial: str, line: TrainingStep | Evaluation) -> None:
         for sink in self._sinks:
             sink.log(trial, line)
+
+    def flush(self) -> None:
+        for sink in self._sinks:
+            sink.flush()
 
     def on_progress(self, trials: Sequence[str], what: str, done: int, total: int) -> None:
         for sink in self._sinks:

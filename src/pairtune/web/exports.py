@@ -141,7 +141,7 @@ def push(request: HttpRequest, name: str) -> HttpResponse:
         jobs.start("push", name, arguments, detail=chosen["repo"])
         return redirect("push", name)
     last = jobs.last(("push",), name)
-    card = shown.paths.card.read_text(encoding="utf-8") if shown.paths.card.is_file() else ""
+    card = shown.paths.card.read_text(encoding="utf-8", errors="replace") if shown.paths.card.is_file() else ""
     front, body = _split(card)
     context = {
         "run": shown,

@@ -210,7 +210,7 @@ def report(_: HttpRequest, name: str) -> HttpResponse:
     back = format_html(
         '<p class="kind"><a href="{}">Back to {} in Pairtune</a></p>', reverse("run", args=(name,)), name
     )
-    text = file.read_text(encoding="utf-8").replace("<header>", f"<header>{back}", 1)
+    text = file.read_text(encoding="utf-8", errors="replace").replace("<header>", f"<header>{back}", 1)
     inside = re.findall(r"<style[^>]*>(.*?)</style>", text, re.DOTALL)
     # Reports of earlier versions have style attributes, which need 'unsafe-hashes' as well.
     attributes = {html.unescape(style) for style in re.findall(r'\sstyle="([^"]*)"', text)}

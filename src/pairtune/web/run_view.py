@@ -142,7 +142,9 @@ class ShownRun:
     """One run folder in any state; `fault` says why it cannot be shown."""
 
     def __init__(self, root: Path) -> None:
-        self.run, self.name = Run.open(root), root.name
+        self.name, self._closed, self._root = root.name, _closed(root), root
+        # What may not be read is shown as a run without files, so that one such folder does not hide the others.
+        self.run = Run.open(Path(os.devnull, root.name) if self._closed else root)
 
     @property
     def paths(self) -> RunPaths:
@@ -152,6 +154,8 @@ class ShownRun:
     @cached_property
     def fault(self) -> str:
         """A line about what is damaged; empty if nothing is."""
+        if self._closed:
+            return f"{self._closed}: may not be read by the user that runs this site"
         if self.run.state is RunState.ABSENT:
             return "config.yaml or data.json is missing, so this is not a run"
         damage = self.run.damage
@@ -321,7 +325,7 @@ class ShownRun:
     def changed(self) -> float:
         """Unix time of the last change."""
         files = [*self.paths.root.glob("*"), *self.paths.trials.glob("*/*")]
-        return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
+        return max((file.stat().st_mtime for file in files if file.exists()), default=self._root.stat().st_mtime)
 
     @property
     def when(self) -> str:
@@ -361,7 +365,7 @@ class ShownRun:
     @property
     def settings_text(self) -> str:
         """The settings as they were resolved, with the origin of each value."""
-        return self.paths.config.read_text(encoding="utf-8") if self.paths.config.is_file() else ""
+        return self.paths.config.read_text(encoding="utf-8", errors="replace") if self.paths.config.is_file() else ""
 
     @property
     def training_pairs(self) -> int | None:
@@ -393,6 +397,14 @@ def _drawn(root: Path, names: tuple[str, ...] | None, _: float) -> tuple[Drawn, 
         for name, chart in found.items()
         if names is None or name in names
     )
+
+
+def _closed(root: Path) -> str:
+    """The first part of a run's folder that this process may not read, by its name; empty if it may read all."""
+    for path in (root, *root.glob("*"), *root.glob("trials/*"), *root.glob("trials/*/*")):
+        if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
+            return str(path.relative_to(root.parent))
+    return ""
 
 
 _RANKED = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Self
+
+from pydantic import model_validator
+
 from pairtune.conversation import Message
 from pairtune.run.records.base import Interval, Part, Record
 from pairtune.run.records.data_record import SourceAccount
@@ -88,6 +92,14 @@ class AnswersRecord(Record):
     sampling: Decoding
     prompts: list[list[Message]]
     models: dict[str, ModelAnswers]
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if "base" not in self.models:
+            raise ValueError("the base's answers are missing")
+        if any(len(each.answers) != len(self.prompts) for each in self.models.values()):
+            raise ValueError("a model has not answered every prompt")
+        return self
 
 
 class Generations(AnswersRecord):

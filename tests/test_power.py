@@ -1,0 +1,102 @@
+"""Power cuts: at any moment of a run, what is left on the disk can be gone on with, to the same bits."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+from conftest import write_pairs
+from power import Disk, without_times
+from rich.console import Console
+
+from pairtune.files import fill_folder, write_atomic
+from pairtune.pipeline import resume, tune
+from pairtune.resolve_config import resolve
+from pairtune.run.folder import Run, is_run
+
+CUTS = int(os.environ.get("PAIRTUNE_POWER_CUTS", "12"))  # `make chaos` makes more
+
+
+def test_the_disk_forgets_what_was_not_synced(tmp_path, monkeypatch):
+    """The simulation itself: without syncs a file is empty or absent, with them it is there."""
+    root = tmp_path / "disk"
+    root.mkdir()
+    disk = Disk(root, monkeypatch, lambda _: None)
+    (root / "careless").write_text("x")
+    (root / "half").write_text("x")
+    handle = os.open(root, os.O_RDONLY)
+    os.fsync(handle)
+    (root / "half").unlink()
+    write_atomic(root / "a" / "b" / "careful", "y")
+    fill_folder(root / "folder", lambda made: (made / "file").write_text("z"))
+    left = disk.left(tmp_path / "left")
+    os.close(handle)
+    disk.close()
+    found = {str(path.relative_to(left)): path.read_text() for path in left.rglob("*") if path.is_file()}
+    assert found == {"careless": "", "a/b/careful": "y", "folder/file": "z"}
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("power")
+    return {
+        "model": str(tiny_model),
+        "data": [str(write_pairs(folder / "train.jsonl", range(8)))],
+        "eval_data": [str(write_pairs(folder / "held.jsonl", range(20, 24)))],
+        "learning_rate": [3e-3, 1e-3],
+        "beta": [0.1],
+        "epochs": 2,
+        "dtype": "float32",
+        "samples": 0,
+        "checkpoint_steps": 1,
+    }
+
+
+def test_a_run_goes_on_after_a_power_cut_at_any_moment(settings, tmp_path, monkeypatch):
+    quiet = Console(quiet=True)
+    moments: list[int] = []
+    root = tmp_path / "disk"
+    root.mkdir()
+
+    def count(_: Disk) -> None:
+        moments.append(len(moments))
+
+    with monkeypatch.context() as patch:
+        disk = Disk(root, patch, count)
+        whole = tune(resolve(None, {**settings, "out": root / "run"}), quiet)
+        disk.close()
+    assert whole is not None
+    expected, selected = without_times(whole.root), whole.selection
+    assert len(moments) > 60
+    chosen = set(random.Random(len(moments)).sample(moments, CUTS)) | {moments[-1]}
+    again = tmp_path / "again"
+    again.mkdir()
+    moment = -1
+
+    def cut(disk: Disk) -> None:
+        nonlocal moment
+        moment += 1
+        if moment in chosen:
+            disk.left(tmp_path / f"left-{moment}")
+
+    with monkeypatch.context() as patch:
+        disk = Disk(again, patch, cut)
+        tune(resolve(None, {**settings, "out": again / "run"}), quiet)
+        disk.close()
+    tried = 0
+    for number in sorted(chosen):
+        left = tmp_path / f"left-{number}" / "run"
+        if not left.parent.exists():  # the second run synced once less
+            continue
+        if not is_run(left):
+            assert not left.exists(), "half a run folder"
+            continue
+        if Run(left).complete:
+            assert not Run(left).damage
+        assert resume(left, quiet) is not None
+        assert without_times(left) == expected, f"cut at moment {number}"
+        assert Run(left).selection.winner == selected.winner
+        assert not list(left.rglob(".*.tmp"))
+        tried += 1
+    assert tried > len(chosen) // 2
