@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -10,13 +11,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import small_run
+from rich.console import Console
 
-from pairtune.errors import BadInput
+from pairtune import pipeline
+from pairtune.errors import BadInput, Interrupted, RunFailed
 from pairtune.evaluate.audit.check import audit
 from pairtune.evaluate.audit.read import read_evidence
 from pairtune.report.write import write_report
@@ -123,6 +128,44 @@ def test_a_damaged_run_is_shown_as_such(whole, pages):
                 work()
             except (BadInput, OSError) as error:  # of an OSError the command line makes a line as well
                 assert "\n" not in str(error), (number, said)
+
+
+@pytest.fixture(scope="module")
+def interrupted(tiny_model, tmp_path_factory):
+    """A run that was stopped in its second epoch."""
+    calls = itertools.count()
+
+    @contextmanager
+    def stop_soon(console):
+        yield lambda: next(calls) > 12
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "stop_on_signals", stop_soon)
+        folder = tmp_path_factory.mktemp("interrupted")
+        with pytest.raises(Interrupted):
+            small_run(tiny_model, folder, learning_rate=[3e-3, 1e-3], epochs=[2], samples=0, out=folder / "whole")
+    assert (folder / "whole" / "checkpoint.safetensors").is_file()
+    return folder / "whole"
+
+
+def test_a_damaged_run_is_gone_on_with_or_refused_in_a_line(interrupted, tmp_path):
+    names = [path.relative_to(interrupted) for path in sorted(interrupted.rglob("*")) if path.is_file()]
+    ended = Counter()
+    for number in range(TRIES):
+        draw, root = random.Random(1000 + number), tmp_path / "run"
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree(interrupted, root)
+        said = spoil(root / draw.choice(names), draw)
+        try:
+            pipeline.resume(root, Console(quiet=True))
+            ended["finished"] += 1
+        except (BadInput, RunFailed, OSError) as error:
+            ended[type(error).__name__] += 1
+            assert "\n" not in str(error), (number, said)
+        else:
+            assert not Run.finished(root).damage, (number, said)
+    assert ended["finished"] > 0
+    assert ended["BadInput"] > 0
 
 
 @pytest.mark.parametrize(

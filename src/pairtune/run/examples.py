@@ -47,7 +47,7 @@ class _PairTable:
             BadInput: the file is missing or damaged.
         """
         try:
-            return cls(pq.read_table(path))
+            return cls(pq.ParquetFile(path).read())  # `read_table` would take a folder for an empty table
         except (OSError, pa.ArrowException) as error:
             raise BadInput(f"{path}: cannot be read as Parquet ({one_line(error, 120)})") from error
 
