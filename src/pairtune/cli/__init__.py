@@ -443,7 +443,7 @@ def serve(
     targets: Served = None,
     runs: RunsRoot = Path("runs"),
     host: Annotated[
-        str, typer.Option(help="Address to listen on; any but the default lets other machines see what you serve.")
+        str, typer.Option(help="Address to listen on; on any but the default, people enter with keys that it shows.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port of the site.")] = 8000,
     backend: Annotated[
@@ -455,6 +455,11 @@ def serve(
     matches: Annotated[
         str, typer.Option(help="Who meets in the arena: informative, where a vote tells most, or uniform, by lot.")
     ] = "informative",
+    cert: Annotated[Path | None, typer.Option(help="TLS certificate (PEM), to encrypt the connection.")] = None,
+    key: Annotated[Path | None, typer.Option(help="The certificate's private key (PEM).")] = None,
+    new_keys: Annotated[
+        bool, typer.Option("--new-keys", help="With --host: replace the keys by which people enter.")
+    ] = False,
 ) -> None:
     """Start the site at http://localhost:8000/: chat with tuned models, watch runs, look at pairs."""
     require("serve", "pairtune serve")
@@ -462,9 +467,12 @@ def serve(
     os.environ["PAIRTUNE_MATCHES"] = matches
     from pairtune.web.server import serve
 
+    if (cert is None) != (key is None):
+        raise BadInput("--cert and --key: belong together; give both")
     limits = {"--concurrency": concurrency, "--waiting": waiting, "--context": context}
     options = [part for flag, value in limits.items() for part in (flag, str(value))]
-    serve(targets or [], runs, host, port, backend, options)
+    tls = (cert, key) if cert and key else None
+    serve(targets or [], runs, host, port, backend, options, tls, new_keys)
 
 
 def _finished(path: Path) -> tuple[Run, str | None]:

@@ -8,6 +8,8 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psutil
+
 from pairtune.errors import BadInput
 
 # The key that requests to a worker must carry. An environment variable, since other users can read a command's
@@ -23,6 +25,30 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def own_names(host: str) -> list[str]:
+    """The names by which this machine may be asked for when it listens on `host`: what a Host header may say.
+
+    Anything else may be a page of another site whose name was made to lead here (DNS rebinding).
+    """
+    names = ["127.0.0.1", "localhost", "[::1]"]
+    if is_loopback(host):
+        return names
+    found = [host]
+    if host in ("0.0.0.0", "::"):  # noqa: S104 - asked for
+        addresses = [each.address.partition("%")[0] for all_ in psutil.net_if_addrs().values() for each in all_]
+        found = [socket.gethostname(), socket.getfqdn(), *filter(_is_address, addresses)]
+    bracketed = (f"[{name}]" if ":" in name else name for name in found)
+    return list(dict.fromkeys([*names, *bracketed]))
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 @contextmanager

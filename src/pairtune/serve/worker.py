@@ -17,7 +17,7 @@ import uvicorn
 from pairtune.errors import BadInput
 from pairtune.serve.api import make_app
 from pairtune.serve.catalogue import Catalogue
-from pairtune.serve.listen import KEY, is_loopback, listening
+from pairtune.serve.listen import KEY, is_loopback, listening, own_names
 from pairtune.serve.request import Limits
 
 
@@ -52,8 +52,7 @@ def _serve(
         raise BadInput(f"{', '.join(targets)}: cannot be served; the base model cannot be found")
     if models:
         catalogue.open(models[0])  # so that the first answer does not wait
-    names = ["127.0.0.1", "localhost", "[::1]", *([] if is_loopback(host) else [host])]
-    app = make_app(catalogue, ["*"] if host in ("0.0.0.0", "::") else names, key)  # noqa: S104 - requested by the user
+    app = make_app(catalogue, own_names(host), key)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
     if attached:
         threading.Thread(target=_end_with_input, args=[server], daemon=True).start()

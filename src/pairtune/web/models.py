@@ -274,3 +274,15 @@ def latest_jobs(kinds: tuple[str, ...]) -> Iterator[Job]:
     """The last job of each subject, of these kinds."""
     last = {job.subject: job for job in Job.objects.filter(kind__in=kinds)}
     yield from last.values()
+
+
+class AccessKey(models.Model):
+    """The key of a role, on a site that other machines can reach.
+
+    Attributes:
+        role: see `access.Role`.
+        hash: SHA-256 of the key, which itself is kept nowhere.
+    """
+
+    role = models.PositiveSmallIntegerField(unique=True)
+    hash = models.CharField(max_length=200)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import ssl
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from importlib import import_module
@@ -12,8 +14,8 @@ from pathlib import Path
 import uvicorn
 from django.conf import settings
 
-from pairtune.errors import BadInput
-from pairtune.serve.listen import is_loopback, listening
+from pairtune.errors import BadInput, one_line
+from pairtune.serve.listen import is_loopback, listening, own_names
 from pairtune.serve.process import WorkerProcess
 
 
@@ -24,6 +26,8 @@ def serve(
     port: int,
     backend: str | None,
     worker_options: Sequence[str] = (),
+    tls: tuple[Path, Path] | None = None,
+    new_keys: bool = False,
 ) -> None:
     """Serve until the process is terminated.
 
@@ -34,12 +38,16 @@ def serve(
         port: port to listen on.
         backend: URL of a model server with an OpenAI-style API; None: start a worker.
         worker_options: options of `pairtune worker`.
+        tls: a certificate and its key, for an encrypted connection.
+        new_keys: replace the keys by which people of other machines enter.
 
     Raises:
-        BadInput: the address is taken, or a target cannot be served.
+        BadInput: the address is taken, a target cannot be served, or the certificate cannot be used.
     """
     if backend and not re.fullmatch(r"https?://[\w.:\[\]-]+(/[\w./-]*)?", backend):
         raise BadInput(f"--backend {backend}: is not the URL of a server, such as http://127.0.0.1:11434/v1")
+    if tls:
+        _check_certificate(*tls)
     with listening(host, port) as bound:
         arguments = [*targets, *([] if targets else ["--runs", str(runs)]), *worker_options]
         worker = None if backend else WorkerProcess(arguments, meanwhile=prepare, moved=_use)
@@ -48,18 +56,61 @@ def serve(
             "PAIRTUNE_RUNS": str(runs.absolute()),
             "PAIRTUNE_BACKEND": backend or "",
         }
-        if not is_loopback(host):
-            os.environ["PAIRTUNE_HOSTS"] = "*" if host in ("0.0.0.0", "::") else host  # noqa: S104 - asked for
+        others = [name for name in os.environ.get("PAIRTUNE_HOSTS", "").split(",") if name]
+        shared = not is_loopback(host) or bool(others)  # a proxy on this machine lets others in as well
+        if shared:
+            os.environ |= {"PAIRTUNE_SHARED": "1", "PAIRTUNE_HOSTS": ",".join([*own_names(host), *others])}
+        if tls:
+            os.environ["PAIRTUNE_TLS"] = "1"
         if worker is None:
             prepare()
         with worker or nullcontext():
             if worker:
                 settings.PAIRTUNE_KEY = worker.key
             name = "localhost" if host == "127.0.0.1" else host
-            print(f"http://{name}:{bound.getsockname()[1]}/  (Ctrl-C stops it)", flush=True)
-            config = uvicorn.Config("pairtune.web.asgi:application", log_level="warning", timeout_graceful_shutdown=3)
+            scheme = "https" if tls else "http"
+            if shared:
+                _show_keys(new=new_keys)
+                if not tls and not is_loopback(host):
+                    print(_UNENCRYPTED, file=sys.stderr)
+            print(f"{scheme}://{name}:{bound.getsockname()[1]}/  (Ctrl-C stops it)", flush=True)
+            certificate, key = tls or (None, None)
+            config = uvicorn.Config(
+                "pairtune.web.asgi:application",
+                log_level="warning",
+                timeout_graceful_shutdown=3,
+                server_header=False,
+                ssl_certfile=certificate,
+                ssl_keyfile=key,
+            )
             with suppress(KeyboardInterrupt):  # the usual way to stop the site
                 uvicorn.Server(config).run(sockets=[bound])
+
+
+_UNENCRYPTED = (
+    "warning: the connection is not encrypted, so that keys and texts can be read on the way; give --cert and --key, "
+    "or let a proxy with TLS stand before it"
+)
+
+
+def _check_certificate(certificate: Path, key: Path) -> None:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+    except (OSError, ssl.SSLError) as error:
+        raise BadInput(f"--cert {certificate}, --key {key}: cannot be used ({one_line(error)})") from error
+
+
+def _show_keys(*, new: bool) -> None:
+    """Show the keys by which people enter, if they are new: only their hashes are kept."""
+    from pairtune.web.access import Role, has_keys, make_keys
+
+    if has_keys() and not new:
+        print("people enter with the keys that were shown before; --new-keys replaces them", file=sys.stderr)
+        return
+    may = {Role.OWNER: "may do everything", Role.VOTER: "may talk and vote", Role.VIEWER: "may look"}
+    print("keys for this site, shown once:", file=sys.stderr)
+    for role, key in make_keys().items():
+        print(f"  {role.name.lower():6} {key}  ({may[role]})", file=sys.stderr)
 
 
 def _use(url: str) -> None:
@@ -85,4 +136,24 @@ def open_database() -> None:
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "pairtune.web.settings")
     django.setup()
     settings.PAIRTUNE_SITE.mkdir(parents=True, exist_ok=True)
+    _refuse_later()
     call_command("migrate", verbosity=0)
+
+
+def _refuse_later() -> None:
+    """Refuse a database that a later version has changed: this one would write what that one cannot read.
+
+    Raises:
+        BadInput: the database is such a one.
+    """
+    from django.db import connection
+    from django.db.migrations.loader import MigrationLoader
+
+    loader = MigrationLoader(connection)
+    later = loader.applied_migrations.keys() - loader.disk_migrations.keys()
+    unknown = [name for app, name in later if app == "web"]
+    if unknown:
+        raise BadInput(
+            f"{settings.DATABASES['default']['NAME']}: was changed by a later version of pairtune ({min(unknown)}); "
+            "update pairtune, or name another folder with PAIRTUNE_SITE"
+        )

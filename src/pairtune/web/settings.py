@@ -21,7 +21,13 @@ PAIRTUNE_MATCHES = os.environ.get("PAIRTUNE_MATCHES", "informative")
 # The API key, for backends that require one; never stored.
 PAIRTUNE_KEY = os.environ.get("PAIRTUNE_BACKEND_KEY", "")
 
-# There are no logins, so a new key at every start invalidates nothing.
+# Whether other machines can reach the site, so that people need a key (see `access.py`), and whether over TLS alone.
+PAIRTUNE_SHARED = os.environ.get("PAIRTUNE_SHARED") == "1"
+PAIRTUNE_TLS = os.environ.get("PAIRTUNE_TLS") == "1"
+# Of one address within a minute: messages, votes and other changes, on a site that other machines can reach.
+PAIRTUNE_POSTS = int(os.environ.get("PAIRTUNE_POSTS", "90"))
+
+# A new one at every start: people enter again after a restart, and nothing needs to be kept secret on the disk.
 SECRET_KEY = os.environ.get("DJANGO_SECRET_KEY") or secrets.token_urlsafe(48)
 DEBUG = False
 ALLOWED_HOSTS = ["localhost", "127.0.0.1", "[::1]", *filter(None, os.environ.get("PAIRTUNE_HOSTS", "").split(","))]
@@ -31,10 +37,12 @@ MIDDLEWARE = [
     "django.middleware.security.SecurityMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
     "csp.middleware.CSPMiddleware",
+    "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",
     "django.middleware.csrf.CsrfViewMiddleware",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
     "django_htmx.middleware.HtmxMiddleware",
+    "pairtune.web.access.Guard",
 ]
 CONTENT_SECURITY_POLICY = {
     "DIRECTIVES": {
@@ -49,7 +57,15 @@ CONTENT_SECURITY_POLICY = {
     }
 }
 X_FRAME_OPTIONS = "DENY"
-CSRF_COOKIE_SAMESITE = "Strict"
+SECURE_REFERRER_POLICY = "same-origin"
+CSRF_COOKIE_SAMESITE = SESSION_COOKIE_SAMESITE = "Strict"
+SESSION_ENGINE = "django.contrib.sessions.backends.signed_cookies"
+SESSION_COOKIE_HTTPONLY = True
+SESSION_COOKIE_AGE = 30 * 24 * 3600
+CSRF_COOKIE_SECURE = SESSION_COOKIE_SECURE = SECURE_SSL_REDIRECT = PAIRTUNE_TLS
+SECURE_HSTS_SECONDS = 24 * 3600 if PAIRTUNE_TLS else 0
+# Only for this name and not for good: it may be a machine whose other services, or next owner, have no TLS.
+SILENCED_SYSTEM_CHECKS = ["security.W005", "security.W021"]
 
 ROOT_URLCONF = "pairtune.web.urls"
 ASGI_APPLICATION = "pairtune.web.asgi.application"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from django.urls import path
 
-from pairtune.web import arena, chat, exports, icons, new_run, pair_browser, rounds, run_pages
+from pairtune.web import access, arena, chat, exports, icons, new_run, pair_browser, rounds, run_pages
 
 urlpatterns = [
     path("", chat.chat, name="chat"),
+    path("enter", access.enter, name="enter"),
+    path("leave", access.leave, name="leave"),
     path("icons.svg", icons.icons, name="icons"),
     path("chat/<int:pk>/", chat.chat, name="conversation"),
     path("chat/say", chat.say, name="say-first"),
