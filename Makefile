@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install docs demo browser test test-slow test-gguf bench-serve chaos loop machines alarms lint format bench bench-grid bench-site pictures pins clean
+.PHONY: install docs demo browser test test-slow test-gguf bench-serve audit-deps chaos fuzz loop machines alarms lint format bench bench-grid bench-site pictures pins clean
 
 install: $(INSTALLED)
 
@@ -48,9 +48,23 @@ test-gguf: lint
 	$(PIP) --no-build-isolation --editable '.[llamacpp]'
 	HF_HUB_OFFLINE=1 $(BIN)/pytest tests/test_gguf.py -m gguf
 
-# Kills a run at 100 random moments and resumes it each time; about four minutes.
+# A run killed and a power cut at 100 random moments each, 300 damaged run folders shown and gone on with, two writers of one
+# folder; about half an hour. `make loop` kills the site among ten thousand votes.
 chaos: lint
 	HF_HUB_OFFLINE=1 PAIRTUNE_CHAOS_MOMENTS=100 $(BIN)/pytest tests/test_resume.py -k killed
+	HF_HUB_OFFLINE=1 PAIRTUNE_POWER_CUTS=100 $(BIN)/pytest tests/test_power.py tests/test_lock.py
+	HF_HUB_OFFLINE=1 PAIRTUNE_FUZZ_RUNS=300 $(BIN)/pytest tests/test_odd_runs.py
+
+# Over a hundred thousand inputs for everything that reads what others wrote, guided by coverage; about half an hour.
+fuzz: install
+	$(PIP) --editable '.[fuzz]' --no-build-isolation
+	HF_HUB_OFFLINE=1 $(BIN)/python scripts/fuzz.py
+
+# Known vulnerabilities and licences of what is installed, and its list (SBOM) in CycloneDX; and bandit on our own code.
+audit-deps: install
+	$(PIP) --editable '.[audit]' --no-build-isolation
+	$(BIN)/bandit --quiet --recursive src --configfile pyproject.toml
+	$(BIN)/python scripts/audit_dependencies.py
 
 # The engine on every simulated machine, and with this machine's instruction sets and several thread counts; about half
 # an hour. An instruction set that the CPU lacks is replaced by the next lower one.

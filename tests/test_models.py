@@ -46,7 +46,9 @@ def test_a_name_that_is_no_model_is_one_clear_line(name, message):
 def test_files_and_folders_that_are_no_model(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "a.gguf").write_bytes(b"not a GGUF")
-    for name, message in (("", "no config.json"), ("a.txt", "not a .gguf"), ("a.gguf", "cannot be read as GGUF")):
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(6) + b"\xde\0" + bytes(8))  # 222 fields, and none there
+    gguf = "cannot be read as GGUF"
+    for name, message in (("", "no config.json"), ("a.txt", "not a .gguf"), ("a.gguf", gguf), ("cut.gguf", gguf)):
         with pytest.raises(BadInput, match=message):
             resolve_model(str(tmp_path / name))
 

@@ -240,7 +240,7 @@ def _dequantised(file: Path, flag: str = "--model") -> Path:
 
     try:
         return fill_folder(folder, fill)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:  # of a damaged file the reader raises whatever it stumbles over, IndexError among them
         raise BadInput(f"{flag} {file}: cannot be read as GGUF ({one_line(error)})") from error
 
 
