@@ -49,10 +49,11 @@ test-gguf: lint
 	HF_HUB_OFFLINE=1 $(BIN)/pytest tests/test_gguf.py -m gguf
 
 # A run killed and a power cut at 100 random moments each, 300 damaged run folders shown and gone on with, two writers of one
-# folder; about half an hour. `make loop` kills the site among ten thousand votes.
+# folder, 30 full disks; about half an hour. `make loop` kills the site among ten thousand votes.
 chaos: lint
 	HF_HUB_OFFLINE=1 PAIRTUNE_CHAOS_MOMENTS=100 $(BIN)/pytest tests/test_resume.py -k killed
 	HF_HUB_OFFLINE=1 PAIRTUNE_POWER_CUTS=100 $(BIN)/pytest tests/test_power.py tests/test_lock.py
+	HF_HUB_OFFLINE=1 PAIRTUNE_FULL_DISKS=30 $(BIN)/pytest tests/test_full_disk.py
 	HF_HUB_OFFLINE=1 PAIRTUNE_FUZZ_RUNS=300 $(BIN)/pytest tests/test_odd_runs.py
 
 # Over a hundred thousand inputs for everything that reads what others wrote, guided by coverage; about half an hour.
