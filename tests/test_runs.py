@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 
 import pytest
 
@@ -112,6 +113,25 @@ def test_metrics_are_read_as_they_grow_and_anew_where_they_were_rewritten(tmp_pa
     assert steps() == [(1, 0.9), (2, 0.2), (3, 0.3), (4, 0.4)]
     file.write_text(lines[0])  # a resumed trial forgets what it will log again
     assert steps() == [(1, 0.1)]
+
+
+def test_watching_a_log_that_grows_keeps_one_version_of_it(tmp_path):
+    run = Run(tmp_path)
+    log = run.paths.trial("one").metrics
+    log.parent.mkdir(parents=True)
+    line = {"epoch": 0.1, "loss": 0.69, "rewards/margins": 0.0123, "grad_norm": 1.5, "learning_rate": 1e-4}
+    log.write_text("".join(json.dumps({"step": number, **line}) + "\n" for number in range(1000)))
+    tracemalloc.start()
+    try:
+        sizes = []
+        for number in range(1000, 1060):
+            with log.open("a") as file:
+                file.write(json.dumps({"step": number, **line}) + "\n")
+            assert len(run.log("one").steps) == number + 1
+            sizes.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    assert sizes[-1] - sizes[10] < 300_000  # fifty lines more, and not fifty times a thousand
 
 
 def test_fingerprints_tell_parts_apart():
