@@ -20,7 +20,7 @@ def harmless(text: str) -> str:
 
 
 def screen(*, stderr: bool = False, width: int | None = None) -> Console:
-    """A console whose texts are harmless, whatever is printed; its own colours and cursor movements stay."""
+    """A console that prints harmless texts with its own colours; what a spinner says, which is ours, is not changed."""
     from rich.console import Console
 
     console = Console(stderr=stderr, width=width)

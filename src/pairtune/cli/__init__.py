@@ -22,6 +22,7 @@ from pairtune.cli.common import (
     open_reader,
     output,
     reading_of,
+    say,
     share_processors,
     with_votes,
 )
@@ -76,7 +77,7 @@ Quant = Annotated[str, typer.Option(help="Quantization of a GGUF file: f16, q8_0
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"pairtune {__version__}")
+        say(f"pairtune {__version__}")
         raise typer.Exit
 
 
@@ -88,7 +89,7 @@ def _app(
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+        say(context.get_help())
 
 
 @app.command(cls=WithSettingsHelp)
@@ -141,7 +142,7 @@ def doctor(
 
     with screen(stderr=True).status("examining this machine") as status:
         found = diagnose(model, max_length, status.update)
-    typer.echo(json.dumps(dump(found))) if as_json else output().print(render_diagnosis(found), highlight=False)
+    say(json.dumps(dump(found))) if as_json else output().print(render_diagnosis(found), highlight=False)
     if not found.usable:
         raise typer.Exit(1)
 
@@ -195,7 +196,7 @@ def audit(
     evidence = with_options(read_evidence(path), eval_rows, batch_size, beta, loss)
     if beta and len(evidence.trials) > 1:
         known = (f"{trial.name} {trial.beta:g}" for trial in evidence.trials if trial.beta)
-        typer.echo(f"beta: {', '.join(known)}", err=True)
+        say(f"beta: {', '.join(known)}", err=True)
     found = audit(evidence)
     if markdown:
         from pairtune.files import write_atomic
@@ -204,7 +205,7 @@ def audit(
             raise BadInput(f"--markdown {markdown}: is a folder, or in a folder that does not exist; name a file")
         write_atomic(markdown, audit_markdown(found))
     if as_json:
-        typer.echo(json.dumps(dump(found)))
+        say(json.dumps(dump(found)))
     else:
         output().print(render_audit(found), highlight=False)
     if found.verdict == "error":
@@ -227,9 +228,9 @@ def export(
 
     parity = export_run(finished, form, to, quant, trial)  # type: ignore[arg-type]
     if as_json:
-        typer.echo(json.dumps({"to": str(to), **vars(parity)}))
+        say(json.dumps({"to": str(to), **vars(parity)}))
         return
-    typer.echo(
+    say(
         f"{to}: same prompt tokens; log-probs differ by {parity.logp_difference:.2g} nats per token "
         f"({parity.tolerance:g} allowed); identical greedy answers: {parity.same_answers} of {parity.prompts}"
     )
@@ -270,9 +271,9 @@ def push(
         share_prompts=share_prompts,
     )
     for name, size in pushed.files.items():
-        typer.echo(f"{size:>13,}  {name}", err=not dry_run)
+        say(f"{size:>13,}  {name}", err=not dry_run)
     files = plural(len(pushed.files), "file")
-    typer.echo(pushed.url or f"{sum(pushed.files.values()):>13,}  in {files}; nothing was uploaded")
+    say(pushed.url or f"{sum(pushed.files.values()):>13,}  in {files}; nothing was uploaded")
 
 
 @app.command("eval", cls=WithSettingsHelp)
@@ -334,7 +335,7 @@ def evaluate(
             with console.status("judging") as status:
                 judged = answered.judged(judging, lambda done: status.update(f"judging: {done}"))
             found = found.model_copy(update={"answers": judged})
-    typer.echo(json.dumps(dump(found))) if as_json else output().print(render_evaluation(found), highlight=False)
+    say(json.dumps(dump(found))) if as_json else output().print(render_evaluation(found), highlight=False)
 
 
 @app.command(cls=WithSettingsHelp)
@@ -381,7 +382,7 @@ def compare(
             )
         except RunFailed as error:  # not 1, which says that RUN_B is worse
             raise BadInput(str(error)) from error
-    typer.echo(json.dumps(dump(found))) if as_json else output().print(render_comparison(found), highlight=False)
+    say(json.dumps(dump(found))) if as_json else output().print(render_comparison(found), highlight=False)
     raise typer.Exit({"better": 0, "worse": 1}.get(found.outcome, 2))
 
 
@@ -392,7 +393,7 @@ def report(run: FinishedRun) -> None:
 
     finished = _whole_run(run)
     write_report(finished)
-    typer.echo(str(finished.paths.report))
+    say(str(finished.paths.report))
 
 
 @app.command()
@@ -528,7 +529,7 @@ def _plan(file: Path | None, flags: dict[str, Any], as_json: bool) -> None:
 
     with screen(stderr=True).status("reading") as status:
         found = plan_run(config, status.update)
-    typer.echo(json.dumps(dump(found))) if as_json else output().print(render_plan(found), highlight=False)
+    say(json.dumps(dump(found))) if as_json else output().print(render_plan(found), highlight=False)
 
 
 def _probe(config: RunConfig) -> None:
@@ -554,7 +555,7 @@ def _show(run: Run | None, as_json: bool) -> None:
         from pairtune.run.records import Selection, SweepRecord, dump
 
         selection, sweep = dump(run.need(Selection)), dump(run.need(SweepRecord))
-        typer.echo(json.dumps({"run": str(run.root), "selection": selection, **sweep}))
+        say(json.dumps({"run": str(run.root), "selection": selection, **sweep}))
     else:
         output().print(render_run(run))
 

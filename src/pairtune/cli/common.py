@@ -13,7 +13,7 @@ import typer
 from pairtune.errors import BadInput, plural
 from pairtune.extras import require
 from pairtune.flags import COLUMN_PARTS
-from pairtune.screen import screen
+from pairtune.screen import harmless, screen
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,6 +78,11 @@ def columns_of(given: list[str] | None) -> dict[str, Any]:
     return {"columns": columns} if columns else {}
 
 
+def say(text: str, *, err: bool = False) -> None:
+    """Print a line; what files may have put into it is made harmless."""
+    typer.echo(harmless(text), err=err)
+
+
 def output() -> Console:
     """The console for results, on standard output."""
     return screen(width=None if sys.stdout.isatty() else 140)
@@ -90,7 +95,7 @@ def confirm(cost: dict[str, int], judge: str) -> None:
         return
     if not sys.stdin.isatty():
         raise BadInput(f"--yes: is required if standard input is not a terminal; this would make {asked}")
-    typer.confirm(f"This makes {asked}. Continue?", abort=True, err=True)
+    typer.confirm(harmless(f"This makes {asked}. Continue?"), abort=True, err=True)
 
 
 def share_processors(*, give_way: bool) -> None:
@@ -142,12 +147,12 @@ def frozen_votes(name: str, *, single: bool = False) -> Path:
     path, found = snapshot(single=single)
     told = "" if single else "".join(f", {count} {reason}" for reason, count in found.reasons)
     rows = plural(len(found.labels), "answer") if single else plural(len(found.pairs), "pair")
-    typer.echo(f"{VOTES}: {rows} of {plural(len(found.votes), 'vote')}{told}", err=True)
+    say(f"{VOTES}: {rows} of {plural(len(found.votes), 'vote')}{told}", err=True)
     if not (found.labels if single else found.pairs):
         wanted, how = ("an answer", "press a thumb") if single else ("a pair", "prefer answers")
         raise BadInput(
             f"--{name.replace('_', '-')} {VOTES}: no vote gives {wanted} yet; vote in the arena (pairtune serve), or "
             f"{how} in a chat"
         )
-    typer.echo(f"{VOTES}: kept as {path}", err=True)
+    say(f"{VOTES}: kept as {path}", err=True)
     return path

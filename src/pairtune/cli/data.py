@@ -19,11 +19,12 @@ from pairtune.cli.common import (
     open_reader,
     output,
     reading_of,
+    say,
     share_processors,
 )
 from pairtune.errors import BadInput, plural
 from pairtune.flags import WithSettingsHelp
-from pairtune.screen import screen
+from pairtune.screen import harmless, screen
 
 data_app = typer.Typer(
     help="Inspect and convert preference data before training on it.", no_args_is_help=True, rich_markup_mode=None
@@ -65,11 +66,11 @@ def inspect(
 
         drawn = {"figures": [str(draw_lengths(found, figures / "lengths.png"))]}
     if as_json:
-        typer.echo(json.dumps(dump(found) | drawn))
+        say(json.dumps(dump(found) | drawn))
     else:
         output().print(render_inspection(found), highlight=False)
     if found.verdict == "not confirmed" and sys.stdin.isatty() and not as_json:
-        if typer.confirm(f"Is this the better answer: {found.better}?", err=True):
+        if typer.confirm(harmless(f"Is this the better answer: {found.better}?"), err=True):
             return
         raise BadInput("not confirmed; name other columns (pairtune data inspect --help)")
     if found.verdict in ("not usable", "not confirmed"):
@@ -97,13 +98,13 @@ def convert(
 
     account = convert_source(reader, out, on_bad_row).account()  # type: ignore[arg-type]
     if as_json:
-        typer.echo(json.dumps({"out": str(out), **dump(account)}))
+        say(json.dumps({"out": str(out), **dump(account)}))
         return
     dropped = "".join(f", {rows:,} {reason}" for reason, rows in account.dropped.items())
-    typer.echo(f"{out}: {plural(account.kept, 'pair')} from {plural(account.rows_in, 'row')}{dropped}")
-    typer.echo(f"the better answer: {reader.better}", err=True)
+    say(f"{out}: {plural(account.kept, 'pair')} from {plural(account.rows_in, 'row')}{dropped}")
+    say(f"the better answer: {reader.better}", err=True)
     for field, rows in reader.parser.unused.items():
-        typer.echo(f"not used: {field} ({plural(rows, 'row')})", err=True)
+        say(f"not used: {field} ({plural(rows, 'row')})", err=True)
 
 
 @data_app.command("draft", cls=WithSettingsHelp)
@@ -158,11 +159,11 @@ def draft(
         for each in draft_rounds(model, asked, how, rounds, out, settings, console, hold_out):
             found.append(each.record())
             console.print(str(each), highlight=False)
-        typer.echo(json.dumps({"out": str(out), "rounds": found}) if as_json else str(out / "rounds.json"))
+        say(json.dumps({"out": str(out), "rounds": found}) if as_json else str(out / "rounds.json"))
         return
     drafted = draft_file(model, asked, how, out, console)
     if as_json:
-        typer.echo(json.dumps({"out": str(out), "pairs": len(drafted.rows), "left_out": dict(drafted.left_out)}))
+        say(json.dumps({"out": str(out), "pairs": len(drafted.rows), "left_out": dict(drafted.left_out)}))
         return
     left_out = "".join(f", {count} left out: {reason}" for reason, count in drafted.left_out.items())
-    typer.echo(f"{out}: {plural(len(drafted.rows), 'pair')} of {plural(len(asked), 'prompt')}{left_out}")
+    say(f"{out}: {plural(len(drafted.rows), 'pair')} of {plural(len(asked), 'prompt')}{left_out}")

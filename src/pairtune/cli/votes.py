@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pairtune.cli.common import Json
+from pairtune.cli.common import Json, say
 from pairtune.errors import BadInput, plural
 from pairtune.extras import require
 
@@ -37,10 +37,10 @@ def export_votes(
         raise BadInput("OUT: nobody has voted yet; vote in the arena, or give thumbs in a chat (pairtune serve)")
     found.write(out)
     if as_json:
-        typer.echo(json.dumps({"out": str(out), **found.account()}))
+        say(json.dumps({"out": str(out), **found.account()}))
         return
     left_out = "".join(f", {count} {reason}" for reason, count in found.reasons)
-    typer.echo(
+    say(
         f"{out}: {plural(len(found.pairs), 'pair')} and {plural(len(found.labels), 'label')} of "
         f"{plural(len(found.votes), 'vote')}; in pairs: {found.used}{left_out}"
     )

@@ -39,6 +39,8 @@ _ASKED = ({"role": "user", "content": "What is a lighthouse for?"},)
 
 Loaded = tuple[Any, Any]  # a model and its tokenizer
 
+PARITY = "parity.json"  # what the check of an export found
+
 
 @dataclass(frozen=True)
 class Parity:
@@ -101,7 +103,7 @@ def export_run(
                 f"{parity.same_tokens}, mean log-prob difference: {parity.logp_difference:.4f} nats per token, "
                 f"{parity.tolerance:g} allowed)"
             )
-        write_json(folder / "parity.json", {**vars(parity), "answers": list(parity.answers)})
+        write_json(folder / PARITY, {**vars(parity), "answers": list(parity.answers)})
         found.append(parity)
 
     fill_folder(target, fill)

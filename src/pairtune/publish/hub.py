@@ -13,7 +13,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from pairtune.errors import BadInput, RunFailed, one_line
-from pairtune.publish.export import Format, export_run
+from pairtune.publish.export import PARITY, Format, export_run
 from pairtune.publish.modelfile import Quantisation
 from pairtune.report.card import model_card
 from pairtune.report.report_data import ReportData
@@ -108,12 +108,16 @@ def collect(
                 f"{run.root}: the adapter's base model exists only on this machine, so nobody else could load it; "
                 "use --what merged"
             )
-    report = shared_report(run, prompts=share_prompts or run.settings.share_prompts)
+    prompts = share_prompts or run.settings.share_prompts
+    report = shared_report(run, prompts=prompts)
     card = model_card(ReportData(run), report.text, repository=repo, what=what)
     files: dict[str, bytes | Path] = {"README.md": card.encode()}
     files |= {run.paths.report.name: report.html.encode(), run.paths.report_text.name: report.text.encode()}
     files |= {f"figures/{file.name}": file for file in sorted(run.paths.figures.glob("*.svg"))}
     files |= {file.name: file for file in sorted((scratch / what).iterdir()) if file.name != "README.md"}
+    if not prompts:
+        parity = json.loads((scratch / what / PARITY).read_text(encoding="utf-8"))
+        files[PARITY] = json.dumps({name: each for name, each in parity.items() if name != "answers"}).encode()
     if pickled := [name for name in files if name.endswith(_PICKLED)]:
         raise BadInput(f"{run.paths.best}: contains {', '.join(pickled)}; only safetensors are published")
     return files

@@ -31,14 +31,3 @@ def writing(run: Run) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def is_being_written(run: Run) -> bool:
-    """Whether a process of this machine works on a run."""
-    if not (run.root / LOCK).is_file():
-        return False
-    try:
-        with FileLock(run.root / LOCK, timeout=0):
-            return False
-    except Timeout:
-        return True

@@ -90,7 +90,7 @@ class _Worker:
         self.catalogue, self._key = catalogue, key
         # Threads of their own, so that the list of models does not wait for models that are being loaded, or for
         # prompts that are being tokenized.
-        self._loading = ThreadPoolExecutor(2, "pairtune-load")
+        self._loading = ThreadPoolExecutor(32, "pairtune-load")  # one for each model that is waited for
         self._tokenizing = ThreadPoolExecutor(2, "pairtune-tokenize")
         self._opening: dict[ServedModel, asyncio.Future[OpenedModel]] = {}
 

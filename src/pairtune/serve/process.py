@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -113,9 +114,20 @@ class WorkerProcess:
         """Wait for the process to say where it listens; it says nothing if it has ended."""
         assert self._process is not None  # noqa: S101
         assert self._process.stdout is not None  # noqa: S101
-        with self._process.stdout as said:
-            self.url = said.readline().decode().partition("/v1")[0]
-        if self.url:
+        said, found = self._process.stdout, list[str]()
+
+        def read() -> None:
+            with said:
+                for line in said:  # a library may print something before
+                    if address := re.match(rb"(http://\S+)/v1 ", line):
+                        found.append(address[1].decode())
+                        return
+
+        reader = threading.Thread(target=read, name="pairtune-address", daemon=True)
+        reader.start()
+        reader.join(_STARTING_SECONDS)
+        if found:
+            self.url = found[0]
             self._moved(self.url)
 
     def _restart(self) -> None:

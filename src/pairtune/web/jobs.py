@@ -18,7 +18,7 @@ from pairtune.run.records import Progress
 from pairtune.web.models import Job
 
 _LINES, _TAIL = 12, 4000
-_ONE_AT_A_TIME = (("tune", "resume"), ("push",))  # kinds of which there is one process for a subject and a detail
+_ONE_AT_A_TIME = (("tune", "resume"),)  # kinds of which a subject has one process
 _JUST_WRITTEN = 2.0  # seconds by which two notes of a process's start may differ
 
 
@@ -36,7 +36,7 @@ def start(kind: str, subject: str, arguments: Sequence[str], detail: str = "") -
     alone = next((kinds for kinds in _ONE_AT_A_TIME if kind in kinds), ())
     with FileLock(root / ".lock"):
         running = last(alone, subject) if alone else None
-        if running and running.detail == detail and is_alive(running):
+        if running and is_alive(running):
             return running
         return _start(root, kind, subject, arguments, detail)
 

@@ -402,7 +402,10 @@ def _drawn(root: Path, names: tuple[str, ...] | None, _: float) -> tuple[Drawn, 
 def _closed(root: Path) -> str:
     """The first part of a run's folder that this process may not read, by its name; empty if it may read all."""
     for path in (root, *root.glob("*"), *root.glob("trials/*"), *root.glob("trials/*/*")):
-        if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
+        if path != root and path.name.startswith("."):
+            continue  # a file that is being written
+        wanted = os.R_OK | (os.X_OK if path.is_dir() else 0)
+        if not os.access(path, wanted) and path.exists():
             return str(path.relative_to(root.parent))
     return ""
 

@@ -51,17 +51,15 @@ def serve(
     with listening(host, port) as bound:
         arguments = [*targets, *([] if targets else ["--runs", str(runs)]), *worker_options]
         worker = None if backend else WorkerProcess(arguments, meanwhile=prepare, moved=_use)
-        os.environ |= {
-            "DJANGO_SETTINGS_MODULE": "pairtune.web.settings",
-            "PAIRTUNE_RUNS": str(runs.absolute()),
-            "PAIRTUNE_BACKEND": backend or "",
-        }
-        others = [name for name in os.environ.get("PAIRTUNE_HOSTS", "").split(",") if name]
-        shared = not is_loopback(host) or bool(others)  # a proxy on this machine lets others in as well
-        if shared:
-            os.environ |= {"PAIRTUNE_SHARED": "1", "PAIRTUNE_HOSTS": ",".join([*own_names(host), *others])}
+        os.environ.setdefault("DJANGO_SETTINGS_MODULE", "pairtune.web.settings")
+        # Assigned, since `manage.py runserver` has read the environment already; before the pages are loaded.
+        settings.PAIRTUNE_RUNS, settings.PAIRTUNE_BACKEND = runs.absolute(), backend or ""
+        if not is_loopback(host):
+            settings.PAIRTUNE_SHARED = True
+            settings.ALLOWED_HOSTS = [*settings.ALLOWED_HOSTS, *own_names(host)]
         if tls:
-            os.environ["PAIRTUNE_TLS"] = "1"
+            settings.CSRF_COOKIE_SECURE = settings.SESSION_COOKIE_SECURE = settings.SECURE_SSL_REDIRECT = True
+            settings.SECURE_HSTS_SECONDS = settings.PAIRTUNE_HSTS_SECONDS
         if worker is None:
             prepare()
         with worker or nullcontext():
@@ -69,7 +67,7 @@ def serve(
                 settings.PAIRTUNE_KEY = worker.key
             name = "localhost" if host == "127.0.0.1" else host
             scheme = "https" if tls else "http"
-            if shared:
+            if settings.PAIRTUNE_SHARED:
                 _show_keys(new=new_keys)
                 if not tls and not is_loopback(host):
                     print(_UNENCRYPTED, file=sys.stderr)

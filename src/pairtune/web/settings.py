@@ -22,7 +22,8 @@ PAIRTUNE_MATCHES = os.environ.get("PAIRTUNE_MATCHES", "informative")
 PAIRTUNE_KEY = os.environ.get("PAIRTUNE_BACKEND_KEY", "")
 
 # Whether other machines can reach the site, so that people need a key (see `access.py`), and whether over TLS alone.
-PAIRTUNE_SHARED = os.environ.get("PAIRTUNE_SHARED") == "1"
+_HOSTS = [name for name in os.environ.get("PAIRTUNE_HOSTS", "").split(",") if name]
+PAIRTUNE_SHARED = bool(_HOSTS)  # a proxy on this machine lets others in as well
 PAIRTUNE_TLS = os.environ.get("PAIRTUNE_TLS") == "1"
 # Of one address within a minute: messages, votes and other changes, on a site that other machines can reach.
 PAIRTUNE_POSTS = int(os.environ.get("PAIRTUNE_POSTS", "90"))
@@ -30,7 +31,7 @@ PAIRTUNE_POSTS = int(os.environ.get("PAIRTUNE_POSTS", "90"))
 # A new one at every start: people enter again after a restart, and nothing needs to be kept secret on the disk.
 SECRET_KEY = os.environ.get("DJANGO_SECRET_KEY") or secrets.token_urlsafe(48)
 DEBUG = False
-ALLOWED_HOSTS = ["localhost", "127.0.0.1", "[::1]", *filter(None, os.environ.get("PAIRTUNE_HOSTS", "").split(","))]
+ALLOWED_HOSTS = ["localhost", "127.0.0.1", "[::1]", *_HOSTS]
 
 INSTALLED_APPS = ["pairtune.web", "django.contrib.staticfiles", "django_htmx", "csp"]  # ours first, for its runserver
 MIDDLEWARE = [
@@ -63,7 +64,8 @@ SESSION_ENGINE = "django.contrib.sessions.backends.signed_cookies"
 SESSION_COOKIE_HTTPONLY = True
 SESSION_COOKIE_AGE = 30 * 24 * 3600
 CSRF_COOKIE_SECURE = SESSION_COOKIE_SECURE = SECURE_SSL_REDIRECT = PAIRTUNE_TLS
-SECURE_HSTS_SECONDS = 24 * 3600 if PAIRTUNE_TLS else 0
+PAIRTUNE_HSTS_SECONDS = 24 * 3600
+SECURE_HSTS_SECONDS = PAIRTUNE_HSTS_SECONDS if PAIRTUNE_TLS else 0
 # Only for this name and not for good: it may be a machine whose other services, or next owner, have no TLS.
 SILENCED_SYSTEM_CHECKS = ["security.W005", "security.W021"]
 

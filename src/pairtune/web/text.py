@@ -30,6 +30,7 @@ _HIGHLIGHTED = 20_000
 # Pairs of equal words, one from each text, up to which difflib compares them: its time grows faster than their number,
 # so that a few hundred repetitions of one word take seconds. Two ordinary answers of 1,500 words have about 15,000.
 _MOST_MATCHES = 20_000
+_MOST_PLACES = 4_000_000  # words of one times words of the other: two answers of 2,000
 
 _MATHML = {
     *("math", "mrow", "mi", "mn", "mo", "ms", "mtext", "mspace", "mfrac", "msqrt", "mroot", "msub", "msup", "msubsup"),
@@ -168,7 +169,7 @@ def marked_differences(before: str, after: str) -> tuple[SafeString, SafeString]
     counts = [Counter(each) for each in compared]
     matches = sum(count * counts[1][word] for word, count in counts[0].items())
     opcodes: Sequence[tuple[str, int, int, int, int]]
-    if matches <= _MOST_MATCHES:
+    if matches <= _MOST_MATCHES and len(words[0]) * len(words[1]) <= _MOST_PLACES:
         opcodes = difflib.SequenceMatcher(None, compared[0], compared[1], autojunk=False).get_opcodes()
     else:
         opcodes = _ends_in_common(*compared)
