@@ -555,7 +555,8 @@ def test_a_whole_model_is_served_as_it_is(tiny_model, tmp_path):
 
 
 def test_a_worker_without_such_a_run_says_so(tmp_path):
-    (tmp_path / "config.yaml").write_text("{}")
+    for name in ("config.yaml", "data.json"):
+        (tmp_path / name).write_text("{}")
     done = pairtune("worker", tmp_path)
     assert (done.returncode, "unfinished" in done.stderr) == (2, True), done.stderr
 

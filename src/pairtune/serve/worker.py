@@ -52,7 +52,7 @@ def _serve(
         raise BadInput(f"{', '.join(targets)}: cannot be served; the base model cannot be found")
     if models:
         catalogue.open(models[0])  # so that the first answer does not wait
-    app = make_app(catalogue, ["*"] if key else own_names(host), key)  # a key is more than a name
+    app = make_app(catalogue, own_names(host) if is_loopback(host) else ["*"], key)  # there the key is what counts
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
     if attached:
         threading.Thread(target=_end_with_input, args=[server], daemon=True).start()
