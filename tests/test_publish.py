@@ -17,6 +17,7 @@ from model_hub import TOKEN, online, serve_models
 from pairtune.errors import BadInput, RunFailed
 from pairtune.publish import export
 from pairtune.publish.export import export_run
+from pairtune.report.write import shared_report
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +234,7 @@ def test_a_dry_run_lists_everything_and_sends_nothing(run, hub, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "model.safetensors" in done.stdout
-    assert f"{run.paths.report.stat().st_size:,}  report.html" in done.stdout
+    assert f"{len(shared_report(run, prompts=False).html.encode()):,}  report.html" in done.stdout
     assert not hub.asked
 
 
