@@ -222,6 +222,9 @@ class Lines:
     def log(self, trial: str, line: TrainingStep | Evaluation) -> None:
         self.of[trial].append(line.metrics())
 
+    def flush(self) -> None:
+        pass
+
     def on_progress(self, trials: list[str], what: str, done: int, total: int) -> None:
         pass
 
