@@ -19,7 +19,8 @@ from pathlib import Path
 import httpx
 import pytest
 from conftest import small_run
-from site_server import PATIENCE
+from site_server import NEEDS_CHROMIUM, PATIENCE, watched
+from talker import talking
 
 pytest.importorskip("django")
 
@@ -136,6 +137,53 @@ def test_every_change_asks_for_its_role(shared, role):
                 continue
             answer = client.post(path, headers=token(client))
             assert answer.status_code == 403, (name, path, answer.status_code)
+
+
+_REACHED = """() => [...document.querySelectorAll("a[href], form, [hx-post], [hx-get]")]
+  .filter(each => each.checkVisibility() && !each.hasAttribute("hx-trigger"))
+  .flatMap(each => [
+    each.hasAttribute("href") && ["GET", each.getAttribute("href")],
+    each.hasAttribute("action") && [each.method.toUpperCase(), each.getAttribute("action")],
+    each.hasAttribute("hx-post") && ["POST", each.getAttribute("hx-post")],
+    each.hasAttribute("hx-get") && ["GET", each.getAttribute("hx-get")]
+  ].filter(Boolean)).map(([method, where]) => [method, new URL(where, location).pathname])"""
+
+
+@NEEDS_CHROMIUM
+@pytest.mark.parametrize("role", ["viewer", "voter", "owner"])
+def test_pages_offer_what_a_role_may_do_and_nothing_else(tiny_model, tmp_path, browser, role):
+    """Every visible link, button and form of the pages that a role sees, against the two lists above."""
+    from django.urls import resolve
+
+    (tmp_path / "runs").mkdir()
+    small_run(tiny_model, tmp_path, samples=2, out=tmp_path / "runs" / "small")
+    with talking() as (address, _), serving_openly(tmp_path, "--backend", address) as site:
+        with client_of(site, "owner") as client:
+            message = {"prompt": "Hello", "model": "plain", "temperature": 0.7, "top_p": 1, "max_tokens": 9}
+            said = client.post("/chat/say", data=message, headers=token(client))
+            match = client.post("/arena/start", data={"prompt": "Hello"}, headers=token(client))
+            assert (said.status_code, match.status_code) == (302, 302)
+            tried = (said.headers["location"], match.headers["location"])
+        pages = ["/", "/arena/", "/arena/standings", "/runs/", "/runs/small/", "/runs/small/pairs", *tried]
+        with watched(browser, 1440, 900) as page:
+            page.goto(f"{site.url}/enter")
+            page.fill("[name=key]", site.keys[role])
+            page.press("[name=key]", "Enter")
+            page.wait_for_url(f"{site.url}/")
+            reached = set()
+            for path in pages:
+                page.goto(site.url + path)
+                reached |= {(method, resolve(where).view_name) for method, where in page.evaluate(_REACHED)}
+    mine = {("GET", name) for name in GETS["viewer"]} | {("POST", "leave")}
+    mine |= {("POST", name) for name in POSTS["voter"]} if role != "viewer" else set()
+    if role == "owner":
+        wanted = {"delete", "pin", "note", "export", "clone-run", "mark-pair", "answer-with", "say", "match-vote"}
+        assert wanted <= {name for method, name in reached if method == "POST"}
+        assert ("GET", "push") in reached
+    else:
+        assert reached <= mine, reached - mine
+        assert ("POST", "say") in reached or role == "viewer"
+    assert ("GET", "report") in reached
 
 
 def test_a_voter_may_talk_and_vote(shared):

@@ -72,7 +72,7 @@ def role_of(request: HttpRequest) -> int:
     """The role of whoever sends a request; 0: nobody who has entered."""
     role, given = request.session.get(_ROLE, NONE), request.session.get(_GIVEN)
     known = AccessKey.objects.filter(role=role).first() if role else None
-    return role if known and known.hash == given else NONE  # keys that were replaced open nothing any more
+    return Role(role) if known and known.hash == given else NONE  # keys that were replaced open nothing any more
 
 
 def make_keys() -> dict[Role, str]:
