@@ -32,8 +32,15 @@ class ModelHub:
     commits: list[str] = field(default_factory=list)
     asked: list[tuple[str, str]] = field(default_factory=list)
     uploaded: int = 0
+    history: dict[str, Files] = field(default_factory=dict)  # what was there, by commit
     fault: Fault = lambda method, path: None
     address: str = ""
+
+    def commit_of(self, files: Files) -> str:
+        """The commit that these files are of."""
+        commit = sha(json.dumps(sorted((name, sha(content)) for name, content in files.items())).encode())
+        self.history[commit] = dict(files)
+        return commit
 
 
 def online(hub: ModelHub, home: Path) -> dict[str, str]:
@@ -91,7 +98,11 @@ def serve_models() -> Iterator[ModelHub]:
             elif path == "/api/validate-yaml":
                 self.answer_json({"errors": [], "warnings": []})
             elif path.startswith("/upload/"):
-                hub.objects[path.removeprefix("/upload/")] = body
+                name = path.removeprefix("/upload/")
+                if hashlib.sha256(body).hexdigest() != name:  # the client has gone in the middle of it
+                    self.answer(400)
+                    return
+                hub.objects[name] = body
                 hub.uploaded += 1
                 self.answer(200)
             elif path.endswith(".git/info/lfs/objects/batch"):
@@ -146,7 +157,7 @@ def serve_models() -> Iterator[ModelHub]:
             elif kind == "commit":
                 self.commit(repository, branch, body)
             elif kind == "tree":
-                files = branches.get(branch, branches["main"])  # a commit's identity means what is there now
+                files = branches.get(branch) or hub.history.get(branch, {})
                 self.answer_json(
                     [
                         {"type": "file", "path": path, "size": len(content), "oid": sha(content)}
@@ -154,13 +165,17 @@ def serve_models() -> Iterator[ModelHub]:
                     ]
                 )
             else:
+                files = branches.get(branch) if branch in branches else hub.history.get(branch)
+                if files is None:
+                    self.answer(404, b"{}", X_Error_Code="RevisionNotFound")
+                    return
                 self.answer_json(
                     {
                         "id": repository,
-                        "sha": sha(json.dumps(sorted(branches.get("main", {}))).encode()),
+                        "sha": hub.commit_of(files),
                         "private": hub.private[repository],
                         "tags": [],
-                        "siblings": [{"rfilename": file} for file in branches.get("main", {})],
+                        "siblings": [{"rfilename": file} for file in files],
                     }
                 )
 
@@ -186,12 +201,12 @@ def serve_models() -> Iterator[ModelHub]:
             )
 
         def send_file(self, name: str, branch: str, file: str) -> None:
-            files = hub.repositories.get(name, {}).get(branch) or hub.repositories.get(name, {}).get("main", {})
+            files = hub.repositories.get(name, {}).get(branch) or hub.history.get(branch, {})
             if file not in files:
                 self.answer(404, X_Error_Code="EntryNotFound")
                 return
-            commit = sha(json.dumps(sorted(files)).encode())
-            self.answer(200, files[file], ETag=f'"{sha(files[file])}"', X_Repo_Commit=commit, Accept_Ranges="none")
+            headers = {"ETag": f'"{sha(files[file])}"', "X-Repo-Commit": hub.commit_of(files), "Accept-Ranges": "none"}
+            self.answer(200, files[file], **headers)
 
         do_GET = do_HEAD = do_POST = do_PUT = handle_any
 

@@ -103,9 +103,8 @@ def tuned_adapter(base, folder, seed):
     generator = torch.Generator().manual_seed(seed)
     for layer in layers.values():
         layer.lora_b.data = torch.randn(layer.lora_b.shape, generator=generator) / 8
-    save_adapter(
-        peft_tensors(layers, 0), peft_config(layers, LoraSettings()), base.tokenizer, folder, str(base.source.folder)
-    )
+    tensors, config = peft_tensors(layers, 0), peft_config(layers, LoraSettings())
+    save_adapter(tensors, config, base.tokenizer, folder, base.source)
     return folder
 
 

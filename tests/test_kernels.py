@@ -293,7 +293,9 @@ def test_our_adapters_load_in_peft_and_pefts_here(tmp_path, family, rslora, tiny
     for layer in adapted.values():
         torch.nn.init.normal_(layer.lora_b)
     expected = slow_logps(ours, PAIRS)
-    save_adapter(peft_tensors(adapted, 0), peft_config(adapted, settings), tiny_base.tokenizer, tmp_path / "a", "x")
+    save_adapter(
+        peft_tensors(adapted, 0), peft_config(adapted, settings), tiny_base.tokenizer, tmp_path / "a", tiny_base.source
+    )
     theirs = PeftModel.from_pretrained(fresh(), tmp_path / "a").eval()
     torch.testing.assert_close(slow_logps(theirs, PAIRS), expected, atol=1e-5, rtol=1e-5)
 

@@ -18,6 +18,7 @@ from pairtune.errors import BadInput, RunFailed
 from pairtune.publish import export
 from pairtune.publish.export import export_run
 from pairtune.report.write import shared_report
+from pairtune.run.folder import Run
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +170,15 @@ def test_an_adapter_from_the_hub_answers_as_the_runs_best(tiny_model, hub, tmp_p
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1] == f"{hub.address}/someone/demo"  # --push did it
     arrived = hub.repositories["someone/demo"]["main"]
-    assert json.loads(arrived["adapter_config.json"])["base_model_name_or_path"] == "someone/tiny"
+    commit = hub.commit_of(hub.repositories["someone/tiny"]["main"])
+    run = Run.finished(tmp_path / "run")
+    assert run.settings.model == f"someone/tiny#{commit}"
+    assert run.environment.base.revision == commit
+    named = json.loads(arrived["adapter_config.json"])
+    assert (named["base_model_name_or_path"], named["revision"]) == ("someone/tiny", commit)
+    # The base's author goes on; the run and its adapter stay with the commit that they were made from.
+    hub.repositories["someone/tiny"]["main"] = {**hub.repositories["someone/tiny"]["main"], "model.safetensors": b"{}"}
+    shutil.rmtree(tmp_path / "home")
     assert "base_model: someone/tiny" in arrived["README.md"].decode()
     script = (
         "import sys, torch\n"

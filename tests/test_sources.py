@@ -84,6 +84,41 @@ def test_a_row_without_end_does_not_fill_the_memory(tmp_path, monkeypatch, name,
         tracemalloc.stop()
 
 
+def test_long_rows_of_parquet_do_not_fill_the_memory(tmp_path, monkeypatch):
+    """One row of many is left out alone; a file whose rows are too long on average is refused before it is unpacked."""
+    monkeypatch.setattr(row_files, "_LARGEST_ROW", 1 << 20)
+    texts = ["a", "x" * (1 << 21), *"bcdefgh"]
+    table = pa.table({"prompt": texts, "chosen": ["a"] * 9, "rejected": ["b"] * 9})
+    pq.write_table(table, tmp_path / "one.parquet", compression="zstd")
+    rows = read(tmp_path / "one.parquet")
+    assert [number for number, _ in rows] == list(range(1, 10))
+    assert [number for number, row in rows if isinstance(row, BadRow)] == [2]
+    assert "is longer than" in str(rows[1][1])
+    pq.write_table(
+        pa.table({"prompt": ["x" * (1 << 24)] * 4}), tmp_path / "all.parquet", compression="zstd", use_dictionary=False
+    )
+    assert (tmp_path / "all.parquet").stat().st_size < 10_000
+    with pytest.raises(BadInput, match=r"all.parquet: an average row of row group 1 is longer than"):
+        read(tmp_path / "all.parquet")
+
+
+def test_a_text_that_is_stored_once_is_not_unpacked_for_every_row(tmp_path, monkeypatch):
+    """A thousand rows of 2 MB each in a file of a few KB."""
+    monkeypatch.setattr(row_files, "_LARGEST_ROW", 1 << 22)
+    stored = pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), pa.array(["x" * (1 << 21)]))
+    pq.write_table(pa.table({"prompt": stored}), tmp_path / "a.parquet", compression="zstd", store_schema=False)
+    usual = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(usual)
+    pa.set_memory_pool(pool)
+    try:
+        rows = iter(rows_of(tmp_path / "a.parquet"))
+        for _ in range(100):
+            assert len(next(rows).content["prompt"]) == 1 << 21
+        assert 30 << 20 < pool.max_memory() < 200 << 20
+    finally:
+        pa.set_memory_pool(usual)
+
+
 def test_a_cell_of_parquet_that_is_not_utf8_is_one_bad_row(tmp_path):
     texts = pa.array([b"good", b"\xff\xfe", b"fine"], pa.binary()).view(pa.string())
     table = pa.table({"prompt": texts, "chosen": texts, "rejected": ["a", "b", "c"]})

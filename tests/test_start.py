@@ -12,6 +12,7 @@ import torch
 from conftest import Lines, make_pair, pairtune, small_run, train_one
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from test_equivalence import CLOSE, assert_equal, trial
 from transformers import AutoModelForCausalLM
 
@@ -259,3 +260,46 @@ def test_a_config_repeats_a_round(first, second, tmp_path):
     again = tune(resolve(second["continue"].paths.config, {"out": tmp_path / "again"}), Console(quiet=True))
     assert again is not None
     assert saved_fingerprint(again.paths.best) == saved_fingerprint(second["continue"].paths.best)
+
+
+def _claims_a_rank(folder: Path) -> None:
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "r": 10**9}))
+
+
+def _of_other_sizes(folder: Path) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    (name, *_) = tensors
+    save_file({**tensors, name: torch.zeros(4, 7)}, folder / "adapter_model.safetensors")
+
+
+def _of_other_layers(folder: Path) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    renamed = {name.replace("layers.0", "layers.77"): tensor for name, tensor in tensors.items()}
+    save_file(renamed, folder / "adapter_model.safetensors")
+
+
+def _pickled(folder: Path) -> None:
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (_claims_a_rank, "says rank 1,000,000,000, and the weights have 4"),
+        (_of_other_sizes, "does not fit its base model"),
+        (_of_other_layers, "layers.77"),
+        (_pickled, "cannot be loaded"),
+    ],
+)
+def test_an_adapter_is_compared_with_its_base_before_memory_is_taken(first, tmp_path, spoil, said):
+    """A thousand million ranks would need terabytes; nothing of that size is asked for."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(first.paths.best, adapter)
+    spoil(adapter)
+    with pytest.raises(BadInput, match=said):
+        load_tuned(adapter, open_base_of(first))
+    with pytest.raises(BadInput, match=said):
+        small_run(adapter, tmp_path)
+    assert not (tmp_path / "run").exists()

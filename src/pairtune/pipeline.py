@@ -30,7 +30,7 @@ from pairtune.evaluate.audit.own_runs import evidence_of_run
 from pairtune.evaluate.generations import MOST, AnsweringModels, Prompt, affordable, compare_answers, held_out_prompts
 from pairtune.extras import require
 from pairtune.files import write_atomic
-from pairtune.models.load import LoadedBase, blank_model, device_name, pick_device
+from pairtune.models.load import LoadedBase, blank_model, check_adapter, device_name, pick_device
 from pairtune.models.start import Start, open_base_of, open_start
 from pairtune.publish.export import Format
 from pairtune.publish.hub import push_run
@@ -86,7 +86,11 @@ def tune(resolved: Resolved, console: Console) -> Run | None:
     """
     start, data, processes, console = _open(resolved.config, console)
     base = start.base
+    if start.lineage is None:  # so that resuming, serving and repeating the run use the same files of the Hub
+        pinned = resolved.config.model_copy(update={"model": base.source.pinned})
+        resolved = replace(resolved, config=pinned)
     if base.adapter:
+        check_adapter(base.adapter, blank_model(base.source))
         resolved = with_settings_of_adapter(resolved, base.adapter)
     if resolved.config.push and resolved.config.method == "lora" and base.source.hub_id is None:
         raise BadInput(
@@ -405,7 +409,9 @@ def stop_on_signals(console: Console) -> Iterator[Callable[[], bool]]:
 
 def _environment(base: LoadedBase) -> Environment:
     source = base.source
-    described = BaseModelRecord(name=source.name, hub_id=source.hub_id, license=source.licence)
+    described = BaseModelRecord(
+        name=source.name, hub_id=source.hub_id, revision=source.revision, license=source.licence
+    )
     return describe_environment(device_name(base.device), described)
 
 

@@ -23,6 +23,7 @@ from pairtune.errors import BadInput, one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 # One row: its number (from 1; for JSON lines the line number) and its content, or what is wrong with it.
 Row = tuple[int, Any]
@@ -32,6 +33,8 @@ _BLOCK = 1 << 20
 # Bytes of a line, or characters of an array item or of a row of CSV, above which it is no pair: some four million
 # tokens. A compressed file of a few hundred KB can hold a line that fills the memory.
 _LARGEST_ROW = 16 << 20
+# Rows of Parquet that are unpacked at once: a text that is stored once may be in all of them.
+_PARQUET_ROWS = 16
 _TOO_LONG = f"is longer than {_LARGEST_ROW >> 20} MiB"
 
 
@@ -258,8 +261,9 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     try:
         with pq.ParquetFile(path) as file:
             _check_names(path, file.schema_arrow.names)
+            _check_row_groups(path, file.metadata)
             number = 0
-            for batch in file.iter_batches(batch_size=256):
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
                 for row in _rows_of(batch):
                     number += 1
                     yield number, row
@@ -267,17 +271,34 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         raise BadInput(f"{path}: cannot be read as Parquet ({one_line(error)})") from error
 
 
+def _check_row_groups(path: Path, metadata: pq.FileMetaData) -> None:
+    """Refuse a file that says itself that it unpacks to rows far beyond the limit, before any is unpacked.
+
+    Raises:
+        BadInput: the rows of a group are too long on average.
+    """
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        if group.total_byte_size > _LARGEST_ROW * max(1, group.num_rows):
+            raise BadInput(f"{path}: an average row of row group {number + 1} {_TOO_LONG}; a row is one pair")
+
+
 def _rows_of(batch: pa.RecordBatch) -> Iterator[Any]:
-    """The rows of a batch; one with bytes that are not UTF-8 fails alone."""
+    """The rows of a batch; one that is too long, or has bytes that are not UTF-8, fails alone."""
+    rows = None
+    if batch.nbytes < _LARGEST_ROW:
+        with suppress(UnicodeDecodeError):
+            rows = batch.to_pylist()
+    return iter(rows) if rows is not None else (_row_of(batch.slice(at, 1)) for at in range(batch.num_rows))
+
+
+def _row_of(row: pa.RecordBatch) -> Any:
+    if row.nbytes >= _LARGEST_ROW:
+        return BadRow("too long", "", f"{_TOO_LONG}; a row is one pair")
     try:
-        yield from batch.to_pylist()
-    except UnicodeDecodeError:
-        for at in range(batch.num_rows):
-            try:
-                [row] = batch.slice(at, 1).to_pylist()
-            except UnicodeDecodeError as error:
-                row = BadRow("not UTF-8", "", f"is not UTF-8 (byte {error.start + 1}); write its texts as UTF-8")
-            yield row
+        return row.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return BadRow("not UTF-8", "", f"is not UTF-8 (byte {error.start + 1}); write its texts as UTF-8")
 
 
 _READERS = {".jsonl": _read_json_lines, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}

@@ -436,8 +436,8 @@ class _TrialGroup:
             return ""
         tokenizer, source = self.inputs.base.tokenizer, self.inputs.base.source
         if self.shared.method == "full":
-            return save_best(self.model, tokenizer, folder, source.published_as)
+            return save_best(self.model, tokenizer, folder, source)
         adapted = self.policy.adapted
         config = peft_config(adapted, settings_of(self.shared))
         tensors = peft_tensors(adapted, self.members.index(member))
-        return save_adapter(tensors, config, tokenizer, folder, source.published_as)
+        return save_adapter(tensors, config, tokenizer, folder, source)

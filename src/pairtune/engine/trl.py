@@ -289,7 +289,7 @@ class _Keeper(TrainerCallback):
 
     def _save(self) -> str:
         base, paths = self.inputs.base, self.run.paths.trial(self.trial.name)
-        return save_best(self.trainer.model, base.tokenizer, paths.best, base.source.published_as)
+        return save_best(self.trainer.model, base.tokenizer, paths.best, base.source)
 
 
 class _quiet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import warnings
 from dataclasses import dataclass
@@ -11,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import logging as transformers_logging
+from transformers.pytorch_utils import Conv1D
 
 from pairtune.chat_templates import adds_bos
 from pairtune.errors import BadInput, one_line
 from pairtune.files import fingerprint
-from pairtune.models.resolve import ModelSource, resolve_model
+from pairtune.models.resolve import ADAPTER_SETTINGS, ModelSource, resolve_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -200,17 +202,60 @@ def load_tuned(
     Raises:
         BadInput: the folder holds neither an adapter nor a model.
     """
-    if not (folder / "adapter_config.json").is_file():
+    if not (folder / ADAPTER_SETTINGS).is_file():
         return load_model(folder, base.dtype, base.device)
     from peft import PeftModel
 
     model = model or load_model(base.source, base.dtype, base.device)
+    check_adapter(folder, model)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # about a name that differs between PEFT and transformers
             return PeftModel.from_pretrained(model, folder, name).eval()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BadInput(f"{folder}: the adapter cannot be loaded ({one_line(error)})") from error
+
+
+def check_adapter(folder: Path, model: torch.nn.Module) -> None:
+    """Compare a LoRA adapter with the model that it is to be put on, before memory is taken for either.
+
+    The adapter's own numbers decide how much that is, so a wrong or malicious rank would otherwise fill the memory.
+
+    Args:
+        folder: the adapter's folder; of its weights only the header is read.
+        model: the model, or one of its architecture on the meta device.
+
+    Raises:
+        BadInput: the files cannot be read, or ranks or shapes do not fit.
+    """
+    try:
+        settings = json.loads((folder / ADAPTER_SETTINGS).read_text(encoding="utf-8"))
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no dict
+        ranks = [settings.get("r", 0), *(settings.get("rank_pattern") or {}).values()]
+        highest = max(map(int, ranks))
+    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+        raise BadInput(f"{folder}: the adapter cannot be loaded ({one_line(error)})") from error
+    layers = dict(model.named_modules())
+    found = 0
+    for name, shape in shapes.items():
+        layer, _, rest = name.removeprefix("base_model.model.").rpartition(".lora_")
+        if rest not in ("A.weight", "B.weight") or len(shape) != 2:
+            continue  # DoRA's magnitudes and whole layers are checked by PEFT
+        module = layers.get(layer)
+        if isinstance(module, Conv1D):
+            sizes = (module.nx, module.nf)
+        elif isinstance(module, torch.nn.Linear):
+            sizes = (module.in_features, module.out_features)
+        else:
+            told = "is no layer of this model" if module is None else "is no linear layer"
+            raise BadInput(f"{folder}: the adapter does not fit its base model: {layer} {told}")
+        rank, size = shape if rest == "A.weight" else shape[::-1]
+        if size != sizes[rest == "B.weight"]:
+            raise BadInput(f"{folder}: the adapter does not fit its base model: {name} is {shape}, the layer {sizes}")
+        found = max(found, rank)
+    if found and highest > found:
+        raise BadInput(f"{folder}: {ADAPTER_SETTINGS} says rank {highest:,}, and the weights have {found:,}")
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +37,7 @@ class ModelSource:
         published_as: the name by which adapters refer to this base: the Hub id if there is one, else the local folder
             (so that `AutoPeftModelForCausalLM` finds it on this machine).
         stated_licence: the licence of the model that it was made from, where it has no card of its own.
+        revision: the commit of the Hub's repository that the files are of; None if it is not from the Hub.
     """
 
     name: str
@@ -43,11 +45,17 @@ class ModelSource:
     kind: Literal["bundled", "gguf", "folder", "hub"]
     published_as: str
     stated_licence: str | None = None
+    revision: str | None = None
 
     @property
     def hub_id(self) -> str | None:
         """The model's Hub id; None if it is not known to be on the Hub."""
-        return {"bundled": BUNDLED_HUB_ID, "hub": self.name}.get(self.kind)
+        return {"bundled": BUNDLED_HUB_ID, "hub": self.published_as}.get(self.kind)
+
+    @property
+    def pinned(self) -> str:
+        """What to give as `--model` to get these very files again: of a Hub model the id with its commit."""
+        return f"{self.published_as}#{self.revision}" if self.revision else self.name
 
     @property
     def licence(self) -> str | None:
@@ -164,7 +172,7 @@ def merged_folder(lineage: Lineage) -> Path:
 
 
 def _may_be_hub_id(name: str) -> bool:
-    return name.count("/") <= 1 and not name.lower().endswith(".gguf")
+    return name.partition("#")[0].count("/") <= 1 and not name.lower().endswith(".gguf")
 
 
 def _resolve_model(name: str, flag: str) -> ModelSource:
@@ -173,7 +181,7 @@ def _resolve_model(name: str, flag: str) -> ModelSource:
         file = bundled_gguf()
         if file is None:
             found = _from_hub(BUNDLED_HUB_ID, flag)
-            return ModelSource(name, found.folder, "hub", BUNDLED_HUB_ID)
+            return replace(found, name=name)
         folder = _dequantised(file)
         return ModelSource(name, folder, "bundled", str(folder))
     path = Path(name).expanduser()
@@ -192,18 +200,20 @@ def _resolve_model(name: str, flag: str) -> ModelSource:
 
 
 def base_of_adapter(folder: Path) -> str:
-    """The base model that an adapter's config names.
+    """The base model that an adapter's config names, with its revision if it is from the Hub and one is stated.
 
     Raises:
         BadInput: the config names none, or cannot be read.
     """
     try:
-        base = json.loads((folder / ADAPTER_SETTINGS).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        settings = json.loads((folder / ADAPTER_SETTINGS).read_text(encoding="utf-8"))
+        base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     except (OSError, ValueError, AttributeError) as error:
         raise BadInput(f"{folder}: {ADAPTER_SETTINGS} cannot be read ({one_line(error)})") from error
     if not isinstance(base, str) or not base:
         raise BadInput(f"{folder}: {ADAPTER_SETTINGS} does not name the base model")
-    return base
+    pinned = isinstance(revision, str) and revision and not Path(base).exists()
+    return f"{base}#{revision}" if pinned else base
 
 
 def bundled_gguf() -> Path | None:
@@ -245,19 +255,20 @@ def _dequantised(file: Path, flag: str = "--model") -> Path:
 
 
 def _from_hub(name: str, flag: str) -> ModelSource:
-    """Download a Hub model into the Hub cache (or find it there when offline)."""
+    """Download a Hub model into the Hub cache (or find it there when offline); `name` may end with `#REVISION`."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
+    repository, _, revision = name.partition("#")
     try:
-        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES))
-        if not any(folder.glob("*.safetensors")) and (packed := _hub_gguf(name, folder, flag)):
+        folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=HUB_FILES))
+        if not any(folder.glob("*.safetensors")) and (packed := _hub_gguf(repository, revision, folder, flag)):
             unpacked = _dequantised(packed, flag)
             return ModelSource(name, unpacked, "gguf", str(unpacked))
     except BadInput:
         raise
     except HFValidationError as error:
-        raise BadInput(f"{flag} {name}: no such folder, and not a Hub id (USER/NAME)") from error
+        raise BadInput(f"{flag} {name}: no such folder, and not a Hub id (USER/NAME or USER/NAME#REVISION)") from error
     except Exception as error:
         raise BadInput(
             f"{flag} {name}: not a local folder, and cannot be loaded from the Hub ({one_line(error, 120)}); "
@@ -265,10 +276,11 @@ def _from_hub(name: str, flag: str) -> ModelSource:
         ) from error
     if not any(folder.glob("*.safetensors")):
         raise BadInput(f"{flag} {name}: the repository has no safetensors weights; choose a model that has them")
-    return ModelSource(name, folder, "hub", name)
+    commit = folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else None  # the cache names folders so
+    return ModelSource(name, folder, "hub", repository, revision=commit)
 
 
-def _hub_gguf(name: str, folder: Path, flag: str) -> Path | None:
+def _hub_gguf(name: str, revision: str, folder: Path, flag: str) -> Path | None:
     """Download the only GGUF file of a Hub repository; None if it has none.
 
     Raises:
@@ -279,10 +291,10 @@ def _hub_gguf(name: str, folder: Path, flag: str) -> Path | None:
     files = (
         [file.name for file in folder.glob("*.gguf")]
         if constants.HF_HUB_OFFLINE
-        else [file for file in list_repo_files(name) if file.endswith(".gguf")]
+        else [file for file in list_repo_files(name, revision=revision or None) if file.endswith(".gguf")]
     )
     if len(files) > 1:
         raise BadInput(
             f"{flag} {name}: has several GGUF files ({', '.join(sorted(files))}); download one and give its path"
         )
-    return Path(hf_hub_download(name, files[0])) if files else None
+    return Path(hf_hub_download(name, files[0], revision=revision or None)) if files else None

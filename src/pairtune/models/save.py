@@ -16,12 +16,13 @@ from transformers import PreTrainedModel
 from pairtune.errors import RunFailed, one_line
 from pairtune.files import fill_folder, saved_fingerprint
 from pairtune.models.generate import end_tokens
+from pairtune.models.resolve import ModelSource
 
 
-def save_best(model: PreTrainedModel | PeftModel, tokenizer: Any, folder: Path, base_name: str) -> str:
+def save_best(model: PreTrainedModel | PeftModel, tokenizer: Any, folder: Path, base: ModelSource) -> str:
     """Write a model (only the adapter, if it has one) with its tokenizer, replacing the content of `folder`.
 
-    `base_name` is written into the adapter's config, so that `AutoPeftModelForCausalLM.from_pretrained` finds the base.
+    An adapter's config names the base and its revision, so that `AutoPeftModelForCausalLM.from_pretrained` finds it.
     A full model's generation config lists all tokens that end its answers, so that they end the same in other tools.
 
     Returns:
@@ -31,7 +32,7 @@ def save_best(model: PreTrainedModel | PeftModel, tokenizer: Any, folder: Path, 
     def fill(target: Path) -> None:
         if isinstance(model, PeftModel):
             for adapter in model.peft_config.values():
-                adapter.base_model_name_or_path = base_name
+                adapter.base_model_name_or_path, adapter.revision = base.published_as, base.revision
         else:
             ends = sorted(end_tokens(model, tokenizer))
             model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
@@ -58,12 +59,12 @@ def _explaining(folder: Path) -> Iterator[None]:
 
 
 def save_adapter(
-    tensors: Mapping[str, Tensor], config: LoraConfig, tokenizer: Any, folder: Path, base_name: str
+    tensors: Mapping[str, Tensor], config: LoraConfig, tokenizer: Any, folder: Path, base: ModelSource
 ) -> str:
     """Write an adapter in PEFT's format with its tokenizer, replacing the content of `folder`; see `save_best`."""
 
     def fill(target: Path) -> None:
-        config.base_model_name_or_path = base_name
+        config.base_model_name_or_path, config.revision = base.published_as, base.revision
         config.save_pretrained(target)
         content = {name: tensor.contiguous() for name, tensor in tensors.items()}
         with _explaining(folder):

@@ -152,8 +152,8 @@ def _open(lineage: Lineage, merged: Sequence[Path], adapter: Path | None, dtype:
 
 
 def _lasting(name: str) -> str:
-    """A model's name in a form that does not depend on the current folder."""
-    return str(Path(name).resolve()) if Path(name).exists() else name
+    """A model's name in a form that does not depend on the current folder, nor on what the Hub's `main` is later."""
+    return str(Path(name).resolve()) if Path(name).exists() else resolve_model(name).pinned
 
 
 def _parents(target: Target) -> list[Parent]:
@@ -196,13 +196,13 @@ def _merge(lineage: Lineage, ground: ModelSource, adapters: Sequence[Path]) -> P
         if not (made / "config.json").is_file():
             below = folder
 
-            def fill(target: Path, below: Path = below, adapter: Path = adapter, made: Path = made) -> None:
+            def fill(target: Path, below: Path = below, adapter: Path = adapter) -> None:
                 own = (adapter / "tokenizer_config.json").is_file()
                 tokenizer = load_tokenizer(adapter if own else below)
                 source = ModelSource(str(below), below, "folder", str(below))
                 tuned = load_tuned(adapter, LoadedBase(source, tokenizer, torch.float32, torch.device("cpu")))
                 assert isinstance(tuned, PeftModel)  # noqa: S101 - the folder has an adapter's settings
-                save_best(tuned.merge_and_unload().to(stored), tokenizer, target, str(made))
+                save_best(tuned.merge_and_unload().to(stored), tokenizer, target, source)
 
             fill_folder(made, fill)
         folder = made

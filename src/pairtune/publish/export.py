@@ -139,7 +139,7 @@ def _write(
 
         write_gguf(merged, load_tokenizer(weights), folder, run.root.resolve().name, quantisation)
     else:
-        save_best(merged, load_tokenizer(weights), folder, base.source.published_as)
+        save_best(merged, load_tokenizer(weights), folder, base.source)
     return getattr(merged.config, "rope_parameters", None)
 
 
@@ -147,7 +147,8 @@ def _name_base(file: Path, base: LoadedBase) -> None:
     """Make the adapter name its base model by Hub id, if it is on the Hub."""
     settings = json.loads(file.read_text(encoding="utf-8"))
     if base.source.hub_id:
-        write_json(file, settings | {"base_model_name_or_path": base.source.hub_id})
+        named = {"base_model_name_or_path": base.source.hub_id, "revision": base.source.revision}
+        write_json(file, settings | named)
 
 
 def _load(folder: Path, kind: Format, base: LoadedBase, rotary: Mapping[str, Any] | None) -> Callable[[], Loaded]:

@@ -30,10 +30,11 @@ class Machine(Part):
 
 
 class BaseModelRecord(Part):
-    """The model that a run started from: the name that the user typed, and its Hub id if it has one."""
+    """The model that a run started from: the name that the user typed, and its Hub id and commit if it has them."""
 
     name: str
     hub_id: str | None = None
+    revision: str | None = None
     license: str | None = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 from django import template
@@ -29,6 +30,12 @@ def markdown(value: str) -> SafeString:
 def unfinished(value: str) -> SafeString:
     """Render the Markdown of an answer that is being written; not kept, since it changes at once."""
     return text.markdown.__wrapped__(value)
+
+
+@register.filter
+def shortened(model: str | None) -> str:
+    """A model's name with the beginning of its commit, if it is pinned to one."""
+    return re.sub("#([0-9a-f]{7})[0-9a-f]{33}$", r"#\1", model or "")
 
 
 @register.filter
