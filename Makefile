@@ -49,17 +49,21 @@ test-gguf: lint
 	HF_HUB_OFFLINE=1 $(BIN)/pytest tests/test_gguf.py -m gguf
 
 # A run killed and a power cut at 100 random moments each, 300 damaged run folders shown and gone on with, two writers of one
-# folder, 30 full disks; about half an hour. `make loop` kills the site among ten thousand votes.
+# folder, 30 full disks; pushes, the site and its worker killed, clocks that jump, a full disk below the site's database,
+# 100 of each; about two hours. `make loop` kills the site among ten thousand votes.
 chaos: lint
 	HF_HUB_OFFLINE=1 PAIRTUNE_CHAOS_MOMENTS=100 $(BIN)/pytest tests/test_resume.py -k killed
 	HF_HUB_OFFLINE=1 PAIRTUNE_POWER_CUTS=100 $(BIN)/pytest tests/test_power.py tests/test_lock.py
 	HF_HUB_OFFLINE=1 PAIRTUNE_FULL_DISKS=30 $(BIN)/pytest tests/test_full_disk.py
 	HF_HUB_OFFLINE=1 PAIRTUNE_FUZZ_RUNS=300 $(BIN)/pytest tests/test_odd_runs.py
+	HF_HUB_OFFLINE=1 PAIRTUNE_CHAOS_ROUNDS=100 $(BIN)/pytest tests/test_chaos.py
 
-# Over a hundred thousand inputs for everything that reads what others wrote, guided by coverage; about half an hour.
+# Over a hundred thousand inputs for everything that reads what others wrote, guided by coverage, and two thousand requests
+# to the worker, made from its description; about half an hour.
 fuzz: install
 	$(PIP) --editable '.[fuzz]' --no-build-isolation
 	HF_HUB_OFFLINE=1 $(BIN)/python scripts/fuzz.py
+	HF_HUB_OFFLINE=1 PAIRTUNE_REQUESTS=1000 $(BIN)/pytest tests/test_api.py
 
 # Known vulnerabilities and licences of what is installed, and its list (SBOM) in CycloneDX; and bandit on our own code.
 audit-deps: install

@@ -43,6 +43,7 @@ class Talker:
     def __init__(self) -> None:
         self.asked: list[dict] = []
         self.pace = 0.0
+        self.silence = 0.0  # seconds, where a prompt asks for it
         self.paces: dict[str, float] = {}
         self.says: dict[str, str] = {}
 
@@ -71,12 +72,17 @@ class Talker:
         text = self.says.get(asked["model"], text)
         if asked.get("continue_final_message"):
             text = " and so on."
-        return StreamingResponse(self._words(text, asked["model"], "cut" in prompt), media_type="text/event-stream")
+        if "mute" in prompt:
+            await asyncio.sleep(self.silence)
+        words = self._words(text, asked["model"], "cut" in prompt, "falls silent" in prompt)
+        return StreamingResponse(words, media_type="text/event-stream")
 
-    async def _words(self, text: str, model: str, cut: bool) -> AsyncIterator[str]:
+    async def _words(self, text: str, model: str, cut: bool, falls_silent: bool) -> AsyncIterator[str]:
         words = text.split(" ")
         for number, word in enumerate(words):
             yield _chunk({"content": word if number == 0 else f" {word}"}, model=model)
+            if falls_silent:
+                await asyncio.sleep(self.silence)
             if pace := self.paces.get(model, self.pace):
                 await asyncio.sleep(pace)
         yield _chunk({}, "length" if cut else "stop", model)

@@ -1,7 +1,8 @@
 """The worker's HTTP interface: OpenAI's `/v1/models` and `/v1/chat/completions`.
 
 Requests are JSON by their content type: a page of another site can post text and forms without being asked, but not
-JSON. If there is a key, requests carry it as at OpenAI (`Authorization: Bearer KEY`), `/health` excepted.
+JSON. If there is a key, requests carry it as at OpenAI (`Authorization: Bearer KEY`); `/health` and
+`/openapi.json`, which describes all this for programs, need none.
 
 Every reply carries `system_fingerprint`: the hashes of the base model and the adapter. As an extension, a streaming
 request with `"pairtune": {"queue": true}` receives its queue position while it waits, in chunks without choices.
@@ -30,6 +31,7 @@ from starlette.routing import Route
 
 from pairtune.errors import BadInput
 from pairtune.serve.catalogue import Catalogue, OpenedModel, ServedModel
+from pairtune.serve.openapi import openapi
 from pairtune.serve.protocol import ChatRequest
 from pairtune.serve.request import (
     Event,
@@ -77,6 +79,7 @@ def make_app(catalogue: Catalogue, hosts: list[str], key: str = "") -> Starlette
     return Starlette(
         routes=[
             Route("/health", worker.health),
+            Route("/openapi.json", worker.describe),
             Route("/v1/models", worker.models),
             Route("/v1/chat/completions", worker.complete, methods=["POST"]),
         ],
@@ -102,6 +105,9 @@ class _Worker:
             self._check_key(request)
             said["load"] = loads
         return JSONResponse(said, 200 if alive else 503)
+
+    async def describe(self, _: Request) -> Response:
+        return JSONResponse(openapi())
 
     async def models(self, request: Request) -> Response:
         try:

@@ -10,10 +10,12 @@ import contextvars
 import logging
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from asgiref.sync import sync_to_async
+from django.db import OperationalError
 
 from pairtune.web import backend
 from pairtune.web.models import Answer, Conversation, Turn
@@ -23,6 +25,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _SAVE_SECONDS = 1.0
+_INSIST_SECONDS = 2.0
 _SHOW_SECONDS = 0.1
 
 
@@ -122,7 +125,8 @@ async def _write(answer: Answer, turns: list[dict[str, str]], writing: Writing) 
             writing.changed.set()
             if time.monotonic() - saved > _SAVE_SECONDS:
                 saved = time.monotonic()
-                await Answer.objects.filter(pk=answer.pk).aupdate(text=writing.text)
+                with suppress(OperationalError):  # a full disk; the end insists
+                    await Answer.objects.filter(pk=answer.pk).aupdate(text=writing.text)
     except asyncio.CancelledError:
         state = "stopped"
     except backend.Unanswered as failure:
@@ -131,7 +135,8 @@ async def _write(answer: Answer, turns: list[dict[str, str]], writing: Writing) 
         log.exception("an answer could not be written")
         state, reason, remedy = "failed", "The site failed; see its terminal for the reason.", "again"
     # An update, not a save: a conversation deleted meanwhile stays deleted, and fields that pages changed are kept.
-    saved_row = Answer.objects.filter(pk=answer.pk).aupdate(
+    kept = _keep(
+        answer.pk,
         text=writing.text,
         state=state,
         reason=reason,
@@ -141,11 +146,23 @@ async def _write(answer: Answer, turns: list[dict[str, str]], writing: Writing) 
         seconds=spent + time.monotonic() - started,
     )
     try:
-        await asyncio.shield(asyncio.ensure_future(saved_row))
+        await asyncio.shield(asyncio.ensure_future(kept))
     finally:
         writing.over = True
         writing.changed.set()
         _writing.pop(answer.pk, None)
+
+
+async def _keep(pk: int, **fields: Any) -> None:
+    """Save an answer that has ended; on a full disk, when there is room again."""
+    while True:
+        try:
+            await Answer.objects.filter(pk=pk).aupdate(**fields)
+        except OperationalError as error:
+            log.warning("an answer cannot be kept yet: %s", error)
+            await asyncio.sleep(_INSIST_SECONDS)
+        else:
+            return
 
 
 def history(conversation: Conversation, turn: Turn, slot: int, path: list[Turn]) -> list[dict[str, str]]:

@@ -44,6 +44,7 @@ MIDDLEWARE = [
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
     "django_htmx.middleware.HtmxMiddleware",
     "pairtune.web.access.Guard",
+    "pairtune.web.faults.NoRoom",
 ]
 CONTENT_SECURITY_POLICY = {
     "DIRECTIVES": {
