@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install docs demo browser test test-slow test-gguf bench-serve audit-deps chaos fuzz loop machines alarms lint format bench bench-grid bench-site pictures pins clean
+.PHONY: install docs demo browser test test-slow test-gguf bench-serve audit-deps chaos fuzz loop machines alarms lint format bench bench-grid bench-site pictures pins soak clean
 
 install: $(INSTALLED)
 
@@ -104,6 +104,10 @@ bench: install
 RUNS ?= runs
 bench-site: install
 	$(BIN)/python benchmarks/site.py $(RUNS)
+
+# An hour of chatting, voting, watching and training at once; run nothing else meanwhile.
+soak: install
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/soak.py
 
 # Pictures of every page of the site, with a finished run called demo in RUNS, and of the walk from a file to a model.
 pictures: install browser

@@ -17,6 +17,7 @@ from model_hub import TOKEN, online, serve_models
 from pairtune.errors import BadInput, RunFailed
 from pairtune.publish import export
 from pairtune.publish.export import export_run
+from pairtune.publish.hub import collect
 from pairtune.report.write import shared_report
 from pairtune.run.folder import Run
 
@@ -150,6 +151,18 @@ def test_prompts_are_published_where_somebody_says_so(run, hub, tmp_path):
     arrived = hub.repositories["someone/open"]["main"]
     for name in ("report.html", "report.md"):
         assert arrived[name] == (run.root / name).read_bytes()
+
+
+def test_a_run_that_shares_its_prompts_can_be_published_without_them(run, tmp_path):
+    root = shutil.copytree(run.root, tmp_path / "open")
+    with (root / "config.yaml").open("a") as file:
+        file.write("share_prompts: true\n")
+    sharing = Run.finished(root)
+    for asked, whole in ((None, True), (True, True), (False, False)):
+        scratch = tmp_path / str(asked)
+        scratch.mkdir()
+        files = collect(sharing, "someone/open", "merged", scratch, share_prompts=asked)
+        assert ("left out of reports that are shared" not in files["report.md"].decode()) == whole
 
 
 def test_an_adapter_from_the_hub_answers_as_the_runs_best(tiny_model, hub, tmp_path):

@@ -249,9 +249,12 @@ def push(
     anyway: Annotated[bool, typer.Option("--anyway", help="Publish even if the audit reports errors.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List every file and its size, upload nothing.")] = False,
     share_prompts: Annotated[
-        bool,
-        typer.Option("--share-prompts", help="Publish prompts, answers and pairs in card and report; else they stay."),
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--share-prompts/--no-share-prompts",
+            help="Publish prompts, answers and pairs in card and report; else they stay (default as the run was set).",
+        ),
+    ] = None,
 ) -> None:
     """Publish a run's model with its card, report and figures on the Hugging Face Hub, in one commit."""
     check_choice("--what", what, _FORMATS)

@@ -55,9 +55,11 @@ def push_run(
     revision: str | None = None,
     anyway: bool = False,
     dry_run: bool = False,
-    share_prompts: bool = False,
+    share_prompts: bool | None = None,
 ) -> Pushed:
     """Upload a finished run; without the texts of prompts, answers and pairs unless they are to be shared.
+
+    `share_prompts` says whether they are; None: as in the run's settings.
 
     A retry after a failure sends only what the Hub does not have; nothing is visible before the commit.
 
@@ -93,7 +95,7 @@ def collect(
     scratch: Path,
     quantisation: Quantisation = "q8_0",
     *,
-    share_prompts: bool = False,
+    share_prompts: bool | None = None,
 ) -> dict[str, bytes | Path]:
     """The files to publish for a run, by name in the repository.
 
@@ -108,7 +110,7 @@ def collect(
                 f"{run.root}: the adapter's base model exists only on this machine, so nobody else could load it; "
                 "use --what merged"
             )
-    prompts = share_prompts or run.settings.share_prompts
+    prompts = run.settings.share_prompts if share_prompts is None else share_prompts
     report = shared_report(run, prompts=prompts)
     card = model_card(ReportData(run), report.text, repository=repo, what=what)
     files: dict[str, bytes | Path] = {"README.md": card.encode()}

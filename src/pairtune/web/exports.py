@@ -133,10 +133,13 @@ class Publication(forms.Form):
 @require_http_methods(["GET", "POST"])
 def push(request: HttpRequest, name: str) -> HttpResponse:
     """Publish a run's model, after a look at the card that would be published."""
-    shown, form = _finished(name), Publication(request.POST or None)
+    shown = _finished(name)
+    shares = bool(shown.config and shown.config.share_prompts)
+    form = Publication(request.POST or None, initial={"share_prompts": shares})
     if request.method == "POST" and form.is_valid():
         chosen = form.cleaned_data
-        more = [f"--{name.replace('_', '-')}" for name in ("private", "share_prompts") if chosen[name]]
+        more = ["--share-prompts" if chosen["share_prompts"] else "--no-share-prompts"]
+        more += ["--private"] if chosen["private"] else []
         arguments = ["push", str(shown.paths.root), "--repo", chosen["repo"], "--what", chosen["what"], *more]
         jobs.start("push", name, arguments, detail=chosen["repo"])
         return redirect("push", name)
