@@ -10,6 +10,7 @@ from conftest import write_pairs
 from power import Disk, without_times
 from rich.console import Console
 
+from pairtune import files
 from pairtune.files import fill_folder, write_atomic
 from pairtune.pipeline import resume, tune
 from pairtune.resolve_config import resolve
@@ -35,6 +36,25 @@ def test_the_disk_forgets_what_was_not_synced(tmp_path, monkeypatch):
     disk.close()
     found = {str(path.relative_to(left)): path.read_text() for path in left.rglob("*") if path.is_file()}
     assert found == {"careless": "", "a/b/careful": "y", "folder/file": "z"}
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_macos_is_asked_to_empty_the_disks_cache(tmp_path, monkeypatch, able):
+    """Where a file system cannot do that, it is synced as elsewhere."""
+    full, asked, synced = 51, [], []
+
+    def fcntl(handle: int, command: int) -> int:
+        asked.append(command)
+        if not able:
+            raise OSError(45, "Operation not supported")
+        return 0
+
+    monkeypatch.setattr(files, "_FULL_SYNC", full)
+    monkeypatch.setattr(files.fcntl, "fcntl", fcntl)
+    monkeypatch.setattr(files.os, "fsync", synced.append)
+    files.sync(tmp_path)
+    assert asked == [full]
+    assert len(synced) == (not able)
 
 
 @pytest.fixture(scope="module")
