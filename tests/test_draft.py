@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
 from itertools import pairwise
 
 import pytest
 from conftest import pairtune
+from rich.console import Console
 
+from pairtune import draft
 from pairtune.draft import Drafting, draft_pairs, read_prompts
 from pairtune.errors import BadInput
 from pairtune.evaluate.winrate import ConciseJudge, better
@@ -124,3 +127,14 @@ def test_rounds_go_on_from_one_another(tiny_model, tmp_path):
     second = Run.open(tmp_path / "out" / "round-2")
     assert second.lineage is not None
     assert [parent.name for parent in second.lineage.parents] == ["round-1"]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_told_without_a_terminal_too(monkeypatch, terminal):
+    """Now and then in a line of its own; on a terminal it stays in its place."""
+    monkeypatch.setattr(draft, "QUIET_SECONDS", -1.0)
+    said = io.StringIO()
+    with draft._telling(Console(file=said, force_terminal=terminal, width=80), "drafting") as tell:
+        tell("3/8 answers, 0:05 left")
+    assert "drafting: 3/8 answers, 0:05 left" in said.getvalue()
+    assert said.getvalue().endswith("\x1b[2K") == terminal  # erased when the work is over

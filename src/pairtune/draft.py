@@ -12,6 +12,7 @@ import queue
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -33,6 +34,7 @@ from pairtune.run.folder import Run, check_new
 from pairtune.run.records import Answer, WinRate
 from pairtune.serve.catalogue import Catalogue, OpenedModel
 from pairtune.serve.request import Failed, Finished, Limits, TextDelta
+from pairtune.track.live_view import QUIET_SECONDS
 
 Prompt = tuple[Message, ...]
 Tell = Callable[[str], None]
@@ -320,8 +322,8 @@ def draft_file(model: str, prompts: Sequence[Prompt], how: Drafting, path: Path,
     Raises:
         BadInput: the model cannot be used, or no prompt gave a pair.
     """
-    with console.status("") as status:
-        drafter = Drafter(model, lambda said: status.update(f"drafting: {said}"))
+    with _telling(console, "drafting") as tell:
+        drafter = Drafter(model, tell)
         try:
             drafted = draft_pairs(drafter, prompts, how)
         finally:
@@ -336,12 +338,28 @@ def draft_file(model: str, prompts: Sequence[Prompt], how: Drafting, path: Path,
 
 
 def _answers(model: str, prompts: Sequence[Prompt], how: Drafting, when: str, console: Console) -> list[Answer]:
-    with console.status("") as status:
-        drafter = Drafter(model, lambda said: status.update(f"answering held-out prompts {when}: {said}"))
+    with _telling(console, f"answering held-out prompts {when}") as tell:
+        drafter = Drafter(model, tell)
         try:
             return drafter.answer(prompts, how.params, 1)[0]
         finally:
             drafter.close()
+
+
+@contextmanager
+def _telling(console: Console, what: str) -> Iterator[Tell]:
+    """Show the progress of some work in one line; without a terminal, in a line now and then."""
+    with console.status("") as status:
+        printed = time.monotonic()
+
+        def tell(said: str) -> None:
+            nonlocal printed
+            status.update(f"{what}: {said}")
+            if not console.is_terminal and time.monotonic() - printed > QUIET_SECONDS:
+                printed = time.monotonic()
+                console.print(f"{what}: {said}", highlight=False)
+
+        yield tell
 
 
 def _resolved(model: str, pairs: Path, out: Path, settings: Path | None) -> Resolved:

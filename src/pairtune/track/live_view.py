@@ -14,7 +14,7 @@ from pairtune.track.sinks import Sink
 from pairtune.track.time_left import TimeLeft
 
 # Interval of progress lines without a terminal.
-_QUIET_SECONDS = 30
+QUIET_SECONDS = 30
 
 
 class LiveView(Sink):
@@ -123,7 +123,7 @@ class LiveView(Sink):
     def _quiet_for_long(self) -> bool:
         """Whether the next progress line is due, without a terminal."""
         now = time.monotonic()
-        if self._console.is_terminal or now - self._printed < _QUIET_SECONDS:
+        if self._console.is_terminal or now - self._printed < QUIET_SECONDS:
             return False
         self._printed = now
         return True

@@ -91,8 +91,8 @@ if DATABASES["default"]["ENGINE"].endswith("sqlite3"):
     }
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
-# Finished answers as they are shown, so that long conversations open quickly.
-CACHES = {"default": {"BACKEND": "django.core.cache.backends.locmem.LocMemCache", "OPTIONS": {"MAX_ENTRIES": 2000}}}
+# Finished answers as they are shown, so that long conversations open quickly; few enough that memory stays flat.
+CACHES = {"default": {"BACKEND": "django.core.cache.backends.locmem.LocMemCache", "OPTIONS": {"MAX_ENTRIES": 500}}}
 
 STATIC_URL = "static/"
 STATICFILES_DIRS = [HERE.parent / "report" / "static"]  # the charts' style sheet, which reports share

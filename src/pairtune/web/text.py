@@ -132,7 +132,7 @@ def _parser() -> MarkdownIt:
 _MARKDOWN = _parser()
 
 
-@lru_cache(maxsize=1024)  # a conversation's earlier answers are shown with every page of it
+@lru_cache(maxsize=256)  # a conversation's earlier answers are shown with every page of it
 def markdown(text: str) -> SafeString:
     """Render and sanitise; no images, so that nothing is fetched from other hosts."""
     html = _MARKDOWN.render(plain(text))
