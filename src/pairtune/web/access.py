@@ -15,7 +15,7 @@ from urllib.parse import urlencode
 
 from django import forms
 from django.conf import settings
-from django.core.cache import cache
+from django.core.cache import caches
 from django.core.exceptions import MiddlewareNotUsed
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import redirect, render
@@ -96,8 +96,8 @@ def has_keys() -> bool:
 def count_of(what: str, who: str) -> int:
     """How often somebody has done something within this minute, this time included."""
     name = f"rate:{what}:{who}:{int(time.time()) // _MINUTE}"
-    cache.add(name, 0, 2 * _MINUTE)
-    return int(cache.incr(name))
+    caches["counts"].add(name, 0, 2 * _MINUTE)
+    return int(caches["counts"].incr(name))
 
 
 def address_of(request: HttpRequest) -> str:

@@ -92,7 +92,12 @@ if DATABASES["default"]["ENGINE"].endswith("sqlite3"):
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
 # Finished answers as they are shown, so that long conversations open quickly; few enough that memory stays flat.
-CACHES = {"default": {"BACKEND": "django.core.cache.backends.locmem.LocMemCache", "OPTIONS": {"MAX_ENTRIES": 500}}}
+_MEMORY = "django.core.cache.backends.locmem.LocMemCache"
+CACHES = {
+    "default": {"BACKEND": _MEMORY, "OPTIONS": {"MAX_ENTRIES": 500}},
+    # How often an address has done something: apart, so that answers do not push it out.
+    "counts": {"BACKEND": _MEMORY, "LOCATION": "counts", "OPTIONS": {"MAX_ENTRIES": 10_000}},
+}
 
 STATIC_URL = "static/"
 STATICFILES_DIRS = [HERE.parent / "report" / "static"]  # the charts' style sheet, which reports share
