@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any library reads it: tests reach no network
 
@@ -28,7 +29,7 @@ from pairtune.resolve_config import resolve
 from pairtune.run.folder import Run
 from pairtune.run.metrics import Evaluation, TrainingStep
 
-pytest_plugins = ["site_server"]  # the site's fixtures, whose browser there may be only once in a process
+pytest_plugins = ["site_server"]  # the site's fixtures
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -37,6 +38,9 @@ CHATML = (
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 torch.set_num_threads(int(os.environ.get("PAIRTUNE_THREADS", "1")))  # test processes run side by side
+
+# No test touches the site of whoever runs them; a folder that is only made if a test names no other.
+os.environ["PAIRTUNE_SITE"] = os.path.join(tempfile.gettempdir(), f"pairtune-tests-{os.getpid()}")
 
 # Tests that start processes, browsers or whole runs: `make test-slow`, so that `make test` stays within ten minutes.
 SLOW = {

@@ -56,14 +56,24 @@ def pages(tmp_path_factory):
         patch.setenv("DJANGO_SETTINGS_MODULE", "pairtune.web.settings")
         patch.setenv("PAIRTUNE_SITE", str(folder / "site"))
         patch.setenv("DATABASE_URL", f"sqlite:///{folder / 'site.sqlite3'}")
+        import django
+        from django.conf import settings
+
+        django.setup()
+        # Another module may have loaded the settings already, with the user's own database.
+        patch.setattr(settings, "PAIRTUNE_SITE", folder / "site")
+        from django.db import connection
+
+        connection.close()
+        patch.setitem(connection.settings_dict, "NAME", str(folder / "site.sqlite3"))
+        from django.test import Client
+
         from pairtune.web.server import open_database
 
         open_database()
-        from django.conf import settings
-        from django.test import Client
-
         patch.setattr(settings, "PAIRTUNE_RUNS", folder / "runs")
         yield Client(headers={"host": "localhost"}), folder / "runs"
+        connection.close()
 
 
 def changed(value, draw: random.Random):
