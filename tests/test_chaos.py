@@ -112,7 +112,7 @@ def test_a_run_does_not_mind_a_clock_that_jumps(tiny_model, tmp_path):
     expected = without_times(tmp_path / "whole")
     for number in range(ROUNDS):
         out = tmp_path / f"run-{number}"
-        for command in (["tune", *flags, "--out", out], ["report", out], ["audit", out]):
+        for command in (["tune", *flags, "--out", out], *([["report", out], ["audit", out]] if number == 0 else [])):
             words = [sys.executable, "-c", _JUMPING, str(number), *map(str, command)]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)

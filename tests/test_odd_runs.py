@@ -26,7 +26,7 @@ from pairtune.evaluate.audit.read import read_evidence
 from pairtune.report.write import write_report
 from pairtune.run.folder import Run
 
-TRIES = int(os.environ.get("PAIRTUNE_FUZZ_RUNS", "60"))  # `make chaos` tries more
+TRIES = int(os.environ.get("PAIRTUNE_FUZZ_RUNS", "30"))  # `make chaos` tries more
 ODD = [None, math.nan, math.inf, -1, 0, 1e308, 10**30, "x", "", [], {}, [None], {"a": 1}, True, "\x1b[31m", "\ud800"]
 ODD += ["../../etc/passwd", "a" * 300]
 PAGES = (

@@ -16,7 +16,7 @@ from pairtune.pipeline import resume, tune
 from pairtune.resolve_config import resolve
 from pairtune.run.folder import Run, is_run
 
-CUTS = int(os.environ.get("PAIRTUNE_POWER_CUTS", "12"))  # `make chaos` makes more
+CUTS = int(os.environ.get("PAIRTUNE_POWER_CUTS", "8"))  # `make chaos` makes more
 
 
 def test_the_disk_forgets_what_was_not_synced(tmp_path, monkeypatch):
