@@ -50,7 +50,7 @@ test-gguf: lint
 
 # A run killed and a power cut at 100 random moments each, 300 damaged run folders shown and gone on with, two writers of one
 # folder, 30 full disks; pushes, the site and its worker killed, clocks that jump, a full disk below the site's database,
-# 100 of each; about two hours. `make loop` kills the site among ten thousand votes.
+# 100 of each; some three hours. `make loop` kills the site among ten thousand votes.
 chaos: lint
 	HF_HUB_OFFLINE=1 PAIRTUNE_CHAOS_MOMENTS=100 $(BIN)/pytest tests/test_resume.py -k killed
 	HF_HUB_OFFLINE=1 PAIRTUNE_POWER_CUTS=100 $(BIN)/pytest tests/test_power.py tests/test_lock.py
