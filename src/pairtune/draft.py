@@ -265,10 +265,12 @@ def draft_rounds(
     console: Console,
     hold_out: float = 0.2,
 ) -> Iterator[Round]:
-    """Draft and train in turns; each round starts from the model of the one before.
+    """Draft and train in turns; each round starts from the model of the one before, and has prompts of its own.
 
     Some prompts, drawn by their hashes, are never trained on: there every round's answers are compared with those of
-    the first model by the same judge, each prompt with the same seed.
+    the first model by the same judge, each prompt with the same seed. The others are dealt to the rounds in turn, so
+    that each has its share of every part of the file. (Given the same prompts again and again, a model learns to answer
+    these, and the rest less and less.)
 
     Args:
         model: what the rounds begin with.
@@ -281,19 +283,19 @@ def draft_rounds(
         hold_out: the share of the prompts that is not trained on.
 
     Raises:
-        BadInput: the folder exists, a round drafts no pair, or the settings cannot be used.
+        BadInput: the folder exists, there are too few prompts, a round drafts no pair, or the settings cannot be used.
     """
     check_new(out)
     apart = [prompt_key(prompt) < hold_out * 2**64 for prompt in prompts]
     held = [prompt for prompt, kept in zip(prompts, apart, strict=True) if kept]
     used = [prompt for prompt, kept in zip(prompts, apart, strict=True) if not kept]
-    if not held or not used:
-        told = f"{len(held)} of {plural(len(prompts), 'prompt')} are held out"
-        raise BadInput(f"--prompts: {told} (--hold-out {hold_out:g}), which is too few, or leaves too few; give more")
+    if not held or len(used) < rounds:
+        told = f"{len(held)} of {plural(len(prompts), 'prompt')} are held out (--hold-out {hold_out:g})"
+        raise BadInput(f"--prompts: {told}, which is too few, or leaves less than one for each round; give more")
     before = _answers(model, held, how, "before", console)
     found: list[Round] = []
     for number in range(1, rounds + 1):
-        pairs, left_out = _draft_round(model, used, how, number, out, console)
+        pairs, left_out = _draft_round(model, used[number - 1 :: rounds], how, number, out, console)
         resolved = _resolved(model, pairs, out / f"round-{number}", settings)
         run: Run | None = tune(resolved, console)
         assert run is not None  # noqa: S101 - there is one process
