@@ -298,8 +298,11 @@ def test_an_adapter_is_compared_with_its_base_before_memory_is_taken(first, tmp_
     adapter = tmp_path / "adapter"
     shutil.copytree(first.paths.best, adapter)
     spoil(adapter)
-    with pytest.raises(BadInput, match=said):
-        load_tuned(adapter, open_base_of(first))
+    base = open_base_of(first)
+    beside_another = load_tuned(first.paths.best, base)
+    for model in (None, beside_another):
+        with pytest.raises(BadInput, match=said):
+            load_tuned(adapter, base, model, "other")
     with pytest.raises(BadInput, match=said):
         small_run(adapter, tmp_path)
     assert not (tmp_path / "run").exists()

@@ -88,10 +88,8 @@ class AnsweringModels:
 
     def _with_adapter(self, name: str, folder: Path) -> PeftModel:
         adapter = str(self.names.index(name))  # PEFT accepts no name with a dot
-        if self._adapted is None:
-            self._adapted = load_tuned(folder, self._base, self._plain, adapter)
-        elif adapter not in self._adapted.peft_config:
-            self._adapted.load_adapter(folder, adapter)
+        if self._adapted is None or adapter not in self._adapted.peft_config:
+            self._adapted = load_tuned(folder, self._base, self._adapted or self._plain, adapter)
         self._adapted.set_adapter(adapter)
         return self._adapted.eval()
 

@@ -189,28 +189,32 @@ def blank_model(source: ModelSource) -> PreTrainedModel:
 
 
 def load_tuned(
-    folder: Path, base: LoadedBase, model: PreTrainedModel | None = None, name: str = "default"
+    folder: Path, base: LoadedBase, model: PreTrainedModel | PeftModel | None = None, name: str = "default"
 ) -> PreTrainedModel | PeftModel:
     """Load the `best/` of a run or trial: the base model with its adapter, or the full model saved there.
 
     Args:
         folder: the folder with the weights.
         base: the base model that an adapter belongs to.
-        model: the loaded base model to put the adapter on; loaded if not given.
+        model: the loaded base model to put the adapter on, which may have others already; loaded if not given.
         name: the name of the adapter within the model.
 
     Raises:
-        BadInput: the folder holds neither an adapter nor a model.
+        BadInput: the folder holds neither an adapter nor a model, or the adapter does not fit.
     """
     if not (folder / ADAPTER_SETTINGS).is_file():
         return load_model(folder, base.dtype, base.device)
     from peft import PeftModel
 
     model = model or load_model(base.source, base.dtype, base.device)
-    check_adapter(folder, model)
+    adapted = isinstance(model, PeftModel)
+    check_adapter(folder, blank_model(base.source) if adapted else model)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # about a name that differs between PEFT and transformers
+            if adapted:
+                model.load_adapter(folder, name)
+                return model.eval()
             return PeftModel.from_pretrained(model, folder, name).eval()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BadInput(f"{folder}: the adapter cannot be loaded ({one_line(error)})") from error
