@@ -58,12 +58,12 @@ chaos: lint
 	HF_HUB_OFFLINE=1 PAIRTUNE_FUZZ_RUNS=300 $(BIN)/pytest tests/test_odd_runs.py
 	HF_HUB_OFFLINE=1 PAIRTUNE_CHAOS_ROUNDS=100 $(BIN)/pytest tests/test_chaos.py
 
-# Over a hundred thousand inputs for everything that reads what others wrote, guided by coverage, and two thousand requests
-# to the worker, made from its description; about half an hour.
+# Over a hundred thousand inputs for everything that reads what others wrote, guided by coverage, two thousand requests to
+# the worker, made from its description, and five thousand to the site's forms; about three quarters of an hour.
 fuzz: install
 	$(PIP) --editable '.[fuzz]' --no-build-isolation
 	HF_HUB_OFFLINE=1 $(BIN)/python scripts/fuzz.py
-	HF_HUB_OFFLINE=1 PAIRTUNE_REQUESTS=1000 $(BIN)/pytest tests/test_api.py
+	HF_HUB_OFFLINE=1 PAIRTUNE_REQUESTS=1000 $(BIN)/pytest tests/test_api.py tests/test_forms.py
 
 # Known vulnerabilities and licences of what is installed, and its list (SBOM) in CycloneDX; and bandit on our own code.
 audit-deps: install
