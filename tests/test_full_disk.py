@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import pairtune, small_run, write_pairs
+from model_hub import online, serve_models
 from power import without_times
 
 from pairtune.run.folder import Run, is_run
@@ -74,3 +75,28 @@ def test_an_export_on_a_full_disk_leaves_nothing(tiny_model, tmp_path):
             if line.startswith("error:") and ("full" in line or "space" in line)
         ]
         assert list(small.iterdir()) == []
+
+
+def test_a_push_on_a_full_disk_publishes_nothing(tiny_model, tmp_path):
+    """What is published is put together in the temporary folder first, of which any part may find no room."""
+    run, refused = small_run(tiny_model, tmp_path, samples=1).root, 0
+    with serve_models() as hub, pytest.MonkeyPatch.context() as patch:
+        for name, value in online(hub, tmp_path / "home").items():
+            patch.setenv(name, value)
+        needed = sum(file.stat().st_blocks for file in (tiny_model).rglob("*")) // 2  # kilobytes
+        for number in range(ROOMS):
+            with disk(tmp_path / f"disk-{number}", 8 + 2 * needed * number // ROOMS) as small:
+                patch.setenv("TMPDIR", str(small))
+                done = pairtune("push", run, "--repo", f"someone/full-{number}", "--what", "merged")
+                patch.delenv("TMPDIR")
+                published = hub.repositories.get(f"someone/full-{number}", {}).get("main", {})
+                assert "Traceback" not in done.stderr, done.stderr
+                assert list(small.iterdir()) == []
+                if done.returncode == 0:
+                    assert {"README.md", "model.safetensors"} <= set(published)
+                    continue
+                refused += 1
+                (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+                assert "full" in line or "space" in line
+                assert not published
+    assert refused
