@@ -249,6 +249,17 @@ def test_help_answers_without_loading_anything_heavy():
         assert command in done.stdout
 
 
+def test_chatting_waits_for_no_peft(run):
+    """Importing it takes longer than all else that a chat imports but torch and transformers."""
+    code = "import sys; sys.argv = ['pairtune', 'chat', sys.argv[1]]\ntry:\n  from pairtune.cli import main; main()\n"
+    code += "finally:\n  print('heavy:', sorted({'peft', 'trl', 'datasets'} & set(sys.modules)), file=sys.stderr)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(run)], input="hello\n", capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "heavy: []" in done.stderr
+
+
 def test_no_command_shows_the_help():
     done = pairtune()
     assert (done.returncode, "tune" in done.stdout) == (0, True)

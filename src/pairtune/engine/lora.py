@@ -10,10 +10,9 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.autograd import Function
@@ -22,6 +21,9 @@ from transformers.pytorch_utils import Conv1D
 from pairtune.config import TrialConfig
 from pairtune.engine.products import Products, linear_layers, matrix_of
 from pairtune.errors import BadInput, one_line
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 # The settings that an adapter made elsewhere must have for the engine's kernels to run it.
 _PLAIN_LORA: dict[str, Any] = {
@@ -71,6 +73,8 @@ def settings_of_adapter(folder: Path) -> LoraSettings:
     Raises:
         BadInput: the engine's kernels cannot run it.
     """
+    from peft import PeftConfig
+
     try:
         settings: Any = PeftConfig.from_pretrained(folder)
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -249,6 +253,8 @@ def peft_tensors(adapted: Mapping[str, LoraLinear], trial: int) -> dict[str, Ten
 
 def peft_config(adapted: Mapping[str, LoraLinear], settings: LoraSettings) -> LoraConfig:
     """The PEFT configuration for loading an adapter of these layers."""
+    from peft import LoraConfig
+
     return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,

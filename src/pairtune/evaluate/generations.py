@@ -10,9 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
-
-from peft import PeftModel
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pairtune.conversation import Message
 from pairtune.data.preference import PreferencePair
@@ -23,6 +21,9 @@ from pairtune.models.generate import generate_answers
 from pairtune.models.load import LoadedBase, load_model, load_tuned
 from pairtune.models.sampling import SamplingParams
 from pairtune.run.records import Answer, AnswersRecord, Decoding, ModelAnswers
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 R = TypeVar("R", bound=AnswersRecord)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 import warnings
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import psutil
 import torch
@@ -207,17 +208,22 @@ def load_tuned(
     from peft import PeftModel
 
     model = model or load_model(base.source, base.dtype, base.device)
-    adapted = isinstance(model, PeftModel)
-    check_adapter(folder, blank_model(base.source) if adapted else model)
+    check_adapter(folder, blank_model(base.source) if is_adapted(model) else model)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # about a name that differs between PEFT and transformers
-            if adapted:
+            if is_adapted(model):
                 model.load_adapter(folder, name)
                 return model.eval()
             return PeftModel.from_pretrained(model, folder, name).eval()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BadInput(f"{folder}: the adapter cannot be loaded ({one_line(error)})") from error
+
+
+def is_adapted(model: Any) -> TypeGuard[PeftModel]:
+    """Whether PEFT has put adapters on a model; does not import PEFT, which takes a second, to say no."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel)
 
 
 def check_adapter(folder: Path, model: torch.nn.Module) -> None:

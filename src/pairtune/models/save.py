@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,7 +15,11 @@ from transformers import PreTrainedModel
 from pairtune.errors import RunFailed, one_line
 from pairtune.files import fill_folder, saved_fingerprint
 from pairtune.models.generate import end_tokens
+from pairtune.models.load import is_adapted
 from pairtune.models.resolve import ModelSource
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
 
 
 def save_best(model: PreTrainedModel | PeftModel, tokenizer: Any, folder: Path, base: ModelSource) -> str:
@@ -30,7 +33,7 @@ def save_best(model: PreTrainedModel | PeftModel, tokenizer: Any, folder: Path, 
     """
 
     def fill(target: Path) -> None:
-        if isinstance(model, PeftModel):
+        if is_adapted(model):
             for adapter in model.peft_config.values():
                 adapter.base_model_name_or_path, adapter.revision = base.published_as, base.revision
         else:

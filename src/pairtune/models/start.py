@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 
 from pairtune.config import Method, OnTop, Reference, source_name
 from pairtune.errors import BadInput
 from pairtune.files import fill_folder, fingerprint, saved_fingerprint
-from pairtune.models.load import LoadedBase, load_tokenizer, load_tuned, open_base, read_config
+from pairtune.models.load import LoadedBase, is_adapted, load_tokenizer, load_tuned, open_base, read_config
 from pairtune.models.resolve import ModelSource, Target, merged_folder, resolve_model, resolve_target
 from pairtune.models.save import save_best
 from pairtune.run.folder import Run
@@ -201,7 +200,7 @@ def _merge(lineage: Lineage, ground: ModelSource, adapters: Sequence[Path]) -> P
                 tokenizer = load_tokenizer(adapter if own else below)
                 source = ModelSource(str(below), below, "folder", str(below))
                 tuned = load_tuned(adapter, LoadedBase(source, tokenizer, torch.float32, torch.device("cpu")))
-                assert isinstance(tuned, PeftModel)  # noqa: S101 - the folder has an adapter's settings
+                assert is_adapted(tuned)  # noqa: S101 - the folder has an adapter's settings
                 save_best(tuned.merge_and_unload().to(stored), tokenizer, target, source)
 
             fill_folder(made, fill)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
 
 from pairtune.chat_templates import end_token
 from pairtune.conversation import Conversation
@@ -22,7 +21,7 @@ from pairtune.errors import BadInput, RunFailed
 from pairtune.extras import require
 from pairtune.files import fill_folder, write_json
 from pairtune.models.generate import generate_answers
-from pairtune.models.load import LoadedBase, load_model, load_tokenizer, load_tuned
+from pairtune.models.load import LoadedBase, is_adapted, load_model, load_tokenizer, load_tuned
 from pairtune.models.resolve import ADAPTER_SETTINGS
 from pairtune.models.sampling import SamplingParams
 from pairtune.models.save import save_best
@@ -133,7 +132,7 @@ def _write(
         _name_base(folder / ADAPTER_SETTINGS, base)
         return None
     model = load_tuned(weights, base)
-    merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
+    merged = model.merge_and_unload() if is_adapted(model) else model
     if kind == "gguf":
         from pairtune.publish.write_gguf import write_gguf
 

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from peft import PeftModel
 from rich.console import Console
 
 from pairtune.conversation import Conversation
 from pairtune.errors import BadInput, RunFailed
 from pairtune.models.generate import stream_answer
-from pairtune.models.load import load_model, load_tuned, open_base
+from pairtune.models.load import is_adapted, load_model, load_tuned, open_base
 from pairtune.models.resolve import resolve_target
 from pairtune.models.sampling import SamplingParams
 from pairtune.models.start import open_base_of
@@ -96,12 +95,12 @@ class PlainModels:
         self._tuned = load_tuned(target.weights, self._opened) if target.weights else None
         self.has_tuned = self._tuned is not None
         base = self._opened
-        alone = not isinstance(self._tuned, PeftModel)
+        alone = not is_adapted(self._tuned)
         self._base = load_model(base.source, base.dtype, base.device) if alone else None
 
     def stream(self, name: str, conversation: Conversation, params: SamplingParams) -> Generator[str, None, None]:
         """See `ChatModels`."""
-        adapter_off = name == "base" and isinstance(self._tuned, PeftModel)
+        adapter_off = name == "base" and is_adapted(self._tuned)
         model = self._tuned if name == "tuned" or adapter_off else self._base
         assert model is not None  # noqa: S101 - callers check `has_tuned`
         with model.disable_adapter() if adapter_off else nullcontext():
