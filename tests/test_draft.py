@@ -112,7 +112,7 @@ def test_pairs_of_a_real_model_are_repeatable_and_trainable(tiny_model, tmp_path
 
 def test_rounds_go_on_from_one_another(tiny_model, tmp_path):
     prompts, settings = tmp_path / "prompts.txt", tmp_path / "light.yaml"
-    prompts.write_text("\n".join(f"Question {chr(97 + number % 26) * 8} {number * 31}?" for number in range(60)))
+    prompts.write_text("\n".join(f"Question {chr(97 + number % 26) * 8} {number * 31}?" for number in range(200)))
     settings.write_text("learning_rate: [1.0e-3]\nbeta: [0.1]\nepochs: 1\nsamples: 0\ndtype: float32\n")
     told = pairtune(
         *("data", "draft", "--prompts", prompts, "--model", tiny_model, "--answers", "3", "--max-tokens", "8"),
@@ -124,9 +124,28 @@ def test_rounds_go_on_from_one_another(tiny_model, tmp_path):
     assert json.loads((tmp_path / "out" / "rounds.json").read_text()) == rounds
     for each in rounds:
         assert 0 <= each["won"]["interval"][0] <= each["won"]["rate"] <= each["won"]["interval"][1] <= 1
+    asked = [
+        {json.loads(line)["prompt"][0]["content"] for line in (tmp_path / "out" / f"pairs-{each}.jsonl").open()}
+        for each in (1, 2)
+    ]
+    assert asked[0]
+    assert asked[1]
+    assert not asked[0] & asked[1]  # each round has prompts of its own
     second = Run.open(tmp_path / "out" / "round-2")
     assert second.lineage is not None
     assert [parent.name for parent in second.lineage.parents] == ["round-1"]
+
+
+def test_too_few_prompts_for_the_rounds_are_refused(tiny_model, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"Question {number * 31}?" for number in range(8)))
+    flags = ("--prompts", prompts, "--model", tiny_model, "--hold-out", "0.5", "--rounds", "8")
+    told = pairtune("data", "draft", *flags, "--out", tmp_path / "out")
+    assert told.returncode == 2
+    assert (
+        "of 8 prompts are held out (--hold-out 0.5), which is too few, or leaves less than one for each" in told.stderr
+    )
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -134,7 +134,8 @@ def draft(
     """Draft pairs without people: sample answers, rank them, and pair the best with the worst.
 
     With --rounds, each round's pairs come from the model of the round before, which is then trained further on them
-    (online DPO by rounds); some prompts are held out to compare every round with the beginning.
+    (online DPO by rounds). Each round has its share of the prompts; some are held out to compare every round with the
+    beginning.
     """
     if out.exists():
         raise BadInput(f"--out {out}: already exists; choose another name, or remove it first")
