@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pty
 import shutil
 import signal
 import subprocess
@@ -258,6 +259,21 @@ def test_chatting_waits_for_no_peft(run):
     )
     assert done.returncode == 0, done.stderr
     assert "heavy: []" in done.stderr
+
+
+def test_a_terminal_shows_at_once_that_libraries_are_loaded(tiny_model):
+    """Before the first library that takes seconds is imported; where it is not a terminal, nothing is."""
+    ours, theirs = pty.openpty()
+    code = "import sys; sys.modules['torch'] = None; sys.argv = ['pairtune', 'chat', sys.argv[1]]\n"
+    code += "from pairtune.cli import main; main()"
+    command = [sys.executable, "-c", code, str(tiny_model)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, check=False)
+    os.close(theirs)
+    shown = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert done.returncode != 0
+    assert "loading PyTorch" in shown.partition("Traceback")[0]
+    assert "loading" not in subprocess.run(command, capture_output=True, text=True, check=False).stderr.split("\n")[0]
 
 
 def test_no_command_shows_the_help():

@@ -19,6 +19,7 @@ from pairtune.cli.common import (
     check_choice,
     columns_of,
     confirm,
+    loading,
     open_reader,
     output,
     reading_of,
@@ -136,9 +137,10 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Describe this machine, what is chosen for it and why, and what is missing: the first thing for a bug report."""
-    from pairtune.doctor import diagnose
-    from pairtune.report.render_diagnosis import render_diagnosis
-    from pairtune.run.records import dump
+    with loading():
+        from pairtune.doctor import diagnose
+        from pairtune.report.render_diagnosis import render_diagnosis
+        from pairtune.run.records import dump
 
     with screen(stderr=True).status("examining this machine") as status:
         found = diagnose(model, max_length, status.update)
@@ -158,7 +160,8 @@ def resume(
 
     share_processors(give_way=True)
 
-    from pairtune.pipeline import resume
+    with loading():
+        from pairtune.pipeline import resume
 
     _show(resume(run, screen(stderr=True)), as_json)
 
@@ -224,7 +227,8 @@ def export(
     check_choice("--format", form, _FORMATS)
     check_choice("--quant", quant, _QUANTISATIONS)
     finished, trial = _finished(run)
-    from pairtune.publish.export import export_run
+    with loading():
+        from pairtune.publish.export import export_run
 
     parity = export_run(finished, form, to, quant, trial)  # type: ignore[arg-type]
     if as_json:
@@ -260,7 +264,8 @@ def push(
     check_choice("--what", what, _FORMATS)
     check_choice("--quant", quant, _QUANTISATIONS)
     finished = _whole_run(run)
-    from pairtune.publish.hub import push_run
+    with loading():
+        from pairtune.publish.hub import push_run
 
     pushed = push_run(
         finished,
@@ -311,11 +316,12 @@ def evaluate(
 
     import tempfile
 
-    from pairtune.config import UNPAIRED
-    from pairtune.evaluate.judges import open_judge
-    from pairtune.evaluate.model import answer_prompts, evaluate_pairs, open_candidate, read_pairs
-    from pairtune.report.render_evaluation import render_evaluation
-    from pairtune.run.records import dump
+    with loading():
+        from pairtune.config import UNPAIRED
+        from pairtune.evaluate.judges import open_judge
+        from pairtune.evaluate.model import answer_prompts, evaluate_pairs, open_candidate, read_pairs
+        from pairtune.report.render_evaluation import render_evaluation
+        from pairtune.run.records import dump
 
     console = screen(stderr=True)
     judging = open_judge(judge, judge_model)
@@ -369,9 +375,10 @@ def compare(
 
     import tempfile
 
-    from pairtune.evaluate.compare import compare_models, open_both
-    from pairtune.report.render_evaluation import render_comparison
-    from pairtune.run.records import dump
+    with loading():
+        from pairtune.evaluate.compare import compare_models, open_both
+        from pairtune.report.render_evaluation import render_comparison
+        from pairtune.run.records import dump
 
     with screen(stderr=True).status("reading pairs") as status, tempfile.TemporaryDirectory(prefix="pairtune-") as tmp:
         both = open_both(one, other, beta, dtype)
@@ -404,7 +411,8 @@ def chat(
     target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A finished run folder, or a model.")],
 ) -> None:
     """Chat with a tuned model in the terminal; /base and /tuned switch between models."""
-    from pairtune.serve.terminal import chat
+    with loading():
+        from pairtune.serve.terminal import chat
 
     chat(target, screen())
 
@@ -515,7 +523,8 @@ def _tune(file: Path | None, flags: dict[str, Any], as_json: bool) -> None:
     _probe(resolved.config)
     share_processors(give_way=True)
 
-    from pairtune.pipeline import tune
+    with loading():
+        from pairtune.pipeline import tune
 
     _show(tune(resolved, screen(stderr=True)), as_json)
 
@@ -526,9 +535,10 @@ def _plan(file: Path | None, flags: dict[str, Any], as_json: bool) -> None:
     config = with_votes(resolve(file, flags)).config
     _probe(config)
 
-    from pairtune.plan import plan_run
-    from pairtune.report.render_plan import render_plan
-    from pairtune.run.records import dump
+    with loading():
+        from pairtune.plan import plan_run
+        from pairtune.report.render_plan import render_plan
+        from pairtune.run.records import dump
 
     with screen(stderr=True).status("reading") as status:
         found = plan_run(config, status.update)

@@ -17,6 +17,7 @@ from pairtune.screen import harmless, screen
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.status import Status
 
     from pairtune.config import Reading, Wanted
     from pairtune.data.source_reader import SourceReader
@@ -86,6 +87,11 @@ def say(text: str, *, err: bool = False) -> None:
 def output() -> Console:
     """The console for results, on standard output."""
     return screen(width=None if sys.stdout.isatty() else 140)
+
+
+def loading() -> Status:
+    """Within this context, a terminal shows that libraries are being imported, which takes seconds."""
+    return screen(stderr=True).status("loading PyTorch")
 
 
 def confirm(cost: dict[str, int], judge: str) -> None:

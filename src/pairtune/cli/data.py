@@ -16,6 +16,7 @@ from pairtune.cli.common import (
     SourceArgument,
     check_choice,
     confirm,
+    loading,
     open_reader,
     output,
     reading_of,
@@ -51,11 +52,12 @@ def inspect(
     """
     reader = open_reader(source, reading_of(columns, pairs, min_gap, yes, "either"), limit)
 
-    from pairtune.data.inspect_source import inspect_source
-    from pairtune.models.load import load_tokenizer
-    from pairtune.models.resolve import resolve_model
-    from pairtune.report.render_inspection import render_inspection
-    from pairtune.run.records import dump
+    with loading():
+        from pairtune.data.inspect_source import inspect_source
+        from pairtune.models.load import load_tokenizer
+        from pairtune.models.resolve import resolve_model
+        from pairtune.report.render_inspection import render_inspection
+        from pairtune.run.records import dump
 
     with screen(stderr=True).status("reading") as status:
         tokenizer = load_tokenizer(resolve_model(model))
@@ -142,9 +144,10 @@ def draft(
     if not out.absolute().parent.is_dir():
         raise BadInput(f"--out {out}: the folder {out.absolute().parent} does not exist; create it first")
 
-    from pairtune.draft import Drafting, draft_file, draft_rounds, read_prompts
-    from pairtune.evaluate.judges import open_judge
-    from pairtune.models.sampling import SamplingParams
+    with loading():
+        from pairtune.draft import Drafting, draft_file, draft_rounds, read_prompts
+        from pairtune.evaluate.judges import open_judge
+        from pairtune.models.sampling import SamplingParams
 
     asked = read_prompts(prompts)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)

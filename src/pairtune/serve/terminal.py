@@ -124,7 +124,8 @@ def open_models(target: str) -> ChatModels:
 
 def chat(target: str, console: Console) -> None:
     """Read lines from standard input and stream answers to `console` until the input ends or `/quit`."""
-    models = open_models(target)
+    with console.status(f"opening {target}"):
+        models = open_models(target)
     try:
         _converse(models, Path(target).name if Path(target).exists() else target, console)
     finally:
