@@ -110,8 +110,8 @@ class WorkerProcess:
             time.sleep(0.1)
         raise RunFailed(f"the worker did not start within {_STARTING_SECONDS} s")
 
-    def _read_address(self) -> None:
-        """Wait for the process to say where it listens; it says nothing if it has ended."""
+    def _read_address(self) -> bool:
+        """Wait for the process to say where it listens; False: it has ended without a word of it."""
         assert self._process is not None  # noqa: S101
         assert self._process.stdout is not None  # noqa: S101
         said, found = self._process.stdout, list[str]()
@@ -129,23 +129,24 @@ class WorkerProcess:
         if found:
             self.url = found[0]
             self._moved(self.url)
+        return bool(found)
 
     def _restart(self) -> None:
-        pause = 1.0
+        pause, listened = 1.0, True
         while not self._ending.is_set():
             assert self._process is not None  # noqa: S101
-            started = time.monotonic()
             code = self._process.wait()
             if self._ending.is_set():
                 return
             log.warning("the worker exited with code %s and is restarted", code)
-            pause = 1.0 if time.monotonic() - started > 60 else min(2 * pause, 60)
+            # Longer and longer while it cannot even start; one that came up may be killed as often as it likes.
+            pause = 1.0 if listened else min(2 * pause, 60)
             self._ending.wait(pause)
             with self._lock:
                 if not self._ending.is_set():
                     self._process = self._start()
             if not self._ending.is_set():
-                self._read_address()
+                listened = self._read_address()
 
     def _end(self) -> None:
         if self._process is None:
