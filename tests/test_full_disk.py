@@ -13,6 +13,8 @@ from conftest import pairtune, small_run, write_pairs
 from model_hub import online, serve_models
 from power import without_times
 
+from pairtune.errors import RunFailed
+from pairtune.models.save import explaining_writers
 from pairtune.run.folder import Run, is_run
 
 ROOMS = int(os.environ.get("PAIRTUNE_FULL_DISKS", "3"))  # `make chaos` tries more
@@ -100,3 +102,12 @@ def test_a_push_on_a_full_disk_publishes_nothing(tiny_model, tmp_path):
                 assert "full" in line or "space" in line
                 assert not published
     assert refused
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_tokenizer_without_room_is_said_in_a_line(tiny_base):
+    """Its writer raises a bare Exception; faults of other kinds stay what they are."""
+    with pytest.raises(RunFailed, match="No space left"), explaining_writers(Path("model")):
+        tiny_base.tokenizer.backend_tokenizer.save("/dev/full")
+    with pytest.raises(KeyError), explaining_writers(Path("model")):
+        raise KeyError("a fault of ours")

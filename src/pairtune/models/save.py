@@ -39,9 +39,9 @@ def save_best(model: PreTrainedModel | PeftModel, tokenizer: Any, folder: Path, 
         else:
             ends = sorted(end_tokens(model, tokenizer))
             model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
-        with _explaining(folder):
+        with explaining_writers(folder):
             model.save_pretrained(target, safe_serialization=True)
-        tokenizer.save_pretrained(target)
+            tokenizer.save_pretrained(target)
         (target / "README.md").unlink(
             missing_ok=True
         )  # PEFT's card is an empty template; ours is generated from the run
@@ -50,13 +50,19 @@ def save_best(model: PreTrainedModel | PeftModel, tokenizer: Any, folder: Path, 
 
 
 @contextmanager
-def _explaining(folder: Path) -> Iterator[None]:
-    """Turn what the writer of safetensors says of a full disk into one line."""
+def explaining_writers(folder: Path) -> Iterator[None]:
+    """Turn what the writers of safetensors and tokenizers say of a full disk into one line.
+
+    Raises:
+        RunFailed: something could not be written.
+    """
     try:
         yield
-    except SafetensorError as error:
+    except Exception as error:
+        if type(error) not in (SafetensorError, Exception):  # tokenizers raises nothing narrower
+            raise
         raise RunFailed(
-            f"{folder}: the weights cannot be written ({one_line(error)}); free some disk space, then `pairtune "
+            f"{folder}: the model cannot be written ({one_line(error)}); free some disk space, then `pairtune "
             "resume RUN` goes on with an unfinished run"
         ) from error
 
@@ -70,8 +76,8 @@ def save_adapter(
         config.base_model_name_or_path, config.revision = base.published_as, base.revision
         config.save_pretrained(target)
         content = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        with _explaining(folder):
+        with explaining_writers(folder):
             save_file(content, target / "adapter_model.safetensors", metadata={"format": "pt"})
-        tokenizer.save_pretrained(target)
+            tokenizer.save_pretrained(target)
 
     return saved_fingerprint(fill_folder(folder, fill))
