@@ -62,7 +62,8 @@ def settings(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("power")
     return {
         "model": str(tiny_model),
-        "data": [str(write_pairs(folder / "train.jsonl", range(8)))],
+        # More pairs, thus more steps, for more cuts than a short run has moments.
+        "data": [str(write_pairs(folder / "train.jsonl", range(max(8, CUTS // 5))))],
         "eval_data": [str(write_pairs(folder / "held.jsonl", range(20, 24)))],
         "learning_rate": [3e-3, 1e-3],
         "beta": [0.1],

@@ -63,7 +63,7 @@ from pairtune.run.examples import ExampleRecord
 from pairtune.run.folder import Run
 from pairtune.run.metrics import Evaluation, TrainingStep
 from pairtune.run.paths import TrialPaths
-from pairtune.run.records import TrialRecord
+from pairtune.run.records import SweepRecord, TrialRecord
 from pairtune.track.sinks import Sink
 
 
@@ -286,6 +286,9 @@ class _TrialGroup:
         if outputs.rounding is None:
             name = self._reference_name(base, self.inputs.train)
             outputs.rounding = measure_rounding(base, len(self.results), self.inputs.train, name)
+            if self.inputs.processes.first:  # before any trial's record: it is not measured again once all have ended
+                known = self.run.sweep
+                self.run.write(SweepRecord(trials=known.trials if known else [], rounding=outputs.rounding))
         with base.computing_in(self._evaluation_dtype):
             references["validation"] = self._reference("validation", base)
             check_reference(base, self.inputs.validation, references["validation"])

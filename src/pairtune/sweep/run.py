@@ -91,15 +91,24 @@ def run_sweep(
         for group in _groups(batch, done, engine, inputs, run, config.side_by_side):
             for result in engine.run_trials(group, inputs, run, sink):
                 done[result.trial.name] = result
-            if inputs.processes.first:
-                summaries = [done[trial.name].summary() for trial in search.trials if trial.name in done]
-                run.write(SweepRecord(trials=summaries, rounding=inputs.base_outputs.rounding))
+            _record(search, done, inputs, run)
+        # Again, since a run may have been killed right after its last trial's own record.
+        _record(search, done, inputs, run)
+        if inputs.processes.first:
+            run.paths.checkpoint.unlink(missing_ok=True)
         search.tell(done[trial.name] for trial in batch)
     results = [done[trial.name] for trial in search.trials]
     if not any(result.status == "finished" for result in results):
         reasons = "; ".join(f"{result.trial.name}: {result.reason}" for result in results)
         raise RunFailed(f"no trial ended with a usable model ({reasons})")
     return results
+
+
+def _record(search: Search, done: dict[str, TrialRecord], inputs: TrialInputs, run: Run) -> None:
+    if inputs.processes.first:
+        summaries = [done[trial.name].summary() for trial in search.trials if trial.name in done]
+        rounding = inputs.base_outputs.rounding or (run.sweep.rounding if run.sweep else None)
+        run.write(SweepRecord(trials=summaries, rounding=rounding))
 
 
 def lockstep_key(trial: TrialConfig) -> Any:
