@@ -561,6 +561,30 @@ def test_a_worker_without_such_a_run_says_so(tmp_path):
     assert (done.returncode, "unfinished" in done.stderr) == (2, True), done.stderr
 
 
+@pytest.mark.parametrize(("said", "pauses"), [("http://127.0.0.1:9/v1 is the API", [1, 1, 1, 1]), ("", [2, 4, 8, 16])])
+def test_only_a_worker_that_cannot_start_is_waited_for(monkeypatch, said, pauses):
+    """One that has come up is started again after a second, however often it is killed."""
+    waited: list[float] = []
+
+    class Ending(threading.Event):
+        def wait(self, timeout=None):
+            waited.append(timeout)
+            if len(waited) == len(pauses):
+                self.set()
+            return self.is_set()
+
+    worker = WorkerProcess([])
+    worker._command = [sys.executable, "-c", f"print({said!r})"]
+    worker._ending = Ending()
+    worker._process = worker._start()
+    listened = worker._read_address()
+    assert listened == bool(said)
+    worker._restart()
+    worker._end()
+    # The first one had come up: `with WorkerProcess` waits for it.
+    assert waited == [1, *pauses[:-1]]
+
+
 def _health(worker) -> dict:
     return httpx.get(f"{worker.url}/health", headers={"Authorization": f"Bearer {worker.key}"}).json()
 
