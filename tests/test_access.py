@@ -269,7 +269,11 @@ def test_headers_forbid_what_the_site_does_not_need(shared):
 
 
 @pytest.mark.parametrize(
-    "name", ["..", "%2e%2e", "..%2foutside.txt", "%2e%2e%2foutside.txt", "small%2f..%2f..%2foutside.txt", ".hidden"]
+    "name",
+    [
+        *("..", "%2e%2e", "..%2foutside.txt", "%2e%2e%2foutside.txt", "small%2f..%2f..%2foutside.txt", ".hidden"),
+        *("a" * 300, "%00"),
+    ],
 )
 def test_no_name_leads_out_of_the_runs(shared, name):
     with client_of(shared, "owner") as client:

@@ -439,6 +439,7 @@ def find_run(name: str) -> ShownRun:
         Http404: there is no run of this name.
     """
     root: Path = settings.PAIRTUNE_RUNS
-    if os.sep in name or name.startswith(".") or not (root / name).is_dir():
+    # Path.is_dir raises for a name that is too long.
+    if os.sep in name or name.startswith(".") or not os.path.isdir(root / name):
         raise Http404(f"There is no run named {name}.")
     return ShownRun(root / name)
