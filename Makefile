@@ -59,7 +59,8 @@ chaos: lint
 	HF_HUB_OFFLINE=1 PAIRTUNE_CHAOS_ROUNDS=100 $(BIN)/pytest tests/test_chaos.py
 
 # Over a hundred thousand inputs for everything that reads what others wrote, guided by coverage, two thousand requests to
-# the worker, made from its description, and five thousand to the site's forms; about three quarters of an hour.
+# the worker, made from its description, and five thousand to the site's forms; about an hour, reckoned
+# from its parts.
 fuzz: install
 	$(PIP) --editable '.[fuzz]' --no-build-isolation
 	HF_HUB_OFFLINE=1 $(BIN)/python scripts/fuzz.py

@@ -251,7 +251,7 @@ def test_help_answers_without_loading_anything_heavy():
 
 
 def test_chatting_waits_for_no_peft(run):
-    """Importing it takes longer than all else that a chat imports but torch and transformers."""
+    """Nor for any other library that only training needs."""
     code = "import sys; sys.argv = ['pairtune', 'chat', sys.argv[1]]\ntry:\n  from pairtune.cli import main; main()\n"
     code += "finally:\n  print('heavy:', sorted({'peft', 'trl', 'datasets'} & set(sys.modules)), file=sys.stderr)"
     done = subprocess.run(

@@ -15,6 +15,8 @@ from pairtune.files import fill_folder, write_atomic
 from pairtune.pipeline import resume, tune
 from pairtune.resolve_config import resolve
 from pairtune.run.folder import Run, is_run
+from pairtune.run.records import SweepRecord
+from pairtune.run.records.base import Record
 
 CUTS = int(os.environ.get("PAIRTUNE_POWER_CUTS", "8"))  # `make chaos` makes more
 
@@ -121,3 +123,23 @@ def test_a_run_goes_on_after_a_power_cut_at_any_moment(settings, tmp_path, monke
         assert not list(left.rglob(".*.tmp"))
         tried += 1
     assert tried > len(chosen) // 2
+
+
+def test_a_run_killed_right_after_its_last_trials_record_goes_on(settings, tmp_path, monkeypatch):
+    """A moment that random cuts rarely hit: all trials have ended, and what they share is not on record yet."""
+    quiet = Console(quiet=True)
+    whole = tune(resolve(None, {**settings, "out": tmp_path / "whole"}), quiet)
+    assert whole is not None
+    write = Run.write
+
+    def killed(run: Run, record: Record) -> None:
+        if isinstance(record, SweepRecord) and record.trials:
+            raise KeyboardInterrupt
+        write(run, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tune(resolve(None, {**settings, "out": tmp_path / "run"}), quiet)
+    assert resume(tmp_path / "run", quiet) is not None
+    assert without_times(tmp_path / "run") == without_times(whole.root)

@@ -221,7 +221,7 @@ def load_tuned(
 
 
 def is_adapted(model: Any) -> TypeGuard[PeftModel]:
-    """Whether PEFT has put adapters on a model; does not import PEFT, which takes a second, to say no."""
+    """Whether PEFT has put adapters on a model; does not import PEFT to say no."""
     peft = sys.modules.get("peft")
     return peft is not None and isinstance(model, peft.PeftModel)
 

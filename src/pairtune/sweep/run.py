@@ -88,14 +88,17 @@ def run_sweep(
         done |= _results_on_record(batch, run)
         before = {result.trial.name: result for result in engine.checkpointed(run)} | done
         search.replay(before[trial.name] for trial in batch if trial.name in before)
-        for group in _groups(batch, done, engine, inputs, run, config.side_by_side):
+        groups = _groups(batch, done, engine, inputs, run, config.side_by_side)
+        if (
+            not groups and inputs.processes.first
+        ):  # the run may have been killed right after its last trial's own record
+            _record(search, done, inputs, run)
+            run.paths.checkpoint.unlink(missing_ok=True)
+        for group in groups:
             for result in engine.run_trials(group, inputs, run, sink):
                 done[result.trial.name] = result
-            _record(search, done, inputs, run)
-        # Again, since a run may have been killed right after its last trial's own record.
-        _record(search, done, inputs, run)
-        if inputs.processes.first:
-            run.paths.checkpoint.unlink(missing_ok=True)
+            if inputs.processes.first:
+                _record(search, done, inputs, run)
         search.tell(done[trial.name] for trial in batch)
     results = [done[trial.name] for trial in search.trials]
     if not any(result.status == "finished" for result in results):
@@ -105,10 +108,9 @@ def run_sweep(
 
 
 def _record(search: Search, done: dict[str, TrialRecord], inputs: TrialInputs, run: Run) -> None:
-    if inputs.processes.first:
-        summaries = [done[trial.name].summary() for trial in search.trials if trial.name in done]
-        rounding = inputs.base_outputs.rounding or (run.sweep.rounding if run.sweep else None)
-        run.write(SweepRecord(trials=summaries, rounding=rounding))
+    summaries = [done[trial.name].summary() for trial in search.trials if trial.name in done]
+    rounding = inputs.base_outputs.rounding or (run.sweep.rounding if run.sweep else None)
+    run.write(SweepRecord(trials=summaries, rounding=rounding))
 
 
 def lockstep_key(trial: TrialConfig) -> Any:
