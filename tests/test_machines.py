@@ -130,9 +130,15 @@ def adapted(model, trials, kernels):
     return Policy(model, layers, trials, kernels)
 
 
-def logps(policy, pairs, max_tokens):
+def numbers(policy, pairs, max_tokens):
+    """A pair's log-probs, logits and hidden states, [pairs, numbers].
+
+    Of a difference in the last bits, a sum of log-probs alone would often show nothing: it has fewer of them.
+    """
     with torch.no_grad():
-        return torch.cat([policy.answer_logps(pack).logps[-1].view(-1, 2) for pack in policy.rows(pairs, max_tokens)])
+        rows = [policy.answer_logps(pack, keep_states=True) for pack in policy.rows(pairs, max_tokens)]
+    each = ([row.logps[-1].view(-1, 2), row.logits[-1].view(-1, 2), row.states[-1].flatten(1)] for row in rows)
+    return torch.cat([torch.cat(parts, dim=1) for parts in each])
 
 
 @on(MENDED)
@@ -142,20 +148,20 @@ def test_a_pairs_bits_are_its_own(machine, dtype, name):
     model = family(name, dtype)
     kernels = Kernels(model, CPU)
     policy = adapted(model, 1, kernels)
-    alone = torch.cat([logps(policy, [pair], 4096) for pair in PAIRS])
+    alone = torch.cat([numbers(policy, [pair], 4096) for pair in PAIRS])
     for max_tokens in (256, 1024, 4096):
-        assert torch.equal(logps(policy, PAIRS, max_tokens), alone), max_tokens
-    assert torch.equal(logps(policy, PAIRS[::-1], 4096).flip(0), alone)
+        assert torch.equal(numbers(policy, PAIRS, max_tokens), alone), max_tokens
+    assert torch.equal(numbers(policy, PAIRS[::-1], 4096).flip(0), alone)
     beside = adapted(family(name, dtype), 3, kernels)
-    assert torch.equal(logps(beside, PAIRS, 1024), alone)
+    assert torch.equal(numbers(beside, PAIRS, 1024), alone)
 
 
 def test_without_tiles_they_are_not(own_machine, dtype):
     """The test above can fail."""
     with Machine(KERNELS["steps"]):
         policy = adapted(family("llama", dtype), 1, None)
-        alone = torch.cat([logps(policy, [pair], 4096) for pair in PAIRS])
-        assert not torch.equal(logps(policy, PAIRS, 4096), alone)
+        alone = torch.cat([numbers(policy, [pair], 4096) for pair in PAIRS])
+        assert not torch.equal(numbers(policy, PAIRS, 4096), alone)
 
 
 @on(MENDED)
