@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from pairtune.data.table import PairTable, TokenIds
-from pairtune.engine import logps
+from pairtune.engine import layers, logps
 from pairtune.engine import packed_attention as attention
 from pairtune.engine.lora import (
     LoraLinear,
@@ -183,6 +183,7 @@ def test_every_family_packed_is_itself_one_sequence_at_a_time(family):
     model.zero_grad()
     policy = Policy(model)
     assert policy.packed == (config.model_type in PACKED_FAMILIES) == ("padded" not in family)
+    assert policy.needed_only == family.startswith(("llama", "qwen", "smollm3", "mistral"))
     (pack,) = policy.rows(PAIRS, 1000)
     got = policy.answer_logps(pack).logps[0]
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5)
@@ -190,6 +191,33 @@ def test_every_family_packed_is_itself_one_sequence_at_a_time(family):
     for name, weight in model.named_parameters():
         if name in gradients:
             torch.testing.assert_close(weight.grad, gradients[name], atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("targets", [None, ("q_proj", "down_proj"), ("v_proj", "gate_proj")])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_layers_in_few_steps_are_layers_in_many(monkeypatch, family, targets, dropout):
+    """Adapters on all linear layers and on some, with dropout and without; the gradients of all adapters."""
+    results = []
+    for known in (layers._KNOWN, frozenset()):
+        monkeypatch.setattr(layers, "_KNOWN", known)
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.float32).eval()
+        adapted = add_adapters(model, LoraSettings(rank=4, dropout=dropout, targets=targets), [5, 6])
+        for layer in adapted.values():
+            torch.nn.init.normal_(layer.lora_b, std=0.1)
+        policy = Policy(model, adapted, 2)
+        assert policy.needed_only == bool(known)
+        policy.train(True)
+        (pack,) = policy.rows(PAIRS, 1000)
+        policy.draw_dropout(pack, [3, 4, 5], 7)
+        got = policy.answer_logps(pack, keep_states=True)
+        (got.logps * torch.tensor([1.0, -2.0, 0.5, 1.5, -1.0, 0.7])).sum().backward()
+        factors = [factor.grad for layer in adapted.values() for factor in (layer.lora_a, layer.lora_b)]
+        assert all(bool(factor.any()) for factor in factors)
+        results.append([got.logps, got.logits, got.states, *factors])
+    for few, many in zip(*results, strict=True):
+        torch.testing.assert_close(few, many, atol=1e-5, rtol=1e-4)
 
 
 def test_every_packed_family_has_a_test():
@@ -420,32 +448,41 @@ def test_norms_are_transformers_own(family, dtype):
         torch.testing.assert_close(own, theirs, **near)
 
 
+@pytest.mark.parametrize("needed_only", [False, True])
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("parts", [(9, 6, 7), (9, 0, 7), (9, 6, 0), (1, 5, 5)])
-def test_attention_in_blocks_is_attention_with_a_mask(monkeypatch, parts, window):
-    """Forward pass and all gradients, with pairs in blocks and whole."""
+def test_attention_in_blocks_is_attention_with_a_mask(monkeypatch, parts, window, needed_only):
+    """Forward pass and all gradients, with pairs in blocks and whole, of all positions and of those that predict."""
     torch.manual_seed(4)
     segments = (Segment(*parts), Segment(4, 3, 2))
     total = sum(segment.length for segment in segments)
     inputs = [torch.randn(2, heads, total, 8, dtype=torch.float64) for heads in (4, 2, 2)]
     grad = torch.randn(2, total, 4, 8, dtype=torch.float64)
+    needed = [*range(parts[0] - 1, sum(parts)), *range(sum(parts) + 3, total)]
+    if needed_only:
+        grad = grad[:, needed]
 
-    def run(attend):
+    def run(attend, limited=False):
         seen = [each.clone().requires_grad_() for each in inputs]
-        result, _ = attend(None, *seen, None, segments=segments, sliding_window=window)
+        query = seen[0][:, :, needed] if limited else seen[0]
+        result, _ = attend(None, query, *seen[1:], None, segments=segments, sliding_window=window, needed_only=limited)
+        if needed_only and not limited:
+            result = result[:, needed]
         result.backward(grad)
         return [result.detach(), *(each.grad for each in seen)]
 
     monkeypatch.setattr(attention, "DENSE_TOKENS", 0)
     expected = run(attention.packed_attention)
+    for one, other in zip(run(attention.packed_attention, needed_only), expected, strict=True):
+        torch.testing.assert_close(one, other)
     monkeypatch.setattr(attention, "DENSE_TOKENS", 640)
     try:
         for worth, blocks in ((0, 3), (10**9, 1)):
             monkeypatch.setattr(attention, "_WORTH_SPLITTING", worth)
             attention._blocks.cache_clear()
             attention._bias.cache_clear()
-            assert len(attention._blocks(segments[1])) == blocks
-            for one, other in zip(run(attention.packed_attention), expected, strict=True):
+            assert len(attention._blocks(segments[1], needed_only)) == blocks
+            for one, other in zip(run(attention.packed_attention, needed_only), expected, strict=True):
                 torch.testing.assert_close(one, other)
     finally:
         attention._blocks.cache_clear()

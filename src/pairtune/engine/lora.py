@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.autograd import Function
 from transformers.pytorch_utils import Conv1D
 
 from pairtune.config import TrialConfig
+from pairtune.engine.linears import Linear, Weights, project
 from pairtune.engine.products import Products, linear_layers, matrix_of
 from pairtune.errors import BadInput, one_line
 
@@ -131,61 +131,24 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[K, tokens, in] to [K, tokens, out]; with one adapter the first dimension may have any size."""
         shape, x = x.shape, x.reshape(len(self.lora_a), -1, self.in_features)
-        matrix = self.weight if self.stored_as_matrix else self.weight.T
-        mask = self._mask(x) if self.dropout and self.training else None
-        result: Tensor = _LoraLinear.apply(
-            x, matrix, self.bias, self.lora_a, self.lora_b, self.scale, mask, self.products
-        )
-        return result.view(*shape[:-1], self.out_features)
+        return project(x, [self.linear()], self.products)[0].view(*shape[:-1], self.out_features)
 
-    def _mask(self, x: Tensor) -> Tensor:
+    def linear(self, only: Tensor | None = None) -> Linear:
+        """The layer as the kernels see it, for all tokens of a row or only for those at some positions."""
+        matrix = self.weight if self.stored_as_matrix else self.weight.T
+        mask = self._mask() if self.dropout and self.training else None
+        if mask is not None and only is not None:
+            mask = mask[only]
+        return Linear(Weights(matrix, self.bias, self.lora_a, self.lora_b, mask), self.scale)
+
+    def _mask(self) -> Tensor:
         """Dropout mask of the adapters' input, [tokens, in]: 0, or 1 / (1 - dropout) where the input is kept."""
+        device = self.weight.device
         drawn = [
-            torch.rand(tokens, self.in_features, generator=torch.Generator(x.device).manual_seed(seed), device=x.device)
+            torch.rand(tokens, self.in_features, generator=torch.Generator(device).manual_seed(seed), device=device)
             for seed, tokens in self.noise
         ]
-        return (torch.cat(drawn) >= self.dropout).to(x.dtype) / (1 - self.dropout)
-
-
-class _LoraLinear(Function):
-    """y = x M + b + scale (x A') B' with a custom backward pass: fewer copies than autograd, no gradient for M."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        matrix: Tensor,
-        bias: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        scale: float,
-        mask: Tensor | None,
-        products: Products,
-    ) -> Tensor:
-        a, b = a.to(x.dtype), b.to(x.dtype)
-        y = products.matmul(x.flatten(0, 1), matrix, bias).view(*x.shape[:2], -1)
-        seen = x if mask is None else x * mask
-        inner = products.batched(seen, a.mT)
-        ctx.scale, ctx.products = scale, products
-        ctx.save_for_backward(seen, matrix, a, b, inner, mask)
-        return products.add_batched(y, inner, b.mT, scale)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        seen, matrix, a, b, inner, mask = ctx.saved_tensors
-        products, trials = ctx.products, len(a)
-        grad_inner = products.bmm(grad, b, trials).mul_(ctx.scale)
-        grad_a = products.bmm(grad_inner.mT, seen, trials).float()
-        grad_b = products.bmm(inner.mT, grad, trials).float().mul_(ctx.scale).mT  # twice as fast in this order
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = products.matmul(grad.flatten(0, 1), matrix.T).view_as(seen)
-            if mask is None:
-                grad_x = products.add_batched(grad_x, grad_inner, a, 1.0)
-            else:
-                grad_x += products.batched(grad_inner, a) * mask
-        return grad_x, None, None, grad_a, grad_b, None, None, None
+        return (torch.cat(drawn) >= self.dropout).to(self.weight.dtype) / (1 - self.dropout)
 
 
 def add_adapters(model: nn.Module, settings: LoraSettings, seeds: list[int]) -> dict[str, LoraLinear]:

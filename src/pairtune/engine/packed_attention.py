@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     *,
     segments: Sequence[Segment] | None = None,
+    needed_only: bool = False,
     by_trial: bool = False,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -50,11 +51,12 @@ def packed_attention(
 
     Args:
         module: the attention layer.
-        query: [trials, heads, T, size].
+        query: [trials, heads, T, size]; with `needed_only` [trials, heads, M, size], at the positions `Pack.needed`.
         key: [trials, key heads, T, size]; groups of query heads share a key head (grouped-query attention).
         value: the same shape as key.
         attention_mask: unused; the segments define what is visible.
         segments: the pairs in the row.
+        needed_only: whether the queries are only those whose results predict something.
         by_trial: compute one trial at a time, because batched products depend on the size of the batch; see
             `engine.products`.
         scaling: factor of the scores; 1 / sqrt(size) by default.
@@ -63,29 +65,36 @@ def packed_attention(
         softcap: cap of the scores' soft-capping (Gemma 2); None: no capping.
 
     Returns:
-        [trials, T, heads, size], and None for the attention weights.
+        [trials, T or M, heads, size], and None for the attention weights.
     """
     if segments is None or dropout:
         raise ValueError("packed attention needs segments and supports no dropout")
     if by_trial and len(query) > 1:
         one = partial(
-            packed_attention, segments=segments, scaling=scaling, sliding_window=sliding_window, softcap=softcap
+            packed_attention,
+            segments=segments,
+            needed_only=needed_only,
+            scaling=scaling,
+            sliding_window=sliding_window,
+            softcap=softcap,
         )
         each = zip(query.split(1), key.split(1), value.split(1), strict=True)
         return torch.cat([one(module, q, k, v, None)[0] for q, k, v in each]), None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     dense = [query.device.type == "cpu" and softcap is None and each.length <= DENSE_TOKENS for each in segments]
     if all(dense):
-        result: Tensor = _DenseAttention.apply(query, key, value, tuple(segments), scale, sliding_window)
+        result: Tensor = _DenseAttention.apply(query, key, value, tuple(segments), scale, sliding_window, needed_only)
         return result.transpose(1, 2), None
     # One split each for queries, keys and values: the backward of a split is one concatenation, whereas each slice
     # would allocate zeros as long as the whole row.
-    parts = [tensor.split([segment.length for segment in segments], dim=2) for tensor in (query, key, value)]
+    lengths = [segment.length for segment in segments]
+    of_query = [len(range(_first_query(each, needed_only), each.length)) for each in segments]
+    parts = [query.split(of_query, 2), key.split(lengths, 2), value.split(lengths, 2)]
     results = [
         # Chosen per pair: its results must not depend on the lengths of its neighbours.
-        _DenseAttention.apply(q, k, v, (segment,), scale, sliding_window)
+        _DenseAttention.apply(q, k, v, (segment,), scale, sliding_window, needed_only)
         if is_dense
-        else _attend(q, k, v, _visible(segment, sliding_window, query.device), scale, softcap)
+        else _attend(q, k, v, _visible(segment, sliding_window, query.device)[-q.shape[2] :], scale, softcap)
         for segment, is_dense, q, k, v in zip(segments, dense, *parts, strict=True)
     ]
     return torch.cat(results, dim=2).transpose(1, 2), None
@@ -119,6 +128,11 @@ def _visible(segment: Segment, window: int | None, device: torch.device) -> Tens
     return visible
 
 
+def _first_query(segment: Segment, needed_only: bool) -> int:
+    """The first position of a pair that has a query."""
+    return segment.prompt - 1 if needed_only else 0
+
+
 @dataclass(frozen=True)
 class _Block:
     """Some queries of a pair, and the keys that any of them attends to, as positions in the pair."""
@@ -128,22 +142,23 @@ class _Block:
 
 
 @lru_cache(maxsize=256)
-def _blocks(segment: Segment) -> tuple[_Block, ...]:
+def _blocks(segment: Segment, needed_only: bool) -> tuple[_Block, ...]:
     """A pair in three blocks: the prompt attends to itself, each answer to the prompt and itself; no other scores.
 
     A pair that would save few scores stays whole: slightly larger products are cheaper than more products.
     """
+    first = _first_query(segment, needed_only)
     prompt, chosen, rejected = (
         slice(0, segment.prompt),
         slice(segment.prompt, segment.prompt + segment.chosen),
         slice(segment.prompt + segment.chosen, segment.length),
     )
-    saved = segment.prompt * (segment.chosen + segment.rejected) + 2 * segment.chosen * segment.rejected
+    saved = (segment.prompt - first) * (segment.chosen + segment.rejected) + 2 * segment.chosen * segment.rejected
     whole = slice(0, segment.length)
     if saved < _WORTH_SPLITTING:
-        return (_Block(whole, (whole,)),)
+        return (_Block(slice(first, segment.length), (whole,)),)
     blocks = (
-        _Block(prompt, (prompt,)),
+        _Block(slice(first, segment.prompt), (prompt,)),
         _Block(chosen, (slice(0, chosen.stop),)),
         _Block(rejected, (prompt, rejected) if segment.chosen else (whole,)),
     )
@@ -151,9 +166,11 @@ def _blocks(segment: Segment) -> tuple[_Block, ...]:
 
 
 @lru_cache(maxsize=256)
-def _bias(segment: Segment, number: int, window: int | None, groups: int, dtype: torch.dtype) -> Tensor:
+def _bias(
+    segment: Segment, number: int, needed_only: bool, window: int | None, groups: int, dtype: torch.dtype
+) -> Tensor:
     """A block's bias: 0 where a token attends to another, else -inf; repeated for the heads that share a key head."""
-    block = _blocks(segment)[number]
+    block = _blocks(segment, needed_only)[number]
     visible = _visible(segment, window, torch.device("cpu"))[block.queries]
     visible = torch.cat([visible[:, keys] for keys in block.keys], dim=1)
     bias = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf)
@@ -172,17 +189,18 @@ class _DenseAttention(Function):
         segments: tuple[Segment, ...],
         scale: float,
         window: int | None,
+        needed_only: bool,
     ) -> Tensor:
         groups = query.shape[1] // key.shape[1]
-        query = query * scale
-        result = torch.empty_like(query, memory_format=torch.contiguous_format)
+        result = query.new_empty(query.transpose(1, 2).shape).transpose(1, 2)  # in the order that the caller needs
         weights = []
-        for segment, number, rows, columns in _slices(segments):
-            q, k, v = _rows(query[:, :, rows], groups), _rows(_take(key, columns)), _rows(_take(value, columns))
-            scores = torch.bmm(q, k.mT).add_(_bias(segment, number, window, groups, query.dtype))
-            weights.append(scores.softmax(-1))
-            result[:, :, rows] = torch.bmm(weights[-1], v).view(*query.shape[:2], -1, v.shape[-1])
-        ctx.segments, ctx.scale, ctx.groups = segments, scale, groups
+        for place in _places(segments, needed_only):
+            q = _rows(query[:, :, place.queries] * scale, groups)
+            k, v = _rows(_take(key, place.keys)), _rows(_take(value, place.keys))
+            bias = _bias(place.segment, place.number, needed_only, window, groups, query.dtype)
+            weights.append(torch.bmm(q, k.mT).add_(bias).softmax(-1))
+            result[:, :, place.queries] = torch.bmm(weights[-1], v).view(*query.shape[:2], -1, v.shape[-1])
+        ctx.segments, ctx.needed_only, ctx.scale, ctx.groups = segments, needed_only, scale, groups
         ctx.save_for_backward(query, key, value, *weights)
         return result
 
@@ -190,26 +208,38 @@ class _DenseAttention(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         query, key, value, *weights = ctx.saved_tensors
-        by_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-        by_key, by_value = (torch.zeros_like(each, memory_format=torch.contiguous_format) for each in (key, value))
-        for (_, _, rows, columns), weight in zip(_slices(ctx.segments), weights, strict=True):
-            q, g = _rows(query[:, :, rows], ctx.groups), _rows(grad[:, :, rows], ctx.groups)
-            k, v = _rows(_take(key, columns)), _rows(_take(value, columns))
+        by_query, by_key, by_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for place, weight in zip(_places(ctx.segments, ctx.needed_only), weights, strict=True):
+            rows = place.queries
+            q, g = _rows(query[:, :, rows] * ctx.scale, ctx.groups), _rows(grad[:, :, rows], ctx.groups)
+            k, v = _rows(_take(key, place.keys)), _rows(_take(value, place.keys))
             by_scores = torch._softmax_backward_data(torch.bmm(g, v.mT), weight, -1, weight.dtype)
-            by_query[:, :, rows] = torch.bmm(by_scores, k).view(*query.shape[:2], -1, q.shape[-1])
-            _add(by_key, columns, torch.bmm(by_scores.mT, q))  # q is already scaled
-            _add(by_value, columns, torch.bmm(weight.mT, g))
-        return by_query.mul_(ctx.scale), by_key, by_value, None, None, None
+            of_query = torch.bmm(by_scores, k).view(*query.shape[:2], -1, q.shape[-1])
+            torch.mul(of_query, ctx.scale, out=by_query[:, :, rows])
+            _add(by_key, place.keys, torch.bmm(by_scores.mT, q))  # q is already scaled
+            _add(by_value, place.keys, torch.bmm(weight.mT, g))
+        return by_query, by_key, by_value, None, None, None, None
 
 
-def _slices(segments: Sequence[Segment]) -> Iterator[tuple[Segment, int, slice, tuple[slice, ...]]]:
-    """Every block of a row: its pair, its number within the pair, and the row's slices of its queries and keys."""
-    start = 0
+class _Place(NamedTuple):
+    """A block of a pair by its number, and the places of its queries and keys in the row."""
+
+    segment: Segment
+    number: int
+    queries: slice
+    keys: tuple[slice, ...]
+
+
+def _places(segments: Sequence[Segment], needed_only: bool) -> Iterator[_Place]:
+    """Every block of a row."""
+    queries = keys = 0
     for segment in segments:
-        for number, block in enumerate(_blocks(segment)):
-            rows, *columns = (slice(start + part.start, start + part.stop) for part in (block.queries, *block.keys))
-            yield segment, number, rows, tuple(columns)
-        start += segment.length
+        for number, block in enumerate(_blocks(segment, needed_only)):
+            rows = slice(queries, queries + block.queries.stop - block.queries.start)
+            columns = (slice(keys + part.start, keys + part.stop) for part in block.keys)
+            yield _Place(segment, number, rows, tuple(columns))
+            queries = rows.stop
+        keys += segment.length
 
 
 def _take(heads: Tensor, slices: Sequence[slice]) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -70,6 +71,14 @@ class Pack:
         lengths = [segment.length for segment in self.segments]
         each = len(lengths) // self.pairs  # segments per pair: two if each answer has its own prompt
         return [sum(lengths[start : start + each]) for start in range(0, len(lengths), each)]
+
+    @property
+    def needed(self) -> Tensor:
+        """Positions in a packed row that predict something, [M]: the last of every prompt, and the answers'."""
+        starts = list(accumulate((segment.length for segment in self.segments), initial=0))
+        each = zip(starts, starts[1:], self.segments, strict=False)
+        positions = [index for start, end, segment in each for index in range(start + segment.prompt - 1, end)]
+        return torch.tensor(positions, device=self.input_ids.device)
 
     @property
     def pairs(self) -> int:

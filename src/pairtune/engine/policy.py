@@ -15,12 +15,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from pairtune.cost import ROW_TOKENS
 from pairtune.data.table import TokenIds
 from pairtune.engine.kernels import Kernels
+from pairtune.engine.layers import replace_layers
+from pairtune.engine.linears import replace_linears
 from pairtune.engine.logps import token_logps
 from pairtune.engine.lora import LoraLinear
 from pairtune.engine.norms import replace_norms
 from pairtune.engine.packed_attention import ATTENTION
 from pairtune.engine.packing import Pack, pack_batches, pad_pairs
-from pairtune.engine.products import PLAIN, replace_linears
+from pairtune.engine.products import PLAIN
 from pairtune.engine.softcap import final_softcap, soft_cap
 from pairtune.errors import BadInput
 from pairtune.files import fingerprint
@@ -96,6 +98,7 @@ class Policy:
         """Make all layers compute their products as the model's dtype requires on this machine."""
         self.products = self.kernels.products(self.model.dtype) if self.kernels else PLAIN
         replace_linears(self.model, self.products)
+        self.needed_only = self.packed and replace_layers(self.model, self.products)
         for layer in self.adapted.values():
             layer.products = self.products
 
@@ -158,7 +161,7 @@ class Policy:
 
     def answer_logps(self, pack: Pack, *, keep_states: bool = False) -> AnswerLogps:
         """Log-probs of a row's answers under every trial's adapter."""
-        hidden = self._hidden(pack)[:, pack.predicting]
+        hidden = self._hidden(pack)
         summed = [self._sum_by_answer(pack, hidden[trial]) for trial in range(self.trials)]
         logps, logits = (torch.stack(values) for values in zip(*summed, strict=True))
         states = hidden[:, pack.spaced_indices(STATES)] if keep_states else hidden[:, :0]
@@ -166,14 +169,18 @@ class Policy:
         return AnswerLogps(logps, logits, states.reshape(shape))
 
     def _hidden(self, pack: Pack) -> Tensor:
-        """Last hidden states, [trials, tokens of the row, size]."""
+        """Last hidden states at the positions that predict the answers' tokens, [trials, N, size]."""
         ids, positions = (each.repeat(self.trials, 1) for each in (pack.input_ids, pack.positions))
         attention: dict[str, Any] = {"segments": pack.segments, "by_trial": self.products.by_trial}
+        predicting = pack.predicting
         if pack.mask is not None:
             attention = {"attention_mask": pack.mask.repeat(self.trials, 1)}
+        elif self.needed_only:
+            attention["needed"] = pack.needed
+            predicting = torch.searchsorted(attention["needed"], predicting)
         states = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False, **attention)
         hidden: Tensor = states.last_hidden_state
-        return hidden.reshape(self.trials, -1, hidden.shape[-1])
+        return hidden.reshape(self.trials, -1, hidden.shape[-1])[:, predicting]
 
     def _sum_by_answer(self, pack: Pack, hidden: Tensor) -> tuple[Tensor, Tensor]:
         logps, logits = token_logps(

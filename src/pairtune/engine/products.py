@@ -11,13 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from types import MethodType
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 from transformers.pytorch_utils import Conv1D
 
 
@@ -121,40 +118,3 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
     for name, module in model.named_modules():
         if type(module) in (nn.Linear, Conv1D) and module is not head:
             yield name, module
-
-
-def replace_linears(model: nn.Module, products: Products) -> None:
-    """Make a model's linear layers compute their products this way; plain products leave them unchanged."""
-    for _, layer in linear_layers(model):
-        layer.__dict__.pop("forward", None)
-        if not products.plain:
-            layer.forward = MethodType(partial(_forward, products), layer)  # type: ignore[method-assign]
-
-
-def _forward(products: Products, layer: nn.Linear | Conv1D, x: Tensor) -> Tensor:
-    result: Tensor = _Linear.apply(x, layer.weight, layer.bias, isinstance(layer, Conv1D), products)
-    return result
-
-
-class _Linear(Function):
-    """y = x M + b, forward and backward, where M, [in, out], is the weight or its transpose."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, as_matrix: bool, products: Products
-    ) -> Tensor:
-        ctx.products, ctx.as_matrix = products, as_matrix
-        ctx.save_for_backward(x, weight)
-        matrix = weight if as_matrix else weight.T
-        return products.matmul(x.reshape(-1, len(matrix)), matrix, bias).view(*x.shape[:-1], matrix.shape[1])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        rows, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, grads[0].shape[-1])
-        by_x = ctx.products.matmul(grad, weight.T if ctx.as_matrix else weight) if ctx.needs_input_grad[0] else None
-        by_weight = None
-        if ctx.needs_input_grad[1]:
-            by_weight = rows.T @ grad if ctx.as_matrix else grad.T @ rows
-        by_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
-        return None if by_x is None else by_x.view_as(x), by_weight, by_bias, None, None
