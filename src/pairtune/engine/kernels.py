@@ -18,14 +18,46 @@ from pairtune.environment import processor
 from pairtune.files import fingerprint, user_cache, write_json
 from pairtune.run.records import KernelChoice, dump
 
-# Row counts compared with a large one: small ones, odd ones, and both sides of typical kernel thresholds.
-_COUNTS = (1, 2, 3, 4, 5, 7, 8, 9, 11, 13, 15, 16, 17, 24, 31, 33, 63, 65, 96, 127, 129, 200, 257, 385, 513, 641, 1025)
+# Row counts compared with a large one: small ones, odd ones, both sides of typical kernel thresholds, and those that
+# smaller products may be padded to.
+_COUNTS = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    7,
+    8,
+    9,
+    11,
+    13,
+    15,
+    16,
+    17,
+    24,
+    31,
+    32,
+    33,
+    63,
+    64,
+    65,
+    96,
+    127,
+    129,
+    200,
+    257,
+    385,
+    513,
+    641,
+    1025,
+)
 _MANY = 1536
 # Number of rows whose products are hashed to tell machines apart.
 _TELLING = 200
 # The output embedding sees only answer tokens, one chunk at a time.
 _HEAD_MANY, _HEAD_WORDS = 192, 65_536
-_RANKS = (8, 16, 64)
+# Of adapters: libraries compute small products another way, so the smaller the rank, the more rows count as few.
+_RANKS = (2, 4, 8, 16, 32, 64)
 _LEAST = (16, 32, 64)
 # Tried in this order; the choice depends on bits alone, never on timings, so that two runs choose the same tile.
 _TILES = (128, 96, 256, 192, 64, 32)
