@@ -27,6 +27,7 @@ from pairtune.data.source_reader import SourceReader
 from pairtune.data.table import PairTable, TokenIds
 from pairtune.data.tokens import PairTokenizer, TokenizedPair
 from pairtune.engine import native
+from pairtune.engine.activations import silu, silu_gradient
 from pairtune.engine.kernels import Kernels
 from pairtune.engine.lora import LoraSettings, add_adapters
 from pairtune.engine.policy import Policy
@@ -162,6 +163,32 @@ def test_without_tiles_they_are_not(own_machine, dtype):
         policy = adapted(family("llama", dtype), 1, None)
         alone = torch.cat([numbers(policy, [pair], 4096) for pair in PAIRS])
         assert not torch.equal(numbers(policy, PAIRS, 4096), alone)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("size", [1536, 1000])
+@pytest.mark.parametrize("count", [1, 2, 5, 7])
+def test_an_activations_bits_are_its_own(threads, dtype, size, count):
+    """However many rows there are, and however many threads share them."""
+    threads(count)
+    generator = torch.Generator().manual_seed(1)
+    x, grad = (torch.randn(409, size, generator=generator).to(dtype) for _ in range(2))
+    together = silu(x), silu_gradient(grad.clone(), x, silu(x))
+    for rows in (slice(0, 41), slice(41, 200), slice(200, 409)):
+        some = x[rows].clone()
+        alone = silu(some), silu_gradient(grad[rows].clone(), some, silu(some))
+        assert all(torch.equal(own, among[rows]) for own, among in zip(alone, together, strict=True))
+    exact = x.double().requires_grad_()
+    (expected := torch.nn.functional.silu(exact)).backward(grad.double())
+    near = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.03, "rtol": 0.02}
+    torch.testing.assert_close(together[0].double(), expected.detach(), **near)
+    torch.testing.assert_close(together[1].double(), exact.grad, **near)
 
 
 @on(MENDED)

@@ -173,7 +173,8 @@ class Kernels:
         if self.device.type != "cpu":
             return fingerprint([torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "other"])
         results = (products.matmul(*_operands(shape, dtype, _TELLING)) for shape in self._shapes)
-        return fingerprint(result.contiguous().view(torch.uint8).numpy().tobytes() for result in results)
+        threads = str(torch.get_num_threads())  # see `engine.activations`
+        return fingerprint([threads, *(each.contiguous().view(torch.uint8).numpy().tobytes() for each in results)])
 
 
 @dataclass(frozen=True, order=True)

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.nn.functional import silu
 from transformers.pytorch_utils import Conv1D
 
+from pairtune.engine.activations import silu, silu_gradient
 from pairtune.engine.norms import inverse_rms, norm_gradients
 from pairtune.engine.products import Products, linear_layers
 
@@ -200,9 +200,8 @@ class _ProjectionOnto(Function):
         grad, by_layers = _gradients(activated * gated, layers, inners, grads, ctx.products, needed, by_x)
         if grad is None:
             return grads[0], None, None, None, None, *by_layers
-        by_gated = activated.mul_(grad)
-        by_activated = grad.mul_(gated)
-        return grads[0], torch.ops.aten.silu_backward(by_activated, x), by_gated, None, None, *by_layers
+        by_gated = activated * grad
+        return grads[0], silu_gradient(grad.mul_(gated), x, activated), by_gated, None, None, *by_layers
 
 
 def _products(x: Tensor, layers: Sequence[Linear], products: Products) -> tuple[list[Tensor], list[Tensor | None]]:
