@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import mmap
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -41,43 +45,87 @@ class PrefixCopy:
 
 
 class KVCache:
-    """Keys and values, [slots, KV heads, tokens, head size] per layer; the capacity grows on demand.
+    """Keys and values, [slots, KV heads, tokens, head size] per layer.
+
+    On a CPU every slot has room for the longest request from the start, but takes memory only for the tokens that were
+    written to it since it was last taken. Elsewhere the room of all slots grows on demand.
 
     Args:
         model: the model to cache for.
         slots: the number of concurrent requests.
+        context: the most tokens of a request.
     """
 
-    def __init__(self, model: PreTrainedModel, slots: int) -> None:
+    def __init__(self, model: PreTrainedModel, slots: int, context: int) -> None:
         config = model.config
         self._slots, self._dtype, self._device = slots, model.dtype, model.device
         self._heads = config.num_key_value_heads
         self._size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self._layers = config.num_hidden_layers
+        self._written = [0] * slots
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
+        self._memory: list[mmap.mmap] = []
         self.capacity = 0
+        if self._device.type == "cpu":
+            self.capacity = context
+            self._keys, self._values = ([self._unused() for _ in range(self._layers)] for _ in range(2))
 
     @property
     def bytes(self) -> int:
-        """Allocated memory."""
-        return sum(tensor.nbytes for tensor in [*self._keys, *self._values])
+        """Memory taken by what is written."""
+        if not self._memory:
+            return sum(tensor.nbytes for tensor in [*self._keys, *self._values])
+        each = sum(map(len, self._memory)) // (self._slots * self.capacity)
+        return each * sum(self._written)
 
-    def reserve(self, tokens: int) -> None:
-        """Ensure that every slot can hold this many tokens."""
-        if tokens <= self.capacity:
+    def reserve(self, ends: Iterable[tuple[int, int]]) -> None:
+        """Ensure that there is room for requests.
+
+        Args:
+            ends: slots, and how many tokens each of them will hold.
+        """
+        for slot, tokens in ends:
+            self._written[slot] = max(self._written[slot], tokens)
+        most = max(self._written)
+        if most <= self.capacity:
             return
-        capacity = max(tokens, 2 * self.capacity, _FIRST_CAPACITY)
+        capacity = max(most, 2 * self.capacity, _FIRST_CAPACITY)
         shape = (self._slots, self._heads, capacity, self._size)
         grown = []
         for cached in (self._keys, self._values):
             grown.append([torch.zeros(shape, dtype=self._dtype, device=self._device) for _ in range(self._layers)])
             for new, old in zip(grown[-1], cached, strict=False):  # empty at first
                 new[:, :, : self.capacity] = old
-        (self._keys, self._values), self.capacity = grown, capacity
+        (self._keys, self._values), self.capacity, self._memory = grown, capacity, []
+
+    def forget(self, slot: int, tokens: int) -> None:
+        """Give back the memory of a slot's tokens after the first `tokens`, where the system offers it."""
+        self._written[slot] = min(self._written[slot], tokens)
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        each = self.capacity * self._size * self._dtype.itemsize
+        used = tokens * self._size * self._dtype.itemsize
+        for memory in self._memory:
+            for head in range(slot * self._heads, (slot + 1) * self._heads):
+                start, end = head * each + used, (head + 1) * each
+                start, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+                if start < end:
+                    memory.madvise(mmap.MADV_DONTNEED, start, end - start)
+
+    def _unused(self) -> Tensor:
+        """Keys or values of one layer, which take no memory until they are written."""
+        shape = (self._slots, self._heads, self.capacity, self._size)
+        private = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+        memory = mmap.mmap(-1, math.prod(shape) * self._dtype.itemsize, **private)
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+            memory.madvise(mmap.MADV_NOHUGEPAGE)  # of 2 MB, of which a short request would use little
+        self._memory.append(memory)
+        return torch.frombuffer(memory, dtype=self._dtype).view(shape)
 
     def copy(self, copy: PrefixCopy, layer: int | None = None) -> None:
         """Copy a prefix between slots, in one layer or in all."""
+        self._written[copy.target] = max(self._written[copy.target], copy.tokens)
         for cached in (self._keys, self._values):
             for tensor in cached if layer is None else cached[layer : layer + 1]:
                 tensor[copy.target, :, : copy.tokens] = tensor[copy.source, :, : copy.tokens]

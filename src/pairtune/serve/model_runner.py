@@ -58,12 +58,13 @@ class ModelRunner:
     Args:
         model: a transformers model, base or fully tuned; it is modified in place.
         slots: the number of concurrent requests.
+        context: the most tokens of a request.
 
     Raises:
         NotBatchable: the attention of the model's family cannot be batched here.
     """
 
-    def __init__(self, model: PreTrainedModel, slots: int) -> None:
+    def __init__(self, model: PreTrainedModel, slots: int, context: int) -> None:
         family = model.config.model_type
         if family not in PACKED_FAMILIES:
             raise NotBatchable(
@@ -73,7 +74,7 @@ class ModelRunner:
         replace_norms(model)
         model.set_attn_implementation(ATTENTION)
         self.adapters = AdapterStack(model)
-        self.cache = KVCache(model, slots)
+        self.cache = KVCache(model, slots, context)
 
     def forward(
         self, decoding: Sequence[DecodeToken], prompts: Sequence[PromptChunk], copies: Sequence[PrefixCopy] = ()
@@ -99,7 +100,8 @@ class ModelRunner:
             adapters += [prompt.adapter] * prompt.chunk.length
             if prompt.last:
                 last.append(len(ids) - 1)
-        self.cache.reserve(max(positions) + 1)
+        chunks = [(prompt.chunk.slot, prompt.chunk.end) for prompt in prompts]
+        self.cache.reserve([*((each.slot, each.position + 1) for each in decoding), *chunks])
         self.adapters.assign(adapters, device)
         slots, decoded = [each.slot for each in decoding], positions[: len(decoding)]
         batch = ForwardBatch(

@@ -84,8 +84,8 @@ class BatchScheduler:
     """
 
     def __init__(self, model: PreTrainedModel, limits: Limits) -> None:
-        self.runner = ModelRunner(model, limits.concurrency)
         context = min(limits.context, getattr(model.config, "max_position_embeddings", limits.context))
+        self.runner = ModelRunner(model, limits.concurrency, context)
         self.limits = Limits(limits.concurrency, limits.waiting, context)
         self._adapters = AdapterCache(self.runner.adapters, model.dtype, model.device)
         self._slots = CacheSlots(limits.concurrency)
@@ -205,6 +205,7 @@ class BatchScheduler:
         adapter = request.adapter.fingerprint if request.adapter else None
         in_use = {each.slot: each.prefix for each in self._running}
         assigned = self._slots.take(adapter, request.ids, in_use)
+        self.runner.cache.forget(assigned.slot, assigned.tokens if assigned.source == assigned.slot else 0)
         if assigned.source != assigned.slot and assigned.tokens:
             self.runner.cache.copy(PrefixCopy(assigned.source, assigned.slot, assigned.tokens))
         ids = list(request.ids)

@@ -157,7 +157,7 @@ def without_flags(text: str) -> str:
     return re.sub(r"--([a-z][\w-]*)", lambda flag: flag[1].replace("-", " "), said)
 
 
-@lru_cache(maxsize=2048)  # comparing takes milliseconds, and a page has dozens of texts
+@lru_cache(maxsize=256)  # comparing takes milliseconds, and a page has dozens of texts
 def marked_differences(before: str, after: str) -> tuple[SafeString, SafeString]:
     """Both texts: words only in `before` in `<del>`, words only in `after` in `<ins>`.
 
