@@ -126,8 +126,9 @@ def lockstep_memory(
         width: number of trials.
         checkpointing: whether layers keep only their inputs.
     """
-    # A layer keeps its input, q, k, v, the attention output and both norms (about 8 times the hidden size) and the
-    # MLP's three products and their input (4 times the larger size); the backward pass needs half as much again.
+    # A layer of transformers keeps its input, q, k, v, the attention output and both norms (about 8 times the hidden
+    # size) and the MLP's three products and their input (4 times the larger size); the backward pass needs half as much
+    # again. The engine's own layers keep less (`engine.layers`), and attention's weights are not counted.
     kept = shape.hidden if checkpointing else 12 * shape.hidden + 6 * shape.widest
     tokens = width * max(longest, min(ROW_TOKENS, trial.batch_size * longest))
     return {

@@ -1,8 +1,8 @@
 """Linear layers with their adapters, and what stands before and after them, as single steps of autograd.
 
-Every second operation of a decoder layer only passes over its activations: a norm, an activation function, a residual
-sum. Here they are parts of the linear layers that they surround, whose backward passes are written by hand: they make
-fewer passes, and keep less for the backward pass, since a norm or an activation is cheaper to repeat than to keep.
+Many operations of a decoder layer only pass over its activations: norms, activation functions, residual sums. Here
+they are parts of the linear layers next to them, with backward passes written by hand. These make fewer passes, and
+keep less for the backward pass, since a norm or an activation function costs little to repeat.
 """
 
 from __future__ import annotations
