@@ -209,14 +209,22 @@ def _products(x: Tensor, layers: Sequence[Linear], products: Products) -> tuple[
     outputs: list[Tensor] = []
     inners: list[Tensor | None] = []
     for (matrix, bias, a, b, mask), scale in ((each.weights, each.scale) for each in layers):
-        output = products.matmul(x.reshape(-1, len(matrix)), matrix, bias).view(*x.shape[:-1], -1)
-        inner = None
+        output, inner = products.matmul(x.reshape(-1, len(matrix)), matrix, bias), None
         if a is not None and b is not None:
-            inner = products.batched(x if mask is None else x * mask, a.mT)
-            output = products.add_batched(output, inner, b.mT, scale)
-        outputs.append(output)
+            inner = products.batched(_dropped(_by_trial(x, a), mask), a.mT)
+            output = products.add_batched(_by_trial(output, a), inner, b.mT, scale)
+        outputs.append(output.view(*x.shape[:-1], -1))
         inners.append(inner)
     return outputs, inners
+
+
+def _by_trial(x: Tensor, a: Tensor) -> Tensor:
+    """[..., size] to [K, tokens, size]; with one adapter the first dimension may have had any size."""
+    return x.reshape(len(a), -1, x.shape[-1])
+
+
+def _dropped(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask
 
 
 def _gradients(
@@ -255,21 +263,23 @@ def _gradients(
         of_bias = rows.sum(0) if by_bias else None
         of_a = of_b = None
         if a is not None and b is not None and inner is not None:
-            grad_inner = products.bmm(grad, b, len(a)).mul_(layer.scale)
-            of_a = products.bmm(grad_inner.mT, x if mask is None else x * mask, len(a)).float()
+            grads_of_trials = _by_trial(rows, a)
+            grad_inner = products.bmm(grads_of_trials, b, len(a)).mul_(layer.scale)
+            of_a = products.bmm(grad_inner.mT, _dropped(_by_trial(x, a), mask), len(a)).float()
             # Twice as fast in this order as the other way round.
-            of_b = products.bmm(inner.mT, grad, len(a)).float().mul_(layer.scale).mT
+            of_b = products.bmm(inner.mT, grads_of_trials, len(a)).float().mul_(layer.scale).mT
             if total is not None:
-                total = _with_adapters(total, grad_inner, a, mask, products)
+                _add_of_adapters(_by_trial(total, a), grad_inner, a, mask, products)
         found += [of_matrix, of_bias, of_a, of_b, None]
     return total, found
 
 
-def _with_adapters(total: Tensor, grad: Tensor, a: Tensor, mask: Tensor | None, products: Products) -> Tensor:
-    """Add the gradient of an input that came through adapters, in place."""
+def _add_of_adapters(total: Tensor, grad: Tensor, a: Tensor, mask: Tensor | None, products: Products) -> None:
+    """Add the gradient of an input that came through adapters to a total, [K, tokens, in]."""
     if mask is None:
-        return products.add_batched(total, grad, a, 1.0)
-    return total.add_(products.batched(grad, a) * mask)
+        products.add_batched(total, grad, a, 1.0)
+    else:
+        total.add_(products.batched(grad, a) * mask)
 
 
 def _weight_gradient(x: Tensor, grad: Tensor, matrix: Tensor) -> Tensor:
