@@ -27,7 +27,7 @@ from pairtune.files import fingerprint, saved_fingerprint, user_cache, write_ato
 from pairtune.models.load import LoadedBase, load_model
 
 # Version of the engine's arithmetic: bumped whenever a change alters the last bits of log-probs.
-_ARITHMETIC = "3"
+_ARITHMETIC = "4"
 _TABLE_ROWS = 256
 # The first pairs, up to this many tokens, get a row of their own, which can be recomputed to the same bits.
 _WITNESS_TOKENS = 512
