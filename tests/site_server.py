@@ -89,8 +89,14 @@ def runs(tiny_model, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def site(runs, tmp_path_factory) -> Iterator[Site]:
-    with serving(runs, tmp_path_factory.mktemp("kept") / "data", "--context", "480") as site:
+def kept(tmp_path_factory) -> Path:
+    """Where the site keeps what is its own."""
+    return tmp_path_factory.mktemp("kept") / "data"
+
+
+@pytest.fixture(scope="module")
+def site(runs, kept) -> Iterator[Site]:
+    with serving(runs, kept, "--context", "480") as site:
         yield site
 
 

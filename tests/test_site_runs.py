@@ -171,7 +171,7 @@ def test_a_run_is_stopped_resumed_and_cloned(page, site, runs, tiny_model):
     assert "many.jsonl" in page.locator("h1").inner_text()
 
 
-def test_a_clone_keeps_weights_and_columns_of_single_sources(page, site, runs, tiny_model):
+def test_a_clone_keeps_weights_and_columns_of_single_sources(page, site, runs, kept, tiny_model):
     folder = runs.parent
     renamed = [line.replace('"prompt"', '"question"') for line in write_pairs(folder / "a.jsonl", range(8)).open()]
     (folder / "renamed.jsonl").write_text("".join(renamed))
@@ -187,8 +187,7 @@ def test_a_clone_keeps_weights_and_columns_of_single_sources(page, site, runs, t
     page.wait_for_url("**/runs/new/*/")
     expect(page.locator("#check .state").first).to_be_visible(timeout=PATIENCE)
     number = page.url.rstrip("/").rpartition("/")[2]
-    (file,) = folder.parent.rglob(f"drafts/{number}.yaml")
-    assert yaml.safe_load(file.read_text())["data"] == sources
+    assert yaml.safe_load((kept / "drafts" / f"{number}.yaml").read_text())["data"] == sources
 
 
 def test_a_job_that_fails_after_its_start_says_why(page, site, runs, tiny_model):
@@ -292,7 +291,7 @@ def test_runs_are_compared_sorted_filtered_and_annotated(page, site, runs):
         shutil.rmtree(twin)
 
 
-def test_pairs_are_sorted_marked_as_wrong_and_their_edits_applied(page, site, runs):
+def test_pairs_are_sorted_marked_as_wrong_and_their_edits_applied(page, site, kept):
     page.goto(f"{site.url}/runs/small/pairs?split=validation&order=margin")
     margins = [float(re.search(r"margin (-?[\d.]+)", text)[1]) for text in page.locator(".pair").all_inner_texts()]
     assert margins == sorted(margins)
@@ -312,7 +311,7 @@ def test_pairs_are_sorted_marked_as_wrong_and_their_edits_applied(page, site, ru
     page.wait_for_url("**/runs/new/*/")
     assert page.input_value("[name=epochs]") == "2"
     assert "held-" in page.locator("h1").inner_text() or "train.jsonl" in page.locator("h1").inner_text()
-    (source,) = map(str, (runs.parent.parent).rglob("held*.edits.json"))
+    (source,) = map(str, kept.rglob("held*.edits.json"))
     edits = json.loads(Path(source).read_text())
     assert {edit["action"] for edit in edits["edits"]} == {"drop", "swap"}
     assert all(edit["marked"] for edit in edits["edits"])
