@@ -93,3 +93,28 @@ def test_an_earlier_database_keeps_what_is_in_it(tmp_path, migration):
     assert pages == "[200, 200, 200, 200, 200]"
     assert texts == "True True"
     assert votes == ("['up']" if "'vote'" in made else "[]")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc gives every thread a heap of its own")
+@pytest.mark.parametrize("shared", [True, False])
+def test_threads_share_one_heap(shared):
+    code = f"""
+import ctypes, threading
+from pairtune.web.server import share_one_heap
+if {shared}:
+    share_one_heap()
+library = ctypes.CDLL(None)
+library.malloc.restype = ctypes.c_void_p
+together = threading.Barrier(6)
+def take():
+    for _ in range(1000):
+        library.malloc(5000)  # ctypes lets go of Python's lock meanwhile
+    together.wait()
+threads = [threading.Thread(target=take) for _ in range(6)]
+[each.start() for each in threads], [each.join() for each in threads]
+library.malloc_info(0, ctypes.c_void_p.in_dll(library, "stdout"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if "malloc_info" in done.stderr:
+        pytest.skip("this C library is not glibc")
+    assert (done.stdout.count("<heap nr=") == 1) is shared

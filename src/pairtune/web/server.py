@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import ssl
@@ -48,6 +49,7 @@ def serve(
         raise BadInput(f"--backend {backend}: is not the URL of a server, such as http://127.0.0.1:11434/v1")
     if tls:
         _check_certificate(*tls)
+    share_one_heap()
     with listening(host, port) as bound:
         arguments = [*targets, *([] if targets else ["--runs", str(runs)]), *worker_options]
         worker = None if backend else WorkerProcess(arguments, meanwhile=prepare, moved=_use)
@@ -109,6 +111,19 @@ def _show_keys(*, new: bool) -> None:
     print("keys for this site, shown once:", file=sys.stderr)
     for role, key in make_keys().items():
         print(f"  {role.name.lower():6} {key}  ({may[role]})", file=sys.stderr)
+
+
+def share_one_heap() -> None:
+    """Let all threads take memory from one heap, where the C library can.
+
+    glibc gives each thread its own, so that what one has freed is of no use to the others: a site of a dozen threads
+    grew twice as fast. Under Python's lock they hardly ever allocate at the same time.
+    """
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+        library.mallopt(_M_ARENA_MAX, 1)
+
+
+_M_ARENA_MAX = -8  # malloc.h of glibc
 
 
 def _use(url: str) -> None:
