@@ -116,8 +116,8 @@ def _show_keys(*, new: bool) -> None:
 def share_one_heap() -> None:
     """Let all threads take memory from one heap, where the C library can.
 
-    glibc gives each thread its own, so that what one has freed is of no use to the others: a site of a dozen threads
-    grew twice as fast. Under Python's lock they hardly ever allocate at the same time.
+    glibc gives each thread its own, so that what one has freed is of no use to the others: the site grew twice
+    as fast (LOG.md). Under Python's lock they hardly ever allocate at the same time.
     """
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         library.mallopt(_M_ARENA_MAX, 1)
