@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from datetime import datetime, timedelta
 from html.parser import HTMLParser
 
 import pytest
@@ -117,6 +118,20 @@ def test_what_people_wrote_is_text_and_no_folder_of_theirs_is_named(run):
     assert "my&lt;run&gt;" in html
     for shown in (html, text, run.paths.card.read_text()):
         assert str(run.root.parent) not in shown
+
+
+def test_a_report_written_again_says_the_same(run, tmp_path):
+    shutil.copytree(run.root, tmp_path / "run")
+    again = Run(tmp_path / "run")
+    again.paths.complete.unlink()
+    longer = timedelta(minutes=5, seconds=1.6)  # rounded up, never cut off
+    ended = datetime.fromisoformat(again.environment.started) + longer
+    write_report(again, ended)
+    first = again.paths.report.read_bytes()
+    again.mark_complete(ended)
+    write_report(again)
+    assert b"5 min 02 s in total" in first
+    assert again.paths.report.read_bytes() == first
 
 
 def test_an_answer_with_markup_stays_text(run, tmp_path):

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -356,13 +357,14 @@ def _conclude(data: PreparedData, run: Run, selection: Selection, trackers: Sequ
     """Audit the run, report it, and mark it as complete."""
     _write_regressions(data, run, selection)
     run.write(audit(evidence_of_run(run.root)))
-    write_report(run)
+    ended = datetime.now(UTC)
+    write_report(run, ended)
     if trackers:
-        shared = shared_report(run, prompts=run.settings.share_prompts).html
+        shared = shared_report(run, prompts=run.settings.share_prompts, ended=ended).html
         for tracker in trackers:
             tracker.conclude(run, selection, shared)
     run.paths.progress.unlink(missing_ok=True)
-    run.mark_complete()
+    run.mark_complete(ended)
 
 
 def _choose_kernels(config: RunConfig, base: LoadedBase, run: Run, processes: Processes, console: Console) -> Kernels:

@@ -78,9 +78,14 @@ class ReportData:
     """A finished run, or one whose report is being written.
 
     Attributes raise BadInput where a file that a report needs is missing or damaged.
+
+    Args:
+        run: the run.
+        ended: when the run ended, if that is not recorded yet.
     """
 
     run: Run
+    ended: datetime | None = None
 
     @cached_property
     def config(self) -> RunConfig:
@@ -186,7 +191,8 @@ class ReportData:
         records = self.records.values()
         training = sum(record.own_seconds for record in records)
         started = datetime.fromisoformat(self.environment.started)
-        seconds = ((self.run.ended_at or datetime.now(started.tzinfo)) - started).total_seconds()
+        ended = self.ended or self.run.ended_at or datetime.now(started.tzinfo)
+        seconds = (ended - started).total_seconds()
         return Cost(
             seconds=max(seconds, training),
             training_seconds=training,

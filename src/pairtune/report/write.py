@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
@@ -34,13 +35,17 @@ class Report:
     text: str
 
 
-def write_report(run: Run) -> None:
+def write_report(run: Run, ended: datetime | None = None) -> None:
     """Write a run's reports, figures and model card, replacing earlier ones.
+
+    Args:
+        run: the run.
+        ended: when the run ended, if that is not recorded yet; the report written later says the same.
 
     Raises:
         BadInput: a file of the run is damaged.
     """
-    gathered = ReportData(run)
+    gathered = ReportData(run, ended)
     curves = draw_curves(gathered)
     for name, svg in curves.items():
         write_atomic(run.paths.figures / f"{name}.svg", standalone(svg))
@@ -51,13 +56,13 @@ def write_report(run: Run) -> None:
     write_atomic(run.paths.card, model_card(gathered, shared.text))
 
 
-def shared_report(run: Run, *, prompts: bool) -> Report:
+def shared_report(run: Run, *, prompts: bool, ended: datetime | None = None) -> Report:
     """The report that leaves this machine: without the texts of prompts, answers and pairs, unless `prompts` is set.
 
     Raises:
         BadInput: a file of the run is damaged.
     """
-    gathered = ReportData(run)
+    gathered = ReportData(run, ended)
     return _rendered(gathered, draw_curves(gathered), texts=prompts)
 
 

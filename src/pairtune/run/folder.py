@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from enum import Enum
 from functools import cached_property, partial
 from pathlib import Path
@@ -375,9 +375,9 @@ class Run:
             return
         self.write(environment.model_copy(update={"choices": environment.choices.model_copy(update=choices)}))
 
-    def mark_complete(self) -> None:
-        """Write `COMPLETE`, the last file that a run writes."""
-        write_atomic(self.paths.complete, datetime.now(UTC).isoformat(timespec="seconds") + "\n")
+    def mark_complete(self, ended: datetime) -> None:
+        """Write `COMPLETE`, the last file that a run writes, with the moment that the run's report calls its end."""
+        write_atomic(self.paths.complete, ended.isoformat() + "\n")
 
     def forget_half_written(self) -> None:
         """Remove the temporary files of interrupted writes, and undo those that were half done.
