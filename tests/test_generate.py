@@ -9,9 +9,9 @@ import torch
 from conftest import make_pair
 
 from pairtune.engine.lora import LoraSettings, add_adapters, peft_config, peft_tensors
+from pairtune.errors import RunFailed
 from pairtune.evaluate import generations
 from pairtune.evaluate.generations import (
-    CHECK_SAMPLING,
     AnsweringModels,
     affordable,
     compare_answers,
@@ -22,6 +22,11 @@ from pairtune.models.load import load_model, load_tuned
 from pairtune.models.sampling import SamplingParams
 from pairtune.models.save import save_adapter
 from pairtune.run.records import Generations
+from pairtune.serve import model_runner, offline
+from pairtune.serve.kv_cache import bytes_per_token
+from pairtune.serve.model_runner import ModelRunner
+from pairtune.serve.offline import Question
+from pairtune.serve.request import AdapterRef
 
 
 def asked(*texts):
@@ -111,26 +116,78 @@ def tuned_adapter(base, folder, seed):
 def test_one_base_answers_with_every_adapter_as_each_would_alone(tiny_base, tmp_path):
     tuned = {name: tuned_adapter(tiny_base, tmp_path / name, seed) for seed, name in enumerate(("a.1", "b.2"), 1)}
     prompts = [make_pair(1).prompt, make_pair(2).prompt]
-    result = compare_answers(Generations, AnsweringModels(tiny_base, tuned), prompts, seed=3)
-    assert list(result.models) == ["base", "a.1", "b.2"]
+    models = AnsweringModels(tiny_base, tuned)
+    done = []
+    answers = models.answer(prompts, 3, done.append, SamplingParams(max_tokens=20))
+    assert list(answers) == ["base", "a.1", "b.2"]
     alone = {"base": load_model(tiny_base.source, tiny_base.dtype)}
     alone |= {name: load_tuned(folder, tiny_base) for name, folder in tuned.items()}
     for name, model in alone.items():
-        expected = generate_answers(model, tiny_base.tokenizer, prompts, CHECK_SAMPLING, seed=3)
-        assert result.models[name].answers == expected, name
-    assert len({str(model.answers) for model in result.models.values()}) == 3
+        assert answers[name] == generate_answers(model, tiny_base.tokenizer, prompts, SamplingParams(max_tokens=20))
+    assert len({str(each) for each in answers.values()}) == 3
+    assert done == sorted(done)
+    assert done[-1] == 6
+    result = compare_answers(Generations, models, prompts, seed=3)
     assert result.prompts == [list(prompt) for prompt in prompts]
     assert result.sampling.seed == 3
 
 
-def test_the_base_still_answers_as_the_base_after_an_adapter(tiny_base, tmp_path):
-    models = AnsweringModels(tiny_base, {"a": tuned_adapter(tiny_base, tmp_path / "a", 1)})
-    prompts = [make_pair(1).prompt]
-    before, tuned, after = (models.answer(name, prompts, 0) for name in ("base", "a", "base"))
-    assert before == after != tuned
+@pytest.mark.parametrize("slots", [1, 3, 64])
+def test_sampled_answers_are_the_same_each_time_whatever_stands_beside_them(tiny_base, tmp_path, monkeypatch, slots):
+    monkeypatch.setattr(offline, "_MOST", slots)
+    tuned = {"a": tuned_adapter(tiny_base, tmp_path / "a", 1)}
+    prompts = [make_pair(number).prompt for number in range(5)]
+    whole = AnsweringModels(tiny_base, tuned).answer(prompts, 7)
+    assert AnsweringModels(tiny_base, tuned).answer(prompts, 7) == whole
+    models = AnsweringModels(tiny_base, tuned)
+    for number, prompt in enumerate(prompts):  # one after the other, with the same model in memory
+        alone = models.answer([prompt], 7 + number)
+        assert {name: answers[number] for name, answers in whole.items()} == {
+            name: only for name, (only,) in alone.items()
+        }
+    assert models.answer(prompts, 8) != whole
 
 
-def test_a_whole_model_speaks_for_itself(tiny_base):
+def test_little_memory_means_fewer_answers_at_once(tiny_base, monkeypatch):
+    runner = ModelRunner(load_model(tiny_base.source, torch.float32), 1, 1)
+    each = bytes_per_token(runner.model) * 100
+    for room, slots in ((0, 1), (4 * 7.5 * each, 7), (1e12, 20)):
+        monkeypatch.setattr(offline, "free_bytes", lambda _, room=room: room)
+        answers = offline.answer_all(
+            runner, tiny_base.tokenizer, [Question([5] * 90, SamplingParams(max_tokens=10))] * 20
+        )
+        assert len(answers) == 20
+        assert runner.cache.slots == slots
+
+
+def test_an_adapter_that_cannot_be_read_fails_the_answers(tiny_base, tmp_path):
+    runner = ModelRunner(load_model(tiny_base.source, torch.float32), 1, 1)
+    gone = Question([5], SamplingParams(max_tokens=2), AdapterRef("gone", tmp_path / "gone"))
+    with pytest.raises(RunFailed, match=r"an answer failed .*gone: the adapter cannot be loaded"):
+        offline.answer_all(runner, tiny_base.tokenizer, [Question([5], SamplingParams(max_tokens=2)), gone])
+
+
+def test_what_cannot_be_batched_answers_through_transformers(tiny_base, tmp_path, monkeypatch):
+    tuned = {"a": tuned_adapter(tiny_base, tmp_path / "a", 1), "whole": whole_model(tiny_base, tmp_path / "whole")}
+    prompts, params = [make_pair(1).prompt, make_pair(2).prompt], SamplingParams(max_tokens=20)
+    batched = AnsweringModels(tiny_base, tuned).answer(prompts, 3, params=params)
+    monkeypatch.setattr(model_runner, "PACKED_FAMILIES", frozenset())
+    done = []
+    assert AnsweringModels(tiny_base, tuned).answer(prompts, 3, done.append, params) == batched
+    assert done == [2, 4, 6]
+    assert len({str(each) for each in batched.values()}) == 3
+
+
+def whole_model(base, folder):
+    """A model whose own weights differ from the base's."""
+    model = load_model(base.source, torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight.flip(0))
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_that_is_its_base_ties_with_it(tiny_base):
     models = AnsweringModels(tiny_base, {"same": tiny_base.source.folder})
     result = compare_answers(Generations, models, [make_pair(1).prompt], seed=3)
     assert result.models["base"].answers == result.models["same"].answers
@@ -139,7 +196,7 @@ def test_a_whole_model_speaks_for_itself(tiny_base):
 
 def test_prompts_are_as_many_as_a_tenth_of_the_time_allows(tiny_base, monkeypatch):
     models = AnsweringModels(tiny_base, {"a": tiny_base.source.folder})
-    clock = iter(range(0, 1000, 4))  # four seconds for four prompts, for each of two models: two seconds a prompt
+    clock = iter(range(0, 1000, 8))  # eight seconds for four prompts, of two models together: two seconds a prompt
     monkeypatch.setattr(generations.time, "monotonic", lambda: next(clock))
     prompts = [make_pair(number).prompt for number in range(40)]
     assert [affordable(models, prompts, seconds, 0) for seconds in (1, 240, 10_000)] == [4, 12, 32]

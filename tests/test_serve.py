@@ -30,8 +30,9 @@ from pairtune.files import saved_fingerprint
 from pairtune.models.generate import end_tokens, generate_answers
 from pairtune.models.load import load_model, load_tuned, open_base
 from pairtune.models.sampling import SamplingParams
-from pairtune.serve import api
+from pairtune.serve import api, batch
 from pairtune.serve.adapters import read_adapter
+from pairtune.serve.batch import ContinuousBatch
 from pairtune.serve.catalogue import Catalogue
 from pairtune.serve.detokenizer import IncrementalDetokenizer
 from pairtune.serve.model_runner import ModelRunner
@@ -176,9 +177,7 @@ def test_what_begins_alike_is_read_once_in_a_pass(run, tiny_model, scheduler, pa
 
 
 def test_a_long_prompt_is_prefilled_in_chunks_while_others_are_answered(scheduler, passes, monkeypatch):
-    from pairtune.serve import scheduler as module
-
-    monkeypatch.setattr(module, "PREFILL_TOKENS", 32)
+    monkeypatch.setattr(batch, "PREFILL_TOKENS", 32)
     asker = scheduler()
     asker.stop_token_ids = frozenset()
     short = asker.ask("Hi", max_tokens=40)
@@ -485,7 +484,7 @@ def test_a_dead_engine_is_not_healthy_and_the_next_request_starts_another(monkey
         assert client.post("/v1/chat/completions", json=ask()).status_code == 200
         assert client.get("/health").json()["status"] == "ok"
         with monkeypatch.context() as patch:
-            patch.setattr(BatchScheduler, "_step", lambda self: sys.exit(1))  # which is not caught as an Exception
+            patch.setattr(ContinuousBatch, "step", lambda self: sys.exit(1))  # which is not caught as an Exception
             failed = client.post("/v1/chat/completions", json=ask())
         assert (failed.status_code, failed.json()["error"]["message"]) == (500, "the server is closing")
         assert client.get("/health").status_code == 503

@@ -39,7 +39,7 @@ from pairtune.track.live_view import QUIET_SECONDS
 Prompt = tuple[Message, ...]
 Tell = Callable[[str], None]
 
-_RUNNING = 16  # answers at once
+_RUNNING = 32  # answers at once
 _CONTEXT = 4096
 # What the rounds train with, unless a settings file says otherwise: one trial, lightly, since the next round follows.
 _TRAINING: dict[str, Any] = {"learning_rate": [1e-4], "beta": [0.1], "epochs": 1, "samples": 0}

@@ -514,11 +514,8 @@ def _answering_models(base: LoadedBase, run: Run) -> AnsweringModels:
 
 def _answer(kind: type[R], models: AnsweringModels, prompts: Sequence[Prompt], seed: int, console: Console) -> R:
     """Let every model answer the prompts."""
+    total = len(prompts) * len(models.names)
     with console.status("answering held-out prompts") as status:
         return compare_answers(
-            kind,
-            models,
-            prompts,
-            seed,
-            lambda name, done: status.update(f"answering held-out prompts: {name} {done}/{len(prompts)}"),
+            kind, models, prompts, seed, lambda done: status.update(f"answering held-out prompts: {done}/{total}")
         )

@@ -336,7 +336,7 @@ def evaluate(
             found = evaluate_pairs(candidate, read, rows, lambda done: status.update(f"evaluating: {done:,}/{total:,}"))
             if samples:
                 answered = answer_prompts(
-                    candidate, read, samples, seed, lambda name, done: status.update(f"answering: {name} {done}")
+                    candidate, read, samples, seed, lambda done: status.update(f"answering: {done}/{2 * samples}")
                 )
         if samples:
             if (cost := answered.cost(judging)) and not yes:

@@ -184,13 +184,9 @@ class Answered:
 
 
 def answer_prompts(
-    candidate: Candidate, pairs: PairTable, count: int, seed: int, on_progress: Callable[[str, int], None]
+    candidate: Candidate, pairs: PairTable, count: int, seed: int, on_progress: Callable[[int], None]
 ) -> Answered:
     """Let candidate and base answer the first `count` distinct prompts of the pairs."""
     prompts = held_out_prompts(pairs, count)
-    models = AnsweringModels(candidate.base, {TUNED: candidate.saved.folder})
-    base, ours = (
-        models.answer(name, prompts, seed, lambda done, name=name: on_progress(name, done))  # type: ignore[misc]
-        for name in ("base", TUNED)
-    )
-    return Answered(prompts, ours, base)
+    answers = AnsweringModels(candidate.base, {TUNED: candidate.saved.folder}).answer(prompts, seed, on_progress)
+    return Answered(prompts, answers[TUNED], answers["base"])

@@ -44,6 +44,19 @@ class PrefixCopy:
     tokens: int
 
 
+def bytes_per_token(model: PreTrainedModel) -> int:
+    """The memory that a token's keys and values take in all layers."""
+    layers, heads, size = _sizes(model)
+    return 2 * layers * heads * size * int(model.dtype.itemsize)
+
+
+def _sizes(model: PreTrainedModel) -> tuple[int, int, int]:
+    """Layers, KV heads and head size."""
+    config = model.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(config.num_hidden_layers), int(config.num_key_value_heads), int(size)
+
+
 class KVCache:
     """Keys and values, [slots, KV heads, tokens, head size] per layer.
 
@@ -54,14 +67,15 @@ class KVCache:
         model: the model to cache for.
         slots: the number of concurrent requests.
         context: the most tokens of a request.
+
+    Attributes:
+        slots: the number of concurrent requests.
+        capacity: how many tokens of a request there is room for.
     """
 
     def __init__(self, model: PreTrainedModel, slots: int, context: int) -> None:
-        config = model.config
-        self._slots, self._dtype, self._device = slots, model.dtype, model.device
-        self._heads = config.num_key_value_heads
-        self._size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self._layers = config.num_hidden_layers
+        self.slots, self._dtype, self._device = slots, model.dtype, model.device
+        self._layers, self._heads, self._size = _sizes(model)
         self._written = [0] * slots
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
@@ -76,7 +90,7 @@ class KVCache:
         """Memory taken by what is written."""
         if not self._memory:
             return sum(tensor.nbytes for tensor in [*self._keys, *self._values])
-        each = sum(map(len, self._memory)) // (self._slots * self.capacity)
+        each = sum(map(len, self._memory)) // (self.slots * self.capacity)
         return each * sum(self._written)
 
     def reserve(self, ends: Iterable[tuple[int, int]]) -> None:
@@ -91,7 +105,7 @@ class KVCache:
         if most <= self.capacity:
             return
         capacity = max(most, 2 * self.capacity, _FIRST_CAPACITY)
-        shape = (self._slots, self._heads, capacity, self._size)
+        shape = (self.slots, self._heads, capacity, self._size)
         grown = []
         for cached in (self._keys, self._values):
             grown.append([torch.zeros(shape, dtype=self._dtype, device=self._device) for _ in range(self._layers)])
@@ -115,7 +129,7 @@ class KVCache:
 
     def _unused(self) -> Tensor:
         """Keys or values of one layer, which take no memory until they are written."""
-        shape = (self._slots, self._heads, self.capacity, self._size)
+        shape = (self.slots, self._heads, self.capacity, self._size)
         private = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
         memory = mmap.mmap(-1, math.prod(shape) * self._dtype.itemsize, **private)
         if hasattr(mmap, "MADV_NOHUGEPAGE"):

@@ -74,7 +74,11 @@ class ModelRunner:
         replace_norms(model)
         model.set_attn_implementation(ATTENTION)
         self.adapters = AdapterStack(model)
-        self.cache = KVCache(model, slots, context)
+        self.resize(slots, context)
+
+    def resize(self, slots: int, context: int) -> None:
+        """Replace the KV cache by an empty one."""
+        self.cache = KVCache(self.model, slots, context)
 
     def forward(
         self, decoding: Sequence[DecodeToken], prompts: Sequence[PromptChunk], copies: Sequence[PrefixCopy] = ()
