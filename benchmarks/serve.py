@@ -2,7 +2,8 @@
 
 Both answer the same prompts with the same number of tokens, greedily and without an end token, on the same weights
 (adapter and base in turn), in several rounds. Also compares the time to the first token of eight concurrent chats with
-that of a single chat. `--run` is a finished run; by default `runs/demo`.
+that of a single chat. Then the answers of a run's report: base and adapters, 26 sampled answers each, in one continuous
+batch and in one batch a model through `generate`. `--run` is a finished run; by default `runs/demo`.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ import argparse
 import queue
 import statistics
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
+from pairtune.evaluate.generations import CHECK_SAMPLING, AnsweringModels
 from pairtune.files import saved_fingerprint
-from pairtune.models.load import load_model, load_tuned, open_base
+from pairtune.models.generate import generate_answers
+from pairtune.models.load import LoadedBase, load_model, load_tuned, open_base
 from pairtune.models.sampling import SamplingParams
 from pairtune.run.folder import Run
 from pairtune.serve.request import AdapterRef, Finished, GenerationRequest, Limits, TextDelta
@@ -29,6 +33,11 @@ PROMPTS = [
         *("an old map", "a storm in May", "the harbour cat", "a letter in a bottle"),
     )
 ]
+
+LIKED = (
+    *("tea", "coffee", "bread", "cats", "dogs", "rain", "snow", "lakes", "hills", "trains", "bikes", "ships", "stars"),
+    *("maps", "books", "songs", "films", "games", "chess", "salt", "sugar", "milk", "eggs", "rice", "soup", "cake"),
+)
 
 
 def main() -> None:
@@ -69,6 +78,43 @@ def main() -> None:
         )
     print(f"median: {statistics.median(ratios):.2f} times the tokens/s, {statistics.median(waits):.2f} times the wait")
     scheduler.close()
+    del tuned, scheduler
+    report_answers(run, base, asked.rounds)
+
+
+def report_answers(run: Run, base: LoadedBase, rounds: int) -> None:
+    """Compare the ways to answer for a report; tokens differ, since each way draws its own."""
+    tuned = {trial.name: trial.paths.best for trial in run.trials if trial.paths.best.is_dir()}
+    prompts = [({"role": "user", "content": f"Explain in a few words why people like {what}."},) for what in LIKED]
+    together, model = AnsweringModels(base, tuned), load_model(base.source, base.dtype, base.device)
+    for folder in tuned.values():
+        model = load_tuned(folder, base, model, str(len(getattr(model, "peft_config", ()))))
+
+    def in_turn() -> int:
+        total = 0
+        for number in range(-1, len(tuned)):
+            if number >= 0:
+                model.set_adapter(str(number))
+            with model.disable_adapter() if number < 0 else nullcontext():
+                total += sum(each.tokens for each in generate_answers(model, base.tokenizer, prompts, CHECK_SAMPLING))
+        return total
+
+    def at_once() -> int:
+        return sum(each.tokens for answers in together.answer(prompts, 0).values() for each in answers)
+
+    ratios = []
+    for number in range(1, rounds + 1):
+        rates = []
+        for way in (in_turn, at_once):
+            started = time.perf_counter()
+            tokens = way()
+            rates.append(tokens / (time.perf_counter() - started))
+        ratios.append(rates[1] / rates[0])
+        print(
+            f"round {number}: {len(prompts)} prompts, base and {len(tuned)} adapters: generate a model at a time "
+            f"{rates[0]:.1f} tokens/s, all in one batch {rates[1]:.1f} tokens/s ({ratios[-1]:.2f} times)"
+        )
+    print(f"median: {statistics.median(ratios):.2f} times the tokens/s")
 
 
 def sequential(tuned, ids: list[list[int]], tokens: int) -> float:
@@ -92,7 +138,7 @@ def at_once(scheduler: BatchScheduler, tokenizer, ids, adapter, tokens: int) -> 
 
     No token ends an answer, so that all answers have full length.
     """
-    scheduler._slots.clear()
+    scheduler._batch.fail("")  # nothing runs; forgets what is cached
     events: list[queue.SimpleQueue] = []
     started = time.perf_counter()
     for number, each in enumerate(ids):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -100,9 +101,9 @@ def test_an_earlier_database_keeps_what_is_in_it(tmp_path, migration):
 def test_threads_share_one_heap(shared):
     code = f"""
 import ctypes, threading
-from pairtune.web.server import share_one_heap
+from pairtune.web.server import keep_memory_level
 if {shared}:
-    share_one_heap()
+    keep_memory_level()
 library = ctypes.CDLL(None)
 library.malloc.restype = ctypes.c_void_p
 together = threading.Barrier(6)
@@ -119,3 +120,28 @@ library.malloc_info(0, ctypes.c_void_p.in_dll(library, "stdout"))
     if "malloc_info" in done.stderr:
         pytest.skip("this C library is not glibc")
     assert (done.stdout.count("<heap nr=") == 1) is shared
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_large_texts_leave_no_holes(mapped):
+    code = f"""
+import ctypes
+from pairtune.web.server import keep_memory_level
+if {mapped}:
+    keep_memory_level()
+library = ctypes.CDLL(None)
+library.malloc.restype, library.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+library.free(library.malloc(1_000_000))  # mapped and unmapped: from now on blocks of this size go on the heap
+texts = []
+for _ in range(100):
+    texts.append(library.malloc(100_000))
+    library.malloc(1000)  # stays
+for text in texts:
+    library.free(text)
+library.malloc_info(0, ctypes.c_void_p.in_dll(library, "stdout"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if "malloc_info" in done.stderr:
+        pytest.skip("this C library is not glibc")
+    rest = int(re.findall(r'<total type="rest" count="[0-9]+" size="([0-9]+)"', done.stdout)[-1])
+    assert (rest < 2_000_000) is mapped

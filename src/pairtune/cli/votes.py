@@ -30,9 +30,10 @@ def export_votes(
     from pairtune.web.server import open_database
 
     open_database()
-    from pairtune.web.ballots import current_harvest
+    from pairtune.votes.pairs import harvest
+    from pairtune.web.ballots import all_votes
 
-    found = current_harvest()
+    found = harvest(all_votes())
     if not found.votes:
         raise BadInput("OUT: nobody has voted yet; vote in the arena, or give thumbs in a chat (pairtune serve)")
     found.write(out)

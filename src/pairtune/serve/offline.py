@@ -20,7 +20,7 @@ from pairtune.serve.model_runner import ModelRunner
 from pairtune.serve.request import AdapterRef, Event, Failed, Finished, GenerationRequest, TextDelta
 
 # Beyond this, products of a pass gain little.
-_MOST = 64
+_MOST = 32
 # The share of the free memory that the KV cache may take.
 _SHARE = 0.25
 # Questions come model by model, so only few adapters are in use at a time, and every one in memory costs time.

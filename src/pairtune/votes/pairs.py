@@ -63,13 +63,13 @@ class Harvest:
         write_json(folder / "votes.json", self.account())
 
     def account(self) -> dict[str, Any]:
-        """How many votes there are, and what became of them."""
+        """How many votes there are, and what became of them; the most frequent reason first."""
         return {
             "votes": len(self.votes),
             "pairs": len(self.pairs),
             "labels": len(self.labels),
             "votes_in_pairs": self.used,
-            "left_out": dict(self.left_out),
+            "left_out": dict(self.reasons),
         }
 
 

@@ -252,7 +252,7 @@ def standings(request: HttpRequest) -> HttpResponse:
     votes = ballots.all_votes()
     context = {
         "standings": ballots.current_standings(),
-        "harvest": ballots.current_harvest(),
+        "account": ballots.current_account(),
         "even": round(100 / (1 + math.exp(-1))),
         "votes": votes,
         "page": "arena",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from django.conf import settings
 from django.db import transaction
@@ -124,9 +125,9 @@ def current_standings() -> Standings | None:
     return _standings_of(_state())
 
 
-def current_harvest() -> Harvest:
-    """The pairs and labels of all votes."""
-    return _harvest_of(_state())
+def current_account() -> dict[str, Any]:
+    """How many pairs and labels the votes give, and what became of the others; see `Harvest.account`."""
+    return _account_of(_state())
 
 
 # Votes are only ever added or withdrawn, so these three numbers tell whether anything has changed.
@@ -162,8 +163,8 @@ def _standings_of(state: _State) -> Standings | None:
 
 
 @lru_cache(maxsize=1)
-def _harvest_of(state: _State) -> Harvest:
-    return harvest(_votes_of(state))
+def _account_of(state: _State) -> dict[str, Any]:
+    return harvest(_votes_of(state)).account()  # the rows are for snapshots: memory would grow with them
 
 
 def snapshot(*, single: bool = False) -> tuple[Path, Harvest]:
@@ -175,7 +176,7 @@ def snapshot(*, single: bool = False) -> tuple[Path, Harvest]:
     Returns:
         The file, and what became of the votes.
     """
-    found = current_harvest()
+    found = harvest(all_votes())
     folder = settings.PAIRTUNE_SITE / "votes"
     path = folder / f"votes-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}.jsonl"
     found.write_rows(path, single=single)

@@ -94,12 +94,12 @@ class DataChoice(forms.Form):
         for field in ("source", "held_out"):
             for name in _lines(cleaned.get(field) or ""):
                 if name in (VOTES, THUMBS):
-                    found = ballots.current_harvest()
-                    if name == VOTES and not found.pairs:
+                    found = ballots.current_account()
+                    if name == VOTES and not found["pairs"]:
                         self.add_error(
                             field, "No vote gives a pair yet. Vote in the arena, or prefer answers in a chat."
                         )
-                    if name == THUMBS and not found.labels:
+                    if name == THUMBS and not found["labels"]:
                         self.add_error(
                             field, "No answer was judged yet. Press a thumb in a chat, or vote in the arena."
                         )
@@ -130,8 +130,8 @@ def choose_data(request: HttpRequest) -> HttpResponse:
         return redirect("draft", made.pk)
     recent = dict.fromkeys(Draft.objects.order_by("-pk").values_list("source", flat=True)[:20])
     context = {"form": form, "recent": [each for each in recent if each != BUNDLED][:4], "page": "runs"}
-    harvested = ballots.current_harvest()
-    context |= {"bundled": BUNDLED, "votes": len(harvested.pairs), "thumbs": len(harvested.labels)}
+    account = ballots.current_account()
+    context |= {"bundled": BUNDLED, "votes": account["pairs"], "thumbs": account["labels"]}
     return render(request, "site/new.html", context, status=400 if form.errors else 200)
 
 

@@ -49,7 +49,7 @@ def serve(
         raise BadInput(f"--backend {backend}: is not the URL of a server, such as http://127.0.0.1:11434/v1")
     if tls:
         _check_certificate(*tls)
-    share_one_heap()
+    keep_memory_level()
     with listening(host, port) as bound:
         arguments = [*targets, *([] if targets else ["--runs", str(runs)]), *worker_options]
         worker = None if backend else WorkerProcess(arguments, meanwhile=prepare, moved=_use)
@@ -113,17 +113,19 @@ def _show_keys(*, new: bool) -> None:
         print(f"  {role.name.lower():6} {key}  ({may[role]})", file=sys.stderr)
 
 
-def share_one_heap() -> None:
-    """Let all threads take memory from one heap, where the C library can.
+def keep_memory_level() -> None:
+    """Make memory that was freed of use to others, where the C library is glibc (figures in LOG.md).
 
-    glibc gives each thread its own, so that what one has freed is of no use to the others: the site grew twice
-    as fast (LOG.md). Under Python's lock they hardly ever allocate at the same time.
+    glibc gives each thread a heap of its own, whose free memory is of no use to the other threads. Under Python's lock
+    they hardly ever allocate at the same time, so one is enough. It also learns to put ever larger blocks on the heap,
+    where the pages' short-lived texts leave holes; texts of 32 kB and more are mapped and unmapped instead.
     """
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         library.mallopt(_M_ARENA_MAX, 1)
+        library.mallopt(_M_MMAP_THRESHOLD, 32 * 1024)
 
 
-_M_ARENA_MAX = -8  # malloc.h of glibc
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # malloc.h of glibc
 
 
 def _use(url: str) -> None:
