@@ -44,6 +44,30 @@ def test_answers_on_validation_prompts_can_choose(tiny_model, tmp_path):
     assert "on 3 validation prompts" in selection["why"]
 
 
+def test_prompts_with_tools_are_not_answered_and_the_run_ends_well(tiny_model, tmp_path):
+    weather = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+    for name, numbers in (("train", range(8)), ("held", range(20, 25))):
+        plain = write_pairs(tmp_path / f"{name}.jsonl", numbers).read_text().splitlines()
+        rows = [json.dumps({**json.loads(line), "tools": [weather]}) + "\n" for line in plain]
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+    flags = ("--model", tiny_model, "--data", tmp_path / "train.jsonl", "--eval-data", tmp_path / "held.jsonl")
+    flags = (*flags, "--lr", "1e-3", "--beta", "0.1", "--epochs", "1")
+    refused = pairtune("tune", *flags, "--select", "fewer_faults", "--out", tmp_path / "refused")
+    assert (refused.returncode, "--select fewer_faults: every validation prompt" in refused.stderr) == (2, True)
+    assert not (tmp_path / "refused").exists()
+    done = pairtune("tune", *flags, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "no held-out prompt was answered: all of them come with tools" in done.stdout + done.stderr
+    run = Run.finished(tmp_path / "run")
+    assert run.generations is None
+    assert 'id="answers"' not in run.paths.report.read_text()
+    asked = pairtune("eval", run.root, "--data", tmp_path / "held.jsonl", "--samples", "3")
+    assert (asked.returncode, asked.stderr.strip().splitlines()[-1]) == (
+        2,
+        "error: --samples 3: every prompt comes with tools, so that none can be answered in text",
+    )
+
+
 class Page(HTMLParser):
     """The parts of a page."""
 

@@ -98,6 +98,11 @@ def tune(resolved: Resolved, console: Console) -> Run | None:
             f"--push {resolved.config.push}: the base model exists only on this machine, so nobody else could load the "
             "adapter; tune a model from the Hub, or push the merged model afterwards (pairtune push RUN --what merged)"
         )
+    if resolved.config.select == "fewer_faults" and not held_out_prompts(data.validation, 1):
+        raise BadInput(
+            "--select fewer_faults: every validation prompt comes with tools, so that none can be answered in text; "
+            "select by eval_loss, accuracy or margin"
+        )
     if resolved.config.lora_targets and not base.adapter:
         check_targets(blank_model(base.source), resolved.config.lora_targets)
     run = Run(processes.from_first(resolved.config.out))
@@ -478,6 +483,9 @@ def _write_generations(config: RunConfig, data: PreparedData, base: LoadedBase, 
     if run.paths.generations.is_file():
         return
     prompts = held_out_prompts(data.test if len(data.test) else data.validation, config.samples or MOST)
+    if not prompts:
+        console.print("no held-out prompt was answered: all of them come with tools", highlight=False)
+        return
     models = _answering_models(base, run)
     if config.samples is None:
         seconds = sum(trial.record.own_seconds for trial in run.trials if trial.record)

@@ -186,7 +186,13 @@ class Answered:
 def answer_prompts(
     candidate: Candidate, pairs: PairTable, count: int, seed: int, on_progress: Callable[[int], None]
 ) -> Answered:
-    """Let candidate and base answer the first `count` distinct prompts of the pairs."""
+    """Let candidate and base answer the first `count` distinct prompts of the pairs.
+
+    Raises:
+        BadInput: no prompt can be answered in text.
+    """
     prompts = held_out_prompts(pairs, count)
+    if not prompts:
+        raise BadInput(f"--samples {count}: every prompt comes with tools, so that none can be answered in text")
     answers = AnsweringModels(candidate.base, {TUNED: candidate.saved.folder}).answer(prompts, seed, on_progress)
     return Answered(prompts, answers[TUNED], answers["base"])
