@@ -95,7 +95,8 @@ def test_the_report_says_answers_and_what_its_accuracy_counts(run):
 def test_the_audit_finds_no_fault_in_an_honest_run(run):
     found = audit(evidence_of_run(run.root))
     assert [each.rule for each in found.findings if each.level == "error"] == []
-    assert {each.rule for each in found.findings} <= {"few-rows", "answers-break", "winner-unsettled", "overfit"}
+    of_two_answers = {"answers-break", "length-drift"}  # sampled from a random model: true of them, whatever they are
+    assert {each.rule for each in found.findings} <= {"few-rows", "winner-unsettled", "overfit"} | of_two_answers
 
 
 def test_pairs_and_labels_train_together_and_accuracy_is_within_prompts(tiny_model, tmp_path):
