@@ -50,6 +50,7 @@ def run(tiny_model, thumbs):
         learning_rate=[3e-3, 1e-3],
         batch_size=4,
         epochs=[2],
+        samples=0,  # what a random model answers would be found fault with by chance
     )
 
 
@@ -95,8 +96,7 @@ def test_the_report_says_answers_and_what_its_accuracy_counts(run):
 def test_the_audit_finds_no_fault_in_an_honest_run(run):
     found = audit(evidence_of_run(run.root))
     assert [each.rule for each in found.findings if each.level == "error"] == []
-    of_two_answers = {"answers-break", "length-drift"}  # sampled from a random model: true of them, whatever they are
-    assert {each.rule for each in found.findings} <= {"few-rows", "winner-unsettled", "overfit"} | of_two_answers
+    assert {each.rule for each in found.findings} <= {"few-rows", "winner-unsettled", "overfit"}
 
 
 def test_pairs_and_labels_train_together_and_accuracy_is_within_prompts(tiny_model, tmp_path):
