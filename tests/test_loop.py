@@ -130,10 +130,12 @@ def one_click_back(page: Page, site: Site) -> None:
     expect(page.locator("#chosen")).to_contain_text("round-2", timeout=PATIENCE)  # tuned last
     page.goto(f"{site.url}/runs/round-1/")
     page.get_by_role("button", name="Make round-1 the one that answers").click()
+    expect(page.get_by_role("button", name="Back to the model tuned last")).to_be_visible()
     page.goto(site.url)
     expect(page.locator("#chosen")).to_contain_text("round-1")
     page.goto(f"{site.url}/runs/round-1/")
     page.get_by_role("button", name="Back to the model tuned last").click()
+    expect(page.get_by_role("button", name="Make round-1 the one that answers")).to_be_visible()
     page.goto(site.url)
     expect(page.locator("#chosen")).to_contain_text("round-2")
 

@@ -155,15 +155,14 @@ def test_a_run_is_stopped_resumed_and_cloned(page, site, runs, tiny_model):
     progress = json.loads((runs / "stopped" / "progress.json").read_text())
     page.get_by_role("button", name="Stop").click()
     wait_for(lambda: not psutil.pid_exists(progress["pid"]) or psutil.Process(progress["pid"]).status() == "zombie")
-    page.goto(f"{site.url}/runs/stopped/")
-    expect(page.locator("h1 .state")).to_have_text("interrupted")
+    expect(page.locator("h1 .state")).to_have_text("interrupted", timeout=PATIENCE)  # the page sees it by itself
     steps = len((next((runs / "stopped" / "trials").iterdir()) / "metrics.jsonl").read_text().splitlines())
     page.get_by_role("button", name="Resume").click()
-    expect(page.locator("h1 .state")).to_have_text("running")
+    expect(page.locator("h1 .state")).to_have_text("running", timeout=PATIENCE)
     metrics = next((runs / "stopped" / "trials").iterdir()) / "metrics.jsonl"
     wait_for(lambda: len(metrics.read_text().splitlines()) > steps + 5)
-    page.goto(f"{site.url}/runs/stopped/")
     page.get_by_role("button", name="Stop").click()
+    expect(page.locator("h1 .state")).to_have_text("interrupted", timeout=PATIENCE)
     page.get_by_role("button", name="Clone").click()
     page.wait_for_url("**/runs/new/*/")
     assert page.input_value("[name=epochs]") == "40"
@@ -271,7 +270,8 @@ def test_runs_are_compared_sorted_filtered_and_annotated(page, site, runs):
         page.goto(f"{site.url}/runs/twin/")
         page.fill("[name=text]", "the second one")
         page.fill("[name=tags]", "copy odd")
-        page.get_by_role("button", name="Keep").click()
+        with page.expect_navigation():
+            page.get_by_role("button", name="Keep").click()
         page.goto(f"{site.url}/runs/")
         page.fill("[data-filters]", "odd")
         assert [row.get_attribute("hidden") is None for row in page.locator("#runs-body tr").all()].count(True) == 1
