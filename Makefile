@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install docs demo browser test test-slow test-gguf bench-serve audit-deps chaos fuzz loop machines alarms lint format bench bench-grid bench-site pictures pins soak clean
+.PHONY: install docs demo browser test test-slow test-gguf bench-serve audit-deps chaos fuzz loop machines alarms lint format bench bench-grid bench-plan bench-site pictures pins soak clean
 
 install: $(INSTALLED)
 
@@ -114,6 +114,10 @@ soak: install
 pictures: install browser
 	HF_HUB_OFFLINE=1 $(BIN)/python scripts/site_pictures.py $(RUNS) docs/site
 	HF_HUB_OFFLINE=1 PAIRTUNE_PICTURES=docs/site $(BIN)/pytest tests/test_site_walk.py -k walk
+
+# What `pairtune plan` foretells, against what runs take: make bench-plan DATA=pairs.jsonl. Takes about half an hour.
+bench-plan: install
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/plan.py $(DATA)
 
 # Eight concurrent chats against eight sequential ones, on the demo's run; about five minutes.
 bench-serve: install

@@ -28,6 +28,7 @@ from pairtune.pipeline import tune
 from pairtune.resolve_config import resolve
 from pairtune.run.folder import Run
 from pairtune.run.metrics import Evaluation, TrainingStep
+from pairtune.track.sinks import Sink
 
 pytest_plugins = ["site_server"]  # the site's fixtures
 
@@ -206,11 +207,12 @@ def evaluation(**numbers) -> Evaluation:
     return Evaluation(**{**dict.fromkeys(required, 0), **numbers})
 
 
-class Lines:
-    """A sink that keeps the trials' log lines by name."""
+class Lines(Sink):
+    """A sink that keeps the trials' log lines by name, and all notices."""
 
     def __init__(self) -> None:
         self.of: dict[str, list[dict]] = {}
+        self.notices: list[str] = []
 
     def start(self, trial: str, total_steps: int, steps: int, lines: int) -> None:
         self.of[trial] = self.of.get(trial, [])[:lines]
@@ -218,14 +220,8 @@ class Lines:
     def log(self, trial: str, line: TrainingStep | Evaluation) -> None:
         self.of[trial].append(line.metrics())
 
-    def flush(self) -> None:
-        pass
-
-    def on_progress(self, trials: list[str], what: str, done: int, total: int) -> None:
-        pass
-
-    def finish(self, trial: str, status: str, best_epoch: int | None) -> None:
-        pass
+    def notice(self, text: str) -> None:
+        self.notices.append(text)
 
 
 def train_one(engine, config, inputs, folder: Path):

@@ -21,7 +21,7 @@ from pairtune.models.load import load_model, load_tuned, weights_fingerprint
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_kl_is_the_kl_of_whole_distributions(monkeypatch, softcap):
-    monkeypatch.setattr("pairtune.engine.logps._CHUNK_LOGITS", 16 * 50)  # several chunks
+    monkeypatch.setattr("pairtune.engine.logps.CHUNK_LOGITS", 16 * 50)  # several chunks
     ours, base = torch.randn(40, 8), torch.randn(40, 8)
     head, other, bias = torch.randn(50, 8), torch.randn(50, 8), torch.randn(50)
     logits = [ours @ head.T + bias, base @ other.T]

@@ -134,7 +134,7 @@ def test_one_base_answers_with_every_adapter_as_each_would_alone(tiny_base, tmp_
 
 @pytest.mark.parametrize("slots", [1, 3, 64])
 def test_sampled_answers_are_the_same_each_time_whatever_stands_beside_them(tiny_base, tmp_path, monkeypatch, slots):
-    monkeypatch.setattr(offline, "_MOST", slots)
+    monkeypatch.setattr(offline, "ANSWERS_AT_ONCE", slots)
     tuned = {"a": tuned_adapter(tiny_base, tmp_path / "a", 1)}
     prompts = [make_pair(number).prompt for number in range(5)]
     whole = AnsweringModels(tiny_base, tuned).answer(prompts, 7)

@@ -104,7 +104,7 @@ def test_the_dense_kernel_and_pytorchs_agree_forward_and_backward(dtype, window,
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_log_probs_and_their_gradients_are_those_of_log_softmax(monkeypatch, softcap, with_bias):
-    monkeypatch.setattr(logps, "_CHUNK_LOGITS", 16 * 50)  # three chunks
+    monkeypatch.setattr(logps, "CHUNK_LOGITS", 16 * 50)  # three chunks
     torch.manual_seed(0)
     hidden, head = torch.randn(40, 12, dtype=torch.float64), torch.randn(50, 12, dtype=torch.float64)
     bias = torch.randn(50, dtype=torch.float64) if with_bias else None

@@ -136,6 +136,23 @@ def test_the_time_left_holds(monkeypatch, tmp_path):
     assert (run.progress.pid, run.progress.seconds_left) == (0, None)
 
 
+def test_the_time_left_starts_from_the_estimate(monkeypatch):
+    """60 steps estimated at 4 s and three evaluations at 20 s, which take 2 s and 30 s."""
+    now = Clock(monkeypatch)
+    left = TimeLeft({"one": 60}, {"one": 3}, 1, evaluation_steps=40, expected=(4.0, 20.0))
+    assert left.seconds() == pytest.approx(1.12 * (60 * 4 + 3 * 20))
+    left.start("one", 60, 0, 0)
+    for step in range(1, 21):
+        now.now += 2
+        left.log("one", at_step(step))
+    # The estimate counts as three steps and one evaluation; the first step does not count.
+    step = (19 * 2 + 3 * 4) / 22
+    assert left.seconds() == pytest.approx(1.12 * (40 * step + 3 * 20) + 0.12 * 19 * 2)
+    now.now += 30
+    left.log("one", evaluation(step=20, epoch=1, loss=0.6, eval_loss=0.5))
+    assert left.seconds() == pytest.approx(1.12 * (40 * step + 2 * 25) + 0.12 * (19 * 2 + 30))
+
+
 def test_on_a_terminal_each_trial_has_its_line():
     out = io.StringIO()
     follow(Console(file=out, force_terminal=True, width=120, color_system=None))

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from pairtune.config import TrialConfig
 from pairtune.data.table import PairTable
 from pairtune.engine import native
+from pairtune.engine.policy import Policy
 from pairtune.engine.trial import TrialInputs, load_start
+from pairtune.errors import RunFailed
 from pairtune.models.load import weights_fingerprint
 from pairtune.run.folder import Run
 
@@ -38,6 +40,7 @@ def train(inputs, tmp_path):
     def train(name, *trials, **changes):
         lines, run = Lines(), Run(tmp_path / name)
         results = native.run_trials(list(trials), replace(inputs, **changes), run, lines)
+        train.notices = lines.notices
         return {result.trial.name: result for result in results}, lines.of, run
 
     return train
@@ -52,7 +55,7 @@ def assert_same(run, other, name, tolerance=SAME):
             assert line.get(key, 0) == pytest.approx(expected.get(key, 0), abs=tolerance, rel=tolerance), (name, key)
     assert results[name].best_epoch == other_results[name].best_epoch
     assert results[name].status == other_results[name].status
-    one, two = (load_file(f.paths.trial(name).best / "adapter_model.safetensors") for f in (folder, other_folder))
+    one, two = (load_file(next(f.paths.trial(name).best.glob("*.safetensors"))) for f in (folder, other_folder))
     assert one.keys() == two.keys()
     for key, tensor in one.items():
         torch.testing.assert_close(tensor, two[key], atol=1e-5, rtol=1e-4)
@@ -87,6 +90,14 @@ def test_dropout_is_the_same_side_by_side(train):
     for number, each in enumerate(trials):
         assert_same(together, train(str(number), each), each.name)
     assert train("without", trial())[1][trial().name][2]["loss"] != together[1][trial().name][2]["loss"]
+
+
+def test_shorter_rows_change_nothing_but_rounding(train):
+    """Pairs of a batch share a row of 512 tokens, or have one each."""
+    each = trial(batch_size=3)
+    for row_tokens in (16, 100):
+        short = train(f"rows-{row_tokens}", trial(batch_size=3, row_tokens=row_tokens))
+        assert_same(train(f"long-{row_tokens}", each), short, each.name)
 
 
 def test_a_trial_that_fails_leaves_the_others_alone(train):
@@ -128,3 +139,53 @@ def test_less_memory_makes_narrower_groups(inputs, monkeypatch):
     assert (widths[0], widths[-1]) == (1, 4)
     assert native.width(trial(), inputs, 3) == 3
     assert native.width(trial(method="full"), inputs, 3) == 1
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_step_that_memory_does_not_suffice_for_is_repeated_with_shorter_rows(train, monkeypatch, method, error):
+    """Memory runs out at the second row of a step, when the gradients of the first are there."""
+    trials = [trial(batch_size=3, method=method), trial(batch_size=3, method=method, beta=0.4)]
+    trials = trials[: 1 if method == "full" else 2]
+    plenty = train("plenty", *trials)
+    forward, seen = Policy.answer_logps, []
+
+    def scarce(policy, pack, **more):
+        tokens = pack.input_ids.numel()
+        if torch.is_grad_enabled():
+            seen.append(tokens)
+            if tokens > 70 or len(seen) == 5:  # a row of two pairs or more; and the second row of the fourth try
+                raise error
+        elif policy.trials == len(trials) and len(seen) > 5 and tokens > 70:
+            raise error  # in an evaluation
+        return forward(policy, pack, **more)
+
+    monkeypatch.setattr(Policy, "answer_logps", scarce)
+    tight = train("tight", *trials)
+    for each in trials:
+        assert_same(plenty, tight, each.name)
+    assert max(seen[5:]) <= 70 < max(seen)
+    notices = train.notices
+    assert any(notice.startswith("memory ran out at step 1: the step is repeated") for notice in notices)
+    assert any("memory ran out in the evaluation" in notice for notice in notices)
+
+
+def test_where_not_even_one_pair_fits_a_line_says_what_to_do(train, monkeypatch):
+    def never(policy, pack, **more):
+        if torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(policy, pack, **more)
+
+    forward = Policy.answer_logps
+    monkeypatch.setattr(Policy, "answer_logps", never)
+    with pytest.raises(RunFailed, match="memory ran out with one pair at a time; lower --max-length"):
+        train("never", trial())
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(train, monkeypatch):
+    def broken(policy, pack, **more):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(Policy, "answer_logps", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        train("broken", trial())

@@ -3,51 +3,85 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
+import torch
 from conftest import byte_tokenizer, pairtune, write_pairs
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from pairtune import plan
 from pairtune.config import RunConfig
-from pairtune.cost import ModelShape, PairLengths, Speed, estimate, lockstep_memory
+from pairtune.cost import (
+    LayerSpeed,
+    ModelShape,
+    PairLengths,
+    Speed,
+    Times,
+    estimate,
+    fit,
+    peak_memory,
+    training_memory,
+)
+from pairtune.engine import speed
 from pairtune.engine.memory import shape_of
+from pairtune.engine.speed import measure_speed
 from pairtune.models.load import blank_model
 from pairtune.models.resolve import resolve_model
-from pairtune.plan import measure_speed
-from pairtune.report.render_plan import time_range
+from pairtune.report.render_plan import does_not_fit, time_range
+from pairtune.run.folder import Run
 
-SHAPE = ModelShape(parameters=1_000_000, layers=4, hidden=64, widest=256, adapter_weights=5_000, vocabulary=1_000)
-SPEED = Speed(
-    dtype="float32",
-    bytes_per_number=4,
-    layer_forward=1e-5,
-    layer_training=3e-5,
-    head_forward=2e-5,
-    memory_free=8e9,
+SHAPE = ModelShape(
+    parameters=1_000_000,
+    layers=4,
+    hidden=64,
+    inner=256,
+    heads=4,
+    queries=64,
+    keys=32,
+    adapter_weights=5_000,
+    vocabulary=1_000,
 )
+TIMES = Times(
+    method="lora",
+    forward=LayerSpeed(first=8e-6, further=1e-5),
+    training=LayerSpeed(first=3e-5, further=4e-5),
+    beside=LayerSpeed(first=2e-5, further=3e-5),
+    update=LayerSpeed(first=1e-3, further=5e-4),
+    head_forward=2e-5,
+    head_training=5e-5,
+)
+SPEED = Speed(dtype="float32", memory_free=8e9, times=TIMES)
 LENGTHS = PairLengths(prompt=60, chosen=20, rejected=20, longest=200)
 
 
-def cost(pairs=None, **settings):
-    config = RunConfig(**{"data": ["x"], "learning_rate": [1e-4], "beta": [0.1], "epochs": 2, "samples": 0, **settings})
-    return estimate(config, pairs or {"train": 100, "validation": 10}, LENGTHS, SHAPE, SPEED)
+def settings(**values):
+    return RunConfig(**{"data": ["x"], "learning_rate": [1e-4], "beta": [0.1], "epochs": 2, "samples": 0, **values})
+
+
+def cost(pairs=None, **values):
+    return estimate(settings(**values), pairs or {"train": 100, "validation": 10}, LENGTHS, SHAPE, SPEED)
 
 
 def test_time_by_hand():
     found = cost()
-    forward = 100 * 4 * 1e-5 + 40 * 2e-5  # tokens times layers, answers' tokens times the head
-    training = (100 * 4 * 3e-5 + 3 * 40 * 2e-5) * 1.3
-    seconds = 200 * training + 20 * forward * 1.3 + 110 * forward + 30
-    assert found.seconds == pytest.approx((seconds / 1.4, seconds * 1.4))
+    forward = 100 * (8e-6 + 3 * 1e-5) + 40 * 2e-5  # tokens times layers, answers' tokens times the head
+    training = 100 * (3e-5 + 3 * 4e-5) + 40 * 5e-5 + (1e-3 + 3 * 5e-4) / 2  # an update for two pairs
+    seconds = 200 * training + 20 * forward + 110 * forward + 20
+    assert found.seconds == pytest.approx((seconds / 1.2, seconds * 1.2))
     assert (found.trials, found.steps) == (1, 100)
+    assert found.step_seconds == pytest.approx(2 * training)
+    assert found.evaluation_seconds == pytest.approx(10 * forward)
 
 
 def test_trials_side_by_side_cost_less_than_one_after_another():
+    alone, among_four = 3e-5 + 3 * 4e-5, 2e-5 + 3 * 3e-5
+    assert TIMES.per_token(4, 1) == pytest.approx(alone)
+    assert TIMES.per_token(4, 4) == pytest.approx(among_four)
+    assert among_four < TIMES.per_token(4, 2) < alone
     one, four = cost(), cost(learning_rate=[1e-4, 2e-4], beta=[0.1, 0.2])
-    assert (four.trials, four.steps, four.side_by_side) == (4, 4 * one.steps, 4)
-    assert 3 < (four.seconds[0] - 30 / 1.4) / (one.seconds[0] - 30 / 1.4) < 4
-    assert four.memory["adapters and optimizer"] == 4 * one.memory["adapters and optimizer"] == 4 * 16 * 5_000 * 16
+    assert (four.trials, four.steps, four.fit.side_by_side) == (4, 4 * one.steps, 4)
+    assert four.fit.memory["adapters and optimizer"] == 4 * one.fit.memory["adapters and optimizer"]
+    assert one.fit.memory["adapters and optimizer"] == 16 * 5_000 * 16
 
 
 def test_a_sampled_search_counts_the_trials_that_it_will_run():
@@ -56,23 +90,81 @@ def test_a_sampled_search_counts_the_trials_that_it_will_run():
 
 
 def test_memory_by_hand():
-    trial = RunConfig(data=["x"], batch_size=2).trials()[0]
-    parts = lockstep_memory(SHAPE, trial, 4, 200, 1, checkpointing=False)
+    """400 tokens in a row, of two pairs of 200: 120 of the prompt and 40 of each answer."""
+    trial = settings(batch_size=2).trials()[0]
+    parts = training_memory(SHAPE, trial, 4, LENGTHS, width=1)
     assert parts["weights"] == 4e6
-    assert parts["activations"] == 400 * 4 * (12 * 64 + 6 * 256) * 4
-    assert lockstep_memory(SHAPE, trial, 4, 200, 1, checkpointing=True)["activations"] == 400 * 4 * 64 * 4
+    scores = 4 * 400 * (120 * 120 + 2 * 40 * 160) / 200
+    kept = 400 * (2 * 64 + 2 * 64 + 2 * 32 + 2 * 256 + 7 * 16) + scores
+    passing = 400 * (6 * 256 + 4 * 64 + 3 * 64) + 2 * scores
+    head = 400 * 1_000 * 8
+    training = (4 * kept + passing) * 4 + head
+    evaluating = 4096 * (4 * 256 + 6 * 64) * 4 + head
+    assert parts["activations"] == pytest.approx(1.05 * max(training, evaluating))
+    checkpointed = training_memory(SHAPE, trial, 4, LENGTHS, width=4, checkpointing=True)
+    all_kept = training_memory(SHAPE, trial, 4, LENGTHS, width=4)
+    fewer = 4 * 3 * (kept - 400 * 64) - 4 * 400 * 64  # three layers' activations, but the inputs of all four
+    assert all_kept["activations"] - checkpointed["activations"] == pytest.approx(1.05 * 4 * fewer)
 
 
 def test_full_training_keeps_gradients_and_moments_of_every_weight():
-    assert cost(method="full").memory["gradients and optimizer"] == 16e6
-    assert cost(method="full").seconds > cost().seconds
+    own = cost(method="full")
+    head = 4 * 1_000 * 64
+    assert own.fit.memory["gradients and optimizer"] == 8e6 + 4e6 + 4e6 + head
+    assert own.seconds > cost().seconds
+    narrow = SPEED.model_copy(update={"dtype": "bfloat16"})
+    found = estimate(settings(method="full"), {"train": 10}, LENGTHS, SHAPE, narrow)
+    assert found.fit.memory["gradients and optimizer"] == 8e6 + 4e6 + 4e6 + 2e6 + head  # with float32 masters
 
 
-def test_what_does_not_fit_is_said():
-    config = RunConfig(data=["x"])
+def test_what_is_given_up_to_fit_comes_in_order():
+    """Trials side by side first, then tokens of a row, checkpointing, and at last the dtype."""
+    grid = {"learning_rate": [1e-4, 2e-4], "beta": [0.1, 0.2], "batch_size": 8}
+    config, large = settings(**grid), SHAPE.model_copy(update={"layers": 40})
+    seen, limit = [], 1e12
+    while (found := fit(config, LENGTHS, large, "float32", limit)).fits:
+        seen.append((found.side_by_side, found.row_tokens, found.checkpointing, found.dtype))
+        limit = found.bytes - 1
+    assert seen[:4] == [(width, 512, False, "float32") for width in (4, 3, 2, 1)]
+    assert (1, 200, False, "float32") in seen
+    assert [each[2] for each in seen] == sorted(each[2] for each in seen if each[3] == "float32") + [
+        each[2] for each in seen if each[3] == "bfloat16"
+    ]
+    assert seen[-1] == (1, 200, True, "bfloat16")
+    assert found.bytes > limit
+    asked = settings(**grid, side_by_side=2, dtype="float32", checkpointing="off", row_tokens=300)
+    kept = fit(asked, LENGTHS, large, "float32", 1.0)
+    assert (kept.side_by_side, kept.row_tokens, kept.checkpointing, kept.dtype) == (2, 300, False, "float32")
+
+
+def test_what_does_not_fit_is_said_with_what_would():
     tight = SPEED.model_copy(update={"memory_free": 1e6})
-    found = estimate(config, {"train": 10, "validation": 2}, LENGTHS, SHAPE, tight)
-    assert (found.fits, found.side_by_side) == (False, 1)
+    found = estimate(settings(), {"train": 10, "validation": 2}, LENGTHS, SHAPE, tight)
+    assert (found.fit.fits, found.fit.side_by_side, found.longest) == (False, 1, 0)
+    assert "choose a smaller model" in does_not_fit(found.fit, found.limit, found.longest)
+    deep, long = SHAPE.model_copy(update={"layers": 400}), LENGTHS.model_copy(update={"longest": 2000})
+    least = fit(settings(), LENGTHS, deep, "float32", 0.0).bytes
+    limited = settings(memory=f"{least / 2**20:.0f}MB")
+    found = estimate(limited, {"train": 10}, long, deep, SPEED)
+    assert not found.fit.fits
+    assert 150 < found.longest < 250
+    assert f"pairs of up to {found.longest:,} tokens would fit" in does_not_fit(found.fit, found.limit, found.longest)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("6GB", 6 << 30), ("6 gib", 6 << 30), ("900M", 900 << 20), ("1.5g", 3 << 29), ("1000000000", 10**9)],
+)
+def test_sizes(text, size):
+    assert settings(memory=text).memory_bytes == size
+
+
+@pytest.mark.parametrize("text", ["", "six", "6XB", "-1GB", "6GB6", "nan", "1MB", "0"])
+def test_sizes_that_are_none_are_refused_in_one_line(text, tmp_path):
+    done = pairtune("plan", "--data", "bundled:concise", "--memory", text)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --memory: ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_times_in_words():
@@ -88,18 +180,45 @@ def test_families_without_packed_attention_are_measured_too(tmp_path):
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     source = resolve_model(str(tmp_path))
-    shape, speed = shape_of(blank_model(source)), measure_speed(source)
-    assert (shape.layers, shape.hidden, shape.widest) == (3, 32, 128)
-    assert speed is not None
-    assert 0 < speed.layer_forward < speed.layer_training
+    shape = shape_of(blank_model(source))
+    assert (shape.layers, shape.hidden, shape.inner, shape.packed, shape.fused) == (3, 32, 128, False, False)
+    times = measure_speed(source, settings().trials()[0], LENGTHS, torch.float32).times
+    assert times is not None
+    assert 0 < times.forward.first < times.training.first
+    assert times.head_forward < times.head_training
 
 
-def test_a_model_that_cannot_be_measured_has_no_time(tiny_model, monkeypatch):
-    def unusual(source):
+def test_what_was_measured_is_read_again(tiny_model, monkeypatch, tmp_path):
+    monkeypatch.setenv("PAIRTUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr(speed, "STARVED", 1.1)  # other tests may use the CPUs
+    source, trial = resolve_model(str(tiny_model)), settings().trials()[0]
+    first = measure_speed(source, trial, LENGTHS, torch.float32)
+    near = LENGTHS.model_copy(update={"prompt": LENGTHS.prompt + 1})
+    assert measure_speed(source, trial, near, torch.float32, known=True).times == first.times
+    (file,) = (tmp_path / "speed").iterdir()
+    file.write_text("{", encoding="utf-8")
+    assert measure_speed(source, trial, LENGTHS, torch.float32, known=True).times != first.times  # measured afresh
+
+
+def test_what_a_busy_machine_measured_is_not_kept(tiny_model, monkeypatch, tmp_path):
+    monkeypatch.setenv("PAIRTUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr(speed, "STARVED", 0.0)
+    found = measure_speed(resolve_model(str(tiny_model)), settings().trials()[0], LENGTHS, torch.float32)
+    assert found.times is not None
+    assert not (tmp_path / "speed").exists()
+
+
+def test_a_model_that_cannot_be_measured_has_no_time(tiny_model, monkeypatch, tmp_path):
+    def unusual(source, layers):
         raise KeyError("sliding_window_pattern")
 
-    monkeypatch.setattr(plan, "_few_layers", unusual)
-    assert measure_speed(resolve_model(str(tiny_model))) is None
+    monkeypatch.setenv("PAIRTUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr(speed, "_few_layers", unusual)
+    found = measure_speed(resolve_model(str(tiny_model)), settings().trials()[0], LENGTHS, torch.float32)
+    assert found.times is None
+    planned = estimate(settings(), {"train": 10}, LENGTHS, SHAPE, found)
+    assert (planned.seconds, time_range(planned)) == (None, "cannot be told for this model and machine")
+    assert planned.fit.fits
 
 
 def test_the_command_plans_without_starting(tiny_model, tmp_path):
@@ -112,9 +231,57 @@ def test_the_command_plans_without_starting(tiny_model, tmp_path):
     assert found["inspections"][0]["kept"] == 30
     assert len(found["inspections"][0]["examples"]) == 3
     assert found["cost"]["steps"] == 36
-    assert 0 < found["speed"]["layer_forward"] < found["speed"]["layer_training"]
+    times = found["speed"]["times"]
+    assert 0 < times["forward"]["first"] < times["training"]["first"]
     assert not (tmp_path / "run").exists()
     shown = pairtune("plan", *more).stdout
     assert "1 trial, 1 side by side" in shown
     refused = pairtune("plan", "--data", tmp_path / "missing.jsonl")
     assert (refused.returncode, "no such file" in refused.stderr) == (2, True)
+
+
+def test_a_config_alone_is_enough_for_a_plan(tiny_model, tmp_path):
+    """Without weights, without a tokenizer, and without data; the file may be named instead of its folder."""
+    folder = tmp_path / "only"
+    folder.mkdir()
+    shutil.copy(tiny_model / "config.json", folder)
+    for name in (folder, folder / "config.json"):
+        done = pairtune("plan", "--model", name, "--memory", "6GB")
+        assert done.returncode == 0, done.stderr
+        assert "for 1,000 pairs of 1,024 tokens" in done.stdout
+        assert "of 6.0 GB; float32, rows of 512 tokens, checkpointing off" in done.stdout
+    for file in tiny_model.glob("*token*"):
+        shutil.copy(file, folder)
+    data = write_pairs(tmp_path / "pairs.jsonl", range(30))
+    done = pairtune("plan", "--model", folder, "--data", data)
+    assert done.returncode == 0, done.stderr
+    assert "about 24 train, 3 validation, 3 test pairs" in done.stdout.replace("about 3", "3")
+    (folder / "config.json").write_text('{"model_type": "no-such-model"}', encoding="utf-8")
+    refused = pairtune("plan", "--model", folder)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+
+
+def test_a_run_is_made_to_fit(tiny_model, tmp_path):
+    """A budget for one trial of a grid of four: they are trained one after the other, and the settings say why."""
+    data = write_pairs(tmp_path / "pairs.jsonl", range(30))
+    grid = ("--lr", "1e-4", "--lr", "1e-3", "--beta", "0.1", "--beta", "0.2", "--epochs", "1", "--samples", "0")
+    more = ("--model", tiny_model, "--data", data, *grid)
+    planned = json.loads(pairtune("plan", *more, "--json").stdout)
+    config = RunConfig(data=[str(data)], learning_rate=[1e-4, 1e-3], beta=[0.1, 0.2], samples=0)
+    shape, lengths = ModelShape(**planned["shape"]), PairLengths(**planned["lengths"])
+    needs = [
+        sum(peak_memory(config, shape, 4, lengths, width=width, row_tokens=512, checkpointing=False).values())
+        for width in (1, 2)
+    ]
+    out = tmp_path / "run"
+    done = pairtune("tune", *more, "--out", out, "--memory", f"{sum(needs) / 2 / 2**20:.3f}MB", "--dtype", "float32")
+    assert done.returncode == 0, done.stderr
+    assert "expected: about a minute" in done.stderr
+    run = Run.finished(out)
+    assert run.settings.side_by_side == 1
+    assert "side_by_side: 1  # to fit --memory" in (out / "config.yaml").read_text(encoding="utf-8")
+    assert {trial.record.side_by_side for trial in run.trials} == {1}
+    refused = pairtune("tune", *more, "--out", tmp_path / "other", "--memory", "300MB")
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].startswith("error: --memory 300MB: the run takes about 0.5 GB, more than")
+    assert not (tmp_path / "other").exists()

@@ -174,6 +174,34 @@ def source_name(source: str) -> str:
     return PurePath(source).name if local or Path(path).exists() else source
 
 
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 6GB, 900 MiB or 1.5g; as in all of this program, units are powers of 1024.
+
+    Raises:
+        ValueError: it is no such size.
+    """
+    if not (found := _SIZE.fullmatch(text.strip())):
+        raise ValueError("should be a size such as 6GB or 900MB")
+    return int(float(found[1]) * 1024 ** " kmgt".index(found[2].lower() or " "))
+
+
+def _as_size(value: Any) -> Any:
+    """A number in a YAML file is taken as bytes."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _enough(text: str) -> str:
+    if (size := parse_size(text)) < 1 << 28:
+        raise ValueError(f"is {size:,} bytes, and no model can be trained in less than 256MB")
+    return text
+
+
+# Bytes as people write them.
+Memory = Annotated[str, BeforeValidator(_as_size), AfterValidator(_enough)]
+
 # Groups of settings, in display order.
 COMMON, DATA, LOSS, TRAINING, SELECTION, MACHINE, RESULTS = GROUPS = (
     "Common",
@@ -301,6 +329,13 @@ class _Training(_Strict):
         "on for an accelerator, where memory is scarce; off on a CPU",
         group=MACHINE,
     )
+    row_tokens: Annotated[int, Field(ge=16)] | None = setting(
+        None,
+        "Tokens of each trial that are computed at once in training; a longer pair has a row of its own.",
+        "512, beyond which a CPU gains nothing; fewer if --memory needs it",
+        group=MACHINE,
+        metavar="TOKENS",
+    )
     dtype: DType = setting(
         "auto",
         "Data type of the base weights.",
@@ -357,7 +392,7 @@ class TrialConfig(_Training):
 
 # Trial settings that are the same in the whole run, because they decide how pairs are tokenized, what the base model is
 # and which of its layers have adapters.
-_RUN_WIDE = {"method", "lora_targets", "max_length", "dtype", "eval_dtype", "checkpointing"}
+_RUN_WIDE = {"method", "lora_targets", "max_length", "dtype", "eval_dtype", "checkpointing", "row_tokens"}
 
 
 class RunConfig(_Training):
@@ -509,6 +544,13 @@ class RunConfig(_Training):
         group=MACHINE,
         metavar="TRIALS",
     )
+    memory: Memory | None = setting(
+        None,
+        "Memory that the run may take, for example 6GB: trials side by side, rows and checkpointing are chosen to fit.",
+        "seven tenths of what is free when the run starts",
+        group=MACHINE,
+        metavar="SIZE",
+    )
     checkpoint_steps: PositiveInt = setting(
         50,
         "Optimizer steps from one checkpoint to the next.",
@@ -569,9 +611,16 @@ class RunConfig(_Training):
             raise ValueError(
                 "has no simpo or orpo, no SFT weight, and no label smoothing of sigmoid; use --engine pairtune"
             )
+        if value == "trl" and info.data.get("row_tokens"):
+            raise ValueError("has no rows of packed pairs; omit --row-tokens")
         if value == "trl" and info.data.get("eval_dtype"):
             raise ValueError("evaluates in the dtype it trains in; omit --eval-dtype")
         return value
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The bytes that the run may take; None if `memory` is not set."""
+        return parse_size(self.memory) if self.memory else None
 
     @property
     def sources(self) -> list[SourceConfig]:

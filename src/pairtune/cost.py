@@ -1,32 +1,47 @@
-"""What a run costs: memory and time from a model's shape, its pairs' lengths and this machine's measured speed.
+"""What a run costs: memory and time, from a model's shape, its pairs' lengths and this machine's measured speed.
 
-Pure arithmetic, so that a form can answer at once while settings change; `pairtune.plan` takes the measurements.
+Pure arithmetic, so that a form can answer at once while settings change; `engine.speed` takes the measurements. The
+formulas count what the engine keeps; `benchmarks/plan.py` compares them with what runs take.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from pairtune.config import RunConfig, TrialConfig
 from pairtune.run.records import Part
 
-# A trained weight, its gradient and AdamW's two moments, all float32.
-BYTES_PER_WEIGHT = 16
 # Pairs share a row of at least this many tokens in training; see `engine.policy`.
 ROW_TOKENS = 512
-# Libraries, the tokenizer, and the temporary results of one row.
-_PROGRAM_BYTES = 700e6
-# Time of the engine's step over that of bare layers: adapters, attention masks, tiled products, the optimizer.
-_ADAPTERS = 1.3
+# Tokens of a row in evaluation, for all trials together.
+EVALUATION_ROW = 4096
+# Longest pair, in tokens, for dense attention, whose memory grows with the square of the length.
+DENSE_TOKENS = 640
+# Logits that are computed at once: 32 MB in float32, small enough to stay in the CPU's cache.
+CHUNK_LOGITS = 8 << 20
+# The most trials at once: few saturate a CPU.
+MOST_TRIALS = 4
+# Answers at once, beyond which products of a pass gain little, and the tokens after which one is cut off.
+ANSWERS_AT_ONCE, ANSWER_TOKENS = 32, 160
+NUMBER_SIZES = {"float32": 4, "bfloat16": 2}
+# The share of the free memory that a run plans with; the rest is for other programs and what is not counted here.
+USABLE = 0.7
+
+# Of each trained weight: itself, its gradient and AdamW's two moments, all float32.
+_BYTES_PER_WEIGHT = 16
+# Python, PyTorch, transformers and PEFT, the tokenizer, and what allocators keep.
+_PROGRAM_BYTES = 550e6
+# Larger than what tensors hold: freed memory that cannot be given back.
+_HOLES = 1.05
+# Linear layers of a decoder layer.
+_PROJECTIONS = 7
+# Opening the model and its tables, checking the reference, writing the report.
+_SECONDS_AROUND = 20.0
+_ANSWERING = 0.1  # of the training; `--samples` aims at this share
 # Full training multiplies a second time in the backward pass, for the weights' gradients, and updates all weights.
 _FULL = 1.6
-# A trial beside others shares the base's products.
-_BESIDE = 0.85
-# Opening the model, probing products, writing the report.
-_SECONDS_AROUND = 30.0
-_ANSWERING = 0.1  # of the training; `--samples` aims at this share
-# Layers measured alone say how long a run takes to about this factor.
-_UNCERTAINTY = 1.4
+# How far off times were, from best to worst.
+_UNCERTAINTY = 1.2
 
 
 class ModelShape(Part):
@@ -36,37 +51,91 @@ class ModelShape(Part):
         parameters: all of them, the embeddings included.
         layers: decoder layers.
         hidden: size of the hidden states.
-        widest: outputs of the largest linear layer.
+        inner: inputs of the last linear layer of an MLP.
+        heads: query heads.
+        queries: size of all query heads together.
+        keys: size of all key heads together.
         adapter_weights: weights of an adapter of rank 1 on every linear layer.
         vocabulary: words of the output embedding.
+        packed: whether pairs share rows; otherwise each answer has a padded row with its own copy of the prompt.
+        fused: whether the engine has its own implementation of the layers, which keeps less for the backward pass.
     """
 
     parameters: int
     layers: int
     hidden: int
-    widest: int
+    inner: int
+    heads: int
+    queries: int
+    keys: int
     adapter_weights: int
     vocabulary: int
+    packed: bool = True
+    fused: bool = True
+
+
+class LayerSpeed(Part):
+    """Seconds of some work that grows with the number of decoder layers, measured with one layer and with several.
+
+    Attributes:
+        first: of a model with a single layer.
+        further: of each layer more.
+    """
+
+    first: float
+    further: float
+
+    def seconds(self, layers: float) -> float:
+        """Seconds for a model with this many layers."""
+        return self.first + (layers - 1) * self.further
+
+
+class Times(Part):
+    """The times of a model's layers, its output embedding and a run's adapters on a machine, in seconds per token.
+
+    Attributes:
+        method: what was trained.
+        forward: the base model, forward.
+        training: one trial, forward and backward.
+        beside: each of four trials side by side; the same as `training` with `--method full`.
+        update: an optimizer step of one trial; not per token.
+        head_forward: the output embedding, for each token of an answer.
+        head_training: the same with its gradient.
+        waiting: the share of the time that the measurement waited for CPUs that other programs used.
+    """
+
+    method: str
+    forward: LayerSpeed
+    training: LayerSpeed
+    beside: LayerSpeed
+    update: LayerSpeed
+    head_forward: float
+    head_training: float
+    waiting: float = 0.0
+
+    def per_token(self, layers: int, width: int) -> float:
+        """Seconds per token and trial in training with some trials side by side.
+
+        A part of a trial's time does not depend on the others, the rest is shared by all.
+        """
+        alone, among_four = self.training.seconds(layers), self.beside.seconds(layers)
+        own = (MOST_TRIALS * among_four - alone) / (MOST_TRIALS - 1)
+        return own + (alone - own) / width
 
 
 class Speed(Part):
-    """The speed of this machine with a model's layers, in seconds per token.
+    """What a machine does with a model.
 
     Attributes:
-        dtype: the dtype that was measured, which is the one that a run would choose.
-        bytes_per_number: its size.
-        layer_forward: one decoder layer, forward.
-        layer_training: one decoder layer, forward and backward, its weights frozen.
-        head_forward: the output embedding.
-        memory_free: free bytes when this was measured.
+        dtype: the dtype of the base weights that a run would choose.
+        memory_free: free bytes.
+        times: what was measured, in this dtype; None for models whose layers cannot be built alone, and for
+            accelerators, whose speed with few layers says little.
     """
 
     dtype: str
-    bytes_per_number: int
-    layer_forward: float
-    layer_training: float
-    head_forward: float
     memory_free: float
+    times: Times | None
 
 
 class PairLengths(Part):
@@ -87,61 +156,70 @@ class PairLengths(Part):
         """Mean tokens of a pair, whose prompt is computed once."""
         return self.prompt + self.answers
 
+    @classmethod
+    def full(cls, tokens: int) -> PairLengths:
+        """Pairs of one length, where none are known: half of it the prompt, and a quarter each answer."""
+        return cls(prompt=tokens / 2, chosen=tokens / 4, rejected=tokens / 4, longest=tokens)
+
+
+class Fit(Part):
+    """How a run is made to fit: the choices that depend on memory.
+
+    Attributes:
+        dtype: dtype of the base weights.
+        side_by_side: trials at once.
+        row_tokens: tokens of a row of each trial.
+        checkpointing: whether layers keep only their inputs.
+        memory: bytes by part, at the peak.
+        fits: whether that is at most what may be used.
+    """
+
+    dtype: str
+    side_by_side: int
+    row_tokens: int
+    checkpointing: bool
+    memory: dict[str, float]
+    fits: bool
+
+    @property
+    def bytes(self) -> float:
+        """All parts together."""
+        return sum(self.memory.values())
+
 
 class Cost(Part):
     """The estimated cost of a run.
 
     Attributes:
         trials: number of trials.
-        side_by_side: how many of them are trained at once.
         steps: optimizer steps of all trials.
-        seconds: the time, from best to worst guess.
-        memory: bytes by part, at the peak.
-        fits: whether the memory that is free now is enough.
+        seconds: the time, from best to worst guess; None if it cannot be told.
+        step_seconds: one optimizer step of a trial.
+        evaluation_seconds: one evaluation of a trial.
+        fit: what was chosen for it to fit, and its memory.
+        limit: the bytes that may be used.
+        longest: the longest pair, in tokens, that would fit, if this run does not; 0: none would.
     """
 
     trials: int
-    side_by_side: int
     steps: int
-    seconds: tuple[float, float]
-    memory: dict[str, float]
-    fits: bool
+    seconds: tuple[float, float] | None
+    step_seconds: float
+    evaluation_seconds: float
+    fit: Fit
+    limit: float
+    longest: int | None = None
 
     @property
     def memory_gb(self) -> float:
         """The peak in GB."""
-        return sum(self.memory.values()) / 2**30
-
-
-def lockstep_memory(
-    shape: ModelShape, trial: TrialConfig, number_size: int, longest: int, width: int, *, checkpointing: bool
-) -> dict[str, float]:
-    """Bytes of LoRA trials side by side: the base's weights, the adapters, and activations for the backward pass.
-
-    Args:
-        shape: the model.
-        trial: any of the trials, for its adapter and batch.
-        number_size: bytes of one number of the base.
-        longest: tokens of the longest pair.
-        width: number of trials.
-        checkpointing: whether layers keep only their inputs.
-    """
-    # A layer of transformers keeps its input, q, k, v, the attention output and both norms (about 8 times the hidden
-    # size) and the MLP's three products and their input (4 times the larger size); the backward pass needs half as much
-    # again. The engine's own layers keep less (`engine.layers`), and attention's weights are not counted.
-    kept = shape.hidden if checkpointing else 12 * shape.hidden + 6 * shape.widest
-    tokens = width * max(longest, min(ROW_TOKENS, trial.batch_size * longest))
-    return {
-        "weights": float(shape.parameters * number_size),
-        "adapters and optimizer": float(width * trial.lora_rank * shape.adapter_weights * BYTES_PER_WEIGHT),
-        "activations": float(tokens * shape.layers * kept * number_size),
-    }
+        return self.fit.bytes / 2**30
 
 
 def estimate(
     config: RunConfig, pairs: Mapping[str, int], lengths: PairLengths, shape: ModelShape, speed: Speed
 ) -> Cost:
-    """The cost of a run on the CPU of this machine.
+    """The cost of a run on this machine.
 
     Args:
         config: its settings.
@@ -153,47 +231,222 @@ def estimate(
     trials = config.trials()
     count = config.trial_count or len(trials)
     train, held_out = pairs.get("train", 0), pairs.get("validation", 0)
-    whole, answers = lengths.whole, lengths.answers
-    forward = whole * shape.layers * speed.layer_forward + answers * speed.head_forward
-    training = whole * shape.layers * speed.layer_training + 3 * answers * speed.head_forward
-    training *= _FULL if config.method == "full" else _ADAPTERS
-    beside = _BESIDE if count > 1 and config.method == "lora" else 1.0
+    limit = usable(config, speed.memory_free)
+    found = fit(config, lengths, shape, speed.dtype, limit)
     epochs = count / len(trials) * sum(trial.epochs for trial in trials)
-    seen, evaluated = train * epochs, held_out * epochs + pairs.get("test", 0)
-    seconds = beside * (seen * training + evaluated * forward * _ADAPTERS) + (train + held_out) * forward
-    seconds = seconds * (1 + (_ANSWERING if config.samples != 0 else 0)) + _SECONDS_AROUND
-    width, memory = _memory(config, trials, lengths.longest, shape, speed)
+    step = evaluation = 0.0
+    seconds = None
+    if speed.times:
+        forward, training = _pair_seconds(config, lengths, shape, found, speed.times)
+        step, evaluation = training * min(config.batch_size, train), held_out * forward
+        total = epochs * (train * training + evaluation) + (train + held_out + 2 * pairs.get("test", 0)) * forward
+        total = total * (1 + (_ANSWERING if config.samples != 0 else 0)) + _SECONDS_AROUND
+        seconds = (total / _UNCERTAINTY, total * _UNCERTAINTY)
     return Cost(
         trials=count,
-        side_by_side=width,
         steps=round(count / len(trials) * sum(-(-train // trial.batch_size) * trial.epochs for trial in trials)),
-        seconds=(seconds / _UNCERTAINTY, seconds * _UNCERTAINTY),
-        memory=memory,
-        fits=sum(memory.values()) <= speed.memory_free,
+        seconds=seconds,
+        step_seconds=step,
+        evaluation_seconds=evaluation,
+        fit=found,
+        limit=limit,
+        longest=None if found.fits else longest_that_fits(config, lengths, shape, speed.dtype, limit),
     )
 
 
-def _memory(
-    config: RunConfig, trials: list[TrialConfig], longest: int, shape: ModelShape, speed: Speed
-) -> tuple[int, dict[str, float]]:
-    """How many trials run side by side, and their bytes."""
-    if config.method == "full":
-        size = speed.bytes_per_number
-        one = lockstep_memory(shape, trials[0], size, longest, 1, checkpointing=config.checkpointing == "on")
-        one |= {"weights": float(shape.parameters * size), "adapters and optimizer": 0.0}
-        one["gradients and optimizer"] = float(shape.parameters * BYTES_PER_WEIGHT)
-        del one["adapters and optimizer"]
-        return 1, one | {"program": _PROGRAM_BYTES}
-    most = min(len(trials), config.side_by_side or 4)
-    widths = range(1, most + 1)
-    needs = [
-        lockstep_memory(
-            shape, trials[0], speed.bytes_per_number, longest, width, checkpointing=config.checkpointing == "on"
+def _pair_seconds(
+    config: RunConfig, lengths: PairLengths, shape: ModelShape, found: Fit, times: Times
+) -> tuple[float, float]:
+    """Seconds of a pair in one trial: forward alone, and in training."""
+    tokens = lengths.whole if shape.packed else 2 * lengths.prompt + lengths.answers
+    once = tokens * times.forward.seconds(shape.layers)
+    training = tokens * times.per_token(shape.layers, found.side_by_side) + lengths.answers * times.head_training
+    trained = float(shape.layers)
+    if times.method == "full":  # the embeddings are updated too
+        trained *= shape.parameters / max(1, shape.parameters - shape.vocabulary * shape.hidden)
+    training += times.update.seconds(trained) / config.batch_size
+    if found.checkpointing:
+        training += once
+    if config.method == "full" and times.method != "full":
+        training *= _FULL
+    return once + lengths.answers * times.head_forward, training
+
+
+def usable(config: RunConfig, free: float) -> float:
+    """The bytes that a run may take: those that `--memory` allows, or a share of what is free."""
+    return float(config.memory_bytes or USABLE * free)
+
+
+def fit(config: RunConfig, lengths: PairLengths, shape: ModelShape, dtype: str, limit: float) -> Fit:
+    """The fastest way of a run that fits: fewer trials side by side, then shorter rows, checkpointing, and bfloat16.
+
+    What the settings name is kept. If nothing fits, it is the way that takes the least.
+
+    Args:
+        config: the settings.
+        lengths: what the pairs are like.
+        shape: the model.
+        dtype: dtype of the base weights that this machine is fastest with.
+        limit: the bytes that may be used.
+    """
+    found = None
+    for own, width, row, checkpointing in _ways(config, lengths, dtype):
+        size = NUMBER_SIZES[own]
+        memory = peak_memory(config, shape, size, lengths, width=width, row_tokens=row, checkpointing=checkpointing)
+        found = Fit(
+            dtype=own,
+            side_by_side=width,
+            row_tokens=row,
+            checkpointing=checkpointing,
+            memory=memory,
+            fits=sum(memory.values()) <= limit,
         )
-        for width in widths
-    ]
-    fitting = [
-        width for width, need in zip(widths, needs, strict=True) if sum(need.values()) <= 0.7 * speed.memory_free
-    ]
-    width = most if config.side_by_side else max(fitting, default=1)
-    return width, needs[width - 1] | {"program": _PROGRAM_BYTES}
+        if found.fits:
+            break
+    assert found is not None  # noqa: S101 - there is always one way
+    return found
+
+
+def _ways(config: RunConfig, lengths: PairLengths, dtype: str) -> Iterator[tuple[str, int, int, bool]]:
+    """Dtype, trials side by side, tokens of a row, and checkpointing, from fast to small."""
+    trials = config.trial_count or len(config.trials())
+    widths = [config.side_by_side] if config.side_by_side else range(min(trials, MOST_TRIALS), 0, -1)
+    if config.method == "full":
+        widths = [1]
+    shortest = min(ROW_TOKENS, lengths.longest)
+    rows = [config.row_tokens] if config.row_tokens else sorted({ROW_TOKENS, shortest}, reverse=True)
+    smaller = ["bfloat16"] if config.dtype == "auto" and config.method == "lora" and dtype == "float32" else []
+    for own in (dtype, *smaller):
+        for checkpointing in {"auto": (False, True), "on": (True,), "off": (False,)}[config.checkpointing]:
+            for width in widths:
+                yield own, width, rows[0], checkpointing
+            for row in rows[1:]:
+                yield own, widths[-1], row, checkpointing
+
+
+def longest_that_fits(config: RunConfig, lengths: PairLengths, shape: ModelShape, dtype: str, limit: float) -> int:
+    """Tokens of the longest pair that would fit; 0: not even short ones would."""
+    low, high = 0, lengths.longest
+    while high - low > 1:
+        tokens = (low + high) // 2
+        shorter = lengths.model_copy(update={"longest": tokens})
+        low, high = (tokens, high) if fit(config, shorter, shape, dtype, limit).fits else (low, tokens)
+    return low if low >= 16 else 0
+
+
+def peak_memory(
+    config: RunConfig,
+    shape: ModelShape,
+    number_size: int,
+    lengths: PairLengths,
+    *,
+    width: int,
+    row_tokens: int,
+    checkpointing: bool,
+) -> dict[str, float]:
+    """Bytes of a run's process by part, in the stage that takes the most: training, or answering held-out prompts."""
+    training = training_memory(
+        shape,
+        config.trials()[0],
+        number_size,
+        lengths,
+        width=width,
+        row_tokens=row_tokens,
+        checkpointing=checkpointing,
+    )
+    answering = _answering_memory(config, shape, number_size, lengths) if config.samples != 0 else {}
+    largest = max(training, answering, key=lambda parts: sum(parts.values()))
+    return largest | {"program": _PROGRAM_BYTES}
+
+
+def training_memory(
+    shape: ModelShape,
+    trial: TrialConfig,
+    number_size: int,
+    lengths: PairLengths,
+    *,
+    width: int,
+    row_tokens: int = ROW_TOKENS,
+    checkpointing: bool = False,
+) -> dict[str, float]:
+    """Bytes of trials in training by part, without the program itself.
+
+    Args:
+        shape: the model.
+        trial: any of the trials, for its method, adapter and batch.
+        number_size: bytes of one number of the base.
+        lengths: what the pairs are like.
+        width: number of trials side by side.
+        row_tokens: tokens of a row of each trial; a longer pair has a row of its own.
+        checkpointing: whether layers keep only their inputs.
+    """
+    tokens = float(width) * max(lengths.longest, min(row_tokens, trial.batch_size * lengths.longest))
+    if not shape.packed:
+        tokens *= 1 + lengths.prompt / max(1.0, lengths.whole)  # each answer has its own copy of the prompt
+    scores = shape.heads * tokens * _scores(lengths, shape)
+    rank = 0 if trial.method == "full" else trial.lora_rank
+    layer = tokens * _kept(shape, rank) + scores
+    kept = shape.layers * tokens * shape.hidden + layer if checkpointing else shape.layers * layer
+    # The backward pass of one layer: gradients of what it kept, and what is repeated for them.
+    passing = tokens * (6 * shape.inner + 4 * shape.hidden + 3 * shape.queries) + 2 * scores
+    words = min(tokens, CHUNK_LOGITS // shape.vocabulary) * shape.vocabulary
+    head = words * (number_size + 4)
+    evaluating = EVALUATION_ROW * (4 * shape.inner + 6 * shape.hidden) * number_size + head
+    parts = {"weights": float(shape.parameters * number_size)}
+    if trial.method == "full":
+        masters = 4 if number_size < 4 else 0
+        # The row's own gradients next to the sums, the output embedding's in float32 besides.
+        gradients = 4 * shape.parameters + number_size * shape.parameters + 4 * shape.vocabulary * shape.hidden
+        parts["gradients and optimizer"] = float((8 + masters) * shape.parameters + gradients)
+    else:
+        own = _BYTES_PER_WEIGHT + (number_size if number_size < 4 else 0)  # the factors in the base's type
+        parts["adapters and optimizer"] = float(width * rank * shape.adapter_weights * own)
+    parts["activations"] = _HOLES * max((kept + passing) * number_size + head, evaluating)
+    return parts
+
+
+def _kept(shape: ModelShape, rank: int) -> float:
+    """Numbers that a decoder layer keeps of each token for its backward pass, attention weights aside."""
+    inners = _PROJECTIONS * rank
+    if shape.fused:  # both halves' inputs; queries, keys, values and what attention mixes of them; gate and up
+        return 2 * shape.hidden + 2 * shape.queries + 2 * shape.keys + 2 * shape.inner + inners
+    # Those of transformers also keep both norms' results, rotated and unrotated heads, and each step of the MLP.
+    return 6 * shape.hidden + 4 * shape.queries + 4 * shape.keys + 5 * shape.inner + inners
+
+
+def _scores(lengths: PairLengths, shape: ModelShape) -> float:
+    """Attention weights that a head keeps of each token of the longest pair; long pairs keep none."""
+    longest = lengths.longest
+    if longest > DENSE_TOKENS or not shape.packed:
+        return 0.0
+    prompt, chosen, rejected = (
+        longest * part / max(1.0, lengths.whole) for part in (lengths.prompt, lengths.chosen, lengths.rejected)
+    )
+    # The prompt attends to itself, each answer to the prompt and itself.
+    return (prompt**2 + chosen * (prompt + chosen) + rejected * (prompt + rejected)) / max(1, longest)
+
+
+def _answering_memory(config: RunConfig, shape: ModelShape, number_size: int, lengths: PairLengths) -> dict[str, float]:
+    """Bytes while held-out prompts are answered: the base, up to four adapters, and the KV cache."""
+    models = 1 + min(MOST_TRIALS, config.trial_count or len(config.trials()))
+    questions = min(ANSWERS_AT_ONCE, models * (config.samples or ANSWERS_AT_ONCE))
+    longest = min(lengths.longest, config.max_length) + ANSWER_TOKENS
+    cache = questions * longest * shape.layers * 2 * shape.keys * number_size
+    adapters = (models - 1) * config.lora_rank * shape.adapter_weights * number_size
+    if config.method == "full":
+        adapters = 0
+    return {
+        "weights": float(shape.parameters * number_size),
+        "adapters": float(adapters),
+        "KV cache": float(cache),
+        "logits": float(3 * questions * shape.vocabulary * 4),
+    }
+
+
+def of_single_answers(prompt: float, answer: float) -> dict[str, float]:
+    """Mean lengths of single answers, as if they were pairs that take the same time.
+
+    A single answer costs no second one, but its mismatched answer is scored without gradients, with the prompt: a third
+    of what the same tokens cost in training.
+    """
+    return {"prompt": prompt, "chosen": answer, "rejected": (prompt + answer) / 3}

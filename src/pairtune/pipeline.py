@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 from rich.console import Console
 
+from pairtune.budget import expected, fitted
 from pairtune.config import RunConfig, TrialConfig, flag_of
 from pairtune.data.earlier import Earlier, keep_prompts, prompts_before, prompts_of_round
 from pairtune.data.prepare import PreparedData, prepare_data
@@ -35,6 +36,7 @@ from pairtune.models.load import LoadedBase, blank_model, check_adapter, device_
 from pairtune.models.start import Start, open_base_of, open_start
 from pairtune.publish.export import Format
 from pairtune.publish.hub import push_run
+from pairtune.report.render_plan import time_range
 from pairtune.report.write import shared_report, write_report
 from pairtune.resolve_config import Resolved, resolve
 from pairtune.run.examples import Examples
@@ -105,6 +107,9 @@ def tune(resolved: Resolved, console: Console) -> Run | None:
         )
     if resolved.config.lora_targets and not base.adapter:
         check_targets(blank_model(base.source), resolved.config.lora_targets)
+    resolved = processes.from_first(fitted(resolved, base, data.train, console) if processes.first else resolved)
+    if resolved.config.dtype != "auto":
+        base = replace(base, dtype=getattr(torch, resolved.config.dtype))
     run = Run(processes.from_first(resolved.config.out))
     held = ExitStack()
 
@@ -175,8 +180,7 @@ def with_settings_of_adapter(resolved: Resolved, adapter: Path) -> Resolved:
             "--lora-dropout: would drop parts of what the adapter has learned, so that the trials would not start at "
             "it; omit the flag, or use --on-top new"
         )
-    origins = resolved.origins | dict.fromkeys(has, f"the adapter of {config.model}")
-    return Resolved(config.model_copy(update=has), origins)
+    return resolved.with_chosen(has, f"the adapter of {config.model}")
 
 
 def _open(
@@ -284,7 +288,17 @@ def _train(
     for warning in _odd_settings(planned, len(data.train)):
         console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
     epochs = {each.name: each.epochs for each in planned}
-    left = TimeLeft(steps, epochs, search.count, len(data.validation) / max(1, config.batch_size), config.epochs)
+    cost = expected(config, base, data) if processes.count == 1 else None
+    if cost and cost.seconds:
+        console.print(f"expected: {time_range(cost)}, {cost.memory_gb:.1f} GB of memory", highlight=False)
+    left = TimeLeft(
+        steps,
+        epochs,
+        search.count,
+        len(data.validation) / max(1, config.batch_size),
+        config.epochs,
+        (cost.step_seconds, cost.evaluation_seconds) if cost and cost.seconds else None,
+    )
     for trial in run.trials:
         if trial.record:  # a resumed run does not start it again
             left.finish(trial.name, trial.status, trial.best_epoch)

@@ -2,47 +2,98 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pairtune.config import RunConfig, SourceConfig
-from pairtune.cost import PairLengths, Speed, estimate
+from pairtune.cost import PairLengths, estimate, of_single_answers
 from pairtune.data.inspect_source import inspect_source
 from pairtune.data.inspection import Inspection, Plan
 from pairtune.data.preference import PreferencePair
 from pairtune.data.source_reader import SourceReader
 from pairtune.data.sources import BUNDLED
-from pairtune.engine.memory import shape_of
-from pairtune.models.load import blank_model, free_bytes, pick_device, pick_dtype, read_config
-from pairtune.models.resolve import ModelSource
+from pairtune.engine.memory import fit_run, shape_of
+from pairtune.engine.speed import measure_speed
+from pairtune.errors import BadInput
+from pairtune.models.load import LoadedBase, blank_model, load_tokenizer, pick_device, pick_dtype, read_config
+from pairtune.models.resolve import BUNDLED as BUNDLED_MODEL
+from pairtune.models.resolve import ModelSource, resolve_model
 from pairtune.models.start import open_start
+from pairtune.track.starved import STARVED
 
-_LAYERS, _TOKENS = 2, 512
-_HEAD_TOKENS, _HEAD_WORDS = 128, 4096
-_ROUNDS = 3
+# Without data, the time is that of this many pairs.
+SUPPOSED_PAIRS = 1000
 
 Say = Callable[[str], None]
 
 
-def plan_run(config: RunConfig, say: Say = lambda what: None) -> Plan:
+def plan_run(config: RunConfig, say: Say = lambda what: None, *, has_data: bool = True) -> Plan:
     """Inspect a run's data, measure this machine with its model's layers, and estimate the run's cost.
+
+    Args:
+        config: the settings. Of a model, a config.json is enough.
+        say: called with the current activity.
+        has_data: False plans for pairs as long as `max_length` allows instead of those that the settings name.
 
     Raises:
         BadInput: the model or a source cannot be used.
     """
-    start = open_start(config.model, config.dtype, config.on_top, config.reference, config.method)
-    source, tokenizer = start.base.source, start.base.tokenizer
-    found = [_inspect(config, each, tokenizer, say) for each in config.data]
-    pairs = _pairs(config, sum(each.kept for each in found))
-    lengths = _lengths(found)
-    say("measuring this machine")
-    shape, speed = shape_of(blank_model(source)), measure_speed(source)
-    cost = estimate(config, pairs, lengths, shape, speed) if lengths and speed else None
-    return Plan(inspections=found, pairs=pairs, lengths=lengths, shape=shape, speed=speed, cost=cost)
+    base, notes = _open(config, has_data)
+    found: list[Inspection] = []
+    if has_data:
+        found = [_inspect(config, each, base.tokenizer, say) for each in config.data]
+        pairs, lengths = _pairs(config, sum(each.kept for each in found)), _lengths(found)
+    else:
+        pairs, lengths = {"train": SUPPOSED_PAIRS}, PairLengths.full(config.max_length)
+        notes = [*notes, f"no --data: for {SUPPOSED_PAIRS:,} pairs of {config.max_length:,} tokens"]
+    shape, speed, cost = shape_of(blank_model(base.source)), None, None
+    if lengths:
+        say("measuring this machine")
+        dtype = getattr(torch, fit_run(config, base, lengths).dtype)
+        speed = measure_speed(base.source, config.trials()[0], lengths, dtype)
+        cost = estimate(config, pairs, lengths, shape, speed)
+        if speed.times and speed.times.waiting > STARVED:
+            notes = [
+                *notes,
+                f"other programs used this machine's CPUs {speed.times.waiting:.0%} of the time: alone, a "
+                "run is faster than the time below",
+            ]
+    return Plan(
+        inspections=found, pairs=pairs, lengths=lengths, shape=shape, speed=speed, cost=cost, notes=tuple(notes)
+    )
+
+
+def _open(config: RunConfig, has_data: bool) -> tuple[LoadedBase, list[str]]:
+    """The model, of which only the config and, if there is data, a tokenizer is needed."""
+    path = Path(config.model).expanduser()
+    file = path / "config.json" if path.is_dir() else path
+    if file.suffix != ".json" or not file.is_file() or any(file.parent.glob("*.safetensors")):
+        start = open_start(config.model, config.dtype, config.on_top, config.reference, config.method)
+        return start.base, []
+    folder, device = file.parent.resolve(), pick_device()
+    source = ModelSource(config.model, file.resolve(), "folder", str(folder))
+    read_config(source)
+    dtype = pick_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
+    base, notes = LoadedBase(source, None, dtype, device), [f"{config.model}: planned from its config alone"]
+    if not has_data:
+        return base, notes
+    if any(folder.glob("tokenizer*")):
+        return replace(base, tokenizer=load_tokenizer(folder)), notes
+    try:
+        tokenizer = load_tokenizer(resolve_model(BUNDLED_MODEL))
+    except BadInput as error:
+        raise BadInput(
+            f"--model {config.model}: has no tokenizer, so --data cannot be counted in its tokens; put the tokenizer's "
+            "files beside the config, or omit --data"
+        ) from error
+    return replace(base, tokenizer=tokenizer), [
+        *notes,
+        f"it has no tokenizer: lengths are counted with {BUNDLED_MODEL}'s",
+    ]
 
 
 def _inspect(config: RunConfig, source: SourceConfig, tokenizer: Any, say: Say) -> Inspection:
@@ -91,14 +142,12 @@ def _lengths(found: list[Inspection]) -> PairLengths | None:
         for each in kept
         if (parts := [part for name in _PARTS if (part := each.lengths[name])])
     )
-    prompt, chosen, rejected = (mean(part) for part in _PARTS)
+    means = {part: mean(part) for part in _PARTS}
     if any(each.single for each in kept):
-        # A single answer costs no second one, but its mismatched answer is scored without gradients, with the prompt:
-        # a third of what the same tokens cost in training.
-        counts = [sum(_answers_of(each, part) for each in kept) for part in _PARTS[1:]]
-        chosen = (counts[0] * chosen + counts[1] * rejected) / sum(counts)
-        rejected = (prompt + chosen) / 3
-    return PairLengths(prompt=prompt, chosen=chosen, rejected=rejected, longest=longest)
+        counts = {part: sum(_answers_of(each, part) for each in kept) for part in _PARTS[1:]}
+        answer = sum(counts[part] * means[part] for part in counts) / sum(counts.values())
+        means = of_single_answers(means["prompt"], answer)
+    return PairLengths(**means, longest=longest)
 
 
 def _answers_of(found: Inspection, part: str) -> int:
@@ -109,69 +158,3 @@ def _answers_of(found: Inspection, part: str) -> int:
 
 
 _PARTS = ("prompt", "chosen", "rejected")
-
-
-def measure_speed(source: ModelSource) -> Speed | None:
-    """Measure this machine's speed with a model's layers, in the dtype that a run would choose; takes a second or two.
-
-    None for models whose layers cannot be built alone, and for accelerators, which a bare loop does not measure.
-    """
-    device = pick_device()
-    if device.type != "cpu":
-        return None
-    try:
-        return _measured(source, pick_dtype(device), free_bytes(device))
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError):  # whatever an unusual model lacks
-        return None
-
-
-def _measured(source: ModelSource, dtype: torch.dtype, memory_free: float) -> Speed:
-    model = _few_layers(source).to(dtype)
-    ids = torch.zeros(1, _TOKENS, dtype=torch.long)
-    embedded = model.get_input_embeddings()(ids).detach()
-
-    def forward() -> None:
-        with torch.no_grad():
-            model(inputs_embeds=embedded, use_cache=False)
-
-    def training() -> None:
-        start = embedded.clone().requires_grad_()
-        model(inputs_embeds=start, use_cache=False).logits.sum().backward()
-
-    hidden = torch.ones(_HEAD_TOKENS, model.config.hidden_size, dtype=dtype)
-    words = torch.ones(_HEAD_WORDS, model.config.hidden_size, dtype=dtype)
-    head = _fastest(lambda: torch.nn.functional.linear(hidden, words)) / _HEAD_TOKENS / _HEAD_WORDS
-    whole = read_config(source)
-    each = _LAYERS * _TOKENS
-    return Speed(
-        dtype=str(dtype).removeprefix("torch."),
-        bytes_per_number=dtype.itemsize,
-        layer_forward=_fastest(forward) / each,
-        layer_training=_fastest(training) / each,
-        head_forward=head * whole.vocab_size,
-        memory_free=float(memory_free),
-    )
-
-
-def _few_layers(source: ModelSource) -> PreTrainedModel:
-    """A model with random weights, a few of the source's layers and hardly any vocabulary."""
-    config = read_config(source)
-    config.num_hidden_layers, config.vocab_size = _LAYERS, 64
-    config.bos_token_id = config.eos_token_id = config.pad_token_id = 0
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:_LAYERS]
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return model.eval()
-
-
-def _fastest(work: Callable[[], object]) -> float:
-    """Seconds of the fastest of a few rounds, after one to warm up."""
-    work()
-    seconds = []
-    for _ in range(_ROUNDS):
-        started = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)

@@ -22,6 +22,10 @@ class Resolved:
     config: RunConfig
     origins: dict[str, str]
 
+    def with_chosen(self, values: Mapping[str, Any], why: str) -> Resolved:
+        """The same with some values that the program chose, and why it did."""
+        return Resolved(self.config.model_copy(update=dict(values)), self.origins | dict.fromkeys(values, why))
+
     def to_yaml(self) -> str:
         """YAML that `pairtune tune` reads back; a comment after each value states where it came from."""
         lines = ["# Resolved configuration; `pairtune tune THIS_FILE --out NEW` repeats the run."]
@@ -37,7 +41,7 @@ def resolve(file: Path | None, flags: Mapping[str, Any]) -> Resolved:
     Raises:
         BadInput: the file cannot be read, or a value is not allowed; the message names the flag or field.
     """
-    written = _read_yaml(file) if file else {}
+    written = read_settings(file) if file else {}
     given = {name: value for name, value in flags.items() if value is not None}
     origins = {}
     for name, field in RunConfig.model_fields.items():
@@ -71,7 +75,12 @@ def _explain(error: Any) -> str:
     return f"{error['msg'].removeprefix('Value error, ').replace('Input should', 'should')} (given: {shown})"
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def read_settings(file: Path) -> dict[str, Any]:
+    """The settings in a YAML file, not validated.
+
+    Raises:
+        BadInput: it cannot be read.
+    """
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:

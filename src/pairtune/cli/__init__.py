@@ -125,7 +125,8 @@ def plan(
 ) -> None:
     """Say what a run would read, how long it would take and how much memory, without starting it.
 
-    Takes the settings of `tune`.
+    Takes the settings of `tune`. Of a model, its config.json is enough; without --data it plans for pairs as long as
+    --max-length allows.
     """
     _plan(config, context.obj | columns_of(context.obj.get("columns")), as_json)
 
@@ -530,10 +531,12 @@ def _tune(file: Path | None, flags: dict[str, Any], as_json: bool) -> None:
 
 
 def _plan(file: Path | None, flags: dict[str, Any], as_json: bool) -> None:
-    from pairtune.resolve_config import resolve
+    from pairtune.resolve_config import read_settings, resolve
 
-    config = with_votes(resolve(file, flags)).config
-    _probe(config)
+    has_data = "data" in flags or (file is not None and "data" in read_settings(file))
+    config = with_votes(resolve(file, flags if has_data else flags | {"data": ["bundled:concise"]})).config
+    if has_data:
+        _probe(config)
 
     with loading():
         from pairtune.plan import plan_run
@@ -541,7 +544,7 @@ def _plan(file: Path | None, flags: dict[str, Any], as_json: bool) -> None:
         from pairtune.run.records import dump
 
     with screen(stderr=True).status("reading") as status:
-        found = plan_run(config, status.update)
+        found = plan_run(config, status.update, has_data=has_data)
     say(json.dumps(dump(found))) if as_json else output().print(render_plan(found), highlight=False)
 
 

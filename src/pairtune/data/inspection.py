@@ -153,8 +153,9 @@ class Plan(Part):
         pairs: the number of pairs by split, about; splits are drawn when the run starts.
         lengths: what the pairs are like; None if there are none.
         shape: the model.
-        speed: this machine; None if the model's layers cannot be measured alone.
-        cost: time and memory; None if they cannot be told.
+        speed: this machine; None if there are no pairs.
+        cost: time and memory; None if there are no pairs.
+        notes: what was supposed where something is not known.
     """
 
     inspections: list[Inspection]
@@ -163,3 +164,4 @@ class Plan(Part):
     shape: ModelShape
     speed: Speed | None
     cost: Cost | None
+    notes: tuple[str, ...] = ()

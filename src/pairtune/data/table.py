@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pairtune.cost import PairLengths, of_single_answers
 from pairtune.data.preference import PreferencePair
 from pairtune.data.splits import Prompt, group_prompts
 from pairtune.data.tokens import PairTokenizer, TokenizedPair
@@ -176,6 +177,13 @@ class PairTable(Sequence[PreferencePair]):
     def longest(self) -> int:
         """Number of tokens of the longest pair: its prompt and both answers."""
         return int(np.max(sum(each.astype(np.int64) for each in self.lengths().values()), initial=0))
+
+    def pair_lengths(self) -> PairLengths:
+        """What the pairs are like for an estimate of time and memory."""
+        means = {name.removeprefix("tokens/"): float(np.mean(each)) for name, each in self.lengths().items()}
+        if self.unpaired:
+            means = of_single_answers(means["prompt"], means["chosen"] + means["rejected"])
+        return PairLengths(**means, longest=self.longest())
 
     def lengths(self) -> dict[str, np.ndarray]:
         """Token counts of each part as `tokens/prompt` and so on, [pairs]; answers include their end token."""

@@ -119,6 +119,10 @@ class Kernels:
             self._probes[dtype] = self._known(dtype, self._stored.get(_name(dtype))) or self._tried(dtype)
         return self._probes[dtype]
 
+    def is_known(self, dtype: torch.dtype) -> bool:
+        """Whether this machine's products of this dtype were probed before, so that nothing has to be."""
+        return dtype in self._probes or self._cached(dtype).is_file()
+
     def record(self) -> dict[str, KernelChoice]:
         """The choices by dtype, for `environment.json`."""
         return self._stored | {_name(dtype): probe.record() for dtype, probe in self._probes.items()}
@@ -135,7 +139,7 @@ class Kernels:
     def _tried(self, dtype: torch.dtype) -> Probe:
         if self.device.type != "cpu":
             return Probe(Products(), (), self._bits(dtype, Products()), 0.0)
-        cached = user_cache() / "kernels" / f"{self._cache_name(dtype)}.json"
+        cached = self._cached(dtype)
         if known := self._known(dtype, _read(cached)):
             return known
         started = time.perf_counter()
@@ -147,8 +151,8 @@ class Kernels:
             write_json(cached, dump(probe.record()))
         return probe
 
-    def _cache_name(self, dtype: torch.dtype) -> str:
-        """A fingerprint of this machine, its libraries and settings, and the shapes of the products."""
+    def _cached(self, dtype: torch.dtype) -> Path:
+        """The file for this machine, its libraries and settings, and the shapes of the products."""
         limits = [f"{name}={os.environ.get(name)}" for name in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")]
         machine = (
             processor(),
@@ -156,7 +160,8 @@ class Kernels:
             str(torch.get_num_threads()),
             torch.__version__,
         )
-        return fingerprint([_name(dtype), torch.__version__, *machine, *limits, *map(str, self._shapes)])
+        name = fingerprint([_name(dtype), torch.__version__, *machine, *limits, *map(str, self._shapes)])
+        return user_cache() / "kernels" / f"{name}.json"
 
     def _choose(self, dtype: torch.dtype, differing: list[int]) -> Products:
         if not differing:

@@ -33,12 +33,17 @@ def replace_layers(model: nn.Module, products: Products) -> bool:
     Returns:
         Whether they were switched. If so, the last layer's results are limited to the tokens `needed`.
     """
-    layers = [module for module in model.modules() if type(module).__name__ in _KNOWN]
-    if getattr(model.config, "hidden_act", None) != "silu":
-        return False
+    layers = known_layers(model)
     for layer in layers:
         layer.forward = MethodType(partial(_forward, products, layer is layers[-1]), layer)
     return bool(layers)
+
+
+def known_layers(model: nn.Module) -> list[nn.Module]:
+    """A model's decoder layers, if this module can compute them."""
+    if getattr(model.config, "hidden_act", None) != "silu":
+        return []
+    return [module for module in model.modules() if type(module).__name__ in _KNOWN]
 
 
 def _forward(products: Products, last: bool, layer: Any, hidden_states: Tensor, **arguments: Any) -> Tensor:

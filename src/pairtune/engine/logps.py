@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from pairtune.cost import CHUNK_LOGITS
 from pairtune.engine.products import PLAIN, Products
 from pairtune.engine.softcap import soft_cap_
-
-# Logits per chunk: 32 MB in float32, small enough to stay in the CPU's cache.
-_CHUNK_LOGITS = 8 << 20
 
 
 def token_logps(
@@ -145,5 +143,5 @@ def _log_softmax(logits: Tensor, softcap: float | None) -> Tensor:
 def _chunks(tokens: int, vocabulary: int, products: Products) -> list[slice]:
     """Slices of whole tiles, so that only the last tile is padded."""
     least = products.tile or products.least
-    size = max(1, _CHUNK_LOGITS // vocabulary // least) * least
+    size = max(1, CHUNK_LOGITS // vocabulary // least) * least
     return [slice(start, start + size) for start in range(0, tokens, size)]

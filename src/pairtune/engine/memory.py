@@ -1,23 +1,34 @@
-"""Estimates how many trials fit side by side in memory."""
+"""How many trials fit side by side in memory, and the sizes of a model that this depends on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from pairtune.config import TrialConfig
-from pairtune.cost import ModelShape, lockstep_memory
+from pairtune.config import RunConfig, TrialConfig
+from pairtune.cost import (
+    MOST_TRIALS,
+    ROW_TOKENS,
+    USABLE,
+    Fit,
+    ModelShape,
+    PairLengths,
+    fit,
+    training_memory,
+    usable,
+)
+from pairtune.engine.layers import known_layers
+from pairtune.engine.policy import PACKED_FAMILIES
 from pairtune.engine.products import linear_layers, matrix_of
 from pairtune.engine.trial import TrialInputs, wants_checkpointing
-from pairtune.models.load import blank_model, free_bytes
+from pairtune.models.load import LoadedBase, blank_model, free_bytes
 
-# Beyond this, more trials at once take memory and gain little: few saturate a CPU, more an accelerator.
-_MOST = {"cpu": 4}
+# Beyond this, trials at once take memory and gain little: few saturate a CPU, more an accelerator.
+_MOST = {"cpu": MOST_TRIALS}
 _MOST_ELSEWHERE = 8
-# The rest is for temporary needs: writing a checkpoint, the logits of an evaluation, other programs.
-_USABLE = 0.7
 
 
 def lockstep_width(trial: TrialConfig, inputs: TrialInputs) -> int:
@@ -35,14 +46,14 @@ def widest(needs: Sequence[float], device: torch.device) -> int:
         needs: bytes that one, two, … trials take.
         device: the device that they run on.
     """
-    usable = _USABLE * free_bytes(device)
-    return max(1, sum(need <= usable for need in needs[: _MOST.get(device.type, _MOST_ELSEWHERE)]))
+    limit = USABLE * free_bytes(device)
+    return max(1, sum(need <= limit for need in needs[: _MOST.get(device.type, _MOST_ELSEWHERE)]))
 
 
 def lockstep_bytes(
     model: PreTrainedModel, trial: TrialConfig, dtype: torch.dtype, device: torch.device, longest: int, width: int
 ) -> float:
-    """An estimate of the memory of trials side by side: weights, adapters, and activations kept for the backward pass.
+    """The memory of trials side by side, this program's own aside.
 
     Args:
         model: a model like the base; its weights may be on the meta device.
@@ -52,19 +63,49 @@ def lockstep_bytes(
         longest: tokens of the longest pair.
         width: number of trials.
     """
-    checkpointing = wants_checkpointing(trial, device)
-    parts = lockstep_memory(shape_of(model), trial, dtype.itemsize, longest, width, checkpointing=checkpointing)
+    parts = training_memory(
+        shape_of(model),
+        trial,
+        dtype.itemsize,
+        PairLengths.full(longest),
+        width=width,
+        row_tokens=trial.row_tokens or ROW_TOKENS,
+        checkpointing=wants_checkpointing(trial, device),
+    )
     return sum(parts.values())
+
+
+def fit_run(config: RunConfig, base: LoadedBase, lengths: PairLengths) -> Fit:
+    """How a run fits into the memory that it may take; see `cost.fit`.
+
+    Args:
+        config: its settings.
+        base: its base model, in the dtype that this machine is fastest with.
+        lengths: what its training pairs are like.
+    """
+    if config.checkpointing == "auto" and base.device.type != "cpu":
+        config = config.model_copy(update={"checkpointing": "on"})
+    dtype = str(base.dtype).removeprefix("torch.")
+    limit = usable(config, free_bytes(base.device))
+    return fit(config, lengths, shape_of(blank_model(base.source)), dtype, limit)
 
 
 def shape_of(model: PreTrainedModel) -> ModelShape:
     """The sizes of a model, whose weights may be on the meta device."""
+    config: Any = model.config
     linear = [matrix_of(layer).shape for _, layer in linear_layers(model)]
+    heads = int(config.num_attention_heads)
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return ModelShape(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        layers=model.config.num_hidden_layers,
-        hidden=model.config.hidden_size,
-        widest=max(after for _, after in linear),
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        inner=max(before for before, _ in linear),
+        heads=heads,
+        queries=heads * size,
+        keys=(getattr(config, "num_key_value_heads", None) or heads) * size,
         adapter_weights=sum(before + after for before, after in linear),
-        vocabulary=model.config.vocab_size,
+        vocabulary=config.vocab_size,
+        packed=config.model_type in PACKED_FAMILIES,
+        fused=bool(known_layers(model)),
     )

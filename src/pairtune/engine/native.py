@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ from pairtune.engine.lora import LoraLinear, add_adapters, load_adapter, peft_co
 from pairtune.engine.losses import Objective
 from pairtune.engine.memory import lockstep_width
 from pairtune.engine.optimize import AdapterWeights, FullWeights, TrialOptimizer
+from pairtune.engine.out_of_memory import in_smaller_rows
 from pairtune.engine.policy import EVALUATION_TOKENS, TRAIN_TOKENS, Policy, cast_parameters
 from pairtune.engine.reference import (
     check_reference,
@@ -65,6 +67,8 @@ from pairtune.run.metrics import Evaluation, TrainingStep
 from pairtune.run.paths import TrialPaths
 from pairtune.run.records import SweepRecord, TrialRecord
 from pairtune.track.sinks import Sink
+
+R = TypeVar("R")
 
 
 def run_trials(trials: Sequence[TrialConfig], inputs: TrialInputs, run: Run, sink: Sink) -> list[TrialRecord]:
@@ -119,7 +123,7 @@ class _TrialState:
 
 def _identity(trial: TrialConfig) -> str:
     """A trial's settings; those that older checkpoints do not know are left out at their defaults."""
-    later = ("desirable_weight", "undesirable_weight")
+    later = ("desirable_weight", "undesirable_weight", "row_tokens")
     same = {name for name in later if getattr(trial, name) == TrialConfig.model_fields[name].default}
     return trial.model_dump_json(exclude=same)
 
@@ -135,6 +139,7 @@ class _TrialGroup:
         self.model, self.results = start_trials(trials, inputs)
         self._pairs_fingerprint = fingerprint(pairs.ids_fingerprint() for pairs in inputs.splits.values())
         self.epoch, self.step, self.seen = 1, 0, 0  # seen: pairs of the current epoch
+        self.row_tokens = run.choices.row_tokens or self.shared.row_tokens or TRAIN_TOKENS
         self.members: list[_TrialState] = []
         # Order matters: float32 master weights are taken before the model is cast, and the reference's outputs are
         # computed before the model has the trials' adapters.
@@ -345,22 +350,41 @@ class _TrialGroup:
         self.step += 1
         self.policy.train(True)
         weights = self.members[0].weights  # the adapters of all trials lie in the same stacks
-        records: list[list[ExampleRecord]] = [[] for _ in self.members]
-        for scored in self._scorer("train").batch(rows, TRAIN_TOKENS):
-            losses = torch.stack([each.losses.sum() for each in scored])
-            (losses.sum() / len(rows)).backward()  # the sum does not mix the adapters' gradients
-            weights.collect_gradients()
-            for mine, each in zip(records, scored, strict=True):
-                mine.extend(each.records())
+        records = self._in_smaller_rows(partial(self._accumulate, rows), self.row_tokens, self._shorten_rows)
         self.inputs.processes.add_gradients(weights.summed)
         for member, mine in zip(self.members, records, strict=True):
             try:
                 self._update(member, self.inputs.processes.gather(mine), rows)
             except TrialFailed as failure:
                 member.result.status, member.result.reason = "failed", str(failure)
-        for tensor in weights.summed:
-            tensor.grad = None
+        weights.forget_gradients()
         self.seen += len(rows)
+
+    def _accumulate(self, rows: Sequence[int], tokens: int) -> list[list[ExampleRecord]]:
+        """Add up the gradients of a batch, one row of at most so many tokens at a time; every trial's records."""
+        weights = self.members[0].weights
+        weights.forget_gradients()  # of an earlier try, which memory did not suffice for
+        records: list[list[ExampleRecord]] = [[] for _ in self.members]
+        for scored in self._scorer("train").batch(rows, tokens):
+            losses = torch.stack([each.losses.sum() for each in scored])
+            (losses.sum() / len(rows)).backward()  # the sum does not mix the adapters' gradients
+            weights.collect_gradients()
+            for mine, each in zip(records, scored, strict=True):
+                mine.extend(each.records())
+        return records
+
+    def _in_smaller_rows(self, work: Callable[[int], R], tokens: int, told: Callable[[int], None]) -> R:
+        """See `in_smaller_rows`; several processes would have to agree, so that there the first error ends the run."""
+        return work(tokens) if self.inputs.processes.count > 1 else in_smaller_rows(work, tokens, told)
+
+    def _shorten_rows(self, tokens: int) -> None:
+        """Use shorter rows in training from now on, in a resumed run as well."""
+        self.row_tokens = tokens
+        self.run.remember(row_tokens=tokens)
+        self.sink.notice(
+            f"memory ran out at step {self.step}: the step is repeated, and all later ones are made, with rows of "
+            f"{tokens} tokens; this changes the results only by rounding"
+        )
 
     def _scorer(self, split: str) -> Scorer:
         """Scores the pairs of a split under every trial."""
@@ -410,10 +434,17 @@ class _TrialGroup:
         """Evaluate every trial on the validation pairs, and save the weights that are the trial's best so far."""
         self.policy.train(False)
         total = len(self.inputs.validation)
-        with self.policy.computing_in(self._evaluation_dtype):
-            records = self._scorer("validation").all_records(
-                EVALUATION_TOKENS // len(self.members), lambda done: self._report_progress("evaluating", done, total)
+
+        def evaluate(tokens: int) -> list[list[ExampleRecord]]:
+            return self._scorer("validation").all_records(
+                tokens, lambda done: self._report_progress("evaluating", done, total)
             )
+
+        def told(tokens: int) -> None:
+            self.sink.notice(f"memory ran out in the evaluation: it is repeated with rows of {tokens} tokens")
+
+        with self.policy.computing_in(self._evaluation_dtype):
+            records = self._in_smaller_rows(evaluate, EVALUATION_TOKENS // len(self.members), told)
         for member, mine in zip(self.members, records, strict=True):
             loss = math.fsum(member.losses) / len(member.losses)
             member.losses.clear()

@@ -88,6 +88,11 @@ class AdapterWeights:
         """The tensors that hold a step's gradients: the stacks, which all trials share."""
         return self._stacks()
 
+    def forget_gradients(self) -> None:
+        """Drop the gradients of all trials."""
+        for stack in self._stacks():
+            stack.grad = None
+
     def take_gradients(self) -> None:
         """Assign this trial's gradients to the optimizer's tensors."""
         for tensor, stack in zip(self.tensors, self._stacks(), strict=True):
@@ -124,6 +129,11 @@ class FullWeights:
     def summed(self) -> Sequence[Tensor]:
         """The tensors that hold a step's gradients: the masters."""
         return self.tensors
+
+    def forget_gradients(self) -> None:
+        """Drop all gradients, those of a row that was cut off included."""
+        for tensor, parameter in zip(self.tensors, self.parameters, strict=True):
+            tensor.grad = parameter.grad = None
 
     def take_gradients(self) -> None:
         """Do nothing: the masters hold them."""

@@ -19,13 +19,11 @@ from torch.autograd import Function
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from pairtune.cost import DENSE_TOKENS
 from pairtune.engine.packing import Segment
 from pairtune.engine.softcap import soft_cap
 
 ATTENTION = "pairtune_packed"
-
-# Longest pair, in tokens, for dense attention: its memory grows with the square of the length.
-DENSE_TOKENS = 640
 
 # A pair is computed in blocks if that saves at least this many scores.
 _WORTH_SPLITTING = 16_000

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from pairtune.cost import ROW_TOKENS
+from pairtune.cost import EVALUATION_ROW, ROW_TOKENS
 from pairtune.data.table import TokenIds
 from pairtune.engine.kernels import Kernels
 from pairtune.engine.layers import replace_layers
@@ -36,7 +36,7 @@ PACKED_FAMILIES = frozenset(
 # order. Larger rows keep more activations for the backward pass, and beyond this size products get no faster.
 TRAIN_TOKENS = ROW_TOKENS
 # Tokens per row for all trials together in evaluation, where no activations are kept.
-EVALUATION_TOKENS = 4096
+EVALUATION_TOKENS = EVALUATION_ROW
 
 # Evenly spaced positions of an answer whose last hidden states are kept on request.
 STATES = 8

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from pairtune.conversation import Message
+from pairtune.cost import ANSWER_TOKENS
 from pairtune.data.preference import PreferencePair
 from pairtune.data.splits import prompt_key
 from pairtune.evaluate.answers import summarise
@@ -31,7 +32,7 @@ from pairtune.serve.request import AdapterRef, NotBatchable
 R = TypeVar("R", bound=AnswersRecord)
 
 # Sampled, as in a chat: greedy decoding sends small models into loops that no user would see.
-CHECK_SAMPLING = SamplingParams(max_tokens=160, temperature=0.7)
+CHECK_SAMPLING = SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0.7)
 
 # Without --samples: as many prompts as can be answered in this share of the run's time, within bounds.
 TIME_SHARE, FEWEST, MOST = 0.1, 4, 32

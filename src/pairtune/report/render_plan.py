@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from pairtune.cost import Cost
+from pairtune.cost import Cost, Fit
 from pairtune.data.inspection import Plan
 from pairtune.errors import plural
 from pairtune.report.phrases import duration
@@ -25,25 +25,47 @@ def _parts(plan: Plan) -> Iterator[RenderableType]:
         for finding in found.findings:
             yield Text(f"  {finding.level}: {finding.message}", style=STYLES[finding.level])
         yield Text(f"  verdict: {found.verdict}", style=VERDICTS[found.verdict])
+    for note in plan.notes:
+        yield Text(note, style="dim")
     if plan.cost is None:
-        yield Text("The time cannot be estimated for this model and machine.")
         return
+    cost, fit = plan.cost, plan.cost.fit
     pairs = ", ".join(f"about {count:,} {split}" for split, count in plan.pairs.items() if count)
     yield Text(
-        f"{plural(plan.cost.trials, 'trial')}, {plan.cost.side_by_side} side by side, {pairs} pairs, "
-        f"{plural(plan.cost.steps, 'step')}"
+        f"{plural(cost.trials, 'trial')}, {fit.side_by_side} side by side, {pairs} pairs, {plural(cost.steps, 'step')}"
     )
-    yield Text(f"time: {time_range(plan.cost)}, estimated from the speed of {plan.shape.layers} layers on this machine")
-    parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in plan.cost.memory.items())
-    yield Text(f"memory: about {plan.cost.memory_gb:.1f} GB ({parts})", style="" if plan.cost.fits else "bold red")
-    if not plan.cost.fits:
-        yield Text(
-            "That is more than is free now: close other programs, or lower --max-length, --side-by-side or --lora-rank."
-        )
+    measured = f", estimated from the speed of a few of {plan.shape.layers} layers here" if cost.seconds else ""
+    yield Text(f"time: {time_range(cost)}{measured}")
+    parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in fit.memory.items())
+    yield Text(f"memory: about {cost.memory_gb:.1f} GB ({parts})", style="" if fit.fits else "bold red")
+    room = f"of {cost.limit / 2**30:.1f} GB; {way(fit)}" if fit.fits else does_not_fit(fit, cost.limit, cost.longest)
+    yield Text(f"        {room}")
+
+
+def way(fit: Fit) -> str:
+    """How a run is made to fit, in words."""
+    checkpointing = "on" if fit.checkpointing else "off"
+    return f"{fit.dtype}, rows of {fit.row_tokens} tokens, checkpointing {checkpointing}"
+
+
+def does_not_fit(fit: Fit, limit: float, longest: int | None) -> str:
+    """What a run lacks, and what would help.
+
+    Args:
+        fit: the way of it that takes the least.
+        limit: the bytes that it may take.
+        longest: the longest pair, in tokens, that would fit; 0 or None: none.
+    """
+    lacks = f"more than the {limit / 2**30:.1f} GB that it may take, even with {way(fit)}"
+    if longest:
+        return f"{lacks}; pairs of up to {longest:,} tokens would fit: lower --max-length"
+    return f"{lacks}; shorter pairs would not help: choose a smaller model, or lower --lora-rank"
 
 
 def time_range(cost: Cost) -> str:
     """The estimated time in words, from the best to the worst guess."""
+    if cost.seconds is None:
+        return "cannot be told for this model and machine"
     low, high = cost.seconds
     if high < 90:
         return "about a minute"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from pairtune.cost import ANSWERS_AT_ONCE
 from pairtune.errors import RunFailed
 from pairtune.models.generate import end_tokens
 from pairtune.models.load import free_bytes
@@ -19,8 +20,6 @@ from pairtune.serve.kv_cache import bytes_per_token
 from pairtune.serve.model_runner import ModelRunner
 from pairtune.serve.request import AdapterRef, Event, Failed, Finished, GenerationRequest, TextDelta
 
-# Beyond this, products of a pass gain little.
-_MOST = 32
 # The share of the free memory that the KV cache may take.
 _SHARE = 0.25
 # Questions come model by model, so only few adapters are in use at a time, and every one in memory costs time.
@@ -108,4 +107,4 @@ def answer_all(
 def _slots(runner: ModelRunner, longest: int, count: int) -> int:
     """How many questions are answered at once."""
     room = _SHARE * free_bytes(runner.model.device) // (bytes_per_token(runner.model) * longest)
-    return int(max(1, min(_MOST, count, room)))
+    return int(max(1, min(ANSWERS_AT_ONCE, count, room)))

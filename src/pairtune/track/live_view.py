@@ -82,6 +82,9 @@ class LiveView(Sink):
             left = clock((time.monotonic() - since) / done * (total - done))
             self._console.print(f"{what}: {done:,}/{total:,}, {left} left", highlight=False, soft_wrap=True)
 
+    def notice(self, text: str) -> None:
+        self._console.print(text, style="yellow", highlight=False, soft_wrap=True)
+
     def finish(self, trial: str, status: str, best_epoch: int | None) -> None:
         self._totals[trial] = self._steps[trial]  # a trial that ended early makes no further steps
         best = f"best epoch {best_epoch}"

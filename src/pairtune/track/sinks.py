@@ -33,6 +33,9 @@ class Sink:
     def on_progress(self, trials: Sequence[str], what: str, done: int, total: int) -> None:
         """Trials make progress with work other than steps, such as an evaluation; `what` names it."""
 
+    def notice(self, text: str) -> None:
+        """Something happened that whoever watches should know."""
+
     def finish(self, trial: str, status: str, best_epoch: int | None) -> None:
         """A trial has ended; `status` is that of its record."""
 
@@ -83,6 +86,10 @@ class Sinks(Sink):
     def on_progress(self, trials: Sequence[str], what: str, done: int, total: int) -> None:
         for sink in self._sinks:
             sink.on_progress(trials, what, done, total)
+
+    def notice(self, text: str) -> None:
+        for sink in self._sinks:
+            sink.notice(text)
 
     def finish(self, trial: str, status: str, best_epoch: int | None) -> None:
         for sink in self._sinks:

@@ -10,20 +10,52 @@ from pairtune.run.metrics import Evaluation, TrainingStep
 from pairtune.track.sinks import Sink
 
 # Measurement interval in seconds, and the share of waiting above which it is reported.
-_SECONDS, _SHARE = 15.0, 0.25
+_SECONDS, STARVED = 15.0, 0.25
+_TASKS = Path("/proc/self/task")
 
 
-class StarvedSink(Sink):
-    """Measures how long this process's threads waited for a CPU (on Linux; elsewhere it reports nothing).
+class CpuWait:
+    """Measures how long this process's threads waited for a CPU, on Linux; elsewhere they never seem to.
 
     Args:
-        say: called once, with one line.
         tasks: folder of the threads' run and wait times (proc(5), `schedstat`).
     """
 
-    def __init__(self, say: Callable[[str], None], tasks: Path = Path("/proc/self/task")) -> None:
-        self._say, self._tasks = say, tasks
-        self._before, self._since, self._reported = self._read(), time.monotonic(), False
+    def __init__(self, tasks: Path = _TASKS) -> None:
+        self._tasks = tasks
+        self._before = self._read()
+
+    def share(self) -> float:
+        """The share of their time that the threads waited since this was asked last, or since the beginning."""
+        now = self._read()
+        both = [(now[task], self._before.get(task, (0, 0))) for task in now]
+        ran, waited = (sum(after[at] - before[at] for after, before in both) for at in (0, 1))
+        self._before = now
+        return waited / (ran + waited) if waited > 0 else 0.0
+
+    def _read(self) -> dict[str, tuple[int, int]]:
+        """Nanoseconds that each thread has run and has waited to run."""
+        found = {}
+        for task in self._tasks.glob("*/schedstat"):
+            try:
+                ran, waited, *_ = task.read_text(encoding="ascii").split()
+                found[task.parent.name] = int(ran), int(waited)
+            except (OSError, ValueError):
+                continue  # a thread that has just ended
+        return found
+
+
+class StarvedSink(Sink):
+    """Reports once if a run waits long for CPUs that other programs use.
+
+    Args:
+        say: called once, with one line.
+        tasks: see `CpuWait`.
+    """
+
+    def __init__(self, say: Callable[[str], None], tasks: Path = _TASKS) -> None:
+        self._say, self._wait = say, CpuWait(tasks)
+        self._since, self._reported = time.monotonic(), False
 
     def start(self, trial: str, total_steps: int, steps: int, lines: int) -> None:
         """Do nothing: a start takes no time."""
@@ -42,24 +74,10 @@ class StarvedSink(Sink):
 
     def look(self) -> None:
         """Measure the wait since the last measurement, and report it if it is large."""
-        now = self._read()
-        both = [(now[task], self._before.get(task, (0, 0))) for task in now]
-        ran, waited = (sum(after[at] - before[at] for after, before in both) for at in (0, 1))
-        self._before, self._since = now, time.monotonic()
-        if waited > _SHARE * (ran + waited) > 0:
+        self._since, share = time.monotonic(), self._wait.share()
+        if share > STARVED:
             self._reported = True
             self._say(
-                f"other programs use this machine's CPUs: the run waited for one {waited / (ran + waited):.0%} of the "
+                f"other programs use this machine's CPUs: the run waited for one {share:.0%} of the "
                 "time; stop them, or interrupt and resume the run, whose threads then wait without spinning"
             )
-
-    def _read(self) -> dict[str, tuple[int, int]]:
-        """Nanoseconds that each thread has run and has waited to run."""
-        found = {}
-        for task in self._tasks.glob("*/schedstat"):
-            try:
-                ran, waited, *_ = task.read_text(encoding="ascii").split()
-                found[task.parent.name] = int(ran), int(waited)
-            except (OSError, ValueError):
-                continue  # a thread that has just ended
-        return found

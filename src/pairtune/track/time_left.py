@@ -18,6 +18,7 @@ _AFTERWARDS = 0.12
 # A pass forward without one backward takes about a third of a step.
 _FORWARD = 1 / 3
 _WRITE_SECONDS = 1.0
+_EXPECTED = 0.05
 
 
 class TimeLeft(Sink):
@@ -31,6 +32,7 @@ class TimeLeft(Sink):
         count: number of trials in all; those not known yet are taken to be like the mean of the others.
         evaluation_steps: how many steps see as many pairs as an evaluation.
         usual_epochs: number of evaluations of trials that are not known yet.
+        expected: seconds of a step and of an evaluation as they were estimated beforehand, or None.
     """
 
     def __init__(
@@ -40,7 +42,9 @@ class TimeLeft(Sink):
         count: int,
         evaluation_steps: float,
         usual_epochs: int = 1,
+        expected: tuple[float, float] | None = None,
     ) -> None:
+        self._expected = expected
         self._steps_left = {name: float(steps) for name, steps in trials.items()}
         self._totals, self._epochs = dict(trials), dict(epochs)
         self._evaluations_left = {name: float(number) for name, number in epochs.items()}
@@ -83,14 +87,19 @@ class TimeLeft(Sink):
         self._steps_left[trial] = self._evaluations_left[trial] = 0.0
 
     def seconds(self) -> float | None:
-        """The time left; None until a few steps have been made."""
-        if not self._units["step"]:
+        """The time left; None until a few steps have been made, if nothing was estimated beforehand."""
+        steps, evaluations = self._units["step"], self._units["evaluation"]
+        if not steps and not self._expected:
             return None
-        step = self._spent["step"] / self._units["step"]
-        evaluations = self._units["evaluation"]
-        evaluation = (
-            self._spent["evaluation"] / evaluations if evaluations else step * self._evaluation_steps * _FORWARD
-        )
+        step, evaluation = self._spent["step"], self._spent["evaluation"]
+        if self._expected:
+            # The first steps of a run are not typical, so the estimate counts as much as a twentieth of all steps.
+            weight = max(1.0, _EXPECTED * sum(self._totals.values()))
+            step = (step + weight * self._expected[0]) / (steps + weight)
+            evaluation = (evaluation + self._expected[1]) / (evaluations + 1)
+        else:
+            step /= steps
+            evaluation = evaluation / evaluations if evaluations else step * self._evaluation_steps * _FORWARD
         training = step * self._all(self._steps_left) + evaluation * max(
             0.0, self._all(self._evaluations_left) - self._partly
         )
