@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,11 @@ import torch
 from conftest import write_pairs
 
 import pairtune
+from pairtune.engine.layers import known_layers
+from pairtune.engine.lora import LoraSettings, add_adapters
+from pairtune.engine.policy import Policy
 from pairtune.errors import BadInput
+from pairtune.files import fingerprint
 from pairtune.models import resolve as resolving
 from pairtune.models.load import (
     DEFAULT_TEMPLATE,
@@ -184,3 +190,27 @@ def test_a_models_folder_with_a_config_yaml_is_a_model(tiny_model, tmp_path):
     (folder / "config.yaml").write_text("some: other tool's")
     assert resolve_model(str(folder)).folder == folder
     assert resolve_target(str(folder)).run is None
+
+
+def test_a_model_that_is_not_needed_any_more_is_gone_before_another_is_loaded(tiny_base):
+    """Layers whose methods are replaced refer to themselves, so counting references does not free them."""
+    model = load_model(tiny_base.source, torch.float32)
+    Policy(model, add_adapters(model, LoraSettings(rank=2), [0]))
+    first = weakref.ref(known_layers(model)[0])
+    gc.disable()
+    try:
+        del model
+        assert first() is not None
+        load_model(tiny_base.source, torch.float32)
+        assert first() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fingerprint_of_weights_is_that_of_their_bytes(tiny_base, dtype):
+    model = load_model(tiny_base.source, dtype)
+    parts = []
+    for name, tensor in sorted(model.named_parameters()):
+        parts += [name, f"{dtype}{tuple(tensor.shape)}", tensor.detach().view(torch.uint8).numpy().tobytes()]
+    assert weights_fingerprint(model) == fingerprint(parts)

@@ -11,20 +11,11 @@ from conftest import byte_tokenizer, pairtune, write_pairs
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pairtune.config import RunConfig
-from pairtune.cost import (
-    LayerSpeed,
-    ModelShape,
-    PairLengths,
-    Speed,
-    Times,
-    estimate,
-    fit,
-    peak_memory,
-    training_memory,
-)
+from pairtune.cost import LayerSpeed, Speed, Times, estimate
 from pairtune.engine import speed
 from pairtune.engine.memory import shape_of
 from pairtune.engine.speed import measure_speed
+from pairtune.footprint import ModelShape, PairLengths, fit, peak_memory, training_memory
 from pairtune.models.load import blank_model
 from pairtune.models.resolve import resolve_model
 from pairtune.report.render_plan import does_not_fit, time_range

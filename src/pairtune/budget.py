@@ -5,12 +5,13 @@ from __future__ import annotations
 from rich.console import Console
 
 from pairtune.config import RunConfig
-from pairtune.cost import ROW_TOKENS, Cost, estimate, longest_that_fits, usable
+from pairtune.cost import Cost, estimate
 from pairtune.data.prepare import PreparedData
 from pairtune.data.table import PairTable
 from pairtune.engine.memory import fit_run, shape_of
 from pairtune.engine.speed import measure_speed
 from pairtune.errors import BadInput
+from pairtune.footprint import ROW_TOKENS, longest_that_fits, usable
 from pairtune.models.load import LoadedBase, blank_model, free_bytes
 from pairtune.report.render_plan import does_not_fit
 from pairtune.resolve_config import Resolved

@@ -1,40 +1,16 @@
-"""What a run costs: memory and time, from a model's shape, its pairs' lengths and this machine's measured speed.
+"""What a run costs: time, from this machine's measured speed, and memory, from `footprint`.
 
-Pure arithmetic, so that a form can answer at once while settings change; `engine.speed` takes the measurements. The
-formulas count what the engine keeps; `benchmarks/plan.py` compares them with what runs take.
+Pure arithmetic, so that a form can answer at once while settings change; `engine.speed` takes the measurements.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
-from pairtune.config import RunConfig, TrialConfig
+from pairtune.config import RunConfig
+from pairtune.footprint import MOST_TRIALS, Fit, ModelShape, PairLengths, fit, longest_that_fits, usable
 from pairtune.run.records import Part
 
-# Pairs share a row of at least this many tokens in training; see `engine.policy`.
-ROW_TOKENS = 512
-# Tokens of a row in evaluation, for all trials together.
-EVALUATION_ROW = 4096
-# Longest pair, in tokens, for dense attention, whose memory grows with the square of the length.
-DENSE_TOKENS = 640
-# Logits that are computed at once: 32 MB in float32, small enough to stay in the CPU's cache.
-CHUNK_LOGITS = 8 << 20
-# The most trials at once: few saturate a CPU.
-MOST_TRIALS = 4
-# Answers at once, beyond which products of a pass gain little, and the tokens after which one is cut off.
-ANSWERS_AT_ONCE, ANSWER_TOKENS = 32, 160
-NUMBER_SIZES = {"float32": 4, "bfloat16": 2}
-# The share of the free memory that a run plans with; the rest is for other programs and what is not counted here.
-USABLE = 0.7
-
-# Of each trained weight: itself, its gradient and AdamW's two moments, all float32.
-_BYTES_PER_WEIGHT = 16
-# Python, PyTorch, transformers and PEFT, the tokenizer, and what allocators keep.
-_PROGRAM_BYTES = 550e6
-# Larger than what tensors hold: freed memory that cannot be given back.
-_HOLES = 1.05
-# Linear layers of a decoder layer.
-_PROJECTIONS = 7
 # Opening the model and its tables, checking the reference, writing the report.
 _SECONDS_AROUND = 20.0
 _ANSWERING = 0.1  # of the training; `--samples` aims at this share
@@ -42,36 +18,6 @@ _ANSWERING = 0.1  # of the training; `--samples` aims at this share
 _FULL = 1.6
 # How far off times were, from best to worst.
 _UNCERTAINTY = 1.2
-
-
-class ModelShape(Part):
-    """The sizes of a model.
-
-    Attributes:
-        parameters: all of them, the embeddings included.
-        layers: decoder layers.
-        hidden: size of the hidden states.
-        inner: inputs of the last linear layer of an MLP.
-        heads: query heads.
-        queries: size of all query heads together.
-        keys: size of all key heads together.
-        adapter_weights: weights of an adapter of rank 1 on every linear layer.
-        vocabulary: words of the output embedding.
-        packed: whether pairs share rows; otherwise each answer has a padded row with its own copy of the prompt.
-        fused: whether the engine has its own implementation of the layers, which keeps less for the backward pass.
-    """
-
-    parameters: int
-    layers: int
-    hidden: int
-    inner: int
-    heads: int
-    queries: int
-    keys: int
-    adapter_weights: int
-    vocabulary: int
-    packed: bool = True
-    fused: bool = True
 
 
 class LayerSpeed(Part):
@@ -136,55 +82,6 @@ class Speed(Part):
     dtype: str
     memory_free: float
     times: Times | None
-
-
-class PairLengths(Part):
-    """What the pairs are like: mean tokens of their parts, and the tokens of the longest pair."""
-
-    prompt: float
-    chosen: float
-    rejected: float
-    longest: int
-
-    @property
-    def answers(self) -> float:
-        """Mean tokens of both answers together."""
-        return self.chosen + self.rejected
-
-    @property
-    def whole(self) -> float:
-        """Mean tokens of a pair, whose prompt is computed once."""
-        return self.prompt + self.answers
-
-    @classmethod
-    def full(cls, tokens: int) -> PairLengths:
-        """Pairs of one length, where none are known: half of it the prompt, and a quarter each answer."""
-        return cls(prompt=tokens / 2, chosen=tokens / 4, rejected=tokens / 4, longest=tokens)
-
-
-class Fit(Part):
-    """How a run is made to fit: the choices that depend on memory.
-
-    Attributes:
-        dtype: dtype of the base weights.
-        side_by_side: trials at once.
-        row_tokens: tokens of a row of each trial.
-        checkpointing: whether layers keep only their inputs.
-        memory: bytes by part, at the peak.
-        fits: whether that is at most what may be used.
-    """
-
-    dtype: str
-    side_by_side: int
-    row_tokens: int
-    checkpointing: bool
-    memory: dict[str, float]
-    fits: bool
-
-    @property
-    def bytes(self) -> float:
-        """All parts together."""
-        return sum(self.memory.values())
 
 
 class Cost(Part):
@@ -270,183 +167,3 @@ def _pair_seconds(
     if config.method == "full" and times.method != "full":
         training *= _FULL
     return once + lengths.answers * times.head_forward, training
-
-
-def usable(config: RunConfig, free: float) -> float:
-    """The bytes that a run may take: those that `--memory` allows, or a share of what is free."""
-    return float(config.memory_bytes or USABLE * free)
-
-
-def fit(config: RunConfig, lengths: PairLengths, shape: ModelShape, dtype: str, limit: float) -> Fit:
-    """The fastest way of a run that fits: fewer trials side by side, then shorter rows, checkpointing, and bfloat16.
-
-    What the settings name is kept. If nothing fits, it is the way that takes the least.
-
-    Args:
-        config: the settings.
-        lengths: what the pairs are like.
-        shape: the model.
-        dtype: dtype of the base weights that this machine is fastest with.
-        limit: the bytes that may be used.
-    """
-    found = None
-    for own, width, row, checkpointing in _ways(config, lengths, dtype):
-        size = NUMBER_SIZES[own]
-        memory = peak_memory(config, shape, size, lengths, width=width, row_tokens=row, checkpointing=checkpointing)
-        found = Fit(
-            dtype=own,
-            side_by_side=width,
-            row_tokens=row,
-            checkpointing=checkpointing,
-            memory=memory,
-            fits=sum(memory.values()) <= limit,
-        )
-        if found.fits:
-            break
-    assert found is not None  # noqa: S101 - there is always one way
-    return found
-
-
-def _ways(config: RunConfig, lengths: PairLengths, dtype: str) -> Iterator[tuple[str, int, int, bool]]:
-    """Dtype, trials side by side, tokens of a row, and checkpointing, from fast to small."""
-    trials = config.trial_count or len(config.trials())
-    widths = [config.side_by_side] if config.side_by_side else range(min(trials, MOST_TRIALS), 0, -1)
-    if config.method == "full":
-        widths = [1]
-    shortest = min(ROW_TOKENS, lengths.longest)
-    rows = [config.row_tokens] if config.row_tokens else sorted({ROW_TOKENS, shortest}, reverse=True)
-    smaller = ["bfloat16"] if config.dtype == "auto" and config.method == "lora" and dtype == "float32" else []
-    for own in (dtype, *smaller):
-        for checkpointing in {"auto": (False, True), "on": (True,), "off": (False,)}[config.checkpointing]:
-            for width in widths:
-                yield own, width, rows[0], checkpointing
-            for row in rows[1:]:
-                yield own, widths[-1], row, checkpointing
-
-
-def longest_that_fits(config: RunConfig, lengths: PairLengths, shape: ModelShape, dtype: str, limit: float) -> int:
-    """Tokens of the longest pair that would fit; 0: not even short ones would."""
-    low, high = 0, lengths.longest
-    while high - low > 1:
-        tokens = (low + high) // 2
-        shorter = lengths.model_copy(update={"longest": tokens})
-        low, high = (tokens, high) if fit(config, shorter, shape, dtype, limit).fits else (low, tokens)
-    return low if low >= 16 else 0
-
-
-def peak_memory(
-    config: RunConfig,
-    shape: ModelShape,
-    number_size: int,
-    lengths: PairLengths,
-    *,
-    width: int,
-    row_tokens: int,
-    checkpointing: bool,
-) -> dict[str, float]:
-    """Bytes of a run's process by part, in the stage that takes the most: training, or answering held-out prompts."""
-    training = training_memory(
-        shape,
-        config.trials()[0],
-        number_size,
-        lengths,
-        width=width,
-        row_tokens=row_tokens,
-        checkpointing=checkpointing,
-    )
-    answering = _answering_memory(config, shape, number_size, lengths) if config.samples != 0 else {}
-    largest = max(training, answering, key=lambda parts: sum(parts.values()))
-    return largest | {"program": _PROGRAM_BYTES}
-
-
-def training_memory(
-    shape: ModelShape,
-    trial: TrialConfig,
-    number_size: int,
-    lengths: PairLengths,
-    *,
-    width: int,
-    row_tokens: int = ROW_TOKENS,
-    checkpointing: bool = False,
-) -> dict[str, float]:
-    """Bytes of trials in training by part, without the program itself.
-
-    Args:
-        shape: the model.
-        trial: any of the trials, for its method, adapter and batch.
-        number_size: bytes of one number of the base.
-        lengths: what the pairs are like.
-        width: number of trials side by side.
-        row_tokens: tokens of a row of each trial; a longer pair has a row of its own.
-        checkpointing: whether layers keep only their inputs.
-    """
-    tokens = float(width) * max(lengths.longest, min(row_tokens, trial.batch_size * lengths.longest))
-    if not shape.packed:
-        tokens *= 1 + lengths.prompt / max(1.0, lengths.whole)  # each answer has its own copy of the prompt
-    scores = shape.heads * tokens * _scores(lengths, shape)
-    rank = 0 if trial.method == "full" else trial.lora_rank
-    layer = tokens * _kept(shape, rank) + scores
-    kept = shape.layers * tokens * shape.hidden + layer if checkpointing else shape.layers * layer
-    # The backward pass of one layer: gradients of what it kept, and what is repeated for them.
-    passing = tokens * (6 * shape.inner + 4 * shape.hidden + 3 * shape.queries) + 2 * scores
-    words = min(tokens, CHUNK_LOGITS // shape.vocabulary) * shape.vocabulary
-    head = words * (number_size + 4)
-    evaluating = EVALUATION_ROW * (4 * shape.inner + 6 * shape.hidden) * number_size + head
-    parts = {"weights": float(shape.parameters * number_size)}
-    if trial.method == "full":
-        masters = 4 if number_size < 4 else 0
-        # The row's own gradients next to the sums, the output embedding's in float32 besides.
-        gradients = 4 * shape.parameters + number_size * shape.parameters + 4 * shape.vocabulary * shape.hidden
-        parts["gradients and optimizer"] = float((8 + masters) * shape.parameters + gradients)
-    else:
-        own = _BYTES_PER_WEIGHT + (number_size if number_size < 4 else 0)  # the factors in the base's type
-        parts["adapters and optimizer"] = float(width * rank * shape.adapter_weights * own)
-    parts["activations"] = _HOLES * max((kept + passing) * number_size + head, evaluating)
-    return parts
-
-
-def _kept(shape: ModelShape, rank: int) -> float:
-    """Numbers that a decoder layer keeps of each token for its backward pass, attention weights aside."""
-    inners = _PROJECTIONS * rank
-    if shape.fused:  # both halves' inputs; queries, keys, values and what attention mixes of them; gate and up
-        return 2 * shape.hidden + 2 * shape.queries + 2 * shape.keys + 2 * shape.inner + inners
-    # Those of transformers also keep both norms' results, rotated and unrotated heads, and each step of the MLP.
-    return 6 * shape.hidden + 4 * shape.queries + 4 * shape.keys + 5 * shape.inner + inners
-
-
-def _scores(lengths: PairLengths, shape: ModelShape) -> float:
-    """Attention weights that a head keeps of each token of the longest pair; long pairs keep none."""
-    longest = lengths.longest
-    if longest > DENSE_TOKENS or not shape.packed:
-        return 0.0
-    prompt, chosen, rejected = (
-        longest * part / max(1.0, lengths.whole) for part in (lengths.prompt, lengths.chosen, lengths.rejected)
-    )
-    # The prompt attends to itself, each answer to the prompt and itself.
-    return (prompt**2 + chosen * (prompt + chosen) + rejected * (prompt + rejected)) / max(1, longest)
-
-
-def _answering_memory(config: RunConfig, shape: ModelShape, number_size: int, lengths: PairLengths) -> dict[str, float]:
-    """Bytes while held-out prompts are answered: the base, up to four adapters, and the KV cache."""
-    models = 1 + min(MOST_TRIALS, config.trial_count or len(config.trials()))
-    questions = min(ANSWERS_AT_ONCE, models * (config.samples or ANSWERS_AT_ONCE))
-    longest = min(lengths.longest, config.max_length) + ANSWER_TOKENS
-    cache = questions * longest * shape.layers * 2 * shape.keys * number_size
-    adapters = (models - 1) * config.lora_rank * shape.adapter_weights * number_size
-    if config.method == "full":
-        adapters = 0
-    return {
-        "weights": float(shape.parameters * number_size),
-        "adapters": float(adapters),
-        "KV cache": float(cache),
-        "logits": float(3 * questions * shape.vocabulary * 4),
-    }
-
-
-def of_single_answers(prompt: float, answer: float) -> dict[str, float]:
-    """Mean lengths of single answers, as if they were pairs that take the same time.
-
-    A single answer costs no second one, but its mismatched answer is scored without gradients, with the prompt: a third
-    of what the same tokens cost in training.
-    """
-    return {"prompt": prompt, "chosen": answer, "rejected": (prompt + answer) / 3}

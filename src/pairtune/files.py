@@ -194,7 +194,7 @@ def mark_used(entry: Path) -> None:
         os.utime(entry)
 
 
-def fingerprint(parts: Iterable[bytes | str]) -> str:
+def fingerprint(parts: Iterable[bytes | memoryview | str]) -> str:
     """A short identifier of some content: 16 hex digits of SHA-256 over the parts, each prefixed with its length."""
     digest = hashlib.sha256()
     for part in parts:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pairtune.config import RunConfig, SourceConfig
-from pairtune.cost import PairLengths, estimate, of_single_answers
+from pairtune.cost import estimate
 from pairtune.data.inspect_source import inspect_source
 from pairtune.data.inspection import Inspection, Plan
 from pairtune.data.preference import PreferencePair
@@ -19,6 +19,7 @@ from pairtune.data.sources import BUNDLED
 from pairtune.engine.memory import fit_run, shape_of
 from pairtune.engine.speed import measure_speed
 from pairtune.errors import BadInput
+from pairtune.footprint import PairLengths, of_single_answers
 from pairtune.models.load import LoadedBase, blank_model, load_tokenizer, pick_device, pick_dtype, read_config
 from pairtune.models.resolve import BUNDLED as BUNDLED_MODEL
 from pairtune.models.resolve import ModelSource, resolve_model

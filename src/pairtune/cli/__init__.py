@@ -538,6 +538,7 @@ def _plan(file: Path | None, flags: dict[str, Any], as_json: bool) -> None:
     if has_data:
         _probe(config)
 
+    share_processors(give_way=False)
     with loading():
         from pairtune.plan import plan_run
         from pairtune.report.render_plan import render_plan

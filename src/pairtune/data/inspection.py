@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from pairtune.cost import Cost, ModelShape, PairLengths, Speed
+from pairtune.cost import Cost, Speed
+from pairtune.footprint import ModelShape, PairLengths
 from pairtune.run.records import DecodedPair, Interval, Level, Part
 
 # Tokens of an answer with its end token, and the ratio of two answers' lengths, from which a pair is odd.

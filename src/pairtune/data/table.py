@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pairtune.cost import PairLengths, of_single_answers
 from pairtune.data.preference import PreferencePair
 from pairtune.data.splits import Prompt, group_prompts
 from pairtune.data.tokens import PairTokenizer, TokenizedPair
 from pairtune.files import fingerprint
+from pairtune.footprint import PairLengths, of_single_answers
 
 _MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
 _IDS = pa.list_(pa.int32())

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from pairtune.cost import CHUNK_LOGITS
 from pairtune.engine.products import PLAIN, Products
 from pairtune.engine.softcap import soft_cap_
+from pairtune.footprint import CHUNK_LOGITS
 
 
 def token_logps(

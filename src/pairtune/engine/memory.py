@@ -9,7 +9,11 @@ import torch
 from transformers import PreTrainedModel
 
 from pairtune.config import RunConfig, TrialConfig
-from pairtune.cost import (
+from pairtune.engine.layers import known_layers
+from pairtune.engine.policy import PACKED_FAMILIES
+from pairtune.engine.products import linear_layers, matrix_of
+from pairtune.engine.trial import TrialInputs, wants_checkpointing
+from pairtune.footprint import (
     MOST_TRIALS,
     ROW_TOKENS,
     USABLE,
@@ -20,10 +24,6 @@ from pairtune.cost import (
     training_memory,
     usable,
 )
-from pairtune.engine.layers import known_layers
-from pairtune.engine.policy import PACKED_FAMILIES
-from pairtune.engine.products import linear_layers, matrix_of
-from pairtune.engine.trial import TrialInputs, wants_checkpointing
 from pairtune.models.load import LoadedBase, blank_model, free_bytes
 
 # Beyond this, trials at once take memory and gain little: few saturate a CPU, more an accelerator.
@@ -76,7 +76,7 @@ def lockstep_bytes(
 
 
 def fit_run(config: RunConfig, base: LoadedBase, lengths: PairLengths) -> Fit:
-    """How a run fits into the memory that it may take; see `cost.fit`.
+    """How a run fits into the memory that it may take; see `footprint.fit`.
 
     Args:
         config: its settings.

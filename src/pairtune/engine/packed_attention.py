@@ -19,9 +19,9 @@ from torch.autograd import Function
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from pairtune.cost import DENSE_TOKENS
 from pairtune.engine.packing import Segment
 from pairtune.engine.softcap import soft_cap
+from pairtune.footprint import DENSE_TOKENS
 
 ATTENTION = "pairtune_packed"
 

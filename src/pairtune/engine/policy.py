@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from pairtune.cost import EVALUATION_ROW, ROW_TOKENS
 from pairtune.data.table import TokenIds
 from pairtune.engine.kernels import Kernels
 from pairtune.engine.layers import replace_layers
@@ -26,6 +25,7 @@ from pairtune.engine.products import PLAIN
 from pairtune.engine.softcap import final_softcap, soft_cap
 from pairtune.errors import BadInput
 from pairtune.files import fingerprint
+from pairtune.footprint import EVALUATION_ROW, ROW_TOKENS
 
 # Model families whose attention uses transformers' AttentionInterface and passes keywords on; each has a test.
 PACKED_FAMILIES = frozenset(

@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pairtune.config import TrialConfig
-from pairtune.cost import MOST_TRIALS, ROW_TOKENS, LayerSpeed, PairLengths, Speed, Times
+from pairtune.cost import LayerSpeed, Speed, Times
 from pairtune.data.table import TokenIds
 from pairtune.engine.kernels import Kernels
 from pairtune.engine.logps import token_logps
@@ -24,6 +24,7 @@ from pairtune.engine.policy import EVALUATION_TOKENS, Policy, cast_parameters
 from pairtune.engine.products import PLAIN
 from pairtune.environment import processor
 from pairtune.files import fingerprint, user_cache, write_json
+from pairtune.footprint import MOST_TRIALS, ROW_TOKENS, PairLengths
 from pairtune.models.load import blank_model, free_bytes, pick_device, read_config
 from pairtune.models.resolve import ModelSource
 from pairtune.run.records import dump

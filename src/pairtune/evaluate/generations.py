@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 import torch
 
 from pairtune.conversation import Message
-from pairtune.cost import ANSWER_TOKENS
 from pairtune.data.preference import PreferencePair
 from pairtune.data.splits import prompt_key
 from pairtune.evaluate.answers import summarise
 from pairtune.evaluate.winrate import RuleJudge, win_rate
+from pairtune.footprint import ANSWER_TOKENS
 from pairtune.models.generate import generate_answers
 from pairtune.models.load import LoadedBase, blank_model, check_adapter, load_model, load_tuned
 from pairtune.models.resolve import ADAPTER_SETTINGS

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -156,11 +159,23 @@ def load_model(source: ModelSource | Path, dtype: torch.dtype, device: torch.dev
     """
     folder = source.folder if isinstance(source, ModelSource) else source
     transformers_logging.disable_progress_bar()  # the live view shows what is going on
+    give_memory_back()
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise BadInput(f"--model {_typed(source)}: the weights cannot be loaded ({why_unloadable(error)})") from error
     return model.to(device or pick_device()).eval()
+
+
+def give_memory_back() -> None:
+    """Free the memory of models that are not needed any more, before another one is loaded.
+
+    Layers refer to themselves, so that only the garbage collector frees them; and glibc keeps freed memory unless it is asked,
+    in pieces that the next model's tensors do not fit into.
+    """
+    gc.collect()
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)
 
 
 def why_unloadable(error: Exception) -> str:
@@ -273,11 +288,15 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
 
     A model that another trial has trained, or that already has an adapter, has a different one than the base.
     """
-    parts: list[bytes | str] = []
-    for name, tensor in sorted(model.named_parameters(), key=lambda named: named[0]):
-        values = tensor.detach().cpu().contiguous()
-        parts += [name, f"{values.dtype}{tuple(values.shape)}", values.flatten().view(torch.uint8).numpy().tobytes()]
-    return fingerprint(parts)
+
+    def parts() -> Iterator[memoryview | str]:
+        for name, tensor in sorted(model.named_parameters(), key=lambda named: named[0]):
+            values = tensor.detach().cpu().contiguous()
+            yield name
+            yield f"{values.dtype}{tuple(values.shape)}"
+            yield values.flatten().view(torch.uint8).numpy().data  # not copied: there may be no room
+
+    return fingerprint(parts())
 
 
 def _typed(source: ModelSource | Path) -> str:

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from pairtune.cost import Cost, Fit
+from pairtune.cost import Cost
 from pairtune.data.inspection import Plan
 from pairtune.errors import plural
+from pairtune.footprint import Fit
 from pairtune.report.phrases import duration
 from pairtune.report.render_inspection import STYLES, VERDICTS
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from pairtune.cost import ANSWERS_AT_ONCE
 from pairtune.errors import RunFailed
+from pairtune.footprint import ANSWERS_AT_ONCE
 from pairtune.models.generate import end_tokens
 from pairtune.models.load import free_bytes
 from pairtune.models.sampling import SamplingParams
