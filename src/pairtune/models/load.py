@@ -170,8 +170,8 @@ def load_model(source: ModelSource | Path, dtype: torch.dtype, device: torch.dev
 def give_memory_back() -> None:
     """Free the memory of models that are not needed any more, before another one is loaded.
 
-    Layers refer to themselves, so that only the garbage collector frees them; and glibc keeps freed memory unless it is asked,
-    in pieces that the next model's tensors do not fit into.
+    Layers refer to themselves, so that only the garbage collector frees them; and glibc keeps what was freed, in pieces
+    that the next model's tensors do not fit into, unless it is asked.
     """
     gc.collect()
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
