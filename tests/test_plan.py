@@ -191,6 +191,13 @@ def test_what_was_measured_is_read_again(tiny_model, monkeypatch, tmp_path):
     assert measure_speed(source, trial, LENGTHS, torch.float32, known=True).times != first.times  # measured afresh
 
 
+def test_a_model_of_which_a_few_layers_do_not_fit_is_planned_without_its_time(tiny_model, monkeypatch):
+    monkeypatch.setattr(speed, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(speed, "_few_layers", None)  # not even tried
+    found = measure_speed(resolve_model(str(tiny_model)), settings().trials()[0], LENGTHS, torch.float32)
+    assert (found.times, found.memory_free) == (None, 1000)
+
+
 def test_what_a_busy_machine_measured_is_not_kept(tiny_model, monkeypatch, tmp_path):
     monkeypatch.setenv("PAIRTUNE_CACHE", str(tmp_path))
     monkeypatch.setattr(speed, "STARVED", 0.0)

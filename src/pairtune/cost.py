@@ -75,8 +75,8 @@ class Speed(Part):
     Attributes:
         dtype: the dtype of the base weights that a run would choose.
         memory_free: free bytes.
-        times: what was measured, in this dtype; None for models whose layers cannot be built alone, and for
-            accelerators, whose speed with few layers says little.
+        times: what was measured, in this dtype; None for models whose layers cannot be built alone or are too large,
+            and for accelerators, whose speed with few layers says little.
     """
 
     dtype: str

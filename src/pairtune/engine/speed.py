@@ -24,7 +24,7 @@ from pairtune.engine.policy import EVALUATION_TOKENS, Policy, cast_parameters
 from pairtune.engine.products import PLAIN
 from pairtune.environment import processor
 from pairtune.files import fingerprint, user_cache, write_json
-from pairtune.footprint import MOST_TRIALS, ROW_TOKENS, PairLengths
+from pairtune.footprint import MOST_TRIALS, ROW_TOKENS, USABLE, PairLengths
 from pairtune.models.load import blank_model, free_bytes, pick_device, read_config
 from pairtune.models.resolve import ModelSource
 from pairtune.run.records import dump
@@ -39,12 +39,16 @@ _PRODUCTS, _FEWEST_TOKENS = 4e9, 64
 # What is measured of the output embedding.
 _HEAD_TOKENS, _HEAD_WORDS = 128, 8192
 _WORDS = 64  # of the models with few layers
+# What a weight of these may take: with all weights trained, its value, gradient and moments in float32, and a copy.
+_BYTES_EACH = 20
 
 
 def measure_speed(
     source: ModelSource, trial: TrialConfig, lengths: PairLengths, dtype: torch.dtype, *, known: bool = False
 ) -> Speed:
     """Measure this machine's speed, or read what was measured before; takes a few seconds.
+
+    It has no times for models of which a few layers cannot be built, or would not fit into memory.
 
     Args:
         source: the model; only its config is read.
@@ -65,9 +69,13 @@ def _times(
     file = user_cache() / "speed" / f"{_name(source, trial, lengths, dtype)}.json"
     if known and (found := _read(file)):
         return found
+    blank = blank_model(source)
+    weights = sum(each.numel() for each in blank.parameters()) // blank.config.num_hidden_layers
+    if _LAYERS * weights * _BYTES_EACH > USABLE * free_bytes(torch.device("cpu")):
+        return None
     wait = CpuWait()
     try:
-        measured = _measured(source, trial, lengths, dtype)
+        measured = _measured(source, blank, trial, _pair(lengths, weights), dtype)
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError):  # whatever an unusual model lacks
         return None
     measured = measured.model_copy(update={"waiting": wait.share()})
@@ -92,9 +100,9 @@ def _read(file: Path) -> Times | None:
     return None
 
 
-def _measured(source: ModelSource, trial: TrialConfig, lengths: PairLengths, dtype: torch.dtype) -> Times:
-    blank = blank_model(source)
-    pair = _pair(lengths, sum(each.numel() for each in blank.parameters()) // blank.config.num_hidden_layers)
+def _measured(
+    source: ModelSource, blank: PreTrainedModel, trial: TrialConfig, pair: TokenIds, dtype: torch.dtype
+) -> Times:
     probed = Kernels(blank, torch.device("cpu"))
     kernels = probed if probed.is_known(dtype) else None  # a plan does not wait for what the run will find out
     found: dict[str, dict[int, float]] = {name: {} for name in ("forward", "training", "update", "beside")}
