@@ -159,12 +159,17 @@ def load_model(source: ModelSource | Path, dtype: torch.dtype, device: torch.dev
     """
     folder = source.folder if isinstance(source, ModelSource) else source
     transformers_logging.disable_progress_bar()  # the live view shows what is going on
-    give_memory_back()
     try:
+        if sum(file.stat().st_size for file in folder.glob("*.safetensors")) >= LARGE:
+            give_memory_back()
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise BadInput(f"--model {_typed(source)}: the weights cannot be loaded ({why_unloadable(error)})") from error
     return model.to(device or pick_device()).eval()
+
+
+# Weight files of so many bytes are worth looking for memory, which takes up to a second.
+LARGE = 64 << 20
 
 
 def give_memory_back() -> None:
