@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from conftest import byte_tokenizer, pairtune, write_pairs
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
 from pairtune.config import RunConfig
 from pairtune.cost import LayerSpeed, Speed, Times, estimate
@@ -177,6 +177,13 @@ def test_families_without_packed_attention_are_measured_too(tmp_path):
     assert times is not None
     assert 0 < times.forward.first < times.training.first
     assert times.head_forward < times.head_training
+
+
+def test_a_model_without_attention_has_a_shape_too():
+    with torch.device("meta"):
+        model = MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4))
+    shape = shape_of(model)
+    assert (shape.layers, shape.hidden, shape.heads, shape.packed, shape.fused) == (2, 32, 1, False, False)
 
 
 def test_what_was_measured_is_read_again(tiny_model, monkeypatch, tmp_path):

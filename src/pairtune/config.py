@@ -326,20 +326,20 @@ class _Training(_Strict):
     checkpointing: Checkpointing = setting(
         "auto",
         "Recompute activations in the backward pass to save memory.",
-        "on for an accelerator, where memory is scarce; off on a CPU",
+        "on for an accelerator, where memory is scarce; off on a CPU, unless the run would not fit",
         group=MACHINE,
     )
     row_tokens: Annotated[int, Field(ge=16)] | None = setting(
         None,
         "Tokens of each trial that are computed at once in training; a longer pair has a row of its own.",
-        "512, beyond which a CPU gains nothing; fewer if --memory needs it",
+        "512, beyond which a CPU gains nothing; fewer if the run would not fit",
         group=MACHINE,
         metavar="TOKENS",
     )
     dtype: DType = setting(
         "auto",
         "Data type of the base weights.",
-        "bfloat16 if this machine multiplies it faster than float32",
+        "bfloat16 if this machine multiplies it faster than float32, or the run would not fit otherwise",
         group=MACHINE,
     )
     eval_dtype: Literal["float32"] | None = setting(

@@ -94,7 +94,7 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
     """The sizes of a model, whose weights may be on the meta device."""
     config: Any = model.config
     linear = [matrix_of(layer).shape for _, layer in linear_layers(model)]
-    heads = int(config.num_attention_heads)
+    heads = int(getattr(config, "num_attention_heads", None) or 1)  # a state-space model has none
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return ModelShape(
         parameters=sum(parameter.numel() for parameter in model.parameters()),

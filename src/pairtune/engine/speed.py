@@ -69,12 +69,12 @@ def _times(
     file = user_cache() / "speed" / f"{_name(source, trial, lengths, dtype)}.json"
     if known and (found := _read(file)):
         return found
-    blank = blank_model(source)
-    weights = sum(each.numel() for each in blank.parameters()) // blank.config.num_hidden_layers
-    if _LAYERS * weights * _BYTES_EACH > USABLE * free_bytes(torch.device("cpu")):
-        return None
     wait = CpuWait()
     try:
+        blank = blank_model(source)
+        weights = sum(each.numel() for each in blank.parameters()) // blank.config.num_hidden_layers
+        if _LAYERS * weights * _BYTES_EACH > USABLE * free_bytes(torch.device("cpu")):
+            return None
         measured = _measured(source, blank, trial, _pair(lengths, weights), dtype)
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError):  # whatever an unusual model lacks
         return None
