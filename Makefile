@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install docs demo browser test test-slow test-gguf bench-serve audit-deps chaos fuzz loop machines alarms lint format bench bench-grid bench-plan bench-site pictures pins soak clean
+.PHONY: install docs demo browser test test-slow test-gpu test-gguf bench-serve audit-deps chaos fuzz loop machines alarms lint format bench bench-gpu bench-grid bench-plan bench-site pictures pins soak clean
 
 install: $(INSTALLED)
 
@@ -37,11 +37,15 @@ browser:
 	echo "Chromium not found: the site's tests are skipped. Install it with this machine's package manager." >&2
 
 test: lint
-	HF_HUB_OFFLINE=1 $(BIN)/pytest --numprocesses 2 -m "not slow and not gguf"
+	HF_HUB_OFFLINE=1 $(BIN)/pytest --numprocesses 2 -m "not slow and not gguf and not gpu"
 
 # The tests that start processes, browsers and whole runs; about half an hour.
 test-slow: lint browser
 	HF_HUB_OFFLINE=1 $(BIN)/pytest --numprocesses 2 -m "slow and not gguf"
+
+# The engine on a CUDA GPU, against the CPU; half a minute.
+test-gpu: install
+	HF_HUB_OFFLINE=1 $(BIN)/pytest tests/test_gpu.py -m gpu
 
 # Checks that llama.cpp reads exported models; its first build needs a C++ compiler and about ten minutes.
 test-gguf: lint
@@ -122,6 +126,10 @@ bench-plan: install
 # Eight concurrent chats against eight sequential ones, on the demo's run; about five minutes.
 bench-serve: install
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/serve.py
+
+# On a GPU, with a model of Qwen2-0.5B's shape: make bench-gpu DATA=pairs.jsonl. Takes about six minutes.
+bench-gpu: install
+	HF_HUB_OFFLINE=1 TQDM_DISABLE=1 $(BIN)/python benchmarks/gpu.py $(DATA)
 
 # The assignment's grid against TRL; about half an hour.
 bench-grid: install

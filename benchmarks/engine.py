@@ -5,9 +5,10 @@
 DATA is a file of pairs. Each round measures, one after another and each in its own process:
 
 - trl:      TRL's DPOTrainer with its defaults: float32, reference log-probs recomputed at every step, batch 2
-- trl-best: its fastest flags on a CPU: bfloat16 weights, reference log-probs precomputed (not counted), batch 1
-- pairtune: `--engine pairtune` with its defaults: batch 2 (reference log-probs not counted either)
-- limit:    bfloat16 matrix products of the model's sizes, at 512 and 2,048 tokens
+- trl-best: its fastest flags on a CPU: reference log-probs precomputed (not counted), batch 1, and weights in bfloat16
+            where this machine multiplies it faster than float32
+- pairtune: `--engine pairtune` with its defaults: batch 2, the same dtype (reference log-probs not counted either)
+- limit:    matrix products of the model's sizes in that dtype, at 512 and 2,048 tokens
 
 All train LoRA r=16 on every linear layer (--full: all weights), from the same adapters, on the same pairs in the same
 order. Prints training pairs per second, peak memory of the process, the ratios of each round, the engine's useful work
@@ -27,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,7 @@ def train_ours(data: Path, model: str, pairs: int, method: str) -> dict[str, Any
     from pairtune.run.folder import Run
     from pairtune.track.sinks import JsonlSink
 
-    base, train = prepare(data, model, pairs, "bfloat16")
+    base, train = prepare(data, model, pairs, "auto")
     trial = TrialConfig(learning_rate=RATE[method], beta=0.1, epochs=1, method=method)
     inputs = TrialInputs(base, weights_fingerprint(load_start(trial, base)), train, train[:1], "eval_loss")
     native.epoch_order = lambda count, *_: list(range(count))
@@ -84,10 +86,22 @@ def useful_work(base: Any, ids: list[Any], method: str) -> float:
     return 2 * weights * tokens * passes + 4 * head.weight.numel() * answers
 
 
-def train_trl(data: Path, model: str, pairs: int, method: str, *, best: bool, held_out: int = 0) -> dict[str, Any]:
+def train_trl(
+    data: Path,
+    model: str,
+    pairs: int,
+    method: str,
+    *,
+    best: bool,
+    held_out: int = 0,
+    batch: int | None = None,
+    callbacks: Sequence[Any] = (),
+    **flags: Any,
+) -> dict[str, Any]:
     """Train with TRL's own trainer; only the order of the pairs and the initial adapters are set.
 
-    With `held_out`, the epoch is evaluated on this many pairs, and the seconds include the evaluation.
+    With `held_out`, the epoch is evaluated on this many pairs, and the seconds include the evaluation. `flags` are
+    further ones of `DPOConfig`.
     """
     import torch
     from datasets import Dataset
@@ -102,34 +116,38 @@ def train_trl(data: Path, model: str, pairs: int, method: str, *, best: bool, he
         def _get_train_sampler(self, dataset: Any = None) -> Any:
             return SequentialSampler(dataset)
 
-    base, drawn = prepare(data, model, pairs + held_out, "bfloat16" if best else "float32")
+    base, drawn = prepare(data, model, pairs + held_out, "auto" if best else "float32")
     rows = [pair.conversational() for pair in drawn]
-    batch = 1 if best else 2
+    batch = batch or (1 if best else 2)
     with tempfile.TemporaryDirectory() as folder:
         trainer = InOrder(
             model=load_model(base.source, base.dtype),
             args=DPOConfig(
-                output_dir=folder,
-                per_device_train_batch_size=batch,
-                gradient_accumulation_steps=1,
-                num_train_epochs=1,
-                learning_rate=RATE[method],
-                beta=0.1,
-                bf16=False,
-                max_length=1024,
-                precompute_ref_log_probs=best,
-                gradient_checkpointing=False,
-                report_to=[],
-                logging_steps=1,
-                save_strategy="no",
-                eval_strategy="epoch" if held_out else "no",
-                disable_tqdm=True,
-                dataloader_pin_memory=False,
-                seed=0,
+                **{
+                    "output_dir": folder,
+                    "per_device_train_batch_size": batch,
+                    "gradient_accumulation_steps": 1,
+                    "num_train_epochs": 1,
+                    "learning_rate": RATE[method],
+                    "beta": 0.1,
+                    "bf16": False,
+                    "max_length": 1024,
+                    "precompute_ref_log_probs": best,
+                    "gradient_checkpointing": False,
+                    "report_to": [],
+                    "logging_steps": 1,
+                    "save_strategy": "no",
+                    "eval_strategy": "epoch" if held_out else "no",
+                    "disable_tqdm": True,
+                    "dataloader_pin_memory": False,
+                    "seed": 0,
+                }
+                | flags
             ),
             train_dataset=Dataset.from_list(rows[:pairs]),
             eval_dataset=Dataset.from_list(rows[pairs:]) if held_out else None,
             processing_class=base.tokenizer,
+            callbacks=list(callbacks),
             peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear") if method == "lora" else None,
         )
         if method == "lora":
@@ -148,16 +166,19 @@ RATE = {"lora": 2e-4, "full": 1e-6}
 
 
 def measure_limit() -> dict[str, Any]:
-    """GFLOP/s of bfloat16 matrix products of a 135M model's sizes."""
+    """GFLOP/s of matrix products of a 135M model's sizes, in the dtype that this machine is fastest with."""
     import torch
     from torch.nn.functional import linear
 
+    from pairtune.models.load import pick_dtype
+
+    dtype = pick_dtype(torch.device("cpu"))
     rates = {}
     for tokens in (512, 2048):
         work = seconds = 0.0
         for inputs, outputs in ((576, 576), (576, 1536), (1536, 576)):
-            x = torch.randn(tokens, inputs, dtype=torch.bfloat16)
-            weights = torch.randn(outputs, inputs, dtype=torch.bfloat16)
+            x = torch.randn(tokens, inputs, dtype=dtype)
+            weights = torch.randn(outputs, inputs, dtype=dtype)
             linear(x, weights)
             started = time.perf_counter()
             for _ in range(60):

@@ -43,7 +43,7 @@ def train_ours(asked: argparse.Namespace, betas: tuple[float, ...], rates: tuple
     from pairtune.run.folder import Run
     from pairtune.track.sinks import JsonlSink
 
-    base, pairs = prepare(asked.data, asked.model, asked.pairs + asked.held_out, "bfloat16")
+    base, pairs = prepare(asked.data, asked.model, asked.pairs + asked.held_out, "auto")
     train, held_out = pairs[: asked.pairs], pairs[asked.pairs :]
     trials = [TrialConfig(learning_rate=rate, beta=beta, epochs=EPOCHS) for beta in betas for rate in rates]
     with tempfile.TemporaryDirectory() as folder:

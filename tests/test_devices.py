@@ -25,7 +25,7 @@ from pairtune.engine.losses import Objective
 from pairtune.engine.optimize import AdapterWeights, FullWeights, TrialOptimizer
 from pairtune.engine.policy import STATES, Policy, cast_parameters
 from pairtune.engine.processes import Processes
-from pairtune.engine.scoring import Scorer
+from pairtune.engine.scoring import Scorer, records_of
 
 FAKE_CUDA = torch.backends.cuda.is_built()
 DEVICE = torch.device("cuda" if FAKE_CUDA else "meta")
@@ -111,7 +111,7 @@ def step(policy, config, pairs, weights, trials):
         (losses.sum() / 3).backward()
         weights[0].collect_gradients()
         assert {each.losses.device.type for each in scored} == {DEVICE.type}
-        assert all(len(each.records()) == each.losses.shape[0] for each in scored)
+        assert all(len(mine) == len(scored[0].losses) for mine in records_of([[each] for each in scored]))
     for each in weights:
         each.take_gradients()
         optimizer = TrialOptimizer(config, each.tensors, 4)

@@ -171,7 +171,7 @@ def test_families_without_packed_attention_are_measured_too(tmp_path):
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     source = resolve_model(str(tmp_path))
-    shape = shape_of(blank_model(source))
+    shape = shape_of(blank_model(source), torch.device("cpu"))
     assert (shape.layers, shape.hidden, shape.inner, shape.packed, shape.fused) == (3, 32, 128, False, False)
     times = measure_speed(source, settings().trials()[0], LENGTHS, torch.float32).times
     assert times is not None
@@ -182,7 +182,7 @@ def test_families_without_packed_attention_are_measured_too(tmp_path):
 def test_a_model_without_attention_has_a_shape_too():
     with torch.device("meta"):
         model = MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4))
-    shape = shape_of(model)
+    shape = shape_of(model, torch.device("cpu"))
     assert (shape.layers, shape.hidden, shape.heads, shape.packed, shape.fused) == (2, 32, 1, False, False)
 
 

@@ -11,7 +11,7 @@ from pairtune.data.table import PairTable
 from pairtune.engine.memory import fit_run, shape_of
 from pairtune.engine.speed import measure_speed
 from pairtune.errors import BadInput
-from pairtune.footprint import ROW_TOKENS, longest_that_fits, usable
+from pairtune.footprint import longest_that_fits, usable
 from pairtune.models.load import LoadedBase, blank_model, free_bytes
 from pairtune.report.render_plan import does_not_fit
 from pairtune.resolve_config import Resolved
@@ -34,8 +34,8 @@ def fitted(resolved: Resolved, base: LoadedBase, train: PairTable, console: Cons
         return resolved
     lengths, dtype = train.pair_lengths(), str(base.dtype).removeprefix("torch.")
     found, limit = fit_run(config, base, lengths), usable(config, free_bytes(base.device))
+    shape = shape_of(blank_model(base.source), base.device)
     if not found.fits:
-        shape = shape_of(blank_model(base.source))
         told = does_not_fit(found, limit, longest_that_fits(config, lengths, shape, dtype, limit))
         if config.memory:
             raise BadInput(f"--memory {config.memory}: the run takes about {found.bytes / 2**30:.1f} GB, {told}")
@@ -44,9 +44,9 @@ def fitted(resolved: Resolved, base: LoadedBase, train: PairTable, console: Cons
     chosen: dict[str, object] = {}
     if config.memory and config.method == "lora" and config.side_by_side is None:
         chosen["side_by_side"] = found.side_by_side
-    if found.row_tokens < (config.row_tokens or ROW_TOKENS):
+    if found.row_tokens < (config.row_tokens or shape.rows[0]):
         chosen["row_tokens"] = found.row_tokens
-    if found.checkpointing and config.checkpointing == "auto" and base.device.type == "cpu":
+    if found.checkpointing and config.checkpointing == "auto":
         chosen["checkpointing"] = "on"
     if found.dtype != dtype:
         chosen["dtype"] = found.dtype
@@ -60,4 +60,4 @@ def expected(config: RunConfig, base: LoadedBase, data: PreparedData) -> Cost | 
     lengths = data.train.pair_lengths()
     pairs = {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)}
     speed = measure_speed(base.source, config.trials()[0], lengths, base.dtype, known=True)
-    return estimate(config, pairs, lengths, shape_of(blank_model(base.source)), speed)
+    return estimate(config, pairs, lengths, shape_of(blank_model(base.source), base.device), speed)

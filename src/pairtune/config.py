@@ -326,13 +326,13 @@ class _Training(_Strict):
     checkpointing: Checkpointing = setting(
         "auto",
         "Recompute activations in the backward pass to save memory.",
-        "on for an accelerator, where memory is scarce; off on a CPU, unless the run would not fit",
+        "off, unless the run would not fit; with TRL's engine on for an accelerator",
         group=MACHINE,
     )
     row_tokens: Annotated[int, Field(ge=16)] | None = setting(
         None,
         "Tokens of each trial that are computed at once in training; a longer pair has a row of its own.",
-        "512, beyond which a CPU gains nothing; fewer if the run would not fit",
+        "512, beyond which a CPU gains nothing, and 8,192 on an accelerator; fewer if the run would not fit",
         group=MACHINE,
         metavar="TOKENS",
     )

@@ -14,7 +14,6 @@ from pairtune.config import RunConfig
 from pairtune.engine.kernels import Kernels
 from pairtune.engine.memory import lockstep_bytes, widest
 from pairtune.engine.products import Products
-from pairtune.engine.trial import wants_checkpointing
 from pairtune.environment import Choice, Component, Diagnosis, describe_machine, versions
 from pairtune.errors import BadInput, one_line
 from pairtune.extras import EXTRAS, missing
@@ -73,7 +72,7 @@ def _choices(model: Any, device: torch.device, max_length: int) -> tuple[list[Ch
     probe = kernels.probe(dtype)
     trial = RunConfig(data=["x"], dtype=name).trials()[0]
     needs = [lockstep_bytes(model, trial, dtype, device, max_length, width) for width in range(1, 9)]
-    width, checkpointing = widest(needs, device), wants_checkpointing(trial, device)
+    width = widest(needs, device)
     return [
         Choice(
             name="dtype",
@@ -84,8 +83,8 @@ def _choices(model: Any, device: torch.device, max_length: int) -> tuple[list[Ch
         Choice(name="threads", value=str(torch.get_num_threads()), why="set OMP_NUM_THREADS to change it"),
         Choice(
             name="checkpointing",
-            value="on" if checkpointing else "off",
-            why="on an accelerator memory is the limit" if checkpointing else "on a CPU time is the limit",
+            value="off",
+            why="a run that would not fit into memory without it turns it on",
         ),
         Choice(
             name="trials side by side",

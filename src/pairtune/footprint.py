@@ -15,10 +15,14 @@ from pairtune.run.records import Part
 ROW_TOKENS = 512
 # Tokens of a row in evaluation, for all trials together.
 EVALUATION_ROW = 4096
+ACCELERATOR_EVALUATION_ROW = 16_384
 # Longest pair, in tokens, for dense attention, whose memory grows with the square of the length.
 DENSE_TOKENS = 640
 # Logits that are computed at once: 32 MB in float32, small enough to stay in the CPU's cache.
 CHUNK_LOGITS = 8 << 20
+# The same on accelerators, which are only busy with more: 256 MB, and rows as long as memory allows.
+ACCELERATOR_LOGITS = 64 << 20
+ACCELERATOR_ROWS = (8192, 4096, 2048, 1024, ROW_TOKENS)
 # The most trials at once: few saturate a CPU.
 MOST_TRIALS = 4
 # Answers at once, beyond which products of a pass gain little, and the tokens after which one is cut off.
@@ -52,6 +56,7 @@ class ModelShape(Part):
         vocabulary: words of the output embedding.
         packed: whether pairs share rows; otherwise each answer has a padded row with its own copy of the prompt.
         fused: whether the engine has its own implementation of the layers, which keeps less for the backward pass.
+        accelerator: whether it is computed on one: in longer rows, and without keeping attention weights.
     """
 
     parameters: int
@@ -65,6 +70,22 @@ class ModelShape(Part):
     vocabulary: int
     packed: bool = True
     fused: bool = True
+    accelerator: bool = False
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Tokens of a trial's row in training, from the fastest to the smallest."""
+        return ACCELERATOR_ROWS if self.accelerator else (ROW_TOKENS,)
+
+    @property
+    def evaluation_row(self) -> int:
+        """Tokens of a row in evaluation, for all trials together."""
+        return ACCELERATOR_EVALUATION_ROW if self.accelerator else EVALUATION_ROW
+
+    @property
+    def logits(self) -> int:
+        """Logits that are computed at once."""
+        return ACCELERATOR_LOGITS if self.accelerator else CHUNK_LOGITS
 
 
 class PairLengths(Part):
@@ -143,7 +164,7 @@ def fit(config: RunConfig, lengths: PairLengths, shape: ModelShape, dtype: str, 
         limit: the bytes that may be used.
     """
     found = None
-    for own, width, row, checkpointing in _ways(config, lengths, dtype):
+    for own, width, row, checkpointing in _ways(config, lengths, shape, dtype):
         size = NUMBER_SIZES[own]
         memory = peak_memory(config, shape, size, lengths, width=width, row_tokens=row, checkpointing=checkpointing)
         found = Fit(
@@ -160,20 +181,23 @@ def fit(config: RunConfig, lengths: PairLengths, shape: ModelShape, dtype: str, 
     return found
 
 
-def _ways(config: RunConfig, lengths: PairLengths, dtype: str) -> Iterator[tuple[str, int, int, bool]]:
+def _ways(
+    config: RunConfig, lengths: PairLengths, shape: ModelShape, dtype: str
+) -> Iterator[tuple[str, int, int, bool]]:
     """Dtype, trials side by side, tokens of a row, and checkpointing, from fast to small."""
     trials = config.trial_count or len(config.trials())
     widths = [config.side_by_side] if config.side_by_side else range(min(trials, MOST_TRIALS), 0, -1)
     if config.method == "full":
         widths = [1]
-    shortest = min(ROW_TOKENS, lengths.longest)
-    rows = [config.row_tokens] if config.row_tokens else sorted({ROW_TOKENS, shortest}, reverse=True)
+    rows = (config.row_tokens,) if config.row_tokens else shape.rows
+    shorter = [] if config.row_tokens or lengths.longest >= rows[-1] else [lengths.longest]
     smaller = ["bfloat16"] if config.dtype == "auto" and config.method == "lora" and dtype == "float32" else []
     for own in (dtype, *smaller):
         for checkpointing in {"auto": (False, True), "on": (True,), "off": (False,)}[config.checkpointing]:
             for width in widths:
-                yield own, width, rows[0], checkpointing
-            for row in rows[1:]:
+                for row in rows:
+                    yield own, width, row, checkpointing
+            for row in shorter:
                 yield own, widths[-1], row, checkpointing
 
 
@@ -242,9 +266,9 @@ def training_memory(
     kept = shape.layers * tokens * shape.hidden + layer if checkpointing else shape.layers * layer
     # The backward pass of one layer: gradients of what it kept, and what is repeated for them.
     passing = tokens * (6 * shape.inner + 4 * shape.hidden + 3 * shape.queries) + 2 * scores
-    words = min(tokens, CHUNK_LOGITS // shape.vocabulary) * shape.vocabulary
+    words = min(tokens, shape.logits // shape.vocabulary) * shape.vocabulary
     head = words * (number_size + 4)
-    evaluating = EVALUATION_ROW * (4 * shape.inner + 6 * shape.hidden) * number_size + head
+    evaluating = shape.evaluation_row * (4 * shape.inner + 6 * shape.hidden) * number_size + head
     parts = {"weights": float(shape.parameters * number_size)}
     if trial.method == "full":
         masters = 4 if number_size < 4 else 0
@@ -270,7 +294,7 @@ def _kept(shape: ModelShape, rank: int) -> float:
 def _scores(lengths: PairLengths, shape: ModelShape) -> float:
     """Attention weights that a head keeps of each token of the longest pair; long pairs keep none."""
     longest = lengths.longest
-    if longest > DENSE_TOKENS or not shape.packed:
+    if longest > DENSE_TOKENS or not shape.packed or shape.accelerator:
         return 0.0
     prompt, chosen, rejected = (
         longest * part / max(1.0, lengths.whole) for part in (lengths.prompt, lengths.chosen, lengths.rejected)

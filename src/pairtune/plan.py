@@ -51,7 +51,7 @@ def plan_run(config: RunConfig, say: Say = lambda what: None, *, has_data: bool 
     else:
         pairs, lengths = {"train": SUPPOSED_PAIRS}, PairLengths.full(config.max_length)
         notes = [*notes, f"no --data: for {SUPPOSED_PAIRS:,} pairs of {config.max_length:,} tokens"]
-    shape, speed, cost = shape_of(blank_model(base.source)), None, None
+    shape, speed, cost = shape_of(blank_model(base.source), base.device), None, None
     if lengths:
         say("measuring this machine")
         dtype = getattr(torch, fit_run(config, base, lengths).dtype)

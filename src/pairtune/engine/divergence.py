@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pairtune.data.table import PairTable
 from pairtune.engine.logps import token_kl
-from pairtune.engine.policy import EVALUATION_TOKENS, Policy
+from pairtune.engine.policy import Policy
 from pairtune.engine.processes import Processes
 from pairtune.files import user_cache, write_atomic
 
@@ -90,7 +90,7 @@ def base_states(
     if states is None:
         found: list[Tensor] = []
         rows = processes.shard(range(min(PAIRS, len(pairs))))
-        for pack in policy.rows(pairs.tokens(rows), EVALUATION_TOKENS):
+        for pack in policy.rows(pairs.tokens(rows), policy.evaluation_tokens):
             found += policy.answer_logps(pack, keep_states=True).states[0].cpu()
             on_progress(len(found) * processes.count)
         states = torch.stack(processes.gather(found))

@@ -15,6 +15,7 @@ from pairtune.engine.lora import LoraLinear
 from pairtune.engine.packed_attention import packed_attention
 from pairtune.engine.packing import Segment
 from pairtune.engine.products import Products
+from pairtune.engine.row_layout import RowLayout
 
 # Classes of transformers with RMSNorms before attention and SwiGLU, rotary embeddings of whole heads, and nothing else
 # but, in some, norms of query and key heads, layers without rotary embeddings, and sliding windows.
@@ -65,8 +66,8 @@ def _compute(
     hidden_states: Tensor,
     *,
     position_embeddings: tuple[Tensor, Tensor],
-    segments: tuple[Segment, ...],
-    needed: Tensor,
+    segments: tuple[Segment, ...] | RowLayout,
+    needed: Tensor | None = None,
     by_trial: bool = False,
     **_: Any,
 ) -> Tensor:
@@ -79,7 +80,7 @@ def _compute(
         hidden_states: its input.
         position_embeddings: cosines and sines of the positions' angles, [trials, T, head size] each.
         segments: see `packed_attention`.
-        needed: see `Pack.needed`, [M].
+        needed: see `Pack.needed`, [M]; None for all.
         by_trial: see `packed_attention`.
     """
     attention, mlp = layer.self_attn, layer.mlp
@@ -89,25 +90,7 @@ def _compute(
     query, key, value = (each.view(*each.shape[:-1], -1, attention.head_dim) for each in projected)
     if hasattr(attention, "q_norm"):
         query, key = attention.q_norm(query), attention.k_norm(key)
-    if getattr(attention, "use_rope", True):
-        angles = [each[:, None] for each in position_embeddings]
-        query = _Rotary.apply(query, *(angles if only is None else [each[:, :, only] for each in angles]))
-        key = _Rotary.apply(key, *angles)
-    else:
-        query, key = query.transpose(1, 2), key.transpose(1, 2)
-    window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
-    mixed, _weights = packed_attention(
-        attention,
-        query,
-        key,
-        value.transpose(1, 2),
-        None,
-        segments=segments,
-        needed_only=last,
-        by_trial=by_trial,
-        scaling=attention.scaling,
-        sliding_window=window,
-    )
+    mixed = _attend(attention, query, key, value, position_embeddings, segments, only, by_trial)
     hidden_states = project_onto(residual, mixed.flatten(2), _linear(attention.o_proj, only), products)
     residual, gate, up = project(
         hidden_states,
@@ -118,28 +101,72 @@ def _compute(
     return project_onto(residual, gate, _linear(mlp.down_proj, only), products, up)
 
 
+def _attend(
+    attention: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    segments: tuple[Segment, ...] | RowLayout,
+    only: Tensor | None,
+    by_trial: bool,
+) -> Tensor:
+    """Rotary embeddings and attention: [trials, T or M, heads, size] each to the same shape as the queries."""
+    window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+    rotated = getattr(attention, "use_rope", True)
+    if isinstance(segments, RowLayout):
+        if rotated:
+            angles = [each[:, :, None] for each in position_embeddings]
+            query, key = (_Rotary.apply(each, *angles, False) for each in (query, key))
+        return segments.attend(query, key, value, attention.scaling, window, None)
+    if rotated:
+        angles = [each[:, None] for each in position_embeddings]
+        query = _Rotary.apply(query, *(angles if only is None else [each[:, :, only] for each in angles]), True)
+        key = _Rotary.apply(key, *angles, True)
+    else:
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
+    mixed, _weights = packed_attention(
+        attention,
+        query,
+        key,
+        value.transpose(1, 2),
+        None,
+        segments=segments,
+        needed_only=only is not None,
+        by_trial=by_trial,
+        scaling=attention.scaling,
+        sliding_window=window,
+    )
+    return mixed
+
+
 def _linear(layer: nn.Linear | LoraLinear, only: Tensor | None = None) -> Linear:
     """A linear layer for all tokens of a row, or only for some."""
     return layer.linear(only) if isinstance(layer, LoraLinear) else plain_linear(layer)
 
 
 class _Rotary(Function):
-    """Rotary position embeddings (Su et al. 2021, eq. 34): [trials, T, heads, size] to [trials, heads, T, size]."""
+    """Rotary position embeddings (Su et al. 2021, eq. 34) of [trials, T, heads, size].
+
+    The result has the same shape, or with `heads_first` [trials, heads, T, size]; the angles are broadcast to it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, heads_first: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        trials, tokens, heads, size = x.shape
-        return _rotate(x.transpose(1, 2), cos, sin, x.new_empty(trials, heads, tokens, size))
+        ctx.heads_first = heads_first
+        x = x.transpose(1, 2) if heads_first else x
+        return _rotate(x, cos, sin, x.new_empty(x.shape))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = grads
         cos, sin = ctx.saved_tensors
-        trials, heads, tokens, size = grad.shape
-        result = grad.new_empty(trials, tokens, heads, size)
-        _rotate(grad, cos, -sin, result.transpose(1, 2))  # the transpose of a rotation is the one back
-        return result, None, None
+        grad = grad.transpose(1, 2) if ctx.heads_first else grad
+        result = grad.new_empty(grad.shape)
+        seen = (grad.transpose(1, 2), result.transpose(1, 2)) if ctx.heads_first else (grad, result)
+        _rotate(seen[0], cos, -sin, seen[1])  # the transpose of a rotation is the one back
+        return result, None, None, None
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:

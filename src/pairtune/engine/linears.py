@@ -265,7 +265,7 @@ def _gradients(
         if a is not None and b is not None and inner is not None:
             grads_of_trials = _by_trial(rows, a)
             grad_inner = products.bmm(grads_of_trials, b, len(a)).mul_(layer.scale)
-            of_a = products.bmm(grad_inner.mT, _dropped(_by_trial(x, a), mask), len(a)).float()
+            of_a = products.bmm(grad_inner.mT, _dropped(_by_trial(x, a), mask), len(a))
             # Twice as fast in this order as the other way round.
             of_b = products.bmm(inner.mT, grads_of_trials, len(a)).float().mul_(layer.scale).mT
             if total is not None:

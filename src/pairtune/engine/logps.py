@@ -16,7 +16,7 @@ from torch.autograd import Function
 
 from pairtune.engine.products import PLAIN, Products
 from pairtune.engine.softcap import soft_cap_
-from pairtune.footprint import CHUNK_LOGITS
+from pairtune.footprint import ACCELERATOR_LOGITS, CHUNK_LOGITS
 
 
 def token_logps(
@@ -59,7 +59,7 @@ class _TokenLogps(Function):
         logps, means = torch.empty(2, len(targets), dtype=torch.float32, device=hidden.device)
         by_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         wide = None
-        for part in _chunks(len(targets), len(head), products):
+        for part in _chunks(len(targets), head, products):
             logits = products.matmul(hidden[part], head.T, bias)
             if wide is None:  # one buffer for all chunks: reusing memory is faster than allocating it
                 wide = torch.empty_like(logits, dtype=torch.float32)
@@ -89,7 +89,7 @@ class _TokenLogps(Function):
         by_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         by_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         if by_head is not None or by_bias is not None:
-            for part in _chunks(len(targets), len(head), ctx.products):
+            for part in _chunks(len(targets), head, ctx.products):
                 logits = ctx.products.matmul(hidden[part], head.T, bias).float()
                 bend = soft_cap_(logits, ctx.softcap)
                 by_logits = logits.softmax(1).neg_()
@@ -126,7 +126,7 @@ def token_kl(ours: Head, base: Head, *, softcap: float | None = None, products: 
         [N], nats, float32.
     """
     kl = torch.empty(len(ours[0]), dtype=torch.float32, device=ours[0].device)
-    for part in _chunks(len(kl), len(ours[1]), products):
+    for part in _chunks(len(kl), ours[1], products):
         logps, base_logps = (
             _log_softmax(products.matmul(hidden[part], head.T, bias), softcap) for hidden, head, bias in (ours, base)
         )
@@ -140,8 +140,9 @@ def _log_softmax(logits: Tensor, softcap: float | None) -> Tensor:
     return logits.log_softmax(1)
 
 
-def _chunks(tokens: int, vocabulary: int, products: Products) -> list[slice]:
+def _chunks(tokens: int, head: Tensor, products: Products) -> list[slice]:
     """Slices of whole tiles, so that only the last tile is padded."""
     least = products.tile or products.least
-    size = max(1, CHUNK_LOGITS // vocabulary // least) * least
+    logits = CHUNK_LOGITS if head.device.type == "cpu" else ACCELERATOR_LOGITS
+    size = max(1, logits // len(head) // least) * least
     return [slice(start, start + size) for start in range(0, tokens, size)]

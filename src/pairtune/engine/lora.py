@@ -122,9 +122,17 @@ class LoraLinear(nn.Module):
         # For each pair a dropout seed and the pair's number of tokens. The mask is therefore the same when a layer is
         # recomputed, in every trial, and whatever other pairs are in the row.
         self.noise: Sequence[tuple[int, int]] = ()
+        # Where all adapters lie in one tensor, the factors as views of it in the dtype of the row being computed.
+        self.spread: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """A and B of all adapters, [K, rank, in] and [K, out, rank]."""
+        return self.lora_a, self.lora_b
 
     def keep(self, trials: list[int]) -> None:
         """Drop all adapters but these."""
+        self.spread = None
         self.lora_a = nn.Parameter(self.lora_a.detach()[trials])
         self.lora_b = nn.Parameter(self.lora_b.detach()[trials])
 
@@ -139,7 +147,8 @@ class LoraLinear(nn.Module):
         mask = self._mask() if self.dropout and self.training else None
         if mask is not None and only is not None:
             mask = mask[only]
-        return Linear(Weights(matrix, self.bias, self.lora_a, self.lora_b, mask), self.scale)
+        a, b = self.spread or self.factors
+        return Linear(Weights(matrix, self.bias, a, b, mask), self.scale)
 
     def _mask(self) -> Tensor:
         """Dropout mask of the adapters' input, [tokens, in]: 0, or 1 / (1 - dropout) where the input is kept."""
@@ -149,6 +158,45 @@ class LoraLinear(nn.Module):
             for seed, tokens in self.noise
         ]
         return (torch.cat(drawn) >= self.dropout).to(self.weight.dtype) / (1 - self.dropout)
+
+
+class FlatAdapters:
+    """All factors of all trials' adapters in one tensor, [trials, numbers].
+
+    On an accelerator, hundreds of small tensors take longer to reach than to convert, to add up and to update. The
+    layers' own stacks become views of this one.
+
+    Attributes:
+        values: the factors, float32; the leaf that gradients are taken of.
+        grads: its gradients, which are added in place.
+        shapes: the shapes of one trial's factors, in their order.
+    """
+
+    def __init__(self, adapted: Mapping[str, LoraLinear]) -> None:
+        self._layers = list(adapted.values())
+        self.gather()
+
+    def gather(self) -> None:
+        """Move the layers' stacks into a new tensor: at the start, and after trials were dropped."""
+        stacks = [stack for layer in self._layers for stack in layer.factors]
+        self.shapes = [stack.shape[1:] for stack in stacks]
+        values = torch.cat([stack.detach().flatten(1) for stack in stacks], 1)
+        self.grads = torch.zeros_like(values)
+        for stack, own, grads in zip(stacks, self._split(values), self._split(self.grads), strict=True):
+            stack.data, stack.grad = own, grads
+        self.values = values.requires_grad_()
+        self.values.grad = self.grads
+
+    def spread(self, dtype: torch.dtype) -> None:
+        """Give the layers their factors for the next row, in its dtype."""
+        parts = iter(self._split(self.values.to(dtype)))
+        for layer in self._layers:
+            layer.spread = (next(parts), next(parts))
+
+    def _split(self, values: Tensor) -> list[Tensor]:
+        """All stacks, [trials, ...] each, as views."""
+        parts = values.split([shape.numel() for shape in self.shapes], 1)
+        return [part.view(-1, *shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
 
 def add_adapters(model: nn.Module, settings: LoraSettings, seeds: list[int]) -> dict[str, LoraLinear]:

@@ -12,10 +12,9 @@ from pairtune.config import RunConfig, TrialConfig
 from pairtune.engine.layers import known_layers
 from pairtune.engine.policy import PACKED_FAMILIES
 from pairtune.engine.products import linear_layers, matrix_of
-from pairtune.engine.trial import TrialInputs, wants_checkpointing
+from pairtune.engine.trial import TrialInputs
 from pairtune.footprint import (
     MOST_TRIALS,
-    ROW_TOKENS,
     USABLE,
     Fit,
     ModelShape,
@@ -63,14 +62,15 @@ def lockstep_bytes(
         longest: tokens of the longest pair.
         width: number of trials.
     """
+    shape = shape_of(model, device)
     parts = training_memory(
-        shape_of(model),
+        shape,
         trial,
         dtype.itemsize,
         PairLengths.full(longest),
         width=width,
-        row_tokens=trial.row_tokens or ROW_TOKENS,
-        checkpointing=wants_checkpointing(trial, device),
+        row_tokens=trial.row_tokens or shape.rows[0],
+        checkpointing=trial.checkpointing == "on",
     )
     return sum(parts.values())
 
@@ -83,15 +83,13 @@ def fit_run(config: RunConfig, base: LoadedBase, lengths: PairLengths) -> Fit:
         base: its base model, in the dtype that this machine is fastest with.
         lengths: what its training pairs are like.
     """
-    if config.checkpointing == "auto" and base.device.type != "cpu":
-        config = config.model_copy(update={"checkpointing": "on"})
     dtype = str(base.dtype).removeprefix("torch.")
     limit = usable(config, free_bytes(base.device))
-    return fit(config, lengths, shape_of(blank_model(base.source)), dtype, limit)
+    return fit(config, lengths, shape_of(blank_model(base.source), base.device), dtype, limit)
 
 
-def shape_of(model: PreTrainedModel) -> ModelShape:
-    """The sizes of a model, whose weights may be on the meta device."""
+def shape_of(model: PreTrainedModel, device: torch.device) -> ModelShape:
+    """The sizes of a model, whose weights may be on the meta device, for computing it on a device."""
     config: Any = model.config
     linear = [matrix_of(layer).shape for _, layer in linear_layers(model)]
     heads = int(getattr(config, "num_attention_heads", None) or 1)  # a state-space model has none
@@ -108,4 +106,5 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
         vocabulary=config.vocab_size,
         packed=config.model_type in PACKED_FAMILIES,
         fused=bool(known_layers(model)),
+        accelerator=device.type != "cpu",
     )

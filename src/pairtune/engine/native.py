@@ -32,9 +32,14 @@ from pairtune.engine.divergence import PAIRS, BaseStates, base_states
 from pairtune.engine.lora import LoraLinear, add_adapters, load_adapter, peft_config, peft_tensors, settings_of
 from pairtune.engine.losses import Objective
 from pairtune.engine.memory import lockstep_width
-from pairtune.engine.optimize import AdapterWeights, FullWeights, TrialOptimizer
+from pairtune.engine.optimize import (
+    AdapterWeights,
+    FlatAdapterWeights,
+    FullWeights,
+    TrialOptimizer,
+)
 from pairtune.engine.out_of_memory import in_smaller_rows
-from pairtune.engine.policy import EVALUATION_TOKENS, TRAIN_TOKENS, Policy, cast_parameters
+from pairtune.engine.policy import TRAIN_TOKENS, TRAIN_TOKENS_THERE, Policy, cast_parameters
 from pairtune.engine.reference import (
     check_reference,
     fingerprint_of_reference,
@@ -43,7 +48,7 @@ from pairtune.engine.reference import (
     reference_logps,
 )
 from pairtune.engine.rounding import measure_rounding
-from pairtune.engine.scoring import Scorer
+from pairtune.engine.scoring import Scored, Scorer, records_of
 from pairtune.engine.summaries import TrialFailed, batch_means
 from pairtune.engine.trial import (
     TrialInputs,
@@ -56,7 +61,6 @@ from pairtune.engine.trial import (
     record_evaluation,
     reset_peak_memory,
     start_trials,
-    wants_checkpointing,
 )
 from pairtune.errors import Interrupted, RunFailed
 from pairtune.files import fingerprint
@@ -111,7 +115,7 @@ class _TrialState:
 
     result: TrialRecord
     paths: TrialPaths
-    weights: FullWeights | AdapterWeights
+    weights: FullWeights | AdapterWeights | FlatAdapterWeights
     optimizer: TrialOptimizer
     losses: list[float] = field(default_factory=list)  # of the training pairs seen in the current epoch
     lines: int = 0  # in its metrics.jsonl
@@ -139,7 +143,8 @@ class _TrialGroup:
         self.model, self.results = start_trials(trials, inputs)
         self._pairs_fingerprint = fingerprint(pairs.ids_fingerprint() for pairs in inputs.splits.values())
         self.epoch, self.step, self.seen = 1, 0, 0  # seen: pairs of the current epoch
-        self.row_tokens = run.choices.row_tokens or self.shared.row_tokens or TRAIN_TOKENS
+        usual = TRAIN_TOKENS if self.device.type == "cpu" else TRAIN_TOKENS_THERE
+        self.row_tokens = run.choices.row_tokens or self.shared.row_tokens or usual
         self.members: list[_TrialState] = []
         # Order matters: float32 master weights are taken before the model is cast, and the reference's outputs are
         # computed before the model has the trials' adapters.
@@ -149,12 +154,13 @@ class _TrialGroup:
         self.references, self.base_states = self._base_outputs(opened)
         adapted = self._add_adapters(trials, opened.adapted) if masters is None else {}
         self.policy = Policy(self.model, adapted, len(trials), inputs.kernels)
-        if wants_checkpointing(self.shared, self.device):
+        if self.shared.checkpointing == "on":  # "auto" is decided by memory before a run starts
             self.policy.checkpoint_activations()
         batches = math.ceil(len(inputs.train) / self.shared.batch_size)
+        flat = self.policy.flat
         for index, result in enumerate(self.results):
-            weights = masters or AdapterWeights(adapted, index)
-            optimizer = TrialOptimizer(result.trial, weights.tensors, batches * result.trial.epochs)
+            weights = masters or (FlatAdapterWeights(flat, index) if flat else AdapterWeights(adapted, index))
+            optimizer = TrialOptimizer(result.trial, weights.tensors, batches * result.trial.epochs, weights.shapes)
             self.members.append(_TrialState(result, run.paths.trial(result.trial.name), weights, optimizer))
         if [result.trial.name for result in checkpointed(run)] == [trial.name for trial in trials]:
             self._restore()
@@ -364,14 +370,14 @@ class _TrialGroup:
         """Add up the gradients of a batch, one row of at most so many tokens at a time; every trial's records."""
         weights = self.members[0].weights
         weights.forget_gradients()  # of an earlier try, which memory did not suffice for
-        records: list[list[ExampleRecord]] = [[] for _ in self.members]
+        parts: list[list[Scored]] = [[] for _ in self.members]
         for scored in self._scorer("train").batch(rows, tokens):
             losses = torch.stack([each.losses.sum() for each in scored])
             (losses.sum() / len(rows)).backward()  # the sum does not mix the adapters' gradients
             weights.collect_gradients()
-            for mine, each in zip(records, scored, strict=True):
-                mine.extend(each.records())
-        return records
+            for mine, each in zip(parts, scored, strict=True):
+                mine.append(each)
+        return records_of(parts)
 
     def _in_smaller_rows(self, work: Callable[[int], R], tokens: int, told: Callable[[int], None]) -> R:
         """See `in_smaller_rows`; several processes would have to agree, so that there the first error ends the run."""
@@ -380,6 +386,7 @@ class _TrialGroup:
     def _shorten_rows(self, tokens: int) -> None:
         """Use shorter rows in training from now on, in a resumed run as well."""
         self.row_tokens = tokens
+        self.policy.forget_graphs()
         self.run.remember(row_tokens=tokens)
         self.sink.notice(
             f"memory ran out at step {self.step}: the step is repeated, and all later ones are made, with rows of "
@@ -444,7 +451,7 @@ class _TrialGroup:
             self.sink.notice(f"memory ran out in the evaluation: it is repeated with rows of {tokens} tokens")
 
         with self.policy.computing_in(self._evaluation_dtype):
-            records = self._in_smaller_rows(evaluate, EVALUATION_TOKENS // len(self.members), told)
+            records = self._in_smaller_rows(evaluate, self.policy.evaluation_tokens // len(self.members), told)
         for member, mine in zip(self.members, records, strict=True):
             loss = math.fsum(member.losses) / len(member.losses)
             member.losses.clear()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pairtune.config import TrialConfig
-from pairtune.engine.lora import LoraLinear
+from pairtune.engine.lora import FlatAdapters, LoraLinear
 
 
 class TrialOptimizer:
@@ -18,10 +18,14 @@ class TrialOptimizer:
         trial: sets the learning rate and the norm to which gradients are clipped.
         weights: float32 tensors that are updated in place; their gradients must be set before `clip`.
         steps: number of steps over which the learning rate decays to 0.
+        shapes: if the weights are a single flat tensor, the shapes of the tensors that lie in it one after another.
     """
 
-    def __init__(self, trial: TrialConfig, weights: Sequence[Tensor], steps: int) -> None:
+    def __init__(
+        self, trial: TrialConfig, weights: Sequence[Tensor], steps: int, shapes: Sequence[torch.Size] | None = None
+    ) -> None:
         self.weights = list(weights)
+        self._shapes = shapes
         self.trial, self.steps, self.step = trial, steps, 0
         self.adamw = torch.optim.AdamW(self.weights, lr=trial.learning_rate, weight_decay=0.0, fused=True)
 
@@ -47,20 +51,33 @@ class TrialOptimizer:
 
     def state(self) -> dict[str, Tensor]:
         """Weights and AdamW moments by name."""
-        tensors = {}
-        for number, weights in enumerate(self.weights):
-            tensors[f"{number}.weights"] = weights
-            tensors |= {f"{number}.{name}": self.adamw.state[weights][name] for name in _MOMENTS if self.step}
-        return tensors
+        named = {"weights": self.weights}
+        if self.step:
+            named |= {name: [self.adamw.state[weights][name] for weights in self.weights] for name in _MOMENTS}
+        parts = ((name, enumerate(self._parts(each))) for name, each in named.items())
+        return {f"{number}.{name}": tensor for name, tensors in parts for number, tensor in tensors}
 
     def restore(self, step: int, state: Mapping[str, Tensor]) -> None:
         """Restore the tensors that `state` returned after a step."""
         self.step = step
+        for number, part in enumerate(self._parts(self.weights)):
+            part.copy_(state[f"{number}.weights"])
+        if not step:
+            return
+        moments = {name: [torch.empty_like(weights) for weights in self.weights] for name in _MOMENTS}
+        for name, tensors in moments.items():
+            for number, part in enumerate(self._parts(tensors)):
+                part.copy_(state[f"{number}.{name}"])
         for number, weights in enumerate(self.weights):
-            weights.copy_(state[f"{number}.weights"])
-            if step:
-                moments = {name: state[f"{number}.{name}"].to(weights.device) for name in _MOMENTS}
-                self.adamw.state[weights] = {"step": torch.tensor(float(step), device=weights.device), **moments}
+            own = {name: tensors[number] for name, tensors in moments.items()}
+            self.adamw.state[weights] = {"step": torch.tensor(float(step), device=weights.device), **own}
+
+    def _parts(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The tensors that a flat one consists of, as views, so that checkpoints are the same on all devices."""
+        if self._shapes is None:
+            return tensors
+        parts = tensors[0].split([shape.numel() for shape in self._shapes])
+        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -68,6 +85,8 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 class AdapterWeights:
     """One trial's share of the stacked adapters, as tensors that an optimizer can own."""
+
+    shapes: Sequence[torch.Size] | None = None
 
     def __init__(self, adapted: Mapping[str, LoraLinear], trial: int) -> None:
         self.adapted = adapted
@@ -102,7 +121,41 @@ class AdapterWeights:
         """Do nothing: the optimizer's tensors are views of the layers' weights."""
 
     def _stacks(self) -> list[nn.Parameter]:
-        return [stack for layer in self.adapted.values() for stack in (layer.lora_a, layer.lora_b)]
+        return [stack for layer in self.adapted.values() for stack in layer.factors]
+
+
+class FlatAdapterWeights:
+    """One trial's row of `lora.FlatAdapters`, as a tensor that an optimizer can own."""
+
+    def __init__(self, flat: FlatAdapters, trial: int) -> None:
+        self.flat, self.shapes = flat, flat.shapes
+        self.tensors = [torch.empty(0, device=flat.values.device)]
+        self.assign(trial)
+
+    def assign(self, trial: int) -> None:
+        """Move to this row; the tensor stays the same object."""
+        self.trial = trial
+        self.tensors[0].data = self.flat.values.detach()[trial]
+
+    def collect_gradients(self) -> None:
+        """Do nothing: the gradients of all rows of tokens are added in place."""
+
+    @property
+    def summed(self) -> Sequence[Tensor]:
+        """The tensor that holds a step's gradients of all trials."""
+        return [self.flat.values]
+
+    def forget_gradients(self) -> None:
+        """Set the gradients of all trials to 0, in place: CUDA graphs add to them where they are."""
+        self.flat.values.grad = self.flat.grads.zero_()
+
+    def take_gradients(self) -> None:
+        """Assign this trial's gradients to the optimizer's tensor."""
+        total = self.flat.values.grad
+        self.tensors[0].grad = None if total is None else total[self.trial]
+
+    def updated(self) -> None:
+        """Do nothing: the optimizer's tensor is a view of the layers' weights."""
 
 
 class FullWeights:
@@ -112,6 +165,8 @@ class FullWeights:
         model: the model, still with float32 weights.
         dtype: the dtype that it will compute in.
     """
+
+    shapes: Sequence[torch.Size] | None = None
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self.parameters = list(model.parameters())

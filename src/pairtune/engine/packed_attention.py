@@ -3,7 +3,7 @@
 A model is switched to it by name (`ATTENTION`) and called with `segments=pack.segments`, which transformers passes
 through to `packed_attention`. No mask over the whole row is ever built. Short pairs, the common case, take a few dense
 products each with a custom backward pass: on a CPU that is several times faster than the flash kernel, whose tiles are
-made for long sequences. Long pairs, and other devices, use PyTorch's kernel.
+made for long sequences. Long pairs use PyTorch's kernel. On accelerators a whole row is one call; see `row_layout`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from pairtune.engine.packing import Segment
+from pairtune.engine.row_layout import RowLayout
 from pairtune.engine.softcap import soft_cap
 from pairtune.footprint import DENSE_TOKENS
 
@@ -36,7 +37,7 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    segments: Sequence[Segment] | None = None,
+    segments: Sequence[Segment] | RowLayout | None = None,
     needed_only: bool = False,
     by_trial: bool = False,
     scaling: float | None = None,
@@ -53,7 +54,8 @@ def packed_attention(
         key: [trials, key heads, T, size]; groups of query heads share a key head (grouped-query attention).
         value: the same shape as key.
         attention_mask: unused; the segments define what is visible.
-        segments: the pairs in the row.
+        segments: the pairs in the row; on an accelerator their layout, with which `needed_only` and `by_trial` are
+            not used.
         needed_only: whether the queries are only those whose results predict something.
         by_trial: compute one trial at a time, because batched products depend on the size of the batch; see
             `engine.products`.
@@ -67,6 +69,10 @@ def packed_attention(
     """
     if segments is None or dropout:
         raise ValueError("packed attention needs segments and supports no dropout")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(segments, RowLayout):
+        q, k, v = (each.transpose(1, 2) for each in (query, key, value))
+        return segments.attend(q, k, v, scale, sliding_window, softcap), None
     if by_trial and len(query) > 1:
         one = partial(
             packed_attention,
@@ -78,7 +84,6 @@ def packed_attention(
         )
         each = zip(query.split(1), key.split(1), value.split(1), strict=True)
         return torch.cat([one(module, q, k, v, None)[0] for q, k, v in each]), None
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     dense = [query.device.type == "cpu" and softcap is None and each.length <= DENSE_TOKENS for each in segments]
     if all(dense):
         result: Tensor = _DenseAttention.apply(query, key, value, tuple(segments), scale, sliding_window, needed_only)

@@ -10,16 +10,21 @@ Optimization with Prefix Sharing"). An answer's last token predicts nothing and 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pairtune.data.table import TokenIds
+from pairtune.engine.row_layout import RowLayout, row_layout, takes_whole_rows
 
 # Padded rows are a multiple of this many tokens long.
 _PADDING = 32
+# A row on an accelerator is padded to the next multiple of an eighth of a power of two within these bounds.
+_SHORTEST_STEP, _LONGEST_STEP = 64, 256
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,8 @@ class Pack:
         answer_tokens: number of targets of each answer, [2 * pairs].
         mask: for padded rows, 1 where there is a token, [rows, longest].
         answers_each: 2, or 1 if each entry has a single answer; then "pair" stands for such an entry.
+        layout: on accelerators, where the pairs of the row are; see `row_layout`.
+        padding: on accelerators, tokens after the last pair, so that rows have few different lengths.
     """
 
     input_ids: Tensor
@@ -62,6 +69,8 @@ class Pack:
     answer_tokens: Tensor
     mask: Tensor | None = None
     answers_each: int = 2
+    layout: RowLayout | None = None
+    padding: int = 0
 
     @property
     def pair_widths(self) -> list[int]:
@@ -100,6 +109,42 @@ def pack_pairs(pairs: Sequence[TokenIds], device: torch.device, *, share_prompts
         device: the device of the tensors.
         share_prompts: False gives each answer its own copy of the prompt: the plain layout, twice the prompt tokens.
     """
+    pack = _pack(pairs, share_prompts=share_prompts)
+    if not takes_whole_rows(device):
+        return pack
+    lengths = [(segment.prompt, segment.chosen, segment.rejected) for segment in pack.segments]
+    padding = _even_length(pack.input_ids.shape[1]) - pack.input_ids.shape[1]
+    layout = row_layout(lengths, padding)
+    ids, positions = pad(pack.input_ids, (0, padding)), layout.positions[None].long()
+    return _moved(replace(pack, input_ids=ids, positions=positions, layout=layout, padding=padding), device)
+
+
+def _even_length(tokens: int) -> int:
+    """The length that a row on an accelerator is padded to: one of a few dozen."""
+    octave = 1 << max(0, tokens - 1).bit_length()
+    step = min(_LONGEST_STEP, max(_SHORTEST_STEP, octave // 8))
+    return -(-tokens // step) * step
+
+
+def _moved(pack: Pack, device: torch.device) -> Pack:
+    """A row on another device, in one copy for each dtype instead of one for each tensor."""
+    named = {each.name: value for each in fields(pack) if isinstance(value := getattr(pack, each.name), Tensor)}
+    moved: dict[str, Any] = dict(zip(named, _together(list(named.values()), device), strict=True))
+    layout = None if pack.layout is None else pack.layout.with_tensors(_together(pack.layout.tensors(), device))
+    return replace(pack, **moved, layout=layout)
+
+
+def _together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors of one dtype on another device."""
+    flat = torch.cat([each.flatten() for each in tensors])
+    if device.type == "cuda":
+        flat = flat.pin_memory()  # so that the program need not wait for the copy
+    parts = flat.to(device, non_blocking=True).split([each.numel() for each in tensors])
+    return [part.view(each.shape) for part, each in zip(parts, tensors, strict=True)]
+
+
+def _pack(pairs: Sequence[TokenIds], *, share_prompts: bool) -> Pack:
+    """One row on the CPU."""
     ids: list[int] = []
     positions: list[int] = []
     segments: list[Segment] = []
@@ -123,16 +168,14 @@ def pack_pairs(pairs: Sequence[TokenIds], device: torch.device, *, share_prompts
                 segments.append(Segment(prompt, len(answer) - 1, 0))
         if share_prompts:
             segments.append(Segment(prompt, len(pair.chosen) - 1, max(0, len(pair.rejected) - 1)))
-    answer_tokens = torch.tensor(lengths, device=device)
+    answer_tokens = torch.tensor(lengths)
     return Pack(
-        input_ids=torch.tensor([ids], device=device),
-        positions=torch.tensor([positions], device=device),
+        input_ids=torch.tensor([ids]),
+        positions=torch.tensor([positions]),
         segments=tuple(segments),
-        predicting=torch.tensor(predicting, device=device),
-        targets=torch.tensor(targets, device=device),
-        answers=torch.repeat_interleave(
-            torch.arange(len(lengths), device=device), answer_tokens, output_size=len(targets)
-        ),
+        predicting=torch.tensor(predicting),
+        targets=torch.tensor(targets),
+        answers=torch.repeat_interleave(torch.arange(len(lengths)), answer_tokens, output_size=len(targets)),
         answer_tokens=answer_tokens,
         answers_each=each,
     )
@@ -171,18 +214,20 @@ def pad_pairs(pairs: Sequence[TokenIds], max_tokens: int, device: torch.device) 
 
 
 def _pad(pairs: Sequence[TokenIds], device: torch.device) -> Pack:
-    flat = pack_pairs(pairs, device, share_prompts=False)
-    lengths = torch.tensor([segment.length for segment in flat.segments], device=device)
+    flat = _pack(pairs, share_prompts=False)
+    lengths = torch.tensor([segment.length for segment in flat.segments])
     longest = _padded_length(pairs[0])
     total = flat.input_ids.shape[1]
-    row = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=total)
+    row = torch.repeat_interleave(torch.arange(len(lengths)), lengths, output_size=total)
     index = row * longest + flat.positions[0]
-    padded = torch.zeros(2, len(lengths) * longest, dtype=torch.long, device=device)
+    padded = torch.zeros(2, len(lengths) * longest, dtype=torch.long)
     padded[0, index], padded[1, index] = flat.input_ids[0], 1
     ids, mask = padded.view(2, len(lengths), longest)
     # Padding repeats the last token's position: the model may have no positions beyond the pair's length.
-    positions = torch.arange(longest, device=device).minimum(lengths[:, None] - 1)
-    return replace(flat, input_ids=ids, positions=positions, segments=(), predicting=index[flat.predicting], mask=mask)
+    positions = torch.arange(longest).minimum(lengths[:, None] - 1)
+    predicting = index[flat.predicting]
+    pack = replace(flat, input_ids=ids, positions=positions, segments=(), predicting=predicting, mask=mask)
+    return pack if device.type == "cpu" else _moved(pack, device)
 
 
 def _padded_length(pair: TokenIds) -> int:

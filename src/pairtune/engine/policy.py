@@ -17,15 +17,17 @@ from pairtune.engine.kernels import Kernels
 from pairtune.engine.layers import replace_layers
 from pairtune.engine.linears import replace_linears
 from pairtune.engine.logps import token_logps
-from pairtune.engine.lora import LoraLinear
+from pairtune.engine.lora import FlatAdapters, LoraLinear
 from pairtune.engine.norms import replace_norms
 from pairtune.engine.packed_attention import ATTENTION
 from pairtune.engine.packing import Pack, pack_batches, pad_pairs
 from pairtune.engine.products import PLAIN
+from pairtune.engine.row_graphs import RowGraphs
+from pairtune.engine.row_layout import RowLayout, takes_whole_rows
 from pairtune.engine.softcap import final_softcap, soft_cap
 from pairtune.errors import BadInput
 from pairtune.files import fingerprint
-from pairtune.footprint import EVALUATION_ROW, ROW_TOKENS
+from pairtune.footprint import ACCELERATOR_EVALUATION_ROW, ACCELERATOR_ROWS, EVALUATION_ROW, ROW_TOKENS
 
 # Model families whose attention uses transformers' AttentionInterface and passes keywords on; each has a test.
 PACKED_FAMILIES = frozenset(
@@ -37,6 +39,8 @@ PACKED_FAMILIES = frozenset(
 TRAIN_TOKENS = ROW_TOKENS
 # Tokens per row for all trials together in evaluation, where no activations are kept.
 EVALUATION_TOKENS = EVALUATION_ROW
+# The same on an accelerator, which needs longer rows to be busy.
+TRAIN_TOKENS_THERE, EVALUATION_TOKENS_THERE = ACCELERATOR_ROWS[0], ACCELERATOR_EVALUATION_ROW
 
 # Evenly spaced positions of an answer whose last hidden states are kept on request.
 STATES = 8
@@ -86,12 +90,14 @@ class Policy:
         self.model, self.adapted, self.trials = model, adapted or {}, trials
         self.kernels, self.share_prompts = kernels, share_prompts
         self.head = model.get_output_embeddings()
+        self._graphs: RowGraphs | None = None
         if not self.adapted and model.config._attn_implementation != ATTENTION:  # otherwise it has been checked already
             check_head(model)
         replace_norms(model)
         self.packed = model.config.model_type in PACKED_FAMILIES
         if self.packed:
             model.set_attn_implementation(ATTENTION)
+        self.flat = FlatAdapters(self.adapted) if self.adapted and takes_whole_rows(model.device) else None
         self._use_products()
 
     def _use_products(self) -> None:
@@ -101,6 +107,16 @@ class Policy:
         self.needed_only = self.packed and replace_layers(self.model, self.products)
         for layer in self.adapted.values():
             layer.products = self.products
+        self.forget_graphs()
+
+    def forget_graphs(self) -> None:
+        """Drop the CUDA graphs and their memory: after weights or gradients were replaced, or memory ran out."""
+        self._graphs = None
+
+    @property
+    def evaluation_tokens(self) -> int:
+        """Tokens per row for all trials together in evaluation."""
+        return EVALUATION_TOKENS if self.model.device.type == "cpu" else EVALUATION_TOKENS_THERE
 
     @contextmanager
     def computing_in(self, dtype: torch.dtype) -> Iterator[None]:
@@ -119,7 +135,9 @@ class Policy:
 
     def checkpoint_activations(self) -> None:
         """Activation checkpointing: keep only each layer's input for the backward pass and recompute the rest."""
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Dropout has generators of its own, so that the state of the global ones need not be kept for the second pass.
+        self.model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        self.forget_graphs()
         for module in self.model.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = True  # only this module's flag: dropout inside it stays off
@@ -151,25 +169,37 @@ class Policy:
         for index, layer in enumerate(self.adapted.values()):
             if layer.dropout:
                 seeds = (int(fingerprint(map(str, (*numbers, pair, index))), 16) >> 1 for pair in pairs)  # 63 bits
-                layer.noise = tuple(zip(seeds, pack.pair_widths, strict=True))
+                padding = ((0, pack.padding),) if pack.padding else ()
+                layer.noise = (*zip(seeds, pack.pair_widths, strict=True), *padding)
 
     def keep(self, trials: list[int]) -> None:
         """Drop all adapters but these."""
         self.trials = len(trials)
         for layer in self.adapted.values():
             layer.keep(trials)
+        if self.flat:
+            self.flat.gather()
+        self.forget_graphs()
 
     def answer_logps(self, pack: Pack, *, keep_states: bool = False) -> AnswerLogps:
         """Log-probs of a row's answers under every trial's adapter."""
         hidden = self._hidden(pack)
-        summed = [self._sum_by_answer(pack, hidden[trial]) for trial in range(self.trials)]
-        logps, logits = (torch.stack(values) for values in zip(*summed, strict=True))
+        if not takes_whole_rows(self.model.device):
+            summed = [self._sum_by_answer(pack, hidden[trial]) for trial in range(self.trials)]
+            logps, logits = (torch.stack(values) for values in zip(*summed, strict=True))
+        else:
+            logps, logits = self._sums_of_all(pack, hidden)
         states = hidden[:, pack.spaced_indices(STATES)] if keep_states else hidden[:, :0]
         shape = (self.trials, pack.pairs, pack.answers_each * STATES if keep_states else 0, hidden.shape[-1])
         return AnswerLogps(logps, logits, states.reshape(shape))
 
     def _hidden(self, pack: Pack) -> Tensor:
         """Last hidden states at the positions that predict the answers' tokens, [trials, N, size]."""
+        if pack.layout is not None:
+            states = self._replayed(pack)
+            if states is None:
+                states = self._states_of_row(pack.input_ids, pack.positions, pack.layout)
+            return states.index_select(1, pack.predicting)
         ids, positions = (each.repeat(self.trials, 1) for each in (pack.input_ids, pack.positions))
         attention: dict[str, Any] = {"segments": pack.segments, "by_trial": self.products.by_trial}
         predicting = pack.predicting
@@ -181,6 +211,37 @@ class Policy:
         states = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False, **attention)
         hidden: Tensor = states.last_hidden_state
         return hidden.reshape(self.trials, -1, hidden.shape[-1])[:, predicting]
+
+    def _states_of_row(self, ids: Tensor, positions: Tensor, layout: RowLayout) -> Tensor:
+        """Last hidden states of all T tokens of a row on an accelerator, [trials, T, size]."""
+        if self.flat:
+            self.flat.spread(self.model.dtype)
+        both = {"input_ids": ids.expand(self.trials, -1), "position_ids": positions.expand(self.trials, -1)}
+        states: Tensor = self.model.base_model(**both, use_cache=False, segments=layout).last_hidden_state
+        return states
+
+    def _replayed(self, pack: Pack) -> Tensor | None:
+        """The same through a CUDA graph; None where there are none: without gradients, or with dropout, say."""
+        dropout = any(layer.dropout and layer.training for layer in self.adapted.values())
+        if self.model.device.type != "cuda" or not torch.is_grad_enabled() or not self.flat or dropout:
+            return None
+        if self._graphs is None:
+            self._graphs = RowGraphs(self._states_of_row, self.trials)
+        return self._graphs.states(pack)
+
+    def _sums_of_all(self, pack: Pack, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums by answer as below, [trials, answers] each, for all trials at once and without atomic additions."""
+        targets, lengths = pack.targets.repeat(self.trials), pack.answer_tokens.repeat(self.trials)
+        both = token_logps(
+            hidden.flatten(0, 1),
+            self.head.weight,
+            self.head.bias,
+            targets,
+            softcap=self.softcap,
+            products=self.products,
+        )
+        logps, logits = (torch.segment_reduce(each, "sum", lengths=lengths, unsafe=True) for each in both)
+        return logps.view(self.trials, -1), (logits / lengths).view(self.trials, -1)
 
     def _sum_by_answer(self, pack: Pack, hidden: Tensor) -> tuple[Tensor, Tensor]:
         logps, logits = token_logps(

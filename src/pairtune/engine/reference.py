@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 from pairtune.data.table import PairTable
 from pairtune.engine.kernels import Kernels
 from pairtune.engine.lora import LoraSettings, add_adapters, load_adapter
-from pairtune.engine.policy import EVALUATION_TOKENS, Policy
+from pairtune.engine.policy import Policy
 from pairtune.engine.processes import Processes
+from pairtune.engine.row_layout import takes_whole_rows
 from pairtune.errors import RunFailed
 from pairtune.files import fingerprint, saved_fingerprint, user_cache, write_atomic
 from pairtune.models.load import LoadedBase, load_model
@@ -84,7 +85,8 @@ def reference_fingerprint(base_fingerprint: str, policy: Policy, pairs: PairTabl
     settings = json.dumps(config, sort_keys=True, default=str)
     bits = policy.kernels.probe(dtype).bits if policy.kernels else ""
     versions = (torch.__version__, transformers.__version__)
-    how = (_ARITHMETIC, *versions, str(dtype), "packed" if policy.packed else "padded", bits)
+    rows = "whole" if takes_whole_rows(policy.model.device) else "packed"
+    how = (_ARITHMETIC, *versions, str(dtype), rows if policy.packed else "padded", bits)
     return f"{fingerprint([base_fingerprint, settings, pairs.ids_fingerprint()])}-{fingerprint(how)}"
 
 
@@ -157,7 +159,7 @@ def compute_logps(
     results: list[list[float]] = []
     shard = processes.shard(range(len(first), len(pairs)))
     for start in range(0, len(shard), _TABLE_ROWS):
-        for pack in policy.rows(pairs.tokens(shard[start : start + _TABLE_ROWS]), EVALUATION_TOKENS):
+        for pack in policy.rows(pairs.tokens(shard[start : start + _TABLE_ROWS]), policy.evaluation_tokens):
             results += policy.answer_logps(pack).logps[0].view(-1, 2).tolist()
             on_progress(len(first) + len(results) * processes.count)
     rest = torch.tensor(processes.gather(results), dtype=torch.float32).view(-1, 2)

@@ -10,13 +10,16 @@ import torch
 
 from pairtune.data.table import PairTable, TokenIds
 from pairtune.engine.packing import Pack
-from pairtune.engine.policy import EVALUATION_TOKENS, Policy
+from pairtune.engine.policy import Policy
+from pairtune.engine.row_layout import takes_whole_rows
 from pairtune.files import user_cache, write_json
 from pairtune.models.load import free_bytes
 from pairtune.run.records import Rounding
 
 # Number of pairs measured; where products are batch-invariant, two show whether attention is.
 _PAIRS, _PAIRS_WHERE_EXACT = 8, 2
+# Number of pairs in a long row, at most.
+_MOST_PAIRS = 256
 # The first step's mean margin may be at most this many times the difference of a pair's margin between rows.
 _ROOM = 6.0
 
@@ -39,14 +42,27 @@ def measure_rounding(policy: Policy, trials: int, pairs: PairTable, name: str) -
     exact = policy.products.exact and policy.packed
     some = pairs.tokens(range(min(len(pairs), _PAIRS_WHERE_EXACT if exact else _PAIRS)))
     alone = [margin for pair in some for margin in _margins(policy, _rows(policy, [pair]))]
-    together = _margins(Policy(policy.model, trials=trials, kernels=policy.kernels), _rows(policy, some))
+    among = Policy(policy.model, trials=trials, kernels=policy.kernels)
+    if takes_whole_rows(policy.model.device):
+        # Libraries choose among kernels by the number of tokens: a row as long as those of the training.
+        many = pairs.tokens(range(min(len(pairs), _MOST_PAIRS)))
+        together = _margins(among, [next(policy.rows(many, policy.evaluation_tokens // trials))])
+    else:
+        together = _margins(among, _rows(policy, some))
+    between = _rms(alone[: len(together)], together[: len(alone)])
     dtype = str(policy.model.dtype).removeprefix("torch.")
     return Rounding(
         pairs=len(some),
         dtype=dtype,
-        between_rows=_rms(alone, together),
+        between_rows=between if exact else max(between, _resolution(policy, some)),
         from_float32=_from_float32(policy, pairs, name),
     )
+
+
+def _resolution(policy: Policy, pairs: Sequence[TokenIds]) -> float:
+    """The difference between neighbouring float32 numbers of the size of the pairs' log-probs."""
+    largest = max(policy.answer_logps(pack).logps.abs().max().item() for pack in _rows(policy, pairs))
+    return torch.finfo(torch.float32).eps * largest
 
 
 def _from_float32(policy: Policy, pairs: PairTable, name: str) -> float | None:
@@ -67,7 +83,7 @@ def _from_float32(policy: Policy, pairs: PairTable, name: str) -> float | None:
 
 
 def _rows(policy: Policy, pairs: Sequence[TokenIds]) -> Iterator[Pack]:
-    return policy.rows(pairs, EVALUATION_TOKENS)
+    return policy.rows(pairs, policy.evaluation_tokens)
 
 
 def _margins(policy: Policy, rows: Iterable[Pack]) -> list[float]:

@@ -14,7 +14,7 @@ from pairtune.engine.divergence import BaseStates, base_states
 from pairtune.engine.kernels import Kernels
 from pairtune.engine.lora import LoraSettings, add_adapters, load_adapter, settings_of
 from pairtune.engine.losses import Objective
-from pairtune.engine.policy import EVALUATION_TOKENS, Policy, cast_parameters
+from pairtune.engine.policy import Policy, cast_parameters
 from pairtune.engine.processes import Processes
 from pairtune.engine.reference import (
     check_reference,
@@ -94,5 +94,5 @@ def evaluate_weights(
         policy = Policy(tuned, kernels=kernels)
     policy.train(False)
     scorer = Scorer(policy, [saved.objective], pairs, reference, processes, base=states)
-    (records,) = scorer.all_records(EVALUATION_TOKENS, on_progress)
+    (records,) = scorer.all_records(policy.evaluation_tokens, on_progress)
     return records

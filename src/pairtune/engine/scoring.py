@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, cast
+from itertools import islice
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -38,8 +39,26 @@ class Scored(Protocol):
     def losses(self) -> Tensor:
         """One loss for each, [pairs]."""
 
-    def records(self) -> list[ExampleRecord]:
-        """One record for each, with TRL's metric names."""
+    def table(self) -> Tensor:
+        """The numbers that its records are made of, [pairs, columns], float32, without gradients."""
+
+    def records(self, rows: list[list[float]]) -> list[ExampleRecord]:
+        """One record for each, with TRL's metric names, from the rows of its table."""
+
+
+@torch.no_grad()
+def records_of(parts: Sequence[Sequence[Scored]]) -> list[list[ExampleRecord]]:
+    """The records of what was scored: of each trial, in order. They come from the device in one copy."""
+    tables = [[part.table() for part in mine] for mine in parts]
+    rows = iter(torch.cat([table for mine in tables for table in mine]).tolist() if any(tables) else [])
+    return [
+        [
+            record
+            for part, table in zip(mine, own, strict=True)
+            for record in part.records(list(islice(rows, len(table))))
+        ]
+        for mine, own in zip(parts, tables, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -53,13 +72,13 @@ class _ScoredPairs:
     rejected_logits: Tensor
     kl: Tensor | None  # from the base model, nats per token; NaN where it was not measured
 
-    def records(self) -> list[ExampleRecord]:
+    def table(self) -> Tensor:
         chosen, rejected = self.beta * self.pairs.chosen_ratio, self.beta * self.pairs.rejected_ratio
         columns = {
             "loss": self.losses,
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
-            "rewards/accuracies": (chosen > rejected).float(),
+            "rewards/accuracies": chosen > rejected,
             "rewards/margins": chosen - rejected,
             "logps/chosen": self.pairs.chosen,
             "logps/rejected": self.pairs.rejected,
@@ -68,7 +87,11 @@ class _ScoredPairs:
             "logps/margins_per_token": self.pairs.chosen_ratio / self.pairs.chosen_tokens
             - self.pairs.rejected_ratio / self.pairs.rejected_tokens,
         }
-        return _records({name: column.detach().tolist() for name, column in columns.items()}, self.kl)
+        return _table([*(columns[name] for name in EXAMPLE_METRICS), *([] if self.kl is None else [self.kl])])
+
+    def records(self, rows: list[list[float]]) -> list[ExampleRecord]:
+        names = EXAMPLE_METRICS if self.kl is None else (*EXAMPLE_METRICS, KL)
+        return [_record(dict(zip(names, row, strict=True))) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -90,36 +113,54 @@ class _ScoredAnswers:
         """The same with the estimate of the KL divergence that the loss of KTO needs."""
         return replace(self, answers=replace(self.answers, kl=kl))
 
-    def records(self) -> list[ExampleRecord]:
+    def table(self) -> Tensor:
+        ratio, desirable = self.answers.ratio, self.answers.desirable
+        reward = self.objective.settings.beta * ratio
+        sign = torch.where(desirable, 1.0, -1.0)
+        kl = torch.as_tensor(self.answers.kl, device=ratio.device).expand(len(ratio))
+        columns = [self.losses, sign * reward, sign * ratio / self.tokens, kl, desirable]
+        columns += [reward, self.answers.policy, self.logits]
+        return _table([*columns, *([] if self.kl is None else [self.kl])])
+
+    def records(self, rows: list[list[float]]) -> list[ExampleRecord]:
         """One record per answer.
 
         What is defined for the other kind of answers is None. The margin is the reward, negative for undesirable
         answers, so that it is above 0 where the model moved as the label says. The accuracy is defined only among many
         answers; see `summaries.examples_of`.
         """
-        ratio, desirable = self.answers.ratio.detach(), self.answers.desirable
-        reward = self.objective.settings.beta * ratio
-        sign = torch.where(desirable, 1.0, -1.0)
-        both = {
-            "loss": self.losses,
-            "rewards/margins": sign * reward,
-            "logps/margins_per_token": sign * ratio / self.tokens,
-        }
-        found: dict[str, list[float | None]] = {name: [None] * len(ratio) for name in EXAMPLE_METRICS}
-        found |= {name: column.detach().tolist() for name, column in both.items()}
-        for name, column in {"rewards": reward, "logps": self.answers.policy, "logits": self.logits}.items():
-            values = list(zip(column.detach().tolist(), desirable.tolist(), strict=True))
-            found[f"{name}/chosen"] = [value if good else None for value, good in values]
-            found[f"{name}/rejected"] = [None if good else value for value, good in values]
+        return [self._record(*row) for row in rows]
+
+    def _record(
+        self,
+        loss: float,
+        margin: float,
+        per_token: float,
+        estimate: float,
+        desirable: float,
+        reward: float,
+        logp: float,
+        logit: float,
+        *kl: float,
+    ) -> ExampleRecord:
+        found: dict[str, Any] = dict.fromkeys(EXAMPLE_METRICS)
+        found |= {"loss": loss, "rewards/margins": margin, "logps/margins_per_token": per_token}
+        kind = "chosen" if desirable else "rejected"
+        found |= {f"rewards/{kind}": reward, f"logps/{kind}": logp, f"logits/{kind}": logit}
         if self.objective.loss == "kto":
-            found[KL_ESTIMATE] = torch.as_tensor(self.answers.kl).expand(len(ratio)).tolist()
-        return _records(found, self.kl)
+            found[KL_ESTIMATE] = estimate
+        return _record(found | dict(zip((KL,), kl, strict=False)))
 
 
-def _records(columns: dict[str, list[float | None]], kl: Tensor | None) -> list[ExampleRecord]:
-    if kl is not None:
-        columns[KL] = [None if math.isnan(value) else value for value in kl.tolist()]
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+def _table(columns: Sequence[Tensor]) -> Tensor:
+    return torch.stack([column.detach().float() for column in columns], 1)
+
+
+def _record(found: dict[str, Any]) -> ExampleRecord:
+    """A record; the KL divergence from the base model is None where it was not measured."""
+    if KL in found and math.isnan(found[KL]):
+        found[KL] = None
+    return found
 
 
 @dataclass(frozen=True)
@@ -191,7 +232,7 @@ class Scorer:
                 on_progress(done * self.processes.count)
             if self.pairs.unpaired:
                 parts = [self._with_common_kl(cast(list[_ScoredAnswers], mine)) for mine in parts]
-            return [self.processes.gather([row for part in mine for row in part.records()]) for mine in parts]
+            return [self.processes.gather(mine) for mine in records_of(parts)]
 
     def _pairs(self, rows: Sequence[int], max_tokens: int) -> Iterator[list[Scored]]:
         for numbers, pack, answers in self._forward(rows, max_tokens, "both"):

@@ -193,7 +193,7 @@ def patience_is_over(result: TrialRecord) -> bool:
 
 
 def wants_checkpointing(trial: TrialConfig, device: torch.device) -> bool:
-    """Whether to checkpoint activations; "auto" does on accelerators, where memory is scarce, but not on CPUs."""
+    """Whether TRL's engine checkpoints activations; "auto" does on accelerators, where memory is scarce."""
     return device.type != "cpu" if trial.checkpointing == "auto" else trial.checkpointing == "on"
 
 

@@ -125,7 +125,8 @@ class Rounding(Part):
     Attributes:
         pairs: number of pairs measured.
         dtype: dtype of the base model.
-        between_rows: difference between a pair in a row of its own, and in a row with other pairs and trials.
+        between_rows: difference between a pair in a row of its own, and in a row with other pairs and trials; where
+            products are not exact, at least the distance of neighbouring float32 numbers.
         from_float32: difference from float32; None if not measured.
     """
 
