@@ -18,7 +18,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_two_processes_are_the_same_trajectory(tiny_model, tmp_path, method):
     """Nine pairs in batches of two: the second process gets no share of the last batch."""
     data, held = write_pairs(tmp_path / "train.jsonl", range(9)), write_pairs(tmp_path / "held.jsonl", range(20, 25))

@@ -9,7 +9,7 @@ from conftest import evaluation
 
 from pairtune.config import RunConfig
 from pairtune.run.records import TrialRecord
-from pairtune.sweep.run import lockstep_key
+from pairtune.sweep.groups import lockstep_key
 from pairtune.sweep.search import open_search
 
 

@@ -551,6 +551,14 @@ class RunConfig(_Training):
         group=MACHINE,
         metavar="SIZE",
     )
+    cluster: str | None = setting(
+        None,
+        "Train on a Ray cluster: `ray` for the one that runs here, or its address, ray://HOST:PORT.",
+        "this machine",
+        group=MACHINE,
+        flag="--on",
+        metavar="ADDRESS",
+    )
     checkpoint_steps: PositiveInt = setting(
         50,
         "Optimizer steps from one checkpoint to the next.",
@@ -615,6 +623,15 @@ class RunConfig(_Training):
             raise ValueError("has no rows of packed pairs; omit --row-tokens")
         if value == "trl" and info.data.get("eval_dtype"):
             raise ValueError("evaluates in the dtype it trains in; omit --eval-dtype")
+        return value
+
+    @field_validator("cluster")
+    @classmethod
+    def _what_a_cluster_does(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value and info.data.get("engine") == "trl":
+            raise ValueError("trains with this project's engine; omit --engine trl")
+        if value and info.data.get("prune"):
+            raise ValueError("trains trials apart, so that none can be compared while it runs; omit --prune")
         return value
 
     @property

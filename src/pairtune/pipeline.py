@@ -221,6 +221,8 @@ def _check_extras(config: RunConfig) -> None:
         require("search", f"--search {config.search}")
     if config.prune:
         require("search", "--prune")
+    if config.cluster:
+        require("ray", "--on")
 
 
 def _carry_out(
@@ -307,9 +309,9 @@ def _train(
         warn = partial(console.print, style="yellow", highlight=False, soft_wrap=True)
         watching = LiveAudit(run, search.trial, partial(_print_finding, console))
         trackers = _trackers(config, search, run, processes, console)
-        sinks: list[Sink] = (
-            [left, JsonlSink(run), live, progress, watching, StarvedSink(warn), *trackers] if progress else []
-        )
+        sinks: list[Sink] = [left, live, progress, watching, StarvedSink(warn), *trackers] if progress else []
+        if progress and not config.cluster:  # on a cluster, each task writes the logs of its trials
+            sinks.insert(1, JsonlSink(run))
         try:
             results = run_sweep(config, search, data, base, run, Sinks(sinks), kernels, stopping)
         finally:

@@ -81,7 +81,7 @@ def run_trials(trials: Sequence[TrialConfig], inputs: TrialInputs, run: Run, sin
     If the run's checkpoint holds these trials, they resume from it, bit for bit on a CPU.
 
     Args:
-        trials: trials with equal `sweep.run.lockstep_key`; with `--method full` a single one.
+        trials: trials with equal `sweep.groups.lockstep_key`; with `--method full` a single one.
         inputs: what the trials of the run share.
         run: the run that their results are written to.
         sink: receives every step and evaluation.

@@ -21,6 +21,7 @@ class RunPaths:
     reference = property(lambda self: self.root / "reference")
     trials = property(lambda self: self.root / "trials")
     checkpoint = property(lambda self: self.root / "checkpoint.safetensors")
+    nodes = property(lambda self: self.root / "nodes")
     sweep = property(lambda self: self.root / "sweep.json")
     choosing = property(lambda self: self.root / "choosing.json")
     selection = property(lambda self: self.root / "selection.json")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
 
 from pairtune.config import RunConfig, TrialConfig
 from pairtune.data.prepare import PreparedData
@@ -13,36 +12,10 @@ from pairtune.errors import RunFailed
 from pairtune.models.load import LoadedBase, weights_fingerprint
 from pairtune.run.folder import Run
 from pairtune.run.records import SweepRecord, TrialRecord
+from pairtune.sweep.cluster import rounding_of, train_on_cluster
+from pairtune.sweep.groups import Engine, train_in_groups
 from pairtune.sweep.search import Search
 from pairtune.track.sinks import Sink
-
-# Settings in which trials in lockstep may differ. All others must be equal: these trials share one pass over the same
-# pairs in the same order, and their adapters have one shape.
-_MAY_DIFFER = {
-    "learning_rate",
-    "beta",
-    "loss",
-    "label_smoothing",
-    "sft_weight",
-    "simpo_gamma",
-    "discopop_tau",
-    "epochs",
-    "max_grad_norm",
-    "patience",
-}
-
-
-class Engine(Protocol):
-    """What `engine.native` and `engine.trl` have in common."""
-
-    def run_trials(self, trials: list[TrialConfig], inputs: TrialInputs, run: Run, sink: Sink) -> list[TrialRecord]:
-        """Train trials side by side."""
-
-    def checkpointed(self, run: Run) -> list[TrialRecord]:
-        """The records of the trials that can resume from the run's checkpoint, as of that checkpoint."""
-
-    def width(self, trial: TrialConfig, inputs: TrialInputs, asked: int | None) -> int:
-        """How many trials like this one run side by side."""
 
 
 def run_sweep(
@@ -88,15 +61,17 @@ def run_sweep(
         done |= _results_on_record(batch, run)
         before = {result.trial.name: result for result in engine.checkpointed(run)} | done
         search.replay(before[trial.name] for trial in batch if trial.name in before)
-        groups = _groups(batch, done, engine, inputs, run, config.side_by_side)
-        if (
-            not groups and inputs.processes.first
-        ):  # the run may have been killed right after its last trial's own record
-            _record(search, done, inputs, run)
-            run.paths.checkpoint.unlink(missing_ok=True)
-        for group in groups:
-            for result in engine.run_trials(group, inputs, run, sink):
-                done[result.trial.name] = result
+        trained: Iterable[list[TrialRecord]] = ()
+        if all(trial.name in done for trial in batch):
+            if inputs.processes.first:  # the run may have been killed right after its last trial's own record
+                _record(search, done, inputs, run)
+                run.paths.checkpoint.unlink(missing_ok=True)
+        elif config.cluster:
+            trained = train_on_cluster(batch, config, run, sink, len(data.train), stopping)
+        else:
+            trained = train_in_groups(batch, done, engine, inputs, run, sink, config.side_by_side)
+        for results in trained:
+            done |= {result.trial.name: result for result in results}
             if inputs.processes.first:
                 _record(search, done, inputs, run)
         search.tell(done[trial.name] for trial in batch)
@@ -109,15 +84,9 @@ def run_sweep(
 
 def _record(search: Search, done: dict[str, TrialRecord], inputs: TrialInputs, run: Run) -> None:
     summaries = [done[trial.name].summary() for trial in search.trials if trial.name in done]
-    rounding = inputs.base_outputs.rounding or (run.sweep.rounding if run.sweep else None)
+    known = run.sweep.rounding if run.sweep else None
+    rounding = inputs.base_outputs.rounding or known or rounding_of(run)
     run.write(SweepRecord(trials=summaries, rounding=rounding))
-
-
-def lockstep_key(trial: TrialConfig) -> Any:
-    """A key that is equal for trials that can run in lockstep."""
-    if trial.method == "full":
-        return trial.name
-    return tuple((name, value) for name, value in trial if name not in _MAY_DIFFER)
 
 
 def _engine(config: RunConfig) -> Engine:
@@ -143,30 +112,3 @@ def _results_on_record(trials: list[TrialConfig], run: Run) -> dict[str, TrialRe
             file = run.paths.trial(trial.name).record
             raise RunFailed(f"{file}: the trial's settings differ from those in {run.paths.config}; undo the change")
     return done
-
-
-def _groups(
-    trials: list[TrialConfig],
-    done: dict[str, TrialRecord],
-    engine: Engine,
-    inputs: TrialInputs,
-    run: Run,
-    asked: int | None,
-) -> list[list[TrialConfig]]:
-    """The trials left to run, in lockstep groups; those in the checkpoint come first."""
-    held = [result.trial.name for result in engine.checkpointed(run)]
-    groups = []
-    if any(trial.name in held and trial.name not in done for trial in trials):
-        groups.append([trial for trial in trials if trial.name in held])
-    by_kind: dict[Any, list[TrialConfig]] = {}
-    for trial in trials:
-        if trial.name not in done and not any(trial in group for group in groups):
-            by_kind.setdefault(lockstep_key(trial), []).append(trial)
-    for alike in by_kind.values():
-        width = engine.width(alike[0], inputs, asked or run.choices.side_by_side)
-        if inputs.processes.first:
-            run.remember(side_by_side=width)
-        rounds = -(-len(alike) // width)
-        width = -(-len(alike) // rounds)  # five trials where four fit: three and two, not four and one
-        groups += [alike[start : start + width] for start in range(0, len(alike), width)]
-    return groups

@@ -67,6 +67,7 @@ class MachineChoices(Part):
         dtype: dtype of the base weights, or of matrix products in full fine-tuning; None if not recorded.
         threads: number of PyTorch threads on a CPU.
         side_by_side: number of trials trained at once.
+        nodes: number of tasks at once, on a cluster.
         row_tokens: tokens of a row in training, if memory ran out with longer ones.
         kernels: the kernel choice for each dtype.
     """
@@ -74,6 +75,7 @@ class MachineChoices(Part):
     dtype: str | None = None
     threads: int | None = None
     side_by_side: int | None = None
+    nodes: int | None = None
     row_tokens: int | None = None
     kernels: dict[str, KernelChoice] = {}
 
