@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
 
 import uvicorn
+from safetensors import safe_open
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 BASE, ADAPTER = "a" * 16, "b" * 16
@@ -89,14 +93,67 @@ class Talker:
         yield "data: [DONE]\n\n"
 
 
+class VllmTalker(Talker):
+    """The same as vLLM would: no extensions of ours, adapters that are loaded by name and path."""
+
+    base = "my-base"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapters: dict[str, str] = {}
+
+    async def models(self, _: Request) -> Response:
+        def card(name: str, root: str, parent: str | None) -> dict:
+            fixed = {"object": "model", "created": 1, "owned_by": "vllm", "max_model_len": 2048, "permission": []}
+            return {"id": name, "root": root, "parent": parent, **fixed}
+
+        listed = [card(self.base, "/models/base", None)]
+        listed += [card(name, path, self.base) for name, path in self.adapters.items()]
+        return JSONResponse({"object": "list", "data": listed})
+
+    async def complete(self, request: Request) -> Response:
+        asked = await request.json()
+        if asked["model"] not in (self.base, *self.adapters):
+            message = f"The model `{asked['model']}` does not exist."
+            error = {"message": message, "type": "NotFoundError", "param": "model", "code": 404}
+            return JSONResponse({"error": error}, 404)
+        return await super().complete(request)
+
+    async def load(self, request: Request) -> Response:
+        """`/v1/load_lora_adapter`: refuses what vLLM's PEFT helper would."""
+        asked = await request.json()
+        folder = Path(asked["lora_path"])
+        config = json.loads((folder / "adapter_config.json").read_text())
+        beyond = [name for name in ("modules_to_save", "use_dora", "layers_to_transform") if config.get(name)]
+        names = safe_open(folder / "adapter_model.safetensors", "pt").keys()
+        known = all(re.fullmatch(r"base_model\.model\..*\.lora_[AB]\.weight", name) for name in names)
+        if config["peft_type"] != "LORA" or config["r"] > 16 or config["bias"] != "none" or beyond or not known:
+            return JSONResponse({"error": {"message": "unsupported", "type": "BadRequestError", "code": 400}}, 400)
+        self.adapters[asked["lora_name"]] = str(folder)
+        return PlainTextResponse(f"Success: LoRA adapter '{asked['lora_name']}' added successfully.")
+
+    async def unload(self, request: Request) -> Response:
+        asked = await request.json()
+        del self.adapters[asked["lora_name"]]
+        return PlainTextResponse(f"Success: LoRA adapter '{asked['lora_name']}' removed successfully.")
+
+
+T = TypeVar("T", bound=Talker)
+
+
 @contextmanager
-def talking() -> Iterator[tuple[str, Talker]]:
+def talking(kind: type[T] = Talker) -> Iterator[tuple[str, T]]:  # type: ignore[assignment]
     """Run the server in a thread; yields its address and the server."""
-    talker = Talker()
+    talker = kind()
     routes = [
         Route("/v1/models", talker.models),
         Route("/v1/chat/completions", talker.complete, methods=["POST"]),
     ]
+    if isinstance(talker, VllmTalker):
+        routes += [
+            Route(f"/v1/{name}_lora_adapter", view, methods=["POST"])
+            for name, view in {"load": talker.load, "unload": talker.unload}.items()
+        ]
     server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), host="127.0.0.1", port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

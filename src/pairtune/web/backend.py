@@ -109,9 +109,16 @@ def _different(listed: Iterable[Any]) -> list[Model]:
     for each in listed:
         more = getattr(each, "pairtune", None) or {}
         weights = more.get("fingerprint") or ""
-        model = Model(each.id, more.get("base") or "", more.get("run") or "", each.created or 0, weights)
+        base = more.get("base") or _base_at_vllm(each)
+        model = Model(each.id, base, more.get("run") or "", each.created or 0, weights)
         found.setdefault((model.run, weights or each.id), model)
     return sorted(found.values(), key=lambda model: (model.is_base, -model.created, model.id.count("/")))
+
+
+def _base_at_vllm(listed: Any) -> str:
+    """The base of a model as vLLM lists it: an adapter has a parent, a base model only a root."""
+    parent, root = getattr(listed, "parent", None), getattr(listed, "root", None)
+    return str(parent or (listed.id if root else ""))
 
 
 async def models() -> list[Model] | None:
