@@ -12,18 +12,44 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save
 from transformers import (
+    ApertusConfig,
+    ArceeConfig,
     AutoModelForCausalLM,
+    BloomConfig,
+    CohereConfig,
+    Ernie4_5Config,
+    Exaone4Config,
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    Glm4Config,
+    GlmConfig,
     GPT2Config,
+    GPTNeoXConfig,
+    GptOssConfig,
+    GraniteConfig,
+    HeliumConfig,
+    HunYuanDenseV1Config,
+    Lfm2Config,
     LlamaConfig,
+    MambaConfig,
+    MinistralConfig,
     MistralConfig,
+    MixtralConfig,
+    NemotronConfig,
+    Olmo2Config,
+    Olmo3Config,
+    OlmoConfig,
     Phi3Config,
     PhiConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
+    SeedOssConfig,
     SmolLM3Config,
+    StableLmConfig,
+    Starcoder2Config,
 )
 
 from pairtune.data.table import PairTable, TokenIds
@@ -45,6 +71,8 @@ from pairtune.engine.reference import compute_logps, load_reference, reference_f
 from pairtune.errors import RunFailed
 from pairtune.models.load import load_model
 from pairtune.models.save import save_adapter
+from pairtune.serve.kv_cache import PrefillChunk
+from pairtune.serve.model_runner import DecodeToken, ModelRunner, PromptChunk
 
 CPU = torch.device("cpu")
 PAIR = TokenIds([1, 2, 3], [4, 5], [6, 7, 8])
@@ -136,6 +164,8 @@ SMALL = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 FAMILIES = {
     "llama": LlamaConfig(**SMALL),
     "llama, tied": LlamaConfig(**SMALL, tie_word_embeddings=True),
@@ -150,7 +180,35 @@ FAMILIES = {
     "mistral": MistralConfig(**SMALL, sliding_window=6),
     "phi": PhiConfig(**SMALL),
     "phi3": Phi3Config(**SMALL),
+    "ministral": MinistralConfig(**SMALL, head_dim=8, sliding_window=6),
+    "olmo": OlmoConfig(**SMALL),
+    "olmo2": Olmo2Config(**SMALL),
+    "olmo3": Olmo3Config(**SMALL, sliding_window=6),
+    "granite": GraniteConfig(
+        **SMALL, logits_scaling=8.0, residual_multiplier=0.5, attention_multiplier=0.2, embedding_multiplier=3.0
+    ),
+    "gpt_neox": GPTNeoXConfig(**{name: value for name, value in SMALL.items() if name != "num_key_value_heads"}),
+    "starcoder2": Starcoder2Config(**SMALL, sliding_window=6),
+    "glm": GlmConfig(**SMALL, head_dim=8),
+    "glm4": Glm4Config(**SMALL, head_dim=8),
+    "exaone4": Exaone4Config(**SMALL, sliding_window=6),
+    "helium": HeliumConfig(**SMALL, head_dim=8),
+    "ernie4_5": Ernie4_5Config(**SMALL),
+    "hunyuan_v1_dense": HunYuanDenseV1Config(**SMALL, head_dim=8),
+    "seed_oss": SeedOssConfig(**SMALL, head_dim=8),
+    "arcee": ArceeConfig(**SMALL, rope_parameters=ROPE),
+    "apertus": ApertusConfig(**SMALL, rope_parameters=ROPE),
+    "cohere": CohereConfig(**SMALL, logit_scale=0.0625),
     "gpt2, padded": GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "falcon, padded": FalconConfig(**SMALL, new_decoder_architecture=True, num_kv_heads=2),
+    "stablelm, padded": StableLmConfig(**SMALL),
+    "nemotron, padded": NemotronConfig(**SMALL),
+    "bloom, padded": BloomConfig(**SMALL),
+    "mamba, padded": MambaConfig(**SMALL),
+    "lfm2, padded": Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]),
+    "mixtral, padded": MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe, padded": Qwen3MoeConfig(**SMALL, head_dim=8, moe_intermediate_size=16, **EXPERTS),
+    "gpt_oss, padded": GptOssConfig(**SMALL, head_dim=8, num_local_experts=4, num_experts_per_tok=2),
 }
 PAIRS = [
     TokenIds([5, 6, 7, 8, 9, 10, 11], [12, 13, 14, 15], [16, 17]),
@@ -183,7 +241,7 @@ def test_every_family_packed_is_itself_one_sequence_at_a_time(family):
     model.zero_grad()
     policy = Policy(model)
     assert policy.packed == (config.model_type in PACKED_FAMILIES) == ("padded" not in family)
-    assert policy.needed_only == family.startswith(("llama", "qwen", "smollm3", "mistral"))
+    assert policy.needed_only == (family.split(",")[0] in {"llama", "qwen2", "qwen3", "smollm3", "mistral"})
     (pack,) = policy.rows(PAIRS, 1000)
     got = policy.answer_logps(pack).logps[0]
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5)
@@ -191,6 +249,21 @@ def test_every_family_packed_is_itself_one_sequence_at_a_time(family):
     for name, weight in model.named_parameters():
         if name in gradients:
             torch.testing.assert_close(weight.grad, gradients[name], atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if "padded" not in name])
+def test_every_family_answers_in_batches_with_its_own_logits(family):
+    """A prompt in two chunks and a token after it, as the server of models computes them."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.float32, attn_implementation="eager").eval()
+    ids = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([ids])).logits[0].float()
+        runner = ModelRunner(model, 2, 32)
+        runner.forward([], [PromptChunk(PrefillChunk(1, 0, 4), ids[:4], None, last=False)])
+        prompt = runner.forward([], [PromptChunk(PrefillChunk(1, 4, 5), ids[4:9], None, last=True)])
+        token = runner.forward([DecodeToken(1, ids[9], 9, None)], [])
+    torch.testing.assert_close(torch.cat([prompt, token]), expected[8:], atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -221,7 +294,7 @@ def test_layers_in_few_steps_are_layers_in_many(monkeypatch, family, targets, dr
 
 
 def test_every_packed_family_has_a_test():
-    assert {config.model_type for config in FAMILIES.values()} - {"gpt2"} == PACKED_FAMILIES
+    assert {config.model_type for name, config in FAMILIES.items() if "padded" not in name} == PACKED_FAMILIES
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

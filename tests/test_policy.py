@@ -14,10 +14,12 @@ from transformers import (
     BertConfig,
     BertLMHeadModel,
     CohereConfig,
+    FalconConfig,
     FalconH1Config,
     GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
+    MixtralConfig,
     ModernBertDecoderConfig,
     MptConfig,
     Olmo2Config,
@@ -26,8 +28,10 @@ from transformers import (
 from pairtune.config import TrialConfig
 from pairtune.data.table import PairTable, TokenIds
 from pairtune.engine import native
+from pairtune.engine.lora import LoraSettings, add_adapters
 from pairtune.engine.optimize import FullWeights
 from pairtune.engine.policy import Policy
+from pairtune.engine.products import linear_layers
 from pairtune.engine.trial import TrialInputs, load_start, peak_memory_mb, reset_peak_memory
 from pairtune.errors import BadInput
 from pairtune.models.load import LoadedBase, load_tokenizer, weights_fingerprint
@@ -66,8 +70,6 @@ def made(config, **more):
             mamba_d_state=8,
             lm_head_multiplier=0.5,
         ),
-        GraniteConfig(**SMALL, logits_scaling=4.0),
-        CohereConfig(**SMALL, logit_scale=0.25),
     ],
     ids=lambda config: config.model_type,
 )
@@ -108,6 +110,15 @@ def inputs_of(base, trial):
     return TrialInputs(base, weights_fingerprint(load_start(trial, base)), *tables, "eval_loss")
 
 
+def test_a_model_without_linear_layers_gets_no_adapters(tiny_base):
+    model = load_start(trial(), tiny_base)
+    for name, _ in list(linear_layers(model)):
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, torch.nn.Identity())
+    with pytest.raises(BadInput, match=r"has no plain linear layers that could get adapters; use --method full"):
+        add_adapters(model, LoraSettings(), [0])
+
+
 def trial(**changes):
     return TrialConfig(**{"learning_rate": 3e-3, "beta": 0.1, "epochs": 1, "lora_rank": 4, **changes})
 
@@ -118,10 +129,14 @@ def trial(**changes):
         GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=512),
         GPTNeoXConfig(**SMALL),
         Olmo2Config(**SMALL, num_key_value_heads=2),
+        GraniteConfig(**SMALL, logits_scaling=4.0),
+        CohereConfig(**SMALL, logit_scale=0.25),
+        FalconConfig(**SMALL, new_decoder_architecture=True, num_kv_heads=2),
+        MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2),
     ],
     ids=lambda config: config.model_type,
 )
-def test_families_without_packed_attention_train_side_by_side(config, tmp_path):
+def test_other_families_train_side_by_side(config, tmp_path):
     """The default grid has two betas; GPT-2's layers are Conv1D. PEFT loads the result."""
     base = base_of(tmp_path / "model", config)
     trials, lines, run = [trial(), trial(beta=0.2)], Lines(), Run(tmp_path / "run")

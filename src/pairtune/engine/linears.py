@@ -213,7 +213,8 @@ def _products(x: Tensor, layers: Sequence[Linear], products: Products) -> tuple[
         if a is not None and b is not None:
             inner = products.batched(_dropped(_by_trial(x, a), mask), a.mT)
             output = products.add_batched(_by_trial(output, a), inner, b.mT, scale)
-        outputs.append(output.view(*x.shape[:-1], -1))
+        # No view in autograd's sense: Falcon's layers add to such a result in place.
+        outputs.append(torch.ops.aten._unsafe_view(output, [*x.shape[:-1], output.shape[-1]]))
         inners.append(inner)
     return outputs, inners
 

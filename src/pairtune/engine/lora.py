@@ -239,6 +239,11 @@ def check_targets(model: nn.Module, targets: Iterable[str]) -> set[str]:
         BadInput: a target is not a linear layer of this model.
     """
     kinds = {name.rpartition(".")[2] for name, _ in linear_layers(model)}
+    if not kinds:
+        raise BadInput(
+            f"--method lora: {type(model).__name__} has no plain linear layers that could get adapters; "
+            "use --method full"
+        )
     if unknown := set(targets) - kinds:
         raise BadInput(
             f"--lora-target {min(unknown)}: not a linear layer of this model; use some of {', '.join(sorted(kinds))}"

@@ -24,14 +24,19 @@ from pairtune.engine.packing import Pack, pack_batches, pad_pairs
 from pairtune.engine.products import PLAIN
 from pairtune.engine.row_graphs import RowGraphs
 from pairtune.engine.row_layout import RowLayout, takes_whole_rows
-from pairtune.engine.softcap import final_softcap, soft_cap
+from pairtune.engine.softcap import final_softcap, logit_scale, soft_cap
 from pairtune.errors import BadInput
 from pairtune.files import fingerprint
 from pairtune.footprint import ACCELERATOR_EVALUATION_ROW, ACCELERATOR_ROWS, EVALUATION_ROW, ROW_TOKENS
 
 # Model families whose attention uses transformers' AttentionInterface and passes keywords on; each has a test.
 PACKED_FAMILIES = frozenset(
-    {"llama", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text", "mistral", "phi", "phi3"}
+    {
+        *("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text"),
+        *("phi", "phi3", "cohere"),
+        *("olmo", "olmo2", "olmo3", "granite", "gpt_neox", "starcoder2", "glm", "glm4", "exaone4", "helium"),
+        *("ernie4_5", "hunyuan_v1_dense", "seed_oss", "arcee", "apertus"),
+    }
 )
 
 # Tokens per row and trial in training: the same for any number of trials, so that gradients are accumulated in the same
@@ -143,6 +148,11 @@ class Policy:
                 module.training = True  # only this module's flag: dropout inside it stays off
 
     @property
+    def logit_scale(self) -> float:
+        """What hidden states are multiplied by before the output embedding."""
+        return logit_scale(self.model.config)
+
+    @property
     def softcap(self) -> float | None:
         """The cap of the model's logits (see `engine.softcap`), or None."""
         return final_softcap(self.model.config)
@@ -194,7 +204,11 @@ class Policy:
         return AnswerLogps(logps, logits, states.reshape(shape))
 
     def _hidden(self, pack: Pack) -> Tensor:
-        """Last hidden states at the positions that predict the answers' tokens, [trials, N, size]."""
+        """Last hidden states, scaled for the head, where they predict the answers' tokens: [trials, N, size]."""
+        states, scale = self._predicting_states(pack), self.logit_scale
+        return states if scale == 1 else states * scale
+
+    def _predicting_states(self, pack: Pack) -> Tensor:
         if pack.layout is not None:
             states = self._replayed(pack)
             if states is None:
@@ -262,10 +276,11 @@ def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
-    """Check that a model's logits are its last hidden states times its output embedding, soft-capped if configured.
+    """Check that a model's logits are its last hidden states times its output embedding, scaled and soft-capped if
+    configured.
 
     Raises:
-        BadInput: they are not: the model transforms or scales them, or has no such output embedding.
+        BadInput: they are not: the model transforms them, or has no such output embedding.
     """
     head = model.get_output_embeddings()
     refused = BadInput(
@@ -280,7 +295,8 @@ def check_head(model: PreTrainedModel) -> None:
         logits = model(input_ids=ids, use_cache=False).logits[0].float()
     finally:
         hook.remove()
-    ours = head(seen[-1][0]).float() if seen and seen[-1].shape[-1] == head.in_features else logits.new_zeros(1)
+    fits = bool(seen) and seen[-1].shape[-1] == head.in_features
+    ours = head(seen[-1][0] * logit_scale(model.config)).float() if fits else logits.new_zeros(1)
     ours = soft_cap(ours, final_softcap(model.config))
     if ours.shape != logits.shape or (ours - logits).abs().max() > _HEAD_ROOM * logits.abs().max():
         raise refused

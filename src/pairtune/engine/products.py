@@ -112,9 +112,13 @@ def matrix_of(layer: nn.Module) -> Tensor:
     return weight if isinstance(layer, Conv1D) else weight.T
 
 
+# Subclasses of nn.Linear that compute the same; others, such as quantized ones, do not.
+_PLAIN = frozenset({"FalconLinear"})
+
+
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
     """A model's linear layers by name, without the output embedding."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     for name, module in model.named_modules():
-        if type(module) in (nn.Linear, Conv1D) and module is not head:
+        if module is not head and (type(module) in (nn.Linear, Conv1D) or type(module).__name__ in _PLAIN):
             yield name, module

@@ -39,7 +39,7 @@ def measure_rounding(policy: Policy, trials: int, pairs: PairTable, name: str) -
         pairs: the pairs, of which the first ones are used.
         name: the fingerprint of model, pairs and kernels, under which the comparison with float32 is cached.
     """
-    exact = policy.products.exact and policy.packed
+    exact = policy.products.exact and policy.needed_only  # else some of a layer is computed by transformers
     some = pairs.tokens(range(min(len(pairs), _PAIRS_WHERE_EXACT if exact else _PAIRS)))
     alone = [margin for pair in some for margin in _margins(policy, _rows(policy, [pair]))]
     among = Policy(policy.model, trials=trials, kernels=policy.kernels)

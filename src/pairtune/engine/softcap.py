@@ -1,4 +1,6 @@
-"""Soft-capping (Gemma 2, Gemma Team 2024, section 2): values stay below a cap, `cap * tanh(x / cap)`."""
+"""What models do to their scores and logits: soft-capping (Gemma 2, Gemma Team 2024, section 2), by which values stay
+below a cap, `cap * tanh(x / cap)`; and scaling.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,13 @@ def final_softcap(config: PretrainedConfig) -> float | None:
     """The cap of a model's logits; None if they are not capped."""
     cap: float | None = getattr(config, "final_logit_softcapping", None)
     return cap
+
+
+def logit_scale(config: PretrainedConfig) -> float:
+    """What logits are multiplied by: `logit_scale` (Cohere), 1 / `logits_scaling` (Granite), or 1."""
+    divided: float = getattr(config, "logits_scaling", None) or 1.0
+    scale: float = getattr(config, "logit_scale", None) or 1.0
+    return scale / divided
 
 
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:

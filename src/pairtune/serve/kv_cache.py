@@ -54,7 +54,8 @@ def _sizes(model: PreTrainedModel) -> tuple[int, int, int]:
     """Layers, KV heads and head size."""
     config = model.config
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(config.num_hidden_layers), int(config.num_key_value_heads), int(size)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return int(config.num_hidden_layers), int(heads), int(size)
 
 
 class KVCache:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from pairtune.engine.norms import replace_norms
 from pairtune.engine.policy import PACKED_FAMILIES
-from pairtune.engine.softcap import final_softcap, soft_cap
+from pairtune.engine.softcap import final_softcap, logit_scale, soft_cap
 from pairtune.serve.adapters import AdapterStack
 from pairtune.serve.batch_attention import ATTENTION, ForwardBatch, slot_runs
 from pairtune.serve.kv_cache import KVCache, PrefillChunk, PrefixCopy
@@ -122,5 +122,6 @@ class ModelRunner:
             use_cache=False,
             batch=batch,
         ).last_hidden_state
-        logits: Tensor = self.model.get_output_embeddings()(hidden[0, last]).float()
+        states = hidden[0, last] * logit_scale(self.model.config)
+        logits: Tensor = self.model.get_output_embeddings()(states).float()
         return soft_cap(logits, final_softcap(self.model.config))
