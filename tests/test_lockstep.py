@@ -14,7 +14,7 @@ from pairtune.config import TrialConfig
 from pairtune.data.table import PairTable
 from pairtune.engine import native
 from pairtune.engine.policy import Policy
-from pairtune.engine.trial import TrialInputs, load_start
+from pairtune.engine.trial import BaseOutputs, TrialInputs, load_start
 from pairtune.errors import RunFailed
 from pairtune.models.load import weights_fingerprint
 from pairtune.run.folder import Run
@@ -168,6 +168,23 @@ def test_a_step_that_memory_does_not_suffice_for_is_repeated_with_shorter_rows(t
     notices = train.notices
     assert any(notice.startswith("memory ran out at step 1: the step is repeated") for notice in notices)
     assert any("memory ran out in the evaluation" in notice for notice in notices)
+
+
+def test_reference_log_probs_are_computed_in_shorter_rows_where_memory_runs_out(train, monkeypatch, tmp_path):
+    plenty, forward, refused = train("plenty", trial()), Policy.answer_logps, []
+
+    def scarce(policy, pack, **more):
+        if not policy.adapted and pack.input_ids.numel() > 150:  # three pairs or more
+            refused.append(pack.pairs)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(policy, pack, **more)
+
+    monkeypatch.setenv("PAIRTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("pairtune.engine.reference._WITNESS_TOKENS", 64)
+    monkeypatch.setattr(Policy, "answer_logps", scarce)
+    assert_same(plenty, train("tight", trial(), base_outputs=BaseOutputs()), trial().name)
+    assert refused
+    assert any("the reference log-probs of the train pairs are computed with rows of" in each for each in train.notices)
 
 
 def test_where_not_even_one_pair_fits_a_line_says_what_to_do(train, monkeypatch):

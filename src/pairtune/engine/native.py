@@ -319,14 +319,22 @@ class _TrialGroup:
         logps = self.inputs.base_outputs.logps
         if split not in logps:
             what = f"reference log-probs of the {split} pairs"
-            logps[split] = reference_logps(
-                base,
-                self._reference_name(base, pairs),
-                pairs,
-                self.run.paths.reference / f"{split}.safetensors",
-                self.inputs.processes,
-                lambda done: self._report_progress(what, done, len(pairs)),
-            )
+
+            def compute(tokens: int) -> Tensor:
+                return reference_logps(
+                    base,
+                    self._reference_name(base, pairs),
+                    pairs,
+                    self.run.paths.reference / f"{split}.safetensors",
+                    self.inputs.processes,
+                    lambda done: self._report_progress(what, done, len(pairs)),
+                    tokens,
+                )
+
+            def told(tokens: int) -> None:
+                self.sink.notice(f"memory ran out: the {what} are computed with rows of {tokens} tokens")
+
+            logps[split] = self._in_smaller_rows(compute, base.evaluation_tokens, told)
         return logps[split].to(self.device)
 
     def _states_of(self, base: Policy) -> BaseStates:

@@ -97,6 +97,7 @@ def reference_logps(
     run_file: Path,
     processes: Processes,
     on_progress: Callable[[int], None] = lambda done: None,
+    max_tokens: int | None = None,
 ) -> Tensor:
     """The reference log-probs of pairs, from the run folder, from the user cache, or newly computed.
 
@@ -110,6 +111,7 @@ def reference_logps(
         run_file: the run's own copy.
         processes: the processes that share the work; the first one reads and writes.
         on_progress: called with the number of pairs done.
+        max_tokens: the most tokens of a row; by default those of an evaluation.
 
     Returns:
         [N, 2], float32: chosen and rejected.
@@ -120,7 +122,7 @@ def reference_logps(
     cached = user_cache() / "reference" / f"{name}.safetensors"
     result = processes.from_first(_find(run_file, cached, name, len(pairs)) if processes.first else None)
     if result is None:
-        result = compute_logps(policy, pairs, processes, on_progress)
+        result = compute_logps(policy, pairs, processes, on_progress, max_tokens)
         if processes.first:
             _write(cached, name, result)
     if processes.first and _name_of(run_file) != name:
@@ -152,14 +154,19 @@ def _name_of(run_file: Path) -> str | None:
 
 @torch.no_grad()
 def compute_logps(
-    policy: Policy, pairs: PairTable, processes: Processes, on_progress: Callable[[int], None] = lambda done: None
+    policy: Policy,
+    pairs: PairTable,
+    processes: Processes,
+    on_progress: Callable[[int], None] = lambda done: None,
+    max_tokens: int | None = None,
 ) -> Tensor:
-    """Log-probs of all pairs under a policy's first trial, [N, 2]."""
+    """Log-probs of all pairs under a policy's first trial, [N, 2]; see `reference_logps`."""
+    max_tokens = max_tokens or policy.evaluation_tokens
     first = witness(policy, pairs)
     results: list[list[float]] = []
     shard = processes.shard(range(len(first), len(pairs)))
     for start in range(0, len(shard), _TABLE_ROWS):
-        for pack in policy.rows(pairs.tokens(shard[start : start + _TABLE_ROWS]), policy.evaluation_tokens):
+        for pack in policy.rows(pairs.tokens(shard[start : start + _TABLE_ROWS]), max_tokens):
             results += policy.answer_logps(pack).logps[0].view(-1, 2).tolist()
             on_progress(len(first) + len(results) * processes.count)
     rest = torch.tensor(processes.gather(results), dtype=torch.float32).view(-1, 2)
