@@ -134,6 +134,20 @@ def test_a_policy_that_is_not_the_reference_at_the_start_stops_the_run(engine, r
         run(trial(), inputs, tmp_path)
 
 
+def test_trl_uses_one_gpu_of_several(inputs, tmp_path, monkeypatch):
+    """Otherwise transformers would split each pass among them through DataParallel."""
+
+    class OnFour(trl.DPOConfig):
+        def __post_init__(self):
+            super().__post_init__()
+            self._n_gpu = 4
+
+    monkeypatch.setattr(trl, "DPOConfig", OnFour)
+    config = TrialConfig(learning_rate=1e-3, beta=0.1, dtype="float32")
+    assert OnFour(output_dir=str(tmp_path), use_cpu=True, bf16=False).n_gpu == 4
+    assert trl._arguments(config, inputs, tmp_path).n_gpu == 1
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_what_is_saved_is_the_epoch_that_the_table_names(run, inputs, tmp_path, method):
     """Validation answers are swapped, so that training makes them worse: the last epoch is not the best."""

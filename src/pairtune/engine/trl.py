@@ -111,7 +111,7 @@ def width(trial: TrialConfig, inputs: TrialInputs, asked: int | None) -> int:
 
 def _arguments(trial: TrialConfig, inputs: TrialInputs, scratch: Path) -> DPOConfig:
     on_cpu = inputs.base.device.type == "cpu"
-    return DPOConfig(
+    arguments = DPOConfig(
         output_dir=str(scratch),
         # One pair per pass, in training and evaluation: less padding, memory that does not grow with the batch, TRL's
         # batch means are exact per-example records, and a pair's reference and policy log-probs are always computed
@@ -140,6 +140,9 @@ def _arguments(trial: TrialConfig, inputs: TrialInputs, scratch: Path) -> DPOCon
         disable_tqdm=True,
         report_to=[],
     )
+    # Several GPUs would each get a share through DataParallel, so that a pass would no longer be one pair.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _reference(inputs: TrialInputs) -> PreTrainedModel | None:
