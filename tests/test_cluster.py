@@ -31,6 +31,8 @@ def cluster(monkeypatch):
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     size = 80 << 20
+    # Ray takes the loopback for this machine's own address, on which it would then listen.
+    monkeypatch.setattr("ray._private.services.get_node_ip_address", lambda *_, **__: "127.0.0.1")
     each = {"object_store_memory": size, "node_ip_address": "127.0.0.1", "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **each})
     cluster.both = [cluster.add_node(num_cpus=1, **each) for _ in range(2)]
