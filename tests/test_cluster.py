@@ -84,10 +84,12 @@ def test_a_run_on_a_cluster_is_stopped_and_goes_on(cluster, tiny_model, tmp_path
     def stop_soon(console):
         return nullcontext(lambda: len(list(there.root.glob("nodes/*/checkpoint.safetensors"))) == 2)
 
+    monkeypatch.chdir(tmp_path)  # a task sees what paths are relative to
+    settings = {**GRID, "data": ["there/train.jsonl"], "cluster": cluster.address, "side_by_side": 2}
     with monkeypatch.context() as patched:
         patched.setattr("pairtune.pipeline.stop_on_signals", stop_soon)
         with pytest.raises(Interrupted, match="continues on the cluster"):
-            small_run(tiny_model, tmp_path / "there", cluster=cluster.address, side_by_side=2, **GRID)
+            small_run(tiny_model, tmp_path / "there", **settings)
     assert not there.complete
     run = resume(there.root, Console(quiet=True))
     assert run.complete

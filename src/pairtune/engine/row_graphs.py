@@ -32,7 +32,7 @@ Compute = Callable[[Tensor, Tensor, RowLayout], Tensor]
 class RowGraphs:
     """The graphs of one model, by the shape of rows.
 
-    They hold the addresses of its weights and of their gradients: after either was replaced, `clear` must be called.
+    They hold the addresses of its weights and of their gradients, and are of no use once either was replaced.
 
     Args:
         compute: from token ids, positions and layout of a row of T tokens to the last hidden states, [trials, T, size].

@@ -76,9 +76,9 @@ def train_on_cluster(
         slots = run.choices.nodes or slots
         run.remember(nodes=slots)
         task = ray.remote(**options, max_retries=_RETRIES, scheduling_strategy="SPREAD")(train_share)
-        root = str(run.root.resolve())
+        places = str(run.root.resolve()), str(Path.cwd())
         pending = {
-            task.remote(root, [each.model_dump_json() for each in share]): share for share in divided(trials, slots)
+            task.remote(*places, [each.model_dump_json() for each in share]): share for share in divided(trials, slots)
         }
         logs = {each.name: _Tail(run, each, pairs) for each in trials if run.read_trial(each.name) is None}
         interrupted = False
@@ -107,17 +107,22 @@ def train_on_cluster(
         ray.shutdown()
 
 
-def train_share(root: str, share: Sequence[str]) -> None:
+def train_share(root: str, where: str, share: Sequence[str]) -> None:
     """What a task does: train some trials of a run, or go on with them.
 
     Args:
         root: the run's folder.
+        where: the working directory of the process that asked, to which paths in the settings are relative.
         share: the settings of the trials, as JSON.
 
     Raises:
-        BadInput: the node does not see the same pairs, or another process trains these trials.
+        BadInput: the node does not see the same folders or pairs, or another process trains these trials.
         RunFailed, Interrupted: as in `engine.native.run_trials`.
     """
+    for folder in (root, where):
+        if not Path(folder).is_dir():
+            raise BadInput(f"--on: a node of the cluster does not see the folder {folder}")
+    os.chdir(where)
     run = Run(Path(root))
     config = run.settings
     trials = [TrialConfig.model_validate_json(each) for each in share]
