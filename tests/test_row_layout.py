@@ -115,6 +115,15 @@ def test_training_is_the_same_in_whole_rows(train, whole_rows, changes):
         assert_same(whole, pairs, each.name)
 
 
+def test_padded_rows_train_the_same_with_all_adapters_in_one_tensor(train, whole_rows, monkeypatch):
+    monkeypatch.setattr(policies, "PACKED_FAMILIES", frozenset())
+    trials = [trial(epochs=1), trial(beta=0.5)]
+    whole = train("whole", *trials)
+    whole_rows(False)
+    for each in trials:
+        assert_same(whole, train(each.name, each), each.name)
+
+
 def test_a_run_goes_on_from_a_checkpoint_of_the_other_kind(inputs, train, whole_rows, tmp_path):
     """The checkpoint has the same tensors, whether the weights lie in one tensor or in many."""
     trials = [trial(beta=0.2), trial(beta=0.5)]
