@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from pairtune.evaluate.generations import CHECK_SAMPLING, AnsweringModels
+from pairtune.evaluation.generations import CHECK_SAMPLING, AnsweringModels
 from pairtune.files import saved_fingerprint
 from pairtune.models.generate import generate_answers
 from pairtune.models.load import LoadedBase, load_model, load_tuned, open_base

@@ -29,8 +29,8 @@ with atheris.instrument_imports(include=["pairtune"]):
     from pairtune.config import Reading, SourceConfig
     from pairtune.data.source_reader import SourceReader
     from pairtune.errors import BadInput
-    from pairtune.evaluate.audit.check import audit
-    from pairtune.evaluate.audit.read import read_evidence
+    from pairtune.evaluation.audit.check import audit
+    from pairtune.evaluation.audit.read import read_evidence
     from pairtune.files import read_json
     from pairtune.models.resolve import resolve_model
     from pairtune.resolve_config import resolve

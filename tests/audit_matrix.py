@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pairtune.evaluate.audit.check import audit
-from pairtune.evaluate.audit.logged_rows import with_options
-from pairtune.evaluate.audit.read import read_evidence
+from pairtune.evaluation.audit.check import audit
+from pairtune.evaluation.audit.logged_rows import with_options
+from pairtune.evaluation.audit.read import read_evidence
 from pairtune.run.records import Finding
 
 RECORDED = Path(__file__).with_name("data") / "trl-logs.json.xz"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pairtune.evaluate.answers import distinct, other_language, refuses, repeated_share, summarise
-from pairtune.evaluate.winrate import LOSS, TIE, WIN, RuleJudge, faults, win_rate
+from pairtune.evaluation.answers import distinct, other_language, refuses, repeated_share, summarise
+from pairtune.evaluation.winrate import LOSS, TIE, WIN, RuleJudge, faults, win_rate
 from pairtune.run.records import Answer
 from pairtune.statistics import share_interval
 

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from pairtune.errors import BadInput
-from pairtune.evaluate.audit.check import RULES, audit
-from pairtune.evaluate.audit.evidence import Evidence, TrialLog
-from pairtune.evaluate.audit.logged_rows import with_options
-from pairtune.evaluate.audit.read import read_evidence
+from pairtune.evaluation.audit.check import RULES, audit
+from pairtune.evaluation.audit.evidence import Evidence, TrialLog
+from pairtune.evaluation.audit.logged_rows import with_options
+from pairtune.evaluation.audit.read import read_evidence
 from pairtune.report.render_audit import audit_markdown, render_audit
 from pairtune.run.records import AuditRecord, Finding
 
@@ -352,7 +352,7 @@ def test_rules_say_what_to_do_and_have_names_of_their_own():
 
 
 def test_the_audit_needs_no_torch():
-    rooms = "pairtune.evaluate.audit.read, pairtune.evaluate.audit.check, pairtune.report.write"
+    rooms = "pairtune.evaluation.audit.read, pairtune.evaluation.audit.check, pairtune.report.write"
     code = f"import sys, {rooms}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

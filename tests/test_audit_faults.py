@@ -14,9 +14,9 @@ import pytest
 from conftest import evaluation, small_run, write_pairs
 
 from pairtune.config import TrialConfig
-from pairtune.evaluate.audit.check import RULES, audit
-from pairtune.evaluate.audit.monitor import LiveAudit
-from pairtune.evaluate.audit.read import read_evidence
+from pairtune.evaluation.audit.check import RULES, audit
+from pairtune.evaluation.audit.monitor import LiveAudit
+from pairtune.evaluation.audit.read import read_evidence
 from pairtune.files import write_atomic
 from pairtune.run.folder import Run
 from pairtune.run.metrics import TrainingStep

@@ -14,7 +14,7 @@ from rich.console import Console
 from pairtune import draft
 from pairtune.draft import Drafting, draft_pairs, read_prompts
 from pairtune.errors import BadInput
-from pairtune.evaluate.winrate import ConciseJudge, better
+from pairtune.evaluation.winrate import ConciseJudge, better
 from pairtune.models.sampling import SamplingParams
 from pairtune.run.folder import Run
 from pairtune.run.records import Answer

@@ -10,8 +10,8 @@ from conftest import make_pair
 
 from pairtune.engine.lora import LoraSettings, add_adapters, peft_config, peft_tensors
 from pairtune.errors import RunFailed
-from pairtune.evaluate import generations
-from pairtune.evaluate.generations import (
+from pairtune.evaluation import generations
+from pairtune.evaluation.generations import (
     AnsweringModels,
     affordable,
     compare_answers,

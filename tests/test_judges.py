@@ -12,8 +12,8 @@ from conftest import byte_tokenizer
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from pairtune.errors import BadInput, RunFailed
-from pairtune.evaluate.judges import EndpointJudge, RewardModelJudge, open_judge, read_verdict
-from pairtune.evaluate.winrate import LOSS, TIE, WIN, RuleJudge
+from pairtune.evaluation.judges import EndpointJudge, RewardModelJudge, open_judge, read_verdict
+from pairtune.evaluation.winrate import LOSS, TIE, WIN, RuleJudge
 from pairtune.files import user_cache
 from pairtune.run.records import Answer
 

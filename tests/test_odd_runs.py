@@ -21,8 +21,8 @@ from rich.console import Console
 
 from pairtune import pipeline
 from pairtune.errors import BadInput, Interrupted, RunFailed
-from pairtune.evaluate.audit.check import audit
-from pairtune.evaluate.audit.read import read_evidence
+from pairtune.evaluation.audit.check import audit
+from pairtune.evaluation.audit.read import read_evidence
 from pairtune.report.write import write_report
 from pairtune.run.folder import Run
 

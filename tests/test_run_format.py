@@ -15,8 +15,8 @@ import pytest
 from rich.console import Console
 
 from pairtune.errors import BadInput
-from pairtune.evaluate.audit.check import audit
-from pairtune.evaluate.audit.read import read_evidence
+from pairtune.evaluation.audit.check import audit
+from pairtune.evaluation.audit.read import read_evidence
 from pairtune.files import saved_fingerprint
 from pairtune.pipeline import resume
 from pairtune.publish.export import export_run

@@ -13,7 +13,7 @@ from conftest import evaluation, write_pairs
 from pairtune import extras
 from pairtune.config import TrialConfig
 from pairtune.errors import BadInput
-from pairtune.evaluate.audit.read import read_evidence
+from pairtune.evaluation.audit.read import read_evidence
 from pairtune.run.folder import Run
 from pairtune.run.metrics import TrainingStep
 from pairtune.track import trackers

@@ -10,8 +10,8 @@ from conftest import make_pair, pairtune, small_run, write_pairs
 
 from pairtune.config import Reading
 from pairtune.data.row_parser import RowParser
-from pairtune.evaluate.audit.check import audit
-from pairtune.evaluate.audit.own_runs import evidence_of_run
+from pairtune.evaluation.audit.check import audit
+from pairtune.evaluation.audit.own_runs import evidence_of_run
 from pairtune.run.examples import Examples
 from pairtune.run.folder import Run
 from pairtune.votes.pairs import harvest

@@ -75,9 +75,15 @@ def _different(values: list[float]) -> list[float]:
     return values
 
 
+def _one_or_more(value: Any) -> Any:
+    return [value] if isinstance(value, str | int | float) else value
+
+
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=0.5)]
-Grid = Annotated[list[Positive], Field(min_length=1), AfterValidator(_different)]
+Grid = Annotated[
+    list[Positive], Field(min_length=1), BeforeValidator(_one_or_more), AfterValidator(_different)
+]  # one value may stand alone
 
 SANITY_PROMPTS = 5
 SANITY_ANSWERS = 20  # of single answers, so that every split has both kinds
@@ -281,7 +287,7 @@ class _Training(_Strict):
         0.5, "Target reward margin of the simpo loss, as a fraction of beta.", "as in the SimPO paper", group=LOSS
     )
     discopop_tau: Positive = setting(0.05, "Temperature of the discopop loss.", "as in the DiscoPOP paper", group=LOSS)
-    lora_targets: tuple[str, ...] | None = setting(
+    lora_targets: Annotated[tuple[str, ...], BeforeValidator(_one_or_more)] | None = setting(
         None,
         "Name of a linear layer that gets an adapter; repeat for several.",
         "every linear layer except the output embedding",
@@ -572,7 +578,7 @@ class RunConfig(_Training):
         "the training objective, on held-out pairs",
         group=SELECTION,
     )
-    track: tuple[Track, ...] = setting(
+    track: Annotated[tuple[Track, ...], BeforeValidator(_one_or_more)] = setting(
         (),
         "Log to this tracker as well; repeat for several.",
         "none; everything is in metrics.jsonl anyway",

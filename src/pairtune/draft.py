@@ -23,7 +23,7 @@ from rich.console import Console
 from pairtune.conversation import Message
 from pairtune.data.splits import prompt_key
 from pairtune.errors import BadInput, RunFailed, plural
-from pairtune.evaluate.winrate import Judge, win_rate
+from pairtune.evaluation.winrate import Judge, win_rate
 from pairtune.files import write_atomic, write_json
 from pairtune.models.resolve import resolve_target
 from pairtune.models.sampling import SamplingParams

@@ -26,10 +26,10 @@ from pairtune.engine.lora import check_targets, settings_of_adapter
 from pairtune.engine.processes import Processes
 from pairtune.environment import describe_environment
 from pairtune.errors import BadInput, RunFailed, plural
-from pairtune.evaluate.audit.check import audit
-from pairtune.evaluate.audit.monitor import LiveAudit
-from pairtune.evaluate.audit.own_runs import evidence_of_run
-from pairtune.evaluate.generations import MOST, AnsweringModels, Prompt, affordable, compare_answers, held_out_prompts
+from pairtune.evaluation.audit.check import audit
+from pairtune.evaluation.audit.monitor import LiveAudit
+from pairtune.evaluation.audit.own_runs import evidence_of_run
+from pairtune.evaluation.generations import MOST, AnsweringModels, Prompt, affordable, compare_answers, held_out_prompts
 from pairtune.extras import require
 from pairtune.files import write_atomic
 from pairtune.models.load import LoadedBase, blank_model, check_adapter, device_name, pick_device

@@ -11,31 +11,27 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from pairtune import __version__
 from pairtune.cli.common import (
     Columns,
     Confirmed,
     Json,
-    check_choice,
     columns_of,
     confirm,
     loading,
-    open_reader,
     output,
-    reading_of,
     say,
     share_processors,
-    with_votes,
 )
 from pairtune.cli.data import data_app
 from pairtune.cli.votes import votes_app
 from pairtune.errors import BadInput, RunFailed, plural
 from pairtune.extras import require
 from pairtune.flags import WithSettings, WithSettingsHelp
+from pairtune.open_data import check_choice, probe, with_votes
 from pairtune.screen import harmless, screen
+from pairtune.version import __version__
 
 if TYPE_CHECKING:
-    from pairtune.config import RunConfig, Wanted
     from pairtune.run.folder import Run
 
 # The base class of usage errors. Typer bundles its own copy of click and exports only some of its exceptions.
@@ -114,7 +110,7 @@ def tune(
     Every setting is a flag, and a key in the YAML file; docs/settings.md explains each.
     """
     given = context.obj
-    _tune(config, given | _weighted(given.get("data"), weight) | columns_of(given.get("columns")), as_json)
+    _tune(config, given | _weighted(given.get("data"), weight) | _columns(given), as_json)
 
 
 @app.command(cls=WithSettings)
@@ -128,7 +124,7 @@ def plan(
     Takes the settings of `tune`. Of a model, its config.json is enough; without --data it plans for pairs as long as
     --max-length allows.
     """
-    _plan(config, context.obj | columns_of(context.obj.get("columns")), as_json)
+    _plan(config, context.obj | _columns(context.obj), as_json)
 
 
 @app.command(cls=WithSettingsHelp)
@@ -191,19 +187,17 @@ def audit(
     as_json: Json = False,
 ) -> None:
     """Find what is wrong with a run from its own numbers. Exit code 1 if there is an error."""
-    from pairtune.evaluate.audit.check import audit
-    from pairtune.evaluate.audit.logged_rows import with_options
-    from pairtune.evaluate.audit.read import read_evidence
-    from pairtune.report.render_audit import audit_markdown, render_audit
+    from pairtune.api import audit as find_faults
     from pairtune.run.records import dump
 
-    evidence = with_options(read_evidence(path), eval_rows, batch_size, beta, loss)
-    if beta and len(evidence.trials) > 1:
-        known = (f"{trial.name} {trial.beta:g}" for trial in evidence.trials if trial.beta)
+    checked = find_faults(path, eval_rows=eval_rows, batch_size=batch_size, beta=beta, loss=loss)
+    found = checked.record
+    if beta and len(found.trials) > 1:
+        known = (f"{name} {value:g}" for name, value in checked.betas.items())
         say(f"beta: {', '.join(known)}", err=True)
-    found = audit(evidence)
     if markdown:
         from pairtune.files import write_atomic
+        from pairtune.report.render_audit import audit_markdown
 
         if markdown.is_dir() or not markdown.parent.is_dir():
             raise BadInput(f"--markdown {markdown}: is a folder, or in a folder that does not exist; name a file")
@@ -211,7 +205,7 @@ def audit(
     if as_json:
         say(json.dumps(dump(found)))
     else:
-        output().print(render_audit(found), highlight=False)
+        output().print(checked.rendered(), highlight=False)
     if found.verdict == "error":
         raise typer.Exit(1)
 
@@ -309,43 +303,28 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Evaluate a model on pairs: what it prefers, what it answers, and how often it wins against its base."""
-    check_choice("--on-bad-row", on_bad_row, ("stop", "skip"))
-    check_choice("--dtype", dtype, ("auto", "float32", "bfloat16"))
-    if not 0 < beta < float("inf"):
-        raise BadInput(f"--beta: must be greater than 0, not {beta:g}")
-    open_reader(data, reading_of(columns, pairs, min_gap, yes, "either"), limit, "--data")  # before anything slow
+    from pairtune.api import evaluate as evaluate_model
+    from pairtune.run.records import dump
 
-    import tempfile
-
-    with loading():
-        from pairtune.config import UNPAIRED
-        from pairtune.evaluate.judges import open_judge
-        from pairtune.evaluate.model import answer_prompts, evaluate_pairs, open_candidate, read_pairs
-        from pairtune.report.render_evaluation import render_evaluation
-        from pairtune.run.records import dump
-
-    console = screen(stderr=True)
-    judging = open_judge(judge, judge_model)
-    candidate = open_candidate(target, base, beta, dtype)
-    wanted: Wanted = "single answers" if candidate.saved.objective.loss in UNPAIRED else "pairs"
-    reader = open_reader(data, reading_of(columns, pairs, min_gap, yes, wanted), limit, "--data")
-    with tempfile.TemporaryDirectory(prefix="pairtune-") as folder:
-        with console.status("reading pairs") as status:
-            read, rows = read_pairs(candidate, reader, on_bad_row, Path(folder))  # type: ignore[arg-type]
-            status.update("evaluating")
-            total = len(read)
-            found = evaluate_pairs(candidate, read, rows, lambda done: status.update(f"evaluating: {done:,}/{total:,}"))
-            if samples:
-                answered = answer_prompts(
-                    candidate, read, samples, seed, lambda done: status.update(f"answering: {done}/{2 * samples}")
-                )
-        if samples:
-            if (cost := answered.cost(judging)) and not yes:
-                confirm(cost, judging.name)
-            with console.status("judging") as status:
-                judged = answered.judged(judging, lambda done: status.update(f"judging: {done}"))
-            found = found.model_copy(update={"answers": judged})
-    say(json.dumps(dump(found))) if as_json else output().print(render_evaluation(found), highlight=False)
+    found = evaluate_model(
+        target,
+        data,
+        base=base,
+        beta=beta,
+        judge=judge,
+        judge_model=judge_model,
+        samples=samples,
+        limit=limit,
+        columns=columns_of(columns),
+        pairs=pairs,  # type: ignore[arg-type]
+        min_gap=min_gap,
+        accept_columns=yes,
+        on_bad_row=on_bad_row,  # type: ignore[arg-type]
+        dtype=dtype,
+        seed=seed,
+        agree=lambda cost, name: None if yes else confirm(cost, name),
+    )
+    say(json.dumps(dump(found.record))) if as_json else output().print(found.rendered(), highlight=False)
 
 
 @app.command(cls=WithSettingsHelp)
@@ -368,33 +347,27 @@ def compare(
     Both are measured against the base model that they go back to, on the same pairs, and the difference of DPO's loss
     is tested pair by pair. Bad input has exit code 2 too, and no result.
     """
-    check_choice("--on-bad-row", on_bad_row, ("stop", "skip"))
-    check_choice("--dtype", dtype, ("auto", "float32", "bfloat16"))
-    if not 0 < beta < float("inf"):
-        raise BadInput(f"--beta: must be greater than 0, not {beta:g}")
-    reader = open_reader(data, reading_of(columns, pairs, min_gap, yes), limit, "--data")
+    from pairtune.api import compare as compare_models
+    from pairtune.run.records import dump
 
-    import tempfile
-
-    with loading():
-        from pairtune.evaluate.compare import compare_models, open_both
-        from pairtune.report.render_evaluation import render_comparison
-        from pairtune.run.records import dump
-
-    with screen(stderr=True).status("reading pairs") as status, tempfile.TemporaryDirectory(prefix="pairtune-") as tmp:
-        both = open_both(one, other, beta, dtype)
-        try:
-            found = compare_models(
-                *both,
-                reader,
-                on_bad_row,  # type: ignore[arg-type]
-                Path(tmp),
-                lambda name, done, total: status.update(f"evaluating {name}: {done:,}/{total:,}"),
-            )
-        except RunFailed as error:  # not 1, which says that RUN_B is worse
-            raise BadInput(str(error)) from error
-    say(json.dumps(dump(found))) if as_json else output().print(render_comparison(found), highlight=False)
-    raise typer.Exit({"better": 0, "worse": 1}.get(found.outcome, 2))
+    try:
+        found = compare_models(
+            one,
+            other,
+            data,
+            beta=beta,
+            limit=limit,
+            columns=columns_of(columns),
+            pairs=pairs,  # type: ignore[arg-type]
+            min_gap=min_gap,
+            accept_columns=yes,
+            on_bad_row=on_bad_row,  # type: ignore[arg-type]
+            dtype=dtype,
+        )
+    except RunFailed as error:  # not 1, which says that RUN_B is worse
+        raise BadInput(str(error)) from error
+    say(json.dumps(dump(found.record))) if as_json else output().print(found.rendered(), highlight=False)
+    raise typer.Exit({"better": 0, "worse": 1}.get(found.record.outcome, 2))
 
 
 @app.command()
@@ -514,14 +487,16 @@ def _weighted(data: list[str] | None, weights: list[float] | None) -> dict[str, 
     return {"data": [{"source": name, "weight": weight} for name, weight in zip(data or [], weights, strict=True)]}
 
 
+def _columns(settings: dict[str, Any]) -> dict[str, Any]:
+    """The setting `columns`, of the settings of a command; empty if it names none."""
+    named = columns_of(settings.get("columns"))
+    return {"columns": named} if named else {}
+
+
 def _tune(file: Path | None, flags: dict[str, Any], as_json: bool) -> None:
-    from pairtune.resolve_config import resolve
+    from pairtune.api import settings_of
 
-    resolved = with_votes(resolve(file, flags))  # before importing torch, so that a mistyped flag is reported at once
-    from pairtune.run.folder import check_new
-
-    check_new(resolved.config.out)
-    _probe(resolved.config)
+    resolved = settings_of(file, flags)  # before importing torch, so that a mistyped flag is reported at once
     share_processors(give_way=True)
 
     with loading():
@@ -536,7 +511,7 @@ def _plan(file: Path | None, flags: dict[str, Any], as_json: bool) -> None:
     has_data = "data" in flags or (file is not None and "data" in read_settings(file))
     config = with_votes(resolve(file, flags if has_data else flags | {"data": ["bundled:concise"]})).config
     if has_data:
-        _probe(config)
+        probe(config)
 
     share_processors(give_way=False)
     with loading():
@@ -547,20 +522,6 @@ def _plan(file: Path | None, flags: dict[str, Any], as_json: bool) -> None:
     with screen(stderr=True).status("reading") as status:
         found = plan_run(config, status.update, has_data=has_data)
     say(json.dumps(dump(found))) if as_json else output().print(render_plan(found), highlight=False)
-
-
-def _probe(config: RunConfig) -> None:
-    """Refuse sources in no known format, and faults in their first rows, before torch is imported."""
-    from pairtune.data.source_reader import SourceReader
-
-    parts = (
-        ("--data", config.data, "train"),
-        ("--eval-data", config.eval_data, "validation"),
-        ("--test-data", config.test_data, "test"),
-    )
-    for flag, sources, split in parts:
-        for source in sources or []:
-            SourceReader.open(source, flag, config.reading, config.row_limit(split)).probe(config.on_bad_row)
 
 
 def _show(run: Run | None, as_json: bool) -> None:

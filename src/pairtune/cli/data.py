@@ -14,17 +14,16 @@ from pairtune.cli.common import (
     Confirmed,
     Json,
     SourceArgument,
-    check_choice,
+    columns_of,
     confirm,
     loading,
-    open_reader,
     output,
-    reading_of,
     say,
     share_processors,
 )
 from pairtune.errors import BadInput, plural
 from pairtune.flags import WithSettingsHelp
+from pairtune.open_data import check_choice, open_reader, reading_of
 from pairtune.screen import harmless, screen
 
 data_app = typer.Typer(
@@ -50,18 +49,20 @@ def inspect(
     Exit code 2 if it is not usable, or if columns were named and nobody has confirmed (here or with --yes) that the
     better answer is the one that is shown.
     """
-    reader = open_reader(source, reading_of(columns, pairs, min_gap, yes, "either"), limit)
+    from pairtune.api import inspect as inspect_pairs
+    from pairtune.run.records import dump
 
-    with loading():
-        from pairtune.data.inspect_source import inspect_source
-        from pairtune.models.load import load_tokenizer
-        from pairtune.models.resolve import resolve_model
-        from pairtune.report.render_inspection import render_inspection
-        from pairtune.run.records import dump
-
-    with screen(stderr=True).status("reading") as status:
-        tokenizer = load_tokenizer(resolve_model(model))
-        found = inspect_source(reader, tokenizer, max_length, lambda rows: status.update(f"reading: {rows:,} rows"))
+    report = inspect_pairs(
+        source,
+        model=model,
+        max_length=max_length,
+        limit=limit,
+        columns=columns_of(columns),
+        pairs=pairs,  # type: ignore[arg-type]
+        min_gap=min_gap,
+        accept_columns=yes,
+    )
+    found = report.record
     drawn = {}
     if figures and found.kept:
         from pairtune.report.figures import draw_lengths
@@ -70,7 +71,7 @@ def inspect(
     if as_json:
         say(json.dumps(dump(found) | drawn))
     else:
-        output().print(render_inspection(found), highlight=False)
+        output().print(report.rendered(), highlight=False)
     if found.verdict == "not confirmed" and sys.stdin.isatty() and not as_json:
         if typer.confirm(harmless(f"Is this the better answer: {found.better}?"), err=True):
             return
@@ -93,7 +94,7 @@ def convert(
 ) -> None:
     """Convert a source to TRL's conversational format."""
     check_choice("--on-bad-row", on_bad_row, ("stop", "skip"))
-    reader = open_reader(source, reading_of(columns, pairs, min_gap, yes, "either"), limit)
+    reader = open_reader(source, reading_of(columns_of(columns), pairs, min_gap, yes, "either"), limit)  # type: ignore[arg-type]
 
     from pairtune.data.convert import convert_source
     from pairtune.run.records import dump
@@ -146,7 +147,7 @@ def draft(
 
     with loading():
         from pairtune.draft import Drafting, draft_file, draft_rounds, read_prompts
-        from pairtune.evaluate.judges import open_judge
+        from pairtune.evaluation.judges import open_judge
         from pairtune.models.sampling import SamplingParams
 
     asked = read_prompts(prompts)

@@ -40,21 +40,27 @@ def convert_source(reader: SourceReader, out: Path, on_bad_row: OnBadRow) -> Row
         raise BadInput(f"{out}: there is no folder {out.parent}; create it first")
     count = RowCount(reader.source.name, "all")
 
-    def pairs() -> Iterator[dict[str, Any]]:
-        for row, result in reader.parsed():
-            if isinstance(result, BadRow):
-                _drop(count, row, result, on_bad_row)
-                continue
-            count.keep(shortened=False, further=row.further)
-            yield {**result.conversational(), "origin": result.origin}
-
     with replacing(out) as temporary:
-        write(temporary, pairs())
+        write(temporary, conversational_rows(reader, count, on_bad_row))
         if not count.kept:
             raise BadInput(
                 f"{reader.source.name}: no row is a usable pair ({', '.join(count.dropped) or 'it is empty'})"
             )
     return count
+
+
+def conversational_rows(reader: SourceReader, count: RowCount, on_bad_row: OnBadRow) -> Iterator[dict[str, Any]]:
+    """A source's pairs, or single answers, in TRL's conversational format with their `origin`; `count` counts the rows.
+
+    Raises:
+        BadInput: a row cannot be used and `on_bad_row` is stop.
+    """
+    for row, result in reader.parsed():
+        if isinstance(result, BadRow):
+            _drop(count, row, result, on_bad_row)
+            continue
+        count.keep(shortened=False, further=row.further)
+        yield {**result.conversational(), "origin": result.origin}
 
 
 def tokenize_source(

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pairtune.errors import plural
-from pairtune.evaluate.winrate import RuleJudge
+from pairtune.evaluation.winrate import RuleJudge
 from pairtune.report.phrases import p_value
 from pairtune.run.records import ComparedModels, EvaluationReport, JudgedAnswers, Share
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pairtune.config import source_name
 from pairtune.errors import BadInput, plural
-from pairtune.evaluate.winrate import FAULTS, faults_of
+from pairtune.evaluation.winrate import FAULTS, faults_of
 from pairtune.report.phrases import p_value, short
 from pairtune.run.examples import Examples
 from pairtune.run.folder import Run

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from pairtune import __version__
 from pairtune.serve.protocol import ChatRequest
+from pairtune.version import __version__
 
 _SCHEMAS = "#/components/schemas/{model}"
 _REFUSALS = {

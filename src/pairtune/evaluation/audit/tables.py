@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pairtune.errors import BadInput, one_line
-from pairtune.evaluate.audit.evidence import Evidence, TrialLog
-from pairtune.evaluate.audit.logged_rows import add_rows, describe, trl_name
+from pairtune.evaluation.audit.evidence import Evidence, TrialLog
+from pairtune.evaluation.audit.logged_rows import add_rows, describe, trl_name
 
 # Column titles of printed tables, and TRL's names for them.
 _TITLES = {

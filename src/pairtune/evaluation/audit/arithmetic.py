@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from pairtune.evaluate.audit.evidence import ANSWERS, KTO, LOSS_ROUNDING, Evidence, Row, TrialLog, sigmoid_excess
-from pairtune.evaluate.audit.rule import Hit, Rule
+from pairtune.evaluation.audit.evidence import ANSWERS, KTO, LOSS_ROUNDING, Evidence, Row, TrialLog, sigmoid_excess
+from pairtune.evaluation.audit.rule import Hit, Rule
 from pairtune.run.records import Level
 
 _ACCURACY, _MARGIN, _CHOSEN, _REJECTED = (f"rewards/{name}" for name in ("accuracies", "margins", "chosen", "rejected"))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from pairtune.evaluate.audit.evidence import ANSWERS, BETA_SHARE, SAME_BASE_NATS, Evidence, TrialLog
-from pairtune.evaluate.audit.rule import Hit, Rule
+from pairtune.evaluation.audit.evidence import ANSWERS, BETA_SHARE, SAME_BASE_NATS, Evidence, TrialLog
+from pairtune.evaluation.audit.rule import Hit, Rule
 
 # Nats that a mean log-prob may be off at the first step: bfloat16 rounds a single answer's by a few tenths.
 _START_NATS = 1.0

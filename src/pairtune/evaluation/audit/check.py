@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pairtune.evaluate.audit import arithmetic, claims, continuations, learning, numbers, repeats, schedule, starts
-from pairtune.evaluate.audit.evidence import Evidence
-from pairtune.evaluate.audit.rule import Rule, finding_of
+from pairtune.evaluation.audit import arithmetic, claims, continuations, learning, numbers, repeats, schedule, starts
+from pairtune.evaluation.audit.evidence import Evidence
+from pairtune.evaluation.audit.rule import Rule, finding_of
 from pairtune.run.records import LEVELS, AuditRecord, Finding
 
 _ROOMS = (arithmetic, repeats, schedule, starts, continuations, numbers, learning, claims)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from pairtune.errors import BadInput, one_line
-from pairtune.evaluate.audit.evidence import RUN_FOLDER, Evidence
-from pairtune.evaluate.audit.own_runs import evidence_of_run
-from pairtune.evaluate.audit.tables import evidence_of_csv
-from pairtune.evaluate.audit.trainer_states import STATE, evidence_of_trainer_states
-from pairtune.evaluate.audit.wandb_logs import evidence_of_wandb
+from pairtune.evaluation.audit.evidence import RUN_FOLDER, Evidence
+from pairtune.evaluation.audit.own_runs import evidence_of_run
+from pairtune.evaluation.audit.tables import evidence_of_csv
+from pairtune.evaluation.audit.trainer_states import STATE, evidence_of_trainer_states
+from pairtune.evaluation.audit.wandb_logs import evidence_of_wandb
 from pairtune.run.folder import find_run, is_run
 
 _KINDS = "a run folder, a trainer_state.json (or a folder of them), its rows as .json or .jsonl, a .csv, or a W&B run"

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pairtune.errors import BadInput, one_line
-from pairtune.evaluate.audit.evidence import Evidence, TrialLog
-from pairtune.evaluate.audit.logged_rows import add_rows, describe, number_of, trl_names
+from pairtune.evaluation.audit.evidence import Evidence, TrialLog
+from pairtune.evaluation.audit.logged_rows import add_rows, describe, number_of, trl_names
 
 STATE = "trainer_state.json"
 _CLEARLY = 0.01  # a rise of the evaluation loss that counts

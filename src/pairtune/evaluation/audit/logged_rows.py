@@ -8,8 +8,8 @@ from typing import Any, get_args
 
 from pairtune.config import Loss
 from pairtune.errors import BadInput, plural
-from pairtune.evaluate.audit.evidence import KTO, Evidence, TrialLog
-from pairtune.evaluate.audit.own_runs import add_row, as_number
+from pairtune.evaluation.audit.evidence import KTO, Evidence, TrialLog
+from pairtune.evaluation.audit.own_runs import add_row, as_number
 
 # Rounding of what transformers logs: speeds to three decimals, times to four.
 _SPEED, _TIME = 5e-4, 5e-5

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pairtune.config import TrialConfig
-from pairtune.evaluate.audit.check import find_live
-from pairtune.evaluate.audit.evidence import RUN_FOLDER, Evidence, TrialLog
-from pairtune.evaluate.audit.own_runs import add_lines
+from pairtune.evaluation.audit.check import find_live
+from pairtune.evaluation.audit.evidence import RUN_FOLDER, Evidence, TrialLog
+from pairtune.evaluation.audit.own_runs import add_lines
 from pairtune.run.folder import Run
 from pairtune.run.metrics import Evaluation, TrainingStep
 from pairtune.run.records import Finding

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from pairtune.evaluate.audit.evidence import Evidence, TrialLog
+from pairtune.evaluation.audit.evidence import Evidence, TrialLog
 from pairtune.run.records import Finding, Level
 
 

@@ -8,8 +8,8 @@ from itertools import product
 
 import numpy as np
 
-from pairtune.evaluate.audit.evidence import ANSWERS, RUN_FOLDER, Evidence, Row, TrialLog
-from pairtune.evaluate.audit.rule import Hit, Rule
+from pairtune.evaluation.audit.evidence import ANSWERS, RUN_FOLDER, Evidence, Row, TrialLog
+from pairtune.evaluation.audit.rule import Hit, Rule
 from pairtune.statistics import Numbers
 
 LN_2 = math.log(2)

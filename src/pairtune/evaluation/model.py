@@ -20,10 +20,10 @@ from pairtune.engine.losses import LossSettings, Objective
 from pairtune.engine.saved_weights import SavedWeights, evaluate_weights
 from pairtune.engine.summaries import examples_of, mean_metrics, summarise_examples
 from pairtune.errors import BadInput, one_line
-from pairtune.evaluate.answers import summarise
-from pairtune.evaluate.generations import AnsweringModels, Prompt, held_out_prompts
-from pairtune.evaluate.judges import EndpointJudge
-from pairtune.evaluate.winrate import Judge, win_rate
+from pairtune.evaluation.answers import summarise
+from pairtune.evaluation.generations import AnsweringModels, Prompt, held_out_prompts
+from pairtune.evaluation.judges import EndpointJudge
+from pairtune.evaluation.winrate import Judge, win_rate
 from pairtune.models.load import LoadedBase, blank_model, open_base
 from pairtune.models.resolve import Target, resolve_target
 from pairtune.models.start import open_base_of

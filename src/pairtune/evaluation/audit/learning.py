@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from pairtune.evaluate.audit.evidence import Evidence, TrialLog
-from pairtune.evaluate.audit.rule import Hit, Rule
+from pairtune.evaluation.audit.evidence import Evidence, TrialLog
+from pairtune.evaluation.audit.rule import Hit, Rule
 from pairtune.run.records import AnswerSummary, Level
 from pairtune.statistics import Numbers, share_interval
 

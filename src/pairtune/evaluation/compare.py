@@ -15,7 +15,7 @@ from pairtune.engine.losses import LossSettings, Objective
 from pairtune.engine.saved_weights import SavedWeights
 from pairtune.engine.summaries import examples_of
 from pairtune.errors import BadInput
-from pairtune.evaluate.model import Candidate, open_candidate, read_pairs, records_of
+from pairtune.evaluation.model import Candidate, open_candidate, read_pairs, records_of
 from pairtune.files import saved_fingerprint
 from pairtune.models.load import open_base
 from pairtune.models.resolve import ModelSource, resolve_model, resolve_target

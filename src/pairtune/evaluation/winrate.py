@@ -9,7 +9,7 @@ import numpy as np
 
 from pairtune.conversation import Conversation
 from pairtune.data.concise import Sample, flaw_of, is_sensible
-from pairtune.evaluate.answers import other_language, repeated_share
+from pairtune.evaluation.answers import other_language, repeated_share
 from pairtune.run.records import Answer, WinRate
 from pairtune.statistics import ALPHA, Numbers, share_interval
 

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from pairtune.conversation import Conversation
 from pairtune.errors import BadInput, RunFailed, one_line
-from pairtune.evaluate.winrate import LOSS, TIE, WIN, ConciseJudge, Judge, Progress, RuleJudge, better
+from pairtune.evaluation.winrate import LOSS, TIE, WIN, ConciseJudge, Judge, Progress, RuleJudge, better
 from pairtune.extras import require
 from pairtune.files import fingerprint, user_cache, write_json
 from pairtune.run.records import Answer

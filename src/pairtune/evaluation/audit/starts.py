@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator
 from itertools import pairwise
 
-from pairtune.evaluate.audit.continuations import continued, first_rewards, same_base, start_room
-from pairtune.evaluate.audit.evidence import ANSWERS, Evidence, Row, TrialLog
-from pairtune.evaluate.audit.rule import Hit, Rule
+from pairtune.evaluation.audit.continuations import continued, first_rewards, same_base, start_room
+from pairtune.evaluation.audit.evidence import ANSWERS, Evidence, Row, TrialLog
+from pairtune.evaluation.audit.rule import Hit, Rule
 
 # Where the first row averages several steps: its loss may be this fraction of the minimum that a start at the base
 # allows (rounding); rewards beyond this multiple of the rounding tolerance are far from 0; and they may reach this

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from pairtune.errors import BadInput
-from pairtune.evaluate.audit.evidence import RUN_FOLDER, Evidence, Row, TrialLog
+from pairtune.evaluation.audit.evidence import RUN_FOLDER, Evidence, Row, TrialLog
 from pairtune.files import saved_fingerprint
 from pairtune.run.examples import Examples, PairIndex
 from pairtune.run.folder import Run, Trial

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations, pairwise
 
 from pairtune.errors import plural
-from pairtune.evaluate.audit.evidence import ANSWERS, Evidence, Row, TrialLog
-from pairtune.evaluate.audit.rule import Hit, Rule
+from pairtune.evaluation.audit.evidence import ANSWERS, Evidence, Row, TrialLog
+from pairtune.evaluation.audit.rule import Hit, Rule
 
 # What says where a row stands, and what measures the machine: none of it tells whether two rows are the same.
 _PLACE = ("step", "epoch", "learning_rate", "num_tokens", "train_loss", "total_flos")

@@ -8,8 +8,8 @@ from itertools import combinations
 
 from pairtune.config import source_name
 from pairtune.errors import plural
-from pairtune.evaluate.audit.evidence import ANSWERS, Evidence, TrialLog
-from pairtune.evaluate.audit.rule import Hit, Rule
+from pairtune.evaluation.audit.evidence import ANSWERS, Evidence, TrialLog
+from pairtune.evaluation.audit.rule import Hit, Rule
 from pairtune.statistics import ALPHA, share_interval
 
 _FEW_ROWS = 100

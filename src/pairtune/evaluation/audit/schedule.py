@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from pairtune.evaluate.audit.evidence import Evidence, TrialLog
-from pairtune.evaluate.audit.rule import Hit, Rule
+from pairtune.evaluation.audit.evidence import Evidence, TrialLog
+from pairtune.evaluation.audit.rule import Hit, Rule
 
 # Rows needed to judge a schedule; a share of zero rates that matters; how far a row may stand out from its neighbours;
 # and by which share a rate has to rise, how often in a row, to rise again.

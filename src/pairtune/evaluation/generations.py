@@ -16,8 +16,8 @@ import torch
 from pairtune.conversation import Message
 from pairtune.data.preference import PreferencePair
 from pairtune.data.splits import prompt_key
-from pairtune.evaluate.answers import summarise
-from pairtune.evaluate.winrate import RuleJudge, win_rate
+from pairtune.evaluation.answers import summarise
+from pairtune.evaluation.winrate import RuleJudge, win_rate
 from pairtune.footprint import ANSWER_TOKENS
 from pairtune.models.generate import generate_answers
 from pairtune.models.load import LoadedBase, blank_model, check_adapter, load_model, load_tuned
