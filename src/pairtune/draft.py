@@ -42,7 +42,9 @@ Tell = Callable[[str], None]
 _RUNNING = 32  # answers at once
 _CONTEXT = 4096
 # What the rounds train with, unless a settings file says otherwise: one trial, lightly, since the next round follows.
-_TRAINING: dict[str, Any] = {"learning_rate": [1e-4], "beta": [0.1], "epochs": 1, "samples": 0}
+# The SFT term keeps later rounds at the chosen answers, where DPO alone goes on away from the rejected ones (Pang et
+# al. 2024, "Iterative Reasoning Preference Optimization", section 2; LOG.md has rounds with and without it).
+_TRAINING: dict[str, Any] = {"learning_rate": [1e-4], "beta": [0.1], "epochs": 2, "sft_weight": 1.0, "samples": 0}
 
 
 @dataclass(frozen=True)
