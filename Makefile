@@ -139,11 +139,15 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Generates docs/settings.md and docs/formats.md from the code, and docs/audit-matrix.md from recorded logs.
+# Generates the reference pages from the code and docs/audit-matrix.md from recorded logs, then the site in build/docs, and
+# fails on a warning, such as a link that leads nowhere.
 docs: install
 	$(BIN)/python scripts/settings_reference.py
 	$(BIN)/python scripts/formats_reference.py
+	$(BIN)/python scripts/commands_reference.py
+	$(BIN)/python scripts/rules_reference.py
 	$(BIN)/python tests/audit_matrix.py
+	$(BIN)/mkdocs build --strict --quiet
 
 pins: install
 	@{ head -1 constraints.txt; $(BIN)/python -m pip freeze --all --exclude-editable --exclude pip --exclude pairtune | sed 's/+cpu$$//'; } > constraints.new
