@@ -50,7 +50,7 @@ SLOW = {
     *("test_lock", "test_loop", "test_machine_doctor", "test_machines", "test_odd_runs"),
     *("test_plain_mistakes", "test_power", "test_publish", "test_report"),
     *("test_resume", "test_serve", "test_site", "test_site_chat", "test_site_runs", "test_site_walk"),
-    *("test_start", "test_trackers", "test_unpaired_runs", "test_votes"),
+    *("test_start", "test_trackers", "test_unpaired_runs", "test_votes", "test_wheel"),
 }
 
 

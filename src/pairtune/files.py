@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -16,6 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from pairtune.errors import BadInput
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 # macOS: what else reaches the disk stays in its cache, which a power cut empties.
 _FULL_SYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None)
@@ -64,8 +68,10 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold a file's content, or a folder's names; some file systems cannot do that for folders."""
-    handle = os.open(path, os.O_RDONLY)
+    """Have the disk hold a file's content, or a folder's names; Windows and some file systems cannot do the latter."""
+    if fcntl is None and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY if fcntl else os.O_RDWR)  # Windows syncs only what may be written
     try:
         if _FULL_SYNC is not None:
             with suppress(OSError):  # file systems that cannot do it are synced as elsewhere

@@ -41,7 +41,7 @@ _LONG_NAME = 120  # characters of a name in an error message
 _INTERRUPTED = 130  # Typer's exit code after Ctrl-C
 
 app = typer.Typer(
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # importing rich takes as long as the rest of `--help`
     help="Tune a small language model to people's preferences, on the machine you have.",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -253,5 +253,10 @@ def peak_memory_mb(device: torch.device) -> int:
     with suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) // 2**10
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows
+        return int(memory.peak_wset) // 2**20
+    import resource
+
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident // 2**20 if sys.platform == "darwin" else resident // 2**10
