@@ -64,7 +64,7 @@ def test_prompts_with_tools_are_not_answered_and_the_run_ends_well(tiny_model, t
     asked = pairtune("eval", run.root, "--data", tmp_path / "held.jsonl", "--samples", "3")
     assert (asked.returncode, asked.stderr.strip().splitlines()[-1]) == (
         2,
-        "error: --samples 3: every prompt comes with tools, so that none can be answered in text",
+        "error: --samples 3: every prompt comes with tools, so that none can be answered in text; use --samples 0",
     )
 
 

@@ -193,6 +193,8 @@ def answer_prompts(
     """
     prompts = held_out_prompts(pairs, count)
     if not prompts:
-        raise BadInput(f"--samples {count}: every prompt comes with tools, so that none can be answered in text")
+        raise BadInput(
+            f"--samples {count}: every prompt comes with tools, so that none can be answered in text; use --samples 0"
+        )
     answers = AnsweringModels(candidate.base, {TUNED: candidate.saved.folder}).answer(prompts, seed, on_progress)
     return Answered(prompts, answers[TUNED], answers["base"])

@@ -100,7 +100,7 @@ def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:
             continue
         renamed = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if renamed is None:
-            raise BadInput(f"GGUF has no name for the weight {name} of this model")
+            raise BadInput(f"GGUF has no name for the weight {name} of this model; use merged")
         values = weight.detach().float().cpu().numpy()
         if config.model_type == "llama" and (found := re.search(r"\.([qk])_proj\.", name)):
             values = _interleave(values, config.num_attention_heads if found[1] == "q" else config.num_key_value_heads)

@@ -58,7 +58,7 @@ def read_adapter(folder: Path, dtype: torch.dtype, device: torch.device) -> Adap
     factors = {}
     partners = {name.replace(".lora_A.", ".lora_B.") for name in tensors if ".lora_A." in name}
     if partners != {name for name in tensors if ".lora_B." in name} or "lora_alpha" not in settings:
-        raise BadInput(f"{folder}: the adapter is incomplete")
+        raise BadInput(f"{folder}: the adapter is incomplete; copy or download it again")
     for name in tensors:
         layer = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         if name.endswith(".lora_A.weight"):

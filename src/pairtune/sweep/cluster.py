@@ -121,7 +121,10 @@ def train_share(root: str, where: str, share: Sequence[str]) -> None:
     """
     for folder in (root, where):
         if not Path(folder).is_dir():
-            raise BadInput(f"--on: a node of the cluster does not see the folder {folder}")
+            raise BadInput(
+                f"--on: a node of the cluster does not see the folder {folder}; put it on a file system that all "
+                "machines share"
+            )
     os.chdir(where)
     run = Run(Path(root))
     config = run.settings
@@ -132,7 +135,10 @@ def train_share(root: str, where: str, share: Sequence[str]) -> None:
         base = open_base_of(run)
         data = prepare_data(config, base.tokenizer, earlier=prompts_before(run))
         if run.need(DataRecord).splits != data.record.splits:
-            raise BadInput(f"{run.paths.data}: a node sees other pairs than the run started with")
+            raise BadInput(
+                f"{run.paths.data}: a node sees other pairs than the run started with; share the data between the "
+                "machines"
+            )
         inputs = TrialInputs(
             base,
             weights_fingerprint(load_start(trials[0], base)),
@@ -203,7 +209,9 @@ def _resources(nodes: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], int]:
         return {"num_gpus": 1, "num_cpus": 1}, gpus
     cpus = [int(each["CPU"]) for each in found if each.get("CPU", 0) >= 1]
     if not cpus:
-        raise BadInput("--on: the Ray cluster has neither GPUs nor CPUs for tasks")
+        raise BadInput(
+            "--on: the Ray cluster has neither GPUs nor CPUs for tasks; add a machine that has (ray start --address ...)"
+        )
     return {"num_cpus": min(cpus)}, len(cpus)
 
 

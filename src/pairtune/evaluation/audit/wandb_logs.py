@@ -64,7 +64,7 @@ def _wandb_records(file: Path) -> Iterator[Any]:
 
     content = file.read_bytes()
     if not content.startswith(_WANDB_HEADER):
-        raise BadInput(f"{file}: is not a W&B run")
+        raise BadInput(f"{file}: is not a W&B run; give its folder (run-..., offline-run-...) or its .wandb file")
     try:
         for data in _wandb_data(content):
             record = Record()
