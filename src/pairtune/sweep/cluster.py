@@ -210,7 +210,7 @@ def _resources(nodes: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], int]:
     cpus = [int(each["CPU"]) for each in found if each.get("CPU", 0) >= 1]
     if not cpus:
         raise BadInput(
-            "--on: the Ray cluster has neither GPUs nor CPUs for tasks; add a machine that has (ray start --address ...)"
+            "--on: the Ray cluster has neither GPUs nor CPUs for tasks; add a machine that has (ray start --address)"
         )
     return {"num_cpus": min(cpus)}, len(cpus)
 
