@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pairtune as library
 from pairtune.evaluation.audit.check import audit as check
 from pairtune.evaluation.audit.own_runs import evidence_of_run
 from pairtune.run.folder import Run
+from pairtune.screen import screen
 from pairtune.shown import Pairs, Result
 
 TINY = {"learning_rate": 3e-3, "beta": 0.1, "epochs": 1, "dtype": "float32", "samples": 0}
@@ -292,3 +294,20 @@ class TestFromTrl:
         config = result.run.settings
         assert (config.batch_size, config.lora_rank, config.learning_rate) == (8, 4, [3e-3])
         assert result.path == tmp_path / "run"
+
+
+def test_in_a_notebook_progress_is_lines(monkeypatch: pytest.MonkeyPatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for name, live in (("json", True), ("ipykernel", False)):
+        out = Terminal()
+        monkeypatch.setattr(sys, "stderr", out)
+        monkeypatch.setitem(sys.modules, name, sys.modules["json"])
+        console = screen(stderr=True)
+        with console.status("working"):
+            console.print("a line")
+        assert console.is_terminal is live
+        assert (out.getvalue() == "a line\n") is not live
+        assert not console.is_jupyter

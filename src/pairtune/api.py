@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,6 @@ from pairtune.shown import Audit, Comparison, DataReport, Evaluation, Pairs, Res
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.status import Status
 
     from pairtune.config import OnBadRow, Pairing, Wanted
     from pairtune.resolve_config import Resolved
@@ -324,9 +325,12 @@ def audit(
     return Audit(check(evidence), {trial.name: trial.beta for trial in evidence.trials if trial.beta})
 
 
-def loading(console: Console) -> Status:
+@contextmanager
+def loading(console: Console) -> Iterator[None]:
     """Within this context, the screen shows that libraries are being imported, which takes seconds."""
-    return console.status("loading PyTorch")
+    with console.status("loading PyTorch"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "IProgress not found")  # tqdm in notebooks; its bars are not used
+        yield
 
 
 def settings_of(file: Path | None, given: Mapping[str, Any]) -> Resolved:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,10 +21,14 @@ def harmless(text: str) -> str:
 
 
 def screen(*, stderr: bool = False, width: int | None = None) -> Console:
-    """A console that prints harmless texts with its own colours; what a spinner says, which is ours, is not changed."""
+    """A console that prints harmless texts with its own colours; what a spinner says, which is ours, is not changed.
+
+    In a notebook it prints lines, as into a file: a live view there would be one output after another.
+    """
     from rich.console import Console
 
-    console = Console(stderr=stderr, width=width)
+    notebook = "ipykernel" in sys.modules  # whose streams say that they are a terminal
+    console = Console(stderr=stderr, width=width, force_jupyter=False, force_terminal=False if notebook else None)
     console.push_render_hook(_Hook())  # type: ignore[arg-type] # the base class would import rich with this module
     return console
 

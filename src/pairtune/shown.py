@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -17,11 +18,12 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from pairtune.data.inspection import Inspection
+    from pairtune.report.charts import Chart
     from pairtune.report.report_data import ReportData
     from pairtune.run.folder import Run
     from pairtune.run.records import AuditRecord, ComparedModels, EvaluationReport, Selection, SourceAccount
 
-_WIDTH = 110  # characters
+_WIDTH = 140  # characters
 _FIRST = 5  # rows of pairs that are shown
 _PARTS = ("prompt", "chosen", "rejected", "completion", "label")
 _CELL = 300  # characters of a text that are shown
@@ -246,9 +248,8 @@ class Result(Shown):
     def charts(self) -> dict[str, str]:
         """The curves of all trials, each an SVG file's text, by name: `loss`, `accuracy`, `margin` and others."""
         from pairtune.report.charts import draw, standalone
-        from pairtune.report.series import charts
 
-        return {name: standalone(draw(chart)) for name, chart in charts(self._read.trials, self.winner).items()}
+        return {name: standalone(draw(chart)) for name, chart in self._curves.items()}
 
     def audit(self) -> Audit:
         """What the audit found in the run's own numbers."""
@@ -277,8 +278,25 @@ class Result(Shown):
         return render_run(self.run)
 
     def _repr_html_(self) -> str:
-        drawn = "".join(f'<div style="max-width:46em">{svg}</div>' for svg in self.charts.values())
-        return super()._repr_html_() + drawn
+        from pairtune.report.charts import SERIES as COLOURS
+
+        trials = "".join(
+            f'<span style="margin-right:1.5em"><span class="swatch s{number % COLOURS}"></span> {escape(trial.label)}'
+            f"{' (winner, thick)' if trial.name == self.winner else ''}</span>"
+            for number, trial in enumerate(self._read.trials)
+        )
+        drawn = "".join(
+            f'<figure style="flex:1 1 20em;max-width:30em;margin:.5em 0"><figcaption>{escape(self._curves[name].title)}'
+            f"</figcaption>{svg}</figure>"
+            for name, svg in self.charts.items()
+        )
+        return f'{super()._repr_html_()}<p>{trials}</p><div style="display:flex;flex-wrap:wrap;gap:1em">{drawn}</div>'
+
+    @property
+    def _curves(self) -> dict[str, Chart]:
+        from pairtune.report.series import charts
+
+        return charts(self._read.trials, self.winner)
 
     @property
     def _read(self) -> ReportData:
