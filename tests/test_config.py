@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import get_args
 
@@ -193,11 +192,3 @@ def test_options_tell_types_ranges_and_grids():
 def test_the_flags_know_every_part_that_a_column_can_hold():
     """They are listed twice, because `--help` should not import pydantic."""
     assert set(COLUMN_PARTS) == set(get_args(ColumnPart))
-
-
-@pytest.mark.parametrize("name", ["settings", "formats"])
-def test_the_reference_is_up_to_date(name):
-    spec = spec_from_file_location(name, DOCS.parent / "scripts" / f"{name}_reference.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert (DOCS / f"{name}.md").read_text() == module.reference(), "`make docs` writes it"

@@ -242,11 +242,17 @@ class TestFromTrl:
         assert "pairs per optimizer step" in found.told["per_device_train_batch_size"][1]
         assert "sft_weight: 0.5" in str(found)
 
+    def test_an_8_bit_optimizer_is_taken_over_for_all_weights(self):
+        assert library.from_trl({"optim": "paged_adamw_8bit"})["optimizer"] == "adamw-8bit"
+        assert library.from_trl({"optim": "adamw_bnb_8bit"}, {"r": 4})["optimizer"] == "adamw"
+        assert "optimizer" not in library.from_trl({})
+
     def test_trls_own_defaults_are_taken_over(self):
         ours = library.from_trl({})
         trls = library.from_trl(DPOConfig(output_dir="x", use_cpu=True))
         different = {name for name in trls if ours.get(name) != trls[name]}
-        assert different == {"out"}
+        assert different == {"out", "optimizer"}  # the latter is named, and is the default
+        assert trls["optimizer"] == "adamw"
         assert ours["method"] == "full"
 
     @pytest.mark.parametrize(
@@ -263,6 +269,7 @@ class TestFromTrl:
             ("loss_type", ["aot"]),
             ("num_train_epochs", 1.5),
             ("fp16", True),
+            ("optim", "adafactor"),
             ("report_to", ["comet_ml"]),
         ],
     )

@@ -64,6 +64,7 @@ GRIDS = {
     "side by side": [trial(epochs=1), trial(beta=0.3, loss="ipo"), trial(learning_rate=1e25)],
     "dropout": [trial(lora_dropout=0.4)],
     "full": [trial(method="full", learning_rate=1e-3)],
+    "8 bits": [trial(method="full", learning_rate=1e-3, optimizer="adamw-8bit")],
 }
 
 

@@ -61,6 +61,7 @@ Select = Annotated[
 Track = Literal["wandb", "tensorboard", "mlflow"]
 DType = Literal["auto", "float32", "bfloat16"]
 Checkpointing = Literal["auto", "on", "off"]
+Optimizer = Literal["adamw", "adamw-8bit"]
 Reference = Literal["start", "base"]
 OnTop = Literal["continue", "new"]
 OnBadRow = Literal["stop", "skip"]
@@ -314,6 +315,12 @@ class _Training(_Strict):
         group=TRAINING,
         metavar="SHARE",
     )
+    optimizer: Optimizer = setting(
+        "adamw",
+        "Optimizer; adamw-8bit keeps AdamW's moments in 8 bits, for --method full where memory is short.",
+        "AdamW as published, with float32 moments",
+        group=TRAINING,
+    )
     max_grad_norm: Positive = setting(1.0, "Gradients are clipped to this norm.", "TRL's default", group=TRAINING)
     patience: PositiveInt | None = setting(
         None,
@@ -367,6 +374,13 @@ class _Training(_Strict):
     def _smoothing_of_exo(cls, value: float, info: ValidationInfo) -> float:
         if info.data.get("loss") == "exo_pair" and value == 0:
             raise ValueError("must be above 0 for the loss exo_pair, for example 0.001")
+        return value
+
+    @field_validator("optimizer")
+    @classmethod
+    def _of_all_weights(cls, value: Optimizer, info: ValidationInfo) -> Optimizer:
+        if value == "adamw-8bit" and info.data.get("method") == "lora":
+            raise ValueError("is for --method full; the moments of adapters take little memory")
         return value
 
     @field_validator("sft_weight")
@@ -625,6 +639,8 @@ class RunConfig(_Training):
             raise ValueError(
                 "has no simpo or orpo, no SFT weight, and no label smoothing of sigmoid; use --engine pairtune"
             )
+        if value == "trl" and info.data.get("optimizer") == "adamw-8bit":
+            raise ValueError("has AdamW with float32 moments here; use --engine pairtune, or omit --optimizer")
         if value == "trl" and info.data.get("row_tokens"):
             raise ValueError("has no rows of packed pairs; omit --row-tokens")
         if value == "trl" and info.data.get("eval_dtype"):

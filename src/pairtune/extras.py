@@ -11,6 +11,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "serve": ("django", "uvicorn", "starlette", "openai"),
     "search": ("optuna",),
     "trl": ("trl",),
+    "8bit": ("bitsandbytes",),
     "ray": ("ray",),
     "gguf": ("gguf",),
     "judge": ("openai",),

@@ -270,7 +270,16 @@ def training_memory(
     head = words * (number_size + 4)
     evaluating = shape.evaluation_row * (4 * shape.inner + 6 * shape.hidden) * number_size + head
     parts = {"weights": float(shape.parameters * number_size)}
-    if trial.method == "full":
+    if trial.method == "full" and trial.optimizer == "adamw-8bit":
+        # Moments of 8 bits with their scales, what masters have beyond the weights, and the gradients: of a step's only
+        # row as they come, of several rows their sum in float32; the output embedding's is in float32 besides.
+        several = trial.batch_size * lengths.longest > row_tokens
+        masters = 2 if number_size < 4 else 0
+        gradients = (
+            4 + number_size if several else number_size
+        ) * shape.parameters + 4 * shape.vocabulary * shape.hidden
+        parts["gradients and optimizer"] = (2 + 8 / 256 + masters) * shape.parameters + gradients
+    elif trial.method == "full":
         masters = 4 if number_size < 4 else 0
         # The row's own gradients next to the sums, the output embedding's in float32 besides.
         gradients = 4 * shape.parameters + number_size * shape.parameters + 4 * shape.vocabulary * shape.hidden

@@ -200,6 +200,8 @@ def _open(
         raise BadInput(
             "--engine trl: runs in a single process; start it without the launcher, or use --engine pairtune"
         )
+    if processes.count > 1 and any(trial.optimizer == "adamw-8bit" for trial in config.trials()):
+        raise BadInput("--optimizer adamw-8bit: runs in a single process; start it without the launcher, or use adamw")
     console = console if processes.first else Console(quiet=True)
     console.print(f"opening {config.model}", highlight=False)
     with processes.first_before_others():
@@ -223,6 +225,8 @@ def _check_extras(config: RunConfig) -> None:
         require("search", "--prune")
     if config.cluster:
         require("ray", "--on")
+    if any(trial.optimizer == "adamw-8bit" for trial in config.trials()):
+        require("8bit", "--optimizer adamw-8bit")
 
 
 def _carry_out(

@@ -61,7 +61,6 @@ _NOT_NEEDED: dict[str, str] = {
     "truncation_mode": "a prompt that is too long loses its oldest turns; answers are never cut",
     "per_device_eval_batch_size": "metrics are means over pairs and do not depend on batches",
     "disable_dropout": "there is none but lora_dropout",
-    "optim": "AdamW",
     "dataset_num_proc": "pairs are tokenized as they are read",
 }
 
@@ -130,6 +129,9 @@ def from_trl(args: Any, peft_config: Any = None) -> TrlSettings:
         reader.take(name, partial(_named, name))
     reader.take("gradient_checkpointing", lambda value: {"checkpointing": "auto" if value else "off"})
     reader.precision()
+    reader.take(
+        "optim", lambda value: {"optimizer": "adamw-8bit"} if str(value).endswith("8bit") and not adapter else {}
+    )
     reader.take("report_to", _trackers)
     reader.take("output_dir", lambda value: {"out": Path(value)} if value else {})
     if given.get("push_to_hub"):
@@ -221,6 +223,13 @@ def _changed(config: Any) -> set[str]:
 
 def _named(name: str, value: Any) -> dict[str, Any]:
     return {} if value is None else {name: value}
+
+
+def _optimizer(full: bool, value: Any) -> dict[str, Any]:
+    name = str(getattr(value, "value", value))
+    if "adamw" not in name:
+        raise BadInput(f"optim: {name} changes what is trained, and has no counterpart here; use adamw_torch")
+    return {"optimizer": "adamw-8bit" if full and "8bit" in name else "adamw"}
 
 
 def _whole(name: str, value: float) -> int:

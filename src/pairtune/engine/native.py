@@ -28,6 +28,7 @@ from pairtune.engine.checkpoint import (
     read_state,
     write_checkpoint,
 )
+from pairtune.engine.compact import CompactOptimizer, CompactWeights
 from pairtune.engine.divergence import PAIRS, BaseStates, base_states
 from pairtune.engine.lora import LoraLinear, add_adapters, load_adapter, peft_config, peft_tensors, settings_of
 from pairtune.engine.losses import Objective
@@ -115,8 +116,8 @@ class _TrialState:
 
     result: TrialRecord
     paths: TrialPaths
-    weights: FullWeights | AdapterWeights | FlatAdapterWeights
-    optimizer: TrialOptimizer
+    weights: FullWeights | CompactWeights | AdapterWeights | FlatAdapterWeights
+    optimizer: TrialOptimizer | CompactOptimizer
     losses: list[float] = field(default_factory=list)  # of the training pairs seen in the current epoch
     lines: int = 0  # in its metrics.jsonl
 
@@ -127,7 +128,7 @@ class _TrialState:
 
 def _identity(trial: TrialConfig) -> str:
     """A trial's settings; those that older checkpoints do not know are left out at their defaults."""
-    later = ("desirable_weight", "undesirable_weight", "row_tokens")
+    later = ("desirable_weight", "undesirable_weight", "row_tokens", "optimizer")
     same = {name for name in later if getattr(trial, name) == TrialConfig.model_fields[name].default}
     return trial.model_dump_json(exclude=same)
 
@@ -148,7 +149,10 @@ class _TrialGroup:
         self.members: list[_TrialState] = []
         # Order matters: float32 master weights are taken before the model is cast, and the reference's outputs are
         # computed before the model has the trials' adapters.
-        masters = FullWeights(self.model, inputs.base.dtype) if self.shared.method == "full" else None
+        masters: FullWeights | CompactWeights | None = None
+        if self.shared.method == "full":
+            kind = CompactWeights if self.shared.optimizer == "adamw-8bit" else FullWeights
+            masters = kind(self.model, inputs.base.dtype)
         cast_parameters(self.model, inputs.base.dtype)
         opened = open_reference(inputs.base, self.model, settings_of(self.shared), inputs.kernels)
         self.references, self.base_states = self._base_outputs(opened)
@@ -160,7 +164,12 @@ class _TrialGroup:
         flat = self.policy.flat
         for index, result in enumerate(self.results):
             weights = masters or (FlatAdapterWeights(flat, index) if flat else AdapterWeights(adapted, index))
-            optimizer = TrialOptimizer(result.trial, weights.tensors, batches * result.trial.epochs, weights.shapes)
+            steps = batches * result.trial.epochs
+            optimizer = (
+                CompactOptimizer(result.trial, weights, steps)
+                if isinstance(weights, CompactWeights)
+                else TrialOptimizer(result.trial, weights.tensors, steps, weights.shapes)
+            )
             self.members.append(_TrialState(result, run.paths.trial(result.trial.name), weights, optimizer))
         if [result.trial.name for result in checkpointed(run)] == [trial.name for trial in trials]:
             self._restore()

@@ -11,7 +11,24 @@ from pairtune.config import TrialConfig
 from pairtune.engine.lora import FlatAdapters, LoraLinear
 
 
-class TrialOptimizer:
+class LinearDecay:
+    """A learning rate that decays linearly to 0, as TRL's default does.
+
+    Args:
+        trial: sets the first step's rate.
+        steps: number of steps.
+    """
+
+    def __init__(self, trial: TrialConfig, steps: int) -> None:
+        self.trial, self.steps, self.step = trial, steps, 0
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the next step."""
+        return self.trial.learning_rate * max(0.0, 1 - self.step / self.steps)
+
+
+class TrialOptimizer(LinearDecay):
     """Updates the weights of one trial.
 
     Args:
@@ -24,15 +41,10 @@ class TrialOptimizer:
     def __init__(
         self, trial: TrialConfig, weights: Sequence[Tensor], steps: int, shapes: Sequence[torch.Size] | None = None
     ) -> None:
+        super().__init__(trial, steps)
         self.weights = list(weights)
         self._shapes = shapes
-        self.trial, self.steps, self.step = trial, steps, 0
         self.adamw = torch.optim.AdamW(self.weights, lr=trial.learning_rate, weight_decay=0.0, fused=True)
-
-    @property
-    def learning_rate(self) -> float:
-        """The learning rate of the next step."""
-        return self.trial.learning_rate * max(0.0, 1 - self.step / self.steps)
 
     def clip(self) -> float:
         """Clip the gradients.
