@@ -129,9 +129,7 @@ def from_trl(args: Any, peft_config: Any = None) -> TrlSettings:
         reader.take(name, partial(_named, name))
     reader.take("gradient_checkpointing", lambda value: {"checkpointing": "auto" if value else "off"})
     reader.precision()
-    reader.take(
-        "optim", lambda value: {"optimizer": "adamw-8bit"} if str(value).endswith("8bit") and not adapter else {}
-    )
+    reader.take("optim", partial(_optimizer, adapter is None))
     reader.take("report_to", _trackers)
     reader.take("output_dir", lambda value: {"out": Path(value)} if value else {})
     if given.get("push_to_hub"):
