@@ -35,6 +35,7 @@ CONFIGURATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "bundled, batch 8": ("bundled", (*ONE, "--batch-size", "8")),
     "bundled, rank 64": ("bundled", (*ONE, "--lora-rank", "64")),
     "bundled, all weights": ("bundled", (*ONE, "--method", "full")),
+    "bundled, all weights, 8 bits": ("bundled", (*ONE, "--method", "full", "--optimizer", "adamw-8bit")),
     "bundled, with answers": ("bundled", (*ONE, "--samples", "8")),
     "bundled, in 2 GB": ("bundled", (*GRID, "--memory", "2GB")),
     "Qwen2, one trial": ("qwen2", ONE),
