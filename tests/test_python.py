@@ -17,6 +17,8 @@ from transformers import TrainingArguments
 from trl import DPOConfig
 
 import pairtune as library
+from pairtune.api import _SOURCE, settings_of
+from pairtune.config import SourceConfig
 from pairtune.evaluation.audit.check import audit as check
 from pairtune.evaluation.audit.own_runs import evidence_of_run
 from pairtune.run.folder import Run
@@ -127,6 +129,16 @@ def test_what_is_wrong_with_rows_is_said_before_anything_is_written(tiny_model: 
     with pytest.raises(library.BadInput, match="--data: is required"):
         library.tune(out=out)
     assert not out.parent.exists()
+
+
+def test_rows_and_sources_are_told_apart(tmp_path: Path):
+    file = str(write_pairs(tmp_path / "pairs.jsonl", range(8)))
+    weighted = settings_of(None, {"data": [{"source": file, "weight": 2}], "out": tmp_path / "run"}).config
+    assert weighted.data[0].weight == 2
+    assert set(SourceConfig.model_fields) == _SOURCE
+    named = [row | {"source": "a column of one's own"} for row in rows(range(8))]
+    (kept,) = settings_of(None, {"data": named, "out": tmp_path / "run"}).config.data
+    assert [json.loads(line) for line in Path(kept.source).read_text().splitlines()] == named
 
 
 def test_several_processes_are_for_the_command(monkeypatch: pytest.MonkeyPatch):

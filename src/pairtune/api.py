@@ -32,6 +32,7 @@ Source = str | Path | Pairs | Iterable[Mapping[str, Any]]
 # Called with the calls and tokens that a judge behind an endpoint would take, and its name; raises to refuse.
 Agree = Callable[[dict[str, int], str], None]
 
+_SOURCE = {"source", "weight", "columns"}  # what a source may have besides its name; see `config.SourceConfig`
 _ROWS = "rows"  # what rows that are in no file are called in messages
 
 
@@ -371,7 +372,7 @@ def _is_rows(value: Any) -> bool:
     if value is None or isinstance(value, str | Path | Mapping):
         return False
     if isinstance(value, list | tuple):
-        return bool(value) and all(isinstance(each, Mapping) and "source" not in each for each in value)
+        return bool(value) and all(isinstance(each, Mapping) and not each.keys() <= _SOURCE for each in value)
     return True
 
 
