@@ -11,7 +11,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -348,11 +348,15 @@ def settings_of(file: Path | None, given: Mapping[str, Any]) -> Resolved:
     placeholder = {name: [_ROWS] for name in rows}
     resolved = resolve(file, {**_plain(flags), **placeholder})
     check_new(resolved.config.out)
-    if rows:
-        files = {name: [str(_keep(value, name, resolved.config.out.parent))] for name, value in rows.items()}
-        resolved = resolve(file, {**_plain(flags), **files, "out": resolved.config.out})
-    resolved = with_votes(resolved)
-    probe(resolved.config)
+    with ExitStack() as unless_used:
+        for name, value in rows.items():
+            path, new = _keep(value, name, resolved.config.out.parent)
+            flags |= {name: [str(path)], "out": resolved.config.out}
+            if new:
+                unless_used.callback(path.unlink)
+        resolved = with_votes(resolve(file, _plain(flags)) if rows else resolved)
+        probe(resolved.config)
+        unless_used.pop_all()  # bad input leaves nothing behind
     return resolved
 
 
@@ -376,15 +380,16 @@ def _is_rows(value: Any) -> bool:
     return True
 
 
-def _keep(rows: Any, name: str, folder: Path) -> Path:
-    """A file with the rows, named by its content, so that a run can be resumed and repeated."""
+def _keep(rows: Any, name: str, folder: Path) -> tuple[Path, bool]:
+    """A file with the rows, named by its content, so that a run can be resumed and repeated; and whether it is new."""
     if hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # a table of pandas
         rows = rows.to_dict(orient="records")
     text = json_lines(list(rows), name)
     path = folder / f"pairs-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
-    if not path.is_file():
-        write_atomic(path, text)
-    return path
+    if path.is_file():
+        return path, False
+    write_atomic(path, text)
+    return path, True
 
 
 def _check(beta: float, on_bad_row: str, dtype: str) -> None:
