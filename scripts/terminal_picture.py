@@ -2,7 +2,7 @@
 
 python scripts/terminal_picture.py OUT.svg TEXT [--command "pairtune demo"] [--from WORDS] [--rows 40]
 
-TEXT is a file with the command's output, with colours if it was made so (`FORCE_COLOR=1 COLUMNS=110 pairtune ... > TEXT`).
+TEXT is a file with the command's output, in colour if it was made so (`FORCE_COLOR=1 COLUMNS=110 pairtune ... > TEXT`).
 The picture begins at the first line that has WORDS in it, and says how many lines were left out before and after.
 """
 
