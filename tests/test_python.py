@@ -124,7 +124,7 @@ def test_what_is_wrong_with_rows_is_said_before_anything_is_written(tiny_model: 
         library.tune([{"chosen": "a", "rejected": "b"}, {"chosen": b"a", "rejected": "b"}], out=out)
     with pytest.raises(library.BadInput, match="data: row 1 should be a mapping of columns, not int"):
         library.tune(iter([3]), out=out)
-    with pytest.raises(library.BadInput, match=r"pairs-\w+\.jsonl: row 2 .*rejected"):
+    with pytest.raises(library.BadInput, match=r"pairs-\w+\.jsonl: row 2: field rejected"):
         library.tune([*rows(range(1)), {"prompt": "a", "chosen": "b"}], out=tmp_path / "other" / "run")
     assert list(tmp_path.rglob("*.jsonl")) == []
     with pytest.raises(library.BadInput, match="--learning-rat: is not a setting"):
