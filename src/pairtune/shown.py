@@ -259,17 +259,15 @@ class Result(Shown):
         return Audit(self.run.need(AuditRecord), betas)
 
     def load(self) -> tuple[Any, Any]:
-        """The tuned model and its tokenizer, as PEFT and transformers load them.
+        """The tuned model and its tokenizer, in the dtype and on the device that the run was made with.
 
         Returns:
             A `PeftModel`, or with method full a `PreTrainedModel`; and the tokenizer.
         """
-        from peft import AutoPeftModelForCausalLM
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from pairtune.models.load import load_tokenizer, load_tuned
+        from pairtune.models.start import open_base_of
 
-        adapter = (self.best / "adapter_config.json").is_file()
-        model = (AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM).from_pretrained(self.best)
-        return model, AutoTokenizer.from_pretrained(self.best)
+        return load_tuned(self.best, open_base_of(self.run)), load_tokenizer(self.best)
 
     def rendered(self) -> RenderableType:
         """As `pairtune tune` prints it."""
