@@ -21,9 +21,8 @@ from conftest import make_pair, small_run, write_pairs
 
 import pairtune as library
 from pairtune import cli
-from pairtune.config import Loss, RunConfig
+from pairtune.config import Loss
 from pairtune.models import resolve as models
-from pairtune.resolve_config import resolve
 from pairtune.run.metrics import EXAMPLE_METRICS, KL, KL_ESTIMATE, TrainingStep
 
 ROOT = Path(__file__).parents[1]
@@ -141,7 +140,7 @@ def test_every_function_is_on_the_python_page():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_commands_on_every_page_are_accepted(page: Path):
     for line in commands(page):
-        parsed(line)
+        assert parsed(line)[0], line
     for code in re.findall(r"`(pairtune [^`\n]+)`", page.read_text(encoding="utf-8")):
         if not re.search(r"\.\.\.|--help|COMMAND|THIS_FILE|^pairtune --", code):
             with contextlib.suppress(_Missing):  # within a sentence a command need not be whole
@@ -153,16 +152,6 @@ def test_a_flag_that_is_not_there_is_noticed():
         parsed("pairtune tune --data pairs.csv --learning-speed 3")
     with pytest.raises(AssertionError, match="there is no command tuen"):
         parsed("pairtune tuen --data pairs.csv")
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_settings_on_every_page_are_settings(page: Path, tmp_path: Path):
-    for number, block in enumerate(blocks(page, "yaml")):
-        content = yaml.safe_load(block)
-        if isinstance(content, dict) and set(content) & set(RunConfig.model_fields):
-            file = tmp_path / f"{number}.yaml"
-            file.write_text(block)
-            resolve(file, {} if "data" in content else {"data": ["bundled:concise"]})
 
 
 class TestPagesRun:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -30,12 +31,12 @@ _CELL = 300  # characters of a text that are shown
 _PRE = '<pre style="white-space:pre;overflow-x:auto;line-height:1.3;font-family:monospace">{code}</pre>'
 
 
-class Shown:
+class Shown(ABC):
     """What `print` and a notebook show of a result: the same as the command line prints."""
 
+    @abstractmethod
     def rendered(self) -> RenderableType:
         """The result for rich."""
-        raise NotImplementedError
 
     def __str__(self) -> str:
         console = _console()
