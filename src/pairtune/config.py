@@ -420,8 +420,8 @@ class RunConfig(_Training):
 
     model: str = setting(
         "smollm2-135m",
-        "Model to start from: a Hub id (org/name#revision), a folder, a .gguf file, smollm2-135m; or a tuned model: a "
-        "run, RUN/TRIAL, an adapter.",
+        "Model to start from: a Hub id (org/name#revision), a folder, a .gguf file, smollm2-135m, each with @nf4 for "
+        "linear layers in 4 bits; or a tuned model: a run, RUN/TRIAL, an adapter.",
         "bundled, needs no network, trains on a laptop's CPU",
         group=COMMON,
         metavar="MODEL",

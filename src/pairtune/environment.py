@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
+import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -89,6 +92,16 @@ def describe_machine(device: str = "cpu", root: Path = Path("/")) -> Machine:
         limits={name: os.environ[name] for name in _LIMITS if name in os.environ},
         device=device,
     )
+
+
+def program() -> str:
+    """What to type for this program in the current folder: its path where the shell would not find its name."""
+    script = Path(sys.executable).parent / "pairtune"
+    if shutil.which("pairtune") or not script.is_file():
+        return "pairtune"
+    with suppress(ValueError):
+        return str(script.relative_to(Path.cwd()))
+    return str(script)
 
 
 def others_are_busy(share: float = 0.25, seconds: float = 0.2) -> bool:

@@ -57,6 +57,7 @@ class ModelShape(Part):
         packed: whether pairs share rows; otherwise each answer has a padded row with its own copy of the prompt.
         fused: whether the engine has its own implementation of the layers, which keeps less for the backward pass.
         accelerator: whether it is computed on one: in longer rows, and without keeping attention weights.
+        four_bit: how many of the parameters are stored in 4 bits.
     """
 
     parameters: int
@@ -71,6 +72,16 @@ class ModelShape(Part):
     packed: bool = True
     fused: bool = True
     accelerator: bool = False
+    four_bit: int = 0
+
+    def weights(self, number_size: int, packed: int) -> float:
+        """Bytes of all weights.
+
+        Args:
+            number_size: bytes of one that is not in 4 bits.
+            packed: how many are in 4 bits, with a scale for 64 of them.
+        """
+        return float((self.parameters - packed) * number_size + packed * (0.5 + number_size / 64))
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -269,7 +280,7 @@ def training_memory(
     words = min(tokens, shape.logits // shape.vocabulary) * shape.vocabulary
     head = words * (number_size + 4)
     evaluating = shape.evaluation_row * (4 * shape.inner + 6 * shape.hidden) * number_size + head
-    parts = {"weights": float(shape.parameters * number_size)}
+    parts = {"weights": shape.weights(number_size, shape.four_bit)}
     if trial.method == "full" and trial.optimizer == "adamw-8bit":
         # Moments of 8 bits with their scales, what masters have beyond the weights, and the gradients: of a step's only
         # row as they come, of several rows their sum in float32; the output embedding's is in float32 besides.
@@ -322,7 +333,8 @@ def _answering_memory(config: RunConfig, shape: ModelShape, number_size: int, le
     if config.method == "full":
         adapters = 0
     return {
-        "weights": float(shape.parameters * number_size),
+        # On a CPU answers are given with whole weights: unpacking them at every token would take longer than the rest.
+        "weights": shape.weights(number_size, shape.four_bit if shape.accelerator else 0),
         "adapters": float(adapters),
         "KV cache": float(cache),
         "logits": float(3 * questions * shape.vocabulary * 4),

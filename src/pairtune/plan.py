@@ -22,7 +22,7 @@ from pairtune.errors import BadInput
 from pairtune.footprint import PairLengths, of_single_answers
 from pairtune.models.load import LoadedBase, blank_model, load_tokenizer, pick_device, pick_dtype, read_config
 from pairtune.models.resolve import BUNDLED as BUNDLED_MODEL
-from pairtune.models.resolve import ModelSource, resolve_model
+from pairtune.models.resolve import NF4, ModelSource, resolve_model
 from pairtune.models.start import open_start
 from pairtune.track.starved import STARVED
 
@@ -70,13 +70,14 @@ def plan_run(config: RunConfig, say: Say = lambda what: None, *, has_data: bool 
 
 def _open(config: RunConfig, has_data: bool) -> tuple[LoadedBase, list[str]]:
     """The model, of which only the config and, if there is data, a tokenizer is needed."""
-    path = Path(config.model).expanduser()
+    path = Path(config.model.removesuffix(NF4)).expanduser()
     file = path / "config.json" if path.is_dir() else path
     if file.suffix != ".json" or not file.is_file() or any(file.parent.glob("*.safetensors")):
         start = open_start(config.model, config.dtype, config.on_top, config.reference, config.method)
         return start.base, []
     folder, device = file.parent.resolve(), pick_device()
-    source = ModelSource(config.model, file.resolve(), "folder", str(folder))
+    packed = config.model.endswith(NF4)
+    source = ModelSource(config.model, file.resolve(), "nf4" if packed else "folder", str(folder))
     read_config(source)
     dtype = pick_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     base, notes = LoadedBase(source, None, dtype, device), [f"{config.model}: planned from its config alone"]

@@ -28,7 +28,10 @@ def screen(*, stderr: bool = False, width: int | None = None) -> Console:
     from rich.console import Console
 
     notebook = "ipykernel" in sys.modules  # whose streams say that they are a terminal
-    console = Console(stderr=stderr, width=width, force_jupyter=False, force_terminal=False if notebook else None)
+    # No markup: names of files and columns, and what rows say, may have brackets.
+    console = Console(
+        stderr=stderr, width=width, force_jupyter=False, force_terminal=False if notebook else None, markup=False
+    )
     console.push_render_hook(_Hook())  # type: ignore[arg-type] # the base class would import rich with this module
     return console
 

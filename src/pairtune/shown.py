@@ -54,7 +54,7 @@ class Shown(ABC):
 def _console() -> Console:
     from rich.console import Console
 
-    return Console(record=True, file=io.StringIO(), width=_WIDTH, force_jupyter=False)
+    return Console(record=True, file=io.StringIO(), width=_WIDTH, force_jupyter=False, markup=False)
 
 
 class Pairs(Shown, Sequence[dict[str, Any]]):

@@ -20,25 +20,32 @@ from transformers.pytorch_utils import Conv1D
 
 from pairtune.engine.activations import silu, silu_gradient
 from pairtune.engine.norms import inverse_rms, norm_gradients
-from pairtune.engine.products import Products, linear_layers
+from pairtune.engine.products import Products, linear_layers, matrix_of
+from pairtune.models.nf4 import Nf4Linear, unpack
 
 
 class Weights(NamedTuple):
     """The tensors of a linear layer and of its K adapters, if it has any.
 
     Attributes:
-        matrix: [in, out], a view of the layer's weight.
+        stored: the matrix, [in, out], a view of the layer's weight; or the weight in 4 bits, see `nf4.pack`.
         bias: [out], or None.
         a: [K, rank, in], or None.
         b: [K, out, rank], or None.
         mask: dropout mask of the adapters' input, [tokens, in], or None; see `lora.LoraLinear`.
+        scales: of a weight in 4 bits, or None.
     """
 
-    matrix: Tensor
+    stored: Tensor
     bias: Tensor | None
     a: Tensor | None = None
     b: Tensor | None = None
     mask: Tensor | None = None
+    scales: Tensor | None = None
+
+    def matrix(self, inputs: int) -> Tensor:
+        """The matrix, [in, out], of a layer with this many inputs; of 4 bits unpacked anew, and not kept."""
+        return self.stored if self.scales is None else unpack(self.stored, self.scales).view(-1, inputs).T
 
 
 @dataclass(frozen=True)
@@ -208,8 +215,10 @@ def _products(x: Tensor, layers: Sequence[Linear], products: Products) -> tuple[
     """Each layer's output, and its adapters' inner activations, [K, tokens, rank]."""
     outputs: list[Tensor] = []
     inners: list[Tensor | None] = []
-    for (matrix, bias, a, b, mask), scale in ((each.weights, each.scale) for each in layers):
-        output, inner = products.matmul(x.reshape(-1, len(matrix)), matrix, bias), None
+    inputs = x.shape[-1]
+    for weights, scale in ((each.weights, each.scale) for each in layers):
+        _, bias, a, b, mask, _ = weights
+        output, inner = products.matmul(x.reshape(-1, inputs), weights.matrix(inputs), bias), None
         if a is not None and b is not None:
             inner = products.batched(_dropped(_by_trial(x, a), mask), a.mT)
             output = products.add_batched(_by_trial(output, a), inner, b.mT, scale)
@@ -254,13 +263,13 @@ def _gradients(
     total: Tensor | None = None
     found: list[Tensor | None] = []
     for number, (layer, inner, grad) in enumerate(zip(layers, inners, grads, strict=True)):
-        matrix, _, a, b, mask = layer.weights
+        stored, _, a, b, mask, _ = layer.weights
         by_matrix, by_bias, *_ = needed[number * _EACH :]
-        rows = grad.reshape(-1, grad.shape[-1])
+        rows, inputs = grad.reshape(-1, grad.shape[-1]), x.shape[-1]
         if by_x:
-            part = products.matmul(rows, matrix.T).view_as(x)
+            part = products.matmul(rows, layer.weights.matrix(inputs).T).view_as(x)
             total = part if total is None else total.add_(part)
-        of_matrix = _weight_gradient(x.reshape(-1, len(matrix)), rows, matrix) if by_matrix else None
+        of_matrix = _weight_gradient(x.reshape(-1, inputs), rows, stored) if by_matrix else None
         of_bias = rows.sum(0) if by_bias else None
         of_a = of_b = None
         if a is not None and b is not None and inner is not None:
@@ -271,7 +280,7 @@ def _gradients(
             of_b = products.bmm(inner.mT, grads_of_trials, len(a)).float().mul_(layer.scale).mT
             if total is not None:
                 _add_of_adapters(_by_trial(total, a), grad_inner, a, mask, products)
-        found += [of_matrix, of_bias, of_a, of_b, None]
+        found += [of_matrix, of_bias, of_a, of_b, None, None]
     return total, found
 
 
@@ -305,9 +314,9 @@ def _layers(scales: Sequence[float], tensors: Sequence[Tensor | None], dtype: to
     """The layers of these tensors, with adapters in the dtype that they are computed in."""
     layers = []
     for number, scale in enumerate(scales):
-        matrix, bias, a, b, mask = tensors[number * _EACH : (number + 1) * _EACH]
+        stored, bias, a, b, mask, of_blocks = tensors[number * _EACH : (number + 1) * _EACH]
         a, b = (None if factor is None else factor.to(dtype) for factor in (a, b))
-        layers.append(Linear(Weights(cast(Tensor, matrix), bias, a, b, mask), scale))
+        layers.append(Linear(Weights(cast(Tensor, stored), bias, a, b, mask, of_blocks), scale))
     return layers
 
 
@@ -320,15 +329,20 @@ def _restored(
 
 def plain_linear(layer: nn.Linear | Conv1D) -> Linear:
     """A linear layer without adapters."""
-    weight = cast(Tensor, layer.weight)
-    return Linear(Weights(weight if isinstance(layer, Conv1D) else weight.T, cast(Tensor | None, layer.bias)))
+    bias = cast(Tensor | None, layer.bias)
+    if isinstance(layer, Nf4Linear):
+        return Linear(Weights(layer.packed, bias, scales=layer.scales))
+    return Linear(Weights(matrix_of(layer), bias))
 
 
 def replace_linears(model: nn.Module, products: Products) -> None:
-    """Make a model's linear layers compute their products this way; plain products leave them unchanged."""
+    """Make a model's linear layers compute their products this way.
+
+    Plain products leave them unchanged, but for those in 4 bits, whose unpacked weights autograd would keep.
+    """
     for _, layer in linear_layers(model):
         layer.__dict__.pop("forward", None)
-        if not products.plain:
+        if not products.plain or isinstance(layer, Nf4Linear):
             layer.forward = MethodType(partial(_forward, products), layer)  # type: ignore[method-assign]
 
 

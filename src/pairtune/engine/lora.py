@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pairtune.config import TrialConfig
-from pairtune.engine.linears import Linear, Weights, project
+from pairtune.engine.linears import Linear, plain_linear, project
 from pairtune.engine.products import Products, linear_layers, matrix_of
 from pairtune.errors import BadInput, one_line
 
@@ -111,11 +111,11 @@ class LoraLinear(nn.Module):
 
     def __init__(self, base: nn.Linear | Conv1D, settings: LoraSettings, trials: int) -> None:
         super().__init__()
-        self.weight, self.bias = base.weight, base.bias
+        self.base = base
         self.stored_as_matrix = isinstance(base, Conv1D)
         self.in_features, self.out_features = matrix_of(base).shape
         self.scale, self.dropout = settings.scale, settings.dropout
-        device = base.weight.device
+        device = plain_linear(base).weights.stored.device
         self.lora_a = nn.Parameter(torch.zeros(trials, settings.rank, self.in_features, device=device))
         self.lora_b = nn.Parameter(torch.zeros(trials, self.out_features, settings.rank, device=device))
         self.products = Products()
@@ -143,21 +143,21 @@ class LoraLinear(nn.Module):
 
     def linear(self, only: Tensor | None = None) -> Linear:
         """The layer as the kernels see it, for all tokens of a row or only for those at some positions."""
-        matrix = self.weight if self.stored_as_matrix else self.weight.T
         mask = self._mask() if self.dropout and self.training else None
         if mask is not None and only is not None:
             mask = mask[only]
         a, b = self.spread or self.factors
-        return Linear(Weights(matrix, self.bias, a, b, mask), self.scale)
+        return Linear(plain_linear(self.base).weights._replace(a=a, b=b, mask=mask), self.scale)
 
     def _mask(self) -> Tensor:
         """Dropout mask of the adapters' input, [tokens, in]: 0, or 1 / (1 - dropout) where the input is kept."""
-        device = self.weight.device
+        base = plain_linear(self.base).weights
+        device, dtype = base.stored.device, (base.stored if base.scales is None else base.scales).dtype
         drawn = [
             torch.rand(tokens, self.in_features, generator=torch.Generator(device).manual_seed(seed), device=device)
             for seed, tokens in self.noise
         ]
-        return (torch.cat(drawn) >= self.dropout).to(self.weight.dtype) / (1 - self.dropout)
+        return (torch.cat(drawn) >= self.dropout).to(dtype) / (1 - self.dropout)
 
 
 class FlatAdapters:

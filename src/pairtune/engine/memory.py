@@ -24,6 +24,7 @@ from pairtune.footprint import (
     usable,
 )
 from pairtune.models.load import LoadedBase, blank_model, free_bytes
+from pairtune.models.nf4 import Nf4Linear, named_weights
 
 # Beyond this, trials at once take memory and gain little: few saturate a CPU, more an accelerator.
 _MOST = {"cpu": MOST_TRIALS}
@@ -91,11 +92,13 @@ def fit_run(config: RunConfig, base: LoadedBase, lengths: PairLengths) -> Fit:
 def shape_of(model: PreTrainedModel, device: torch.device) -> ModelShape:
     """The sizes of a model, whose weights may be on the meta device, for computing it on a device."""
     config: Any = model.config
-    linear = [matrix_of(layer).shape for _, layer in linear_layers(model)]
+    layers = [layer for _, layer in linear_layers(model)]
+    linear = [matrix_of(layer).shape for layer in layers]
     heads = int(getattr(config, "num_attention_heads", None) or 1)  # a state-space model has none
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return ModelShape(
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=sum(weights.numel() for _, weights in named_weights(model)),
+        four_bit=sum(layer.weight.numel() for layer in layers if isinstance(layer, Nf4Linear)),
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         inner=max(before for before, _ in linear),

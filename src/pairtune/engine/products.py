@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from pairtune.models.nf4 import Nf4Linear
+
 
 @dataclass(frozen=True)
 class Products:
@@ -112,7 +114,8 @@ def matrix_of(layer: nn.Module) -> Tensor:
     return weight if isinstance(layer, Conv1D) else weight.T
 
 
-# Subclasses of nn.Linear that compute the same; others, such as quantized ones, do not.
+# Other subclasses of nn.Linear, such as those of quantization libraries, may compute something else.
+_KINDS = (nn.Linear, Nf4Linear, Conv1D)
 _PLAIN = frozenset({"FalconLinear"})
 
 
@@ -120,5 +123,5 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
     """A model's linear layers by name, without the output embedding."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     for name, module in model.named_modules():
-        if module is not head and (type(module) in (nn.Linear, Conv1D) or type(module).__name__ in _PLAIN):
+        if module is not head and (type(module) in _KINDS or type(module).__name__ in _PLAIN):
             yield name, module

@@ -51,7 +51,7 @@ def open_reference(
         BadInput: another model is the reference, and cannot be loaded.
     """
     if base.reference and base.reference.folder != base.source.folder:
-        other = load_model(base.reference, model.dtype, base.device)
+        other = load_model(base.reference, model.dtype, base.device, packed=True)
         return Policy(other, kernels=kernels)
     if base.reference_adapter is None:
         return Policy(model, kernels=kernels)

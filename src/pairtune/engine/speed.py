@@ -26,6 +26,7 @@ from pairtune.environment import processor
 from pairtune.files import fingerprint, user_cache, write_json
 from pairtune.footprint import MOST_TRIALS, ROW_TOKENS, USABLE, PairLengths
 from pairtune.models.load import blank_model, free_bytes, pick_device, read_config
+from pairtune.models.nf4 import named_weights, pack_linears
 from pairtune.models.resolve import ModelSource
 from pairtune.run.records import dump
 from pairtune.track.starved import STARVED, CpuWait
@@ -72,7 +73,7 @@ def _times(
     wait = CpuWait()
     try:
         blank = blank_model(source)
-        weights = sum(each.numel() for each in blank.parameters()) // blank.config.num_hidden_layers
+        weights = sum(each.numel() for _, each in named_weights(blank)) // blank.config.num_hidden_layers
         if _LAYERS * weights * _BYTES_EACH > USABLE * free_bytes(torch.device("cpu")):
             return None
         measured = _measured(source, blank, trial, _pair(lengths, weights), dtype)
@@ -87,7 +88,7 @@ def _times(
 
 def _name(source: ModelSource, trial: TrialConfig, lengths: PairLengths, dtype: torch.dtype) -> str:
     """A fingerprint of what the measurement depends on; lengths that are nearly the same count as the same."""
-    shape = read_config(source).to_json_string()
+    shape = read_config(source).to_json_string() + (source.kind if source.kind == "nf4" else "")
     settings = [trial.method, str(trial.lora_rank), str(trial.lora_targets)]
     near = [str(round(each / 32)) for each in (lengths.prompt, lengths.chosen, lengths.rejected)]
     machine = [processor(), torch.__version__, str(torch.get_num_threads()), str(dtype)]
@@ -148,6 +149,8 @@ def _few_layers(source: ModelSource, layers: int) -> PreTrainedModel:
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    if source.kind == "nf4":
+        pack_linears(model)
     return model.eval()
 
 

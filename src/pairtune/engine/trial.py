@@ -110,7 +110,9 @@ def load_start(trial: TrialConfig, base: LoadedBase) -> PreTrainedModel:
 
     Full training keeps them in float32: bfloat16 has 8 bits of precision, so small updates would be rounded away.
     """
-    return load_model(base.source, torch.float32 if trial.method == "full" else base.dtype, base.device)
+    if trial.method == "full":
+        return load_model(base.source, torch.float32, base.device)
+    return load_model(base.source, base.dtype, base.device, packed=True)
 
 
 def epoch_order(pairs: int, seed: int, epoch: int) -> list[int]:

@@ -20,7 +20,7 @@ from pairtune.evaluation.answers import summarise
 from pairtune.evaluation.winrate import RuleJudge, win_rate
 from pairtune.footprint import ANSWER_TOKENS
 from pairtune.models.generate import generate_answers
-from pairtune.models.load import LoadedBase, blank_model, check_adapter, load_model, load_tuned
+from pairtune.models.load import LoadedBase, blank_model, check_adapter, load_answering, load_model, load_tuned
 from pairtune.models.resolve import ADAPTER_SETTINGS
 from pairtune.models.sampling import SamplingParams
 from pairtune.run.records import Answer, AnswersRecord, Decoding, ModelAnswers
@@ -116,7 +116,7 @@ class AnsweringModels:
                 check_adapter(each.folder, blank_model(base.source))
                 read_adapter(each.folder, base.dtype, torch.device("cpu"))
         if self._runner is None and names:
-            self._runner = ModelRunner(load_model(base.source, base.dtype, base.device), 1, 1)
+            self._runner = ModelRunner(load_answering(base), 1, 1)
         return dict(zip(names, asked.of(self._runner, adapters), strict=True)) if self._runner else {}
 
     def _alone(self, asked: _Asked, name: str) -> list[Answer]:

@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from pairtune.chat_templates import adds_bos
 from pairtune.errors import BadInput, one_line
 from pairtune.files import fingerprint
+from pairtune.models.nf4 import named_weights, pack_linears
 from pairtune.models.resolve import ADAPTER_SETTINGS, ModelSource, resolve_model
 
 if TYPE_CHECKING:
@@ -151,8 +152,16 @@ def load_tokenizer(source: ModelSource | Path) -> Any:
     return tokenizer
 
 
-def load_model(source: ModelSource | Path, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
+def load_model(
+    source: ModelSource | Path, dtype: torch.dtype, device: torch.device | None = None, *, packed: bool = False
+) -> PreTrainedModel:
     """Load fresh weights from disk. Every trial calls this again, so that no trial sees what another one trained.
+
+    Args:
+        source: the model, or the folder with its weights.
+        dtype: the dtype of its weights.
+        device: where it computes; by default the accelerator, if there is one.
+        packed: keep the layers of an NF4 base in 4 bits. Results are the same, but its weights cannot be changed.
 
     Raises:
         BadInput: the folder holds no causal language model in safetensors format.
@@ -162,10 +171,25 @@ def load_model(source: ModelSource | Path, dtype: torch.dtype, device: torch.dev
     try:
         if sum(file.stat().st_size for file in folder.glob("*.safetensors")) >= LARGE:
             give_memory_back()
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        packed = packed and isinstance(source, ModelSource) and source.kind == "nf4"
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16 if packed else dtype, use_safetensors=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise BadInput(f"--model {_typed(source)}: the weights cannot be loaded ({why_unloadable(error)})") from error
+    if packed:
+        pack_linears(model)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
     return model.to(device or pick_device()).eval()
+
+
+def load_answering(base: LoadedBase) -> PreTrainedModel:
+    """A base model that is to generate answers.
+
+    On a CPU it is not packed: unpacking all layers for every token takes longer than the rest of a pass.
+    """
+    return load_model(base.source, base.dtype, base.device, packed=base.device.type != "cpu")
 
 
 # Weight files of so many bytes are worth looking for memory, which takes up to a second.
@@ -206,7 +230,10 @@ def read_config(source: ModelSource) -> PretrainedConfig:
 def blank_model(source: ModelSource) -> PreTrainedModel:
     """A model of the same architecture without weights, on the meta device."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(read_config(source), trust_remote_code=False)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(read_config(source), trust_remote_code=False)
+        if source.kind == "nf4":
+            pack_linears(model)
+    return model
 
 
 def load_tuned(
@@ -295,7 +322,7 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
     """
 
     def parts() -> Iterator[memoryview | str]:
-        for name, tensor in sorted(model.named_parameters(), key=lambda named: named[0]):
+        for name, tensor in named_weights(model):
             values = tensor.detach().cpu().contiguous()
             yield name
             yield f"{values.dtype}{tuple(values.shape)}"

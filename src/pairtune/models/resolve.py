@@ -13,7 +13,7 @@ import yaml
 
 from pairtune.errors import BadInput, one_line
 from pairtune.extras import require
-from pairtune.files import fill_folder, hash_file, user_cache
+from pairtune.files import fill_folder, hash_file, saved_fingerprint, user_cache
 from pairtune.run.folder import Run, find_run
 from pairtune.run.records import Lineage
 
@@ -21,6 +21,9 @@ ADAPTER_SETTINGS = "adapter_config.json"
 
 BUNDLED = "smollm2-135m"
 BUNDLED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+# After a model's name: the same model with linear layers rounded to 4 bits; see `models.nf4`.
+NF4 = "@nf4"
 
 # The files needed to load a model; pickled weights (*.bin, *.pt) are never downloaded.
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]
@@ -42,7 +45,7 @@ class ModelSource:
 
     name: str
     folder: Path
-    kind: Literal["bundled", "gguf", "folder", "hub"]
+    kind: Literal["bundled", "gguf", "folder", "hub", "nf4"]
     published_as: str
     stated_licence: str | None = None
     revision: str | None = None
@@ -116,6 +119,8 @@ def resolve_target(name: str, flag: str = "MODEL") -> Target:
     if not name.strip():
         raise BadInput(f"{flag}: is empty; name a model, such as {BUNDLED}")
     path = Path(name).expanduser()
+    if name.endswith(NF4) and not path.exists():
+        return Target(name, name, source=_in_four_bits(resolve_model(name.removesuffix(NF4), flag), flag))
     has_weights = (path / "config.json").is_file() or (path / ADAPTER_SETTINGS).is_file()
     if not has_weights and (found := find_run(path)):  # a model's folder may have a config.yaml too
         run, trial = found
@@ -135,7 +140,8 @@ def resolve_target(name: str, flag: str = "MODEL") -> Target:
 
 
 def resolve_model(name: str, flag: str = "--model") -> ModelSource:
-    """Find a whole model: the bundled one, a folder, a `.gguf` file, a Hub id, or a run that trained all weights.
+    """Find a whole model: the bundled one, a folder, a `.gguf` file, a Hub id, or a run that trained all weights; with
+    `@nf4` after it, the same with linear layers rounded to 4 bits.
 
     Args:
         name: what the user typed.
@@ -252,6 +258,31 @@ def _dequantised(file: Path, flag: str = "--model") -> Path:
         return fill_folder(folder, fill)
     except Exception as error:  # of a damaged file the reader raises whatever it stumbles over, IndexError among them
         raise BadInput(f"{flag} {file}: cannot be read as GGUF ({one_line(error)})") from error
+
+
+def _in_four_bits(source: ModelSource, flag: str) -> ModelSource:
+    """A model with linear layers rounded to NF4, in the cache, where it is made at first use; see `models.nf4`."""
+    content = source.revision or saved_fingerprint(source.folder)
+    folder = user_cache() / "models" / f"{source.folder.name[:40]}-nf4-{content[:16]}"
+
+    def fill(target: Path) -> None:
+        import torch
+
+        from pairtune.models.load import load_model, load_tokenizer
+        from pairtune.models.nf4 import round_linears
+
+        model = load_model(source, torch.bfloat16, torch.device("cpu"))
+        if not round_linears(model):
+            raise BadInput(
+                f"{flag} {source.name}{NF4}: {type(model).__name__} has no layers that can be stored in 4 bits; "
+                f"omit {NF4}"
+            )
+        model.save_pretrained(target)
+        load_tokenizer(source).save_pretrained(target)
+
+    if not (folder / "config.json").is_file():
+        fill_folder(folder, fill)
+    return ModelSource(f"{source.pinned}{NF4}", folder, "nf4", str(folder), source.licence)
 
 
 def _from_hub(name: str, flag: str) -> ModelSource:

@@ -13,7 +13,7 @@ from pairtune.config import Method, OnTop, Reference, source_name
 from pairtune.errors import BadInput
 from pairtune.files import fill_folder, fingerprint, saved_fingerprint
 from pairtune.models.load import LoadedBase, is_adapted, load_tokenizer, load_tuned, open_base, read_config
-from pairtune.models.resolve import ModelSource, Target, merged_folder, resolve_model, resolve_target
+from pairtune.models.resolve import NF4, ModelSource, Target, merged_folder, resolve_model, resolve_target
 from pairtune.models.save import save_best
 from pairtune.run.folder import Run
 from pairtune.run.records import Beginning, Lineage, Parent
@@ -75,13 +75,16 @@ def open_start(name: str, dtype: str, on_top: OnTop | None, reference: Reference
         for flag, given in (("--on-top", on_top), ("--reference base", reference == "base")):
             if given:
                 raise BadInput(f"{flag}: --model {name} is not a tuned model, which this is for; omit the flag")
-        return Start(open_base(name, dtype))
+        base = open_base(name, dtype)
+        if method == "full" and base.source.kind == "nf4":
+            raise BadInput(f"--method full: {name} keeps its weights in 4 bits, which are not trained; omit {NF4}")
+        return Start(base)
     if on_top == "continue" and not (target.adapted and method == "lora"):
         why = "all weights are trained (--method full)" if target.adapted else f"{name} has no adapter"
         raise BadInput(f"--on-top continue: {why}, so no adapter can be trained further; omit the flag")
     before = target.run.lineage if target.run else None
-    base = before.base if before else _lasting(target.run.settings.model if target.run else target.base)
-    ground, ground_weights = base, ""
+    below = before.base if before else _lasting(target.run.settings.model if target.run else target.base)
+    ground, ground_weights = below, ""
     merged: tuple[Path, ...] = ()
     if before and target.run:
         ground, ground_weights = before.ground, before.ground_weights
@@ -96,7 +99,7 @@ def open_start(name: str, dtype: str, on_top: OnTop | None, reference: Reference
     else:
         beginning, merged = "new", (*merged, target.weights)
     lineage = Lineage(
-        base=base,
+        base=below,
         ground=ground,
         ground_weights=ground_weights,
         on_top=beginning,
@@ -152,7 +155,9 @@ def _open(lineage: Lineage, merged: Sequence[Path], adapter: Path | None, dtype:
 
 def _lasting(name: str) -> str:
     """A model's name in a form that does not depend on the current folder, nor on what the Hub's `main` is later."""
-    return str(Path(name).resolve()) if Path(name).exists() else resolve_model(name).pinned
+    if Path(name).exists():
+        return str(Path(name).resolve())
+    return f"{_lasting(name.removesuffix(NF4))}{NF4}" if name.endswith(NF4) else resolve_model(name).pinned
 
 
 def _parents(target: Target) -> list[Parent]:

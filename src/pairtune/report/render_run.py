@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from pairtune.environment import program
 from pairtune.errors import plural
 from pairtune.report.phrases import differs, p_value
 from pairtune.report.render_audit import render_findings
@@ -135,7 +136,7 @@ def render_generations(generations: Generations, winner: str, answers: list[Befo
 
 def _examples(answers: list[BeforeAfter]) -> Iterator[RenderableType]:
     for each in answers:
-        yield Text.from_markup(f"[bold]{escape(each.prompt)}[/bold]")
+        yield Text(each.prompt, "bold")
         for label, answer in (("before", each.base), ("after", each.tuned)):
             end = "complete" if answer.ended else "cut off"
             yield Text.assemble(
@@ -145,8 +146,13 @@ def _examples(answers: list[BeforeAfter]) -> Iterator[RenderableType]:
 
 
 def _next_commands(run: Run) -> list[str]:
-    return [
-        f"  {run.paths.report}                 curves, answers side by side, audit findings\n",
-        f"  pairtune chat {run.root}                 chat with the tuned model and its base\n",
-        f"  pairtune tune {run.paths.config} --out NEW     run it again; flags override its settings\n",
+    called = program()
+    served = "" if run.root.resolve().parent == Path("runs").resolve() else f" {run.root}"
+    steps = [
+        (str(run.paths.report), "curves, answers side by side, audit findings"),
+        (f"{called} serve{served}", "the same in a browser, and a chat with the tuned model beside its base"),
+        (f"{called} chat {run.root}", "that chat in this terminal"),
+        (f"{called} tune {run.paths.config} --out NEW", "run it again; flags override its settings"),
     ]
+    width = max(len(step) for step, _ in steps)
+    return [f"  {step:<{width}}  {what}\n" for step, what in steps]

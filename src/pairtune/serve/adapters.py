@@ -82,20 +82,20 @@ class ServedLinear(nn.Module):
     """A frozen linear layer with all adapters on it.
 
     Args:
-        base: the frozen layer, weight [out, in].
+        base: the frozen layer, weight [out, in]; it may be packed in 4 bits.
         stack: knows which adapter each token of the batch uses.
     """
 
     def __init__(self, base: nn.Linear, stack: AdapterStack) -> None:
         super().__init__()
-        self.weight, self.bias, self.stack = base.weight, base.bias, stack
-        self.a = base.weight.new_zeros(0, base.in_features)
-        self.b = base.weight.new_zeros(base.out_features, 0)
+        self.base, self.stack = base, stack
+        empty = next(base.parameters()).new_zeros(0)
+        self.a, self.b = empty.view(0, base.in_features), empty.view(base.out_features, 0)
         self.owners: list[int] = []  # the adapter's index for each column
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [1, tokens, in] to [1, tokens, out]."""
-        y = linear(x, self.weight, self.bias)
+        y: Tensor = self.base(x)
         if self.owners and self.stack.tokens is not None:
             inner = linear(x[0], self.a) * self.stack.mask(self)
             y[0].addmm_(inner, self.b.mT)
@@ -134,7 +134,8 @@ class AdapterStack:
             if unknown := adapter.factors.keys() - self._layers.keys():
                 raise BadInput(f"the adapter has a layer that the base model does not have: {min(unknown)}")
             for name, (a, b) in adapter.factors.items():
-                if (b.shape[0], a.shape[1]) != self._layers[name].weight.shape or a.shape[0] != b.shape[1]:
+                base = self._layers[name].base
+                if (b.shape[0], a.shape[1], len(a)) != (base.out_features, base.in_features, b.shape[1]):
                     raise BadInput(f"the adapter was made for another base model: {name} has another shape")
         self._adapters = dict(adapters)
         for name, layer in self._layers.items():

@@ -13,7 +13,7 @@ from pairtune.conversation import Conversation
 from pairtune.errors import BadInput, one_line
 from pairtune.files import saved_fingerprint
 from pairtune.models.generate import end_tokens
-from pairtune.models.load import load_model, load_tokenizer, open_base
+from pairtune.models.load import load_answering, load_model, load_tokenizer, open_base
 from pairtune.models.resolve import ADAPTER_SETTINGS, resolve_model, resolve_target
 from pairtune.models.sampling import SamplingParams
 from pairtune.models.start import open_base_of
@@ -170,7 +170,7 @@ class Catalogue:
                 if key not in self._schedulers:
                     self._forget_idle()
                     base = open_base_of(Run.open(model.run)) if model.run else open_base(model.base, model.dtype)
-                    loaded = load_model(own or base.source, base.dtype, base.device)
+                    loaded = load_model(own, base.dtype, base.device) if own else load_answering(base)
                     self._schedulers[key] = BatchScheduler(loaded, self._limits)
                 scheduler = self._schedulers[key]
         tokenizer = self._tokenizer(model, fingerprint)

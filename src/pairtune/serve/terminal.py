@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from pairtune.conversation import Conversation
 from pairtune.errors import BadInput, RunFailed
@@ -134,11 +135,11 @@ def chat(target: str, console: Console) -> None:
 
 def _converse(models: ChatModels, title: str, console: Console) -> None:
     name = "tuned" if models.has_tuned else "base"
-    console.print(f"[bold]{title}[/bold], talking to the [cyan]{name}[/cyan] model. {HELP}", highlight=False)
+    console.print(Text.assemble((title, "bold"), ", talking to the ", (name, "cyan"), f" model. {HELP}"))
     conversation: list[dict[str, str]] = []
     while True:
         try:
-            line = console.input("[bold]you[/bold] ").strip()
+            line = console.input(Text("you ", "bold")).strip()
         except (EOFError, KeyboardInterrupt):
             console.print()
             return
@@ -151,7 +152,7 @@ def _converse(models: ChatModels, title: str, console: Console) -> None:
                 console.print("this is a plain model; name a run folder to talk to a tuned one")
             else:
                 name, conversation = line[1:], []  # else a model would continue the other's answers
-                console.print(f"talking to the [cyan]{name}[/cyan] model in a new conversation")
+                console.print(Text.assemble("talking to the ", (name, "cyan"), " model in a new conversation"))
         elif line.startswith("/"):
             console.print(HELP, highlight=False)
         elif line:
@@ -159,20 +160,20 @@ def _converse(models: ChatModels, title: str, console: Console) -> None:
             try:
                 answer = _print_answer(models, name, turns, console)
             except BadInput as error:
-                console.print(str(error), highlight=False, markup=False)
+                console.print(str(error), highlight=False)
             else:
                 conversation = [*turns, {"role": "assistant", "content": answer}]
 
 
 def _print_answer(models: ChatModels, name: str, conversation: Conversation, console: Console) -> str:
     """Stream one answer; Ctrl-C ends it early and keeps the text so far."""
-    console.print(f"[cyan]{name}[/cyan] ", end="")
+    console.print(Text(f"{name} ", "cyan"), end="")
     pieces: list[str] = []
     answer = models.stream(name, conversation, SAMPLING)
     try:
         for piece in answer:
             pieces.append(piece)
-            console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+            console.print(piece, end="", highlight=False, soft_wrap=True)
     except KeyboardInterrupt:
         answer.close()
     console.print()

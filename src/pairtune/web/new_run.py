@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import yaml
 from django import forms
@@ -15,6 +16,7 @@ from django.conf import settings
 from django.core.files.uploadedfile import UploadedFile
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import get_object_or_404, redirect, render
+from django.urls import reverse
 from django.utils.safestring import SafeString, mark_safe
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 from pydantic import ValidationError
@@ -306,7 +308,7 @@ def draft(request: HttpRequest, pk: int) -> HttpResponse:
             made.settings = {name: request.POST[name] for name in form.fields if name in request.POST}
             made.save()
             _start(form.cleaned_data["name"], values, made)
-            return redirect("runs")
+            return redirect(f"{reverse('runs')}?{urlencode({'started': form.cleaned_data['name']})}")
     context = _findings(made) | {"form": form, "page": "runs"}
     if request.htmx:
         part = render(request, "site/_check.html", context)

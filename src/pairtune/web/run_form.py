@@ -29,7 +29,8 @@ def plainly(message: str, name: str = "") -> str:
 def _field(option: Option) -> forms.Field:
     """A form field for a setting; empty means its default."""
     initial, why = INITIAL.get(option.name, ""), option.default or option.why
-    hint = without_flags(option.help + (f" Default: {why}." if why else ""))
+    default = "Filled in for small models and few pairs; the default of the command" if initial else "Default"
+    hint = without_flags(option.help + (f" {default}: {why}." if why else ""))
     if option.choices and not option.varies:
         choices = [("", f"default ({option.default})" if option.default else "default")]
         return forms.ChoiceField(

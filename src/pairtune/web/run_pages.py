@@ -19,6 +19,7 @@ from django.utils.cache import patch_vary_headers
 from django.utils.html import format_html
 from django.utils.safestring import mark_safe
 from django.views.decorators.http import require_GET, require_POST
+from django_htmx.http import HttpResponseClientRedirect
 
 from pairtune.report.charts import Chart, Line, draw
 from pairtune.report.report_data import COLUMNS
@@ -41,12 +42,17 @@ def runs(request: HttpRequest) -> HttpResponse:
     for each in found:
         each.note = notes.get(each.name)  # type: ignore[attr-defined]
     started = {each.name for each in found}
+    awaited = request.GET.get("started", "")
+    if awaited in started:  # the page of a run that was started here, as soon as there is one
+        page = reverse("run", args=(awaited,))
+        return HttpResponseClientRedirect(page) if request.htmx else redirect(page)
     # Jobs without a run folder (yet): what they say is shown.
     waiting = [
         (job, jobs.is_alive(job), jobs.tail(job)) for job in latest_jobs(("tune",)) if job.subject not in started
     ]
     live = any(alive for _, alive, _ in waiting) or any(each.state == "running" for each in found)
     context = {"runs": found, "jobs": waiting, "live": live, "page": "runs", "root": settings.PAIRTUNE_RUNS}
+    context["awaited"] = awaited
     return part_or_page(request, "site/_runs.html", "site/runs.html", context)
 
 
