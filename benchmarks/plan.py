@@ -4,7 +4,8 @@
 
 DATA is a file of pairs. Each configuration is planned and then trained, one after another, each in processes of its
 own: the bundled model, and models with random weights. The peak is that of the whole process (ru_maxrss), the time the
-whole command's. The first run fills the cache of probed kernels, so that every configuration is run with it filled.
+whole command's. Unpacked models and probed kernels are those of the user's cache, or are put there by a first run that
+is not counted; log-probs of the reference are computed in every run.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, Qwen2Config
 
+from pairtune.files import user_cache
 from pairtune.models.load import load_tokenizer
 from pairtune.models.resolve import resolve_model
 
@@ -75,19 +77,27 @@ def build(kind: str, folder: Path) -> str:
     return str(path)
 
 
+def own_cache(folder: Path) -> dict[str, str]:
+    """The environment for a run with a new cache, but for what does not belong to its work."""
+    cache = Path(tempfile.mkdtemp(dir=folder))
+    for part in ("models", "kernels"):
+        (user_cache() / part).mkdir(parents=True, exist_ok=True)
+        (cache / part).symlink_to(user_cache() / part)
+    return {**os.environ, "PAIRTUNE_CACHE": str(cache)}
+
+
 def measure(name: str, asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     kind, settings = CONFIGURATIONS[name]
     common = ["--model", build(kind, folder), "--data", str(asked.data), "--limit", str(asked.rows)]
     common += ["--on-bad-row", "skip", "--epochs", "1", *settings]
     common += [] if "--samples" in settings else ["--samples", "0"]
-    program = [sys.executable, "-m", "pairtune"]
-    planned = subprocess.run([*program, "plan", *common, "--json"], check=True, stdout=subprocess.PIPE)
+    program, environment = [sys.executable, "-m", "pairtune"], own_cache(folder)
+    planned = subprocess.run([*program, "plan", *common, "--json"], check=True, stdout=subprocess.PIPE, env=environment)
     cost = json.loads(planned.stdout)["cost"]
     started = time.perf_counter()
     log = (folder / "log.txt").open("wb")
-    run = subprocess.Popen(
-        [*program, "tune", *common, "--out", str(folder / f"run-{len(os.listdir(folder))}")], stdout=log, stderr=log
-    )
+    target = folder / f"run-{len(os.listdir(folder))}"
+    run = subprocess.Popen([*program, "tune", *common, "--out", str(target)], stdout=log, stderr=log, env=environment)
     _, status, used = os.wait4(run.pid, 0)
     seconds = time.perf_counter() - started
     run.returncode = os.waitstatus_to_exitcode(status)

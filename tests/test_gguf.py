@@ -143,7 +143,7 @@ def test_transformers_reads_the_model_back(name, tmp_path):
     torch.testing.assert_close(logps(again, ids), logps(model, ids), atol=0.02, rtol=0)
 
 
-@pytest.mark.parametrize("quantisation", QUANTISATIONS)
+@pytest.mark.parametrize("quantisation", [each for each in QUANTISATIONS if each != "q4_k_m"])
 def test_fewer_bits_are_smaller_and_coarser(quantisation, tmp_path):
     model, tokenizer = family("qwen2")
     write_gguf(model, tokenizer, tmp_path, "a name", quantisation)
@@ -322,5 +322,5 @@ def test_llama_cpp_reads_the_model(name, quantisation, tmp_path):
     found = torch.from_numpy(np.array(other.scores[: len(ids)])).log_softmax(-1)
     again, _ = read_gguf(tmp_path / MODEL_FILE, model.config.rope_parameters)
     # llama.cpp multiplies quantised weights with activations in eight bits.
-    bound = {"f16": 0.01, "q8_0": 0.1, "q4_1": 0.1}[quantisation]
+    bound = {"f16": 0.01, "q8_0": 0.1, "q4_k_m": 0.1, "q4_1": 0.1}[quantisation]
     assert float((found - logps(again, ids)).abs().mean()) < bound

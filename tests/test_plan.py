@@ -15,7 +15,7 @@ from pairtune.cost import LayerSpeed, Speed, Times, estimate
 from pairtune.engine import speed
 from pairtune.engine.memory import shape_of
 from pairtune.engine.speed import measure_speed
-from pairtune.footprint import ModelShape, PairLengths, fit, peak_memory, training_memory
+from pairtune.footprint import ModelShape, PairLengths, fit, peak_memory, remedies, training_memory
 from pairtune.models.load import blank_model
 from pairtune.models.resolve import resolve_model
 from pairtune.report.render_plan import does_not_fit, time_range
@@ -131,15 +131,42 @@ def test_what_is_given_up_to_fit_comes_in_order():
 def test_what_does_not_fit_is_said_with_what_would():
     tight = SPEED.model_copy(update={"memory_free": 1e6})
     found = estimate(settings(), {"train": 10, "validation": 2}, LENGTHS, SHAPE, tight)
-    assert (found.fit.fits, found.fit.side_by_side, found.longest) == (False, 1, 0)
-    assert "choose a smaller model" in does_not_fit(found.fit, found.limit, found.longest)
+    assert (found.fit.fits, found.fit.side_by_side, found.remedies) == (False, 1, ())
+    assert "choose a smaller model" in does_not_fit(found.fit, found.limit, found.remedies)
     deep, long = SHAPE.model_copy(update={"layers": 400}), LENGTHS.model_copy(update={"longest": 2000})
     least = fit(settings(), LENGTHS, deep, "float32", 0.0).bytes
     limited = settings(memory=f"{least / 2**20:.0f}MB")
     found = estimate(limited, {"train": 10}, long, deep, SPEED)
     assert not found.fit.fits
-    assert 150 < found.longest < 250
-    assert f"pairs of up to {found.longest:,} tokens would fit" in does_not_fit(found.fit, found.limit, found.longest)
+    (shorter,) = found.remedies
+    longest = int(shorter.split()[4])
+    assert 150 < longest < 250
+    assert f"what would fit: pairs of up to {longest} tokens (lower --max-length)" in does_not_fit(
+        found.fit, found.limit, found.remedies
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "share", "told"),
+    [
+        ({"method": "full"}, 0.7, ("--optimizer adamw-8bit", "--method lora")),
+        ({"method": "full"}, 0.3, ("--method lora",)),
+        ({}, 0.5, ("--model NAME@nf4, a base in 4 bits",)),
+        (
+            {"method": "full", "optimizer": "adamw-8bit"},
+            0.12,
+            ["--model NAME@nf4, a base in 4 bits, with --method lora"],
+        ),
+    ],
+)
+def test_what_else_would_fit(values, share, told):
+    """Of a model with 100 million weights, 95 of them in linear layers, and pairs too short to matter."""
+    large = SHAPE.model_copy(update={"parameters": 100_000_000, "linear": 95_000_000})
+    short = LENGTHS.model_copy(update={"longest": 16})
+    bare = peak_memory(settings(), SHAPE, 2, short, width=1, row_tokens=16, checkpointing=True)
+    program = sum(bare.values())
+    needed = fit(settings(**values), short, large, "bfloat16", 0.0).bytes - program
+    assert remedies(settings(**values), short, large, "bfloat16", program + share * needed) == told
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pairtune.data.table import PairTable
 from pairtune.engine.memory import fit_run, shape_of
 from pairtune.engine.speed import measure_speed
 from pairtune.errors import BadInput
-from pairtune.footprint import longest_that_fits, usable
+from pairtune.footprint import remedies, usable
 from pairtune.models.load import LoadedBase, blank_model, free_bytes
 from pairtune.report.render_plan import does_not_fit
 from pairtune.resolve_config import Resolved
@@ -36,7 +36,7 @@ def fitted(resolved: Resolved, base: LoadedBase, train: PairTable, console: Cons
     found, limit = fit_run(config, base, lengths), usable(config, free_bytes(base.device))
     shape = shape_of(blank_model(base.source), base.device)
     if not found.fits:
-        told = does_not_fit(found, limit, longest_that_fits(config, lengths, shape, dtype, limit))
+        told = does_not_fit(found, limit, remedies(config, lengths, shape, dtype, limit))
         if config.memory:
             raise BadInput(f"--memory {config.memory}: the run takes about {found.bytes / 2**30:.1f} GB, {told}")
         console.print(f"warning: about {found.bytes / 2**30:.1f} GB of memory, {told}", style="yellow", highlight=False)

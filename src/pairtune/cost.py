@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pairtune.config import RunConfig
-from pairtune.footprint import MOST_TRIALS, Fit, ModelShape, PairLengths, fit, longest_that_fits, usable
+from pairtune.footprint import MOST_TRIALS, Fit, ModelShape, PairLengths, fit, remedies, usable
 from pairtune.run.records import Part
 
 # Opening the model and its tables, checking the reference, writing the report.
@@ -95,7 +95,7 @@ class Cost(Part):
         evaluation_seconds: one evaluation of a trial.
         fit: what was chosen for it to fit, and its memory.
         limit: the bytes that may be used.
-        longest: the longest pair, in tokens, that would fit, if this run does not; 0: none would.
+        remedies: what would make the run fit, if it does not, in words.
     """
 
     trials: int
@@ -105,7 +105,7 @@ class Cost(Part):
     evaluation_seconds: float
     fit: Fit
     limit: float
-    longest: int | None = None
+    remedies: tuple[str, ...] = ()
 
     @property
     def memory_gb(self) -> float:
@@ -147,7 +147,7 @@ def estimate(
         evaluation_seconds=evaluation,
         fit=found,
         limit=limit,
-        longest=None if found.fits else longest_that_fits(config, lengths, shape, speed.dtype, limit),
+        remedies=() if found.fits else remedies(config, lengths, shape, speed.dtype, limit),
     )
 
 

@@ -58,6 +58,7 @@ class ModelShape(Part):
         fused: whether the engine has its own implementation of the layers, which keeps less for the backward pass.
         accelerator: whether it is computed on one: in longer rows, and without keeping attention weights.
         four_bit: how many of the parameters are stored in 4 bits.
+        linear: how many could be, being in linear layers.
     """
 
     parameters: int
@@ -73,6 +74,7 @@ class ModelShape(Part):
     fused: bool = True
     accelerator: bool = False
     four_bit: int = 0
+    linear: int = 0
 
     def weights(self, number_size: int, packed: int) -> float:
         """Bytes of all weights.
@@ -220,6 +222,24 @@ def longest_that_fits(config: RunConfig, lengths: PairLengths, shape: ModelShape
         shorter = lengths.model_copy(update={"longest": tokens})
         low, high = (tokens, high) if fit(config, shorter, shape, dtype, limit).fits else (low, tokens)
     return low if low >= 16 else 0
+
+
+def remedies(config: RunConfig, lengths: PairLengths, shape: ModelShape, dtype: str, limit: float) -> tuple[str, ...]:
+    """What would make a run fit that does not, each for itself, in words."""
+    found = []
+    if longest := longest_that_fits(config, lengths, shape, dtype, limit):
+        found.append(f"pairs of up to {longest:,} tokens (lower --max-length)")
+    compact = config.model_copy(update={"optimizer": "adamw-8bit"})
+    adapters = config.model_copy(update={"optimizer": "adamw", "method": "lora"})
+    full = config.method == "full"
+    if full and fit(compact, lengths, shape, dtype, limit).fits:
+        found.append("--optimizer adamw-8bit")
+    if full and fit(adapters, lengths, shape, dtype, limit).fits:
+        found.append("--method lora")
+    packed = shape.model_copy(update={"four_bit": shape.linear})
+    if not found and shape.linear > shape.four_bit and fit(adapters, lengths, packed, dtype, limit).fits:
+        found.append("--model NAME@nf4, a base in 4 bits" + (", with --method lora" if full else ""))
+    return tuple(found)
 
 
 def peak_memory(

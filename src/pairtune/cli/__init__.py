@@ -68,8 +68,9 @@ ExportedRun = Annotated[
     Path, typer.Argument(metavar="RUN[/TRIAL]", help="A finished run folder (its winner), or one of its trials.")
 ]
 _FORMATS = ("adapter", "merged", "gguf")
-_QUANTISATIONS = ("f16", "q8_0", "q4_1")
-Quant = Annotated[str, typer.Option(help="Quantization of a GGUF file: f16, q8_0 or q4_1.")]
+_QUANTISATIONS = ("f16", "q8_0", "q4_k_m", "q4_1")
+_QUANT_HELP = "Quantization of a GGUF file: f16, q8_0, q4_k_m (needs the extra llamacpp) or q4_1."
+Quant = Annotated[str, typer.Option(help=_QUANT_HELP)]
 
 
 def _show_version(wanted: bool) -> None:

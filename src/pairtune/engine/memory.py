@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from pairtune.config import RunConfig, TrialConfig
@@ -99,6 +100,7 @@ def shape_of(model: PreTrainedModel, device: torch.device) -> ModelShape:
     return ModelShape(
         parameters=sum(weights.numel() for _, weights in named_weights(model)),
         four_bit=sum(layer.weight.numel() for layer in layers if isinstance(layer, Nf4Linear)),
+        linear=sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear)),
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         inner=max(before for before, _ in linear),

@@ -85,6 +85,8 @@ def export_run(
     """
     if kind == "gguf":
         require("gguf", "a GGUF file")
+        if quantisation == "q4_k_m":
+            require("llamacpp", "--quant q4_k_m")
     if target.exists():
         raise BadInput(f"--to {target}: already exists; choose another name or remove it first")
     if not target.absolute().parent.is_dir():
@@ -112,11 +114,11 @@ def export_run(
 def tolerance(kind: Format, dtype: torch.dtype, quantisation: Quantisation) -> float:
     """The mean difference of token log-probs that is allowed, in nats.
 
-    An adapter is the same computation; merging rounds W + BA once to the base's dtype; GGUF types keep 11, 8 and 4
-    bits of a weight.
+    An adapter is the same computation; merging rounds W + BA once to the base's dtype; GGUF types keep 11, 8,
+    4 to 6, and 4 bits of a weight.
     """
     merged = {torch.float32: 1e-3, torch.bfloat16: 0.1}[dtype]
-    packed = {"f16": 0.0, "q8_0": 0.05, "q4_1": 0.5}[quantisation]
+    packed = {"f16": 0.0, "q8_0": 0.05, "q4_k_m": 0.5, "q4_1": 0.5}[quantisation]
     return {"adapter": 1e-4, "merged": merged, "gguf": merged + packed}[kind]
 
 

@@ -10,11 +10,11 @@ from jinja2 import TemplateError
 
 from pairtune.chat_templates import adds_bos, end_token
 
-# The GGUF file that a Modelfile names, and the types that its matrices may have. Of the four-bit types that the gguf
-# package can write, q4_1 is the closest to llama.cpp's Q4_K_M (5.0 and 4.8 bits per weight).
+# The GGUF file that a Modelfile names, and the types that its matrices may have. The gguf package writes all of them
+# but q4_k_m, for which llama.cpp itself is needed; of its own four-bit types, q4_1 is the closest (5.0 and 4.8 bits).
 MODEL_FILE = "model.gguf"
-Quantisation = Literal["f16", "q8_0", "q4_1"]
-QUANTISATIONS: tuple[Quantisation, ...] = ("f16", "q8_0", "q4_1")
+Quantisation = Literal["f16", "q8_0", "q4_k_m", "q4_1"]
+QUANTISATIONS: tuple[Quantisation, ...] = ("f16", "q8_0", "q4_k_m", "q4_1")
 
 # Placeholders that occur in no template.
 _SYSTEM, _USER, _ANSWER, _NEXT = "<<system>>", "<<user>>", "<<answer>>", "<<next>>"

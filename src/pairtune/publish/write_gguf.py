@@ -7,10 +7,12 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import gguf
@@ -20,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pairtune.chat_templates import adds_bos, end_token, leaves_out_bos
-from pairtune.errors import BadInput
+from pairtune.errors import BadInput, RunFailed
 from pairtune.models.generate import end_tokens
 from pairtune.publish.modelfile import MODEL_FILE, Quantisation, modelfile
 
@@ -47,14 +49,22 @@ def write_gguf(model: PreTrainedModel, tokenizer: Any, folder: Path, name: str, 
     """Write `model.gguf` and Ollama's `Modelfile` into a folder.
 
     Norms and biases are float32; matrices whose row length is not a multiple of 32 are float16. In q4_1 the embedding
-    and the output layer are q8_0, since llama.cpp's own quantisations keep them finer, too.
+    and the output layer are q8_0, since llama.cpp's own quantisations keep them finer, too. In q4_k_m, llama.cpp
+    chooses.
 
     Raises:
         BadInput: the model's family, rotary embedding or tokenizer is not supported.
+        RunFailed: llama.cpp could not write q4_k_m.
     """
     config = model.config
     if config.model_type not in _ARCHITECTURES:
         raise BadInput(f"GGUF export supports the Llama, Qwen2 and Qwen3 families, not {config.model_type}; use merged")
+    if quantisation == "q4_k_m":
+        with TemporaryDirectory(dir=folder) as scratch:
+            write_gguf(model, tokenizer, Path(scratch), name, "f16")
+            _quantise(Path(scratch) / MODEL_FILE, folder / MODEL_FILE)
+            (Path(scratch) / "Modelfile").rename(folder / "Modelfile")
+        return
     writer = gguf.GGUFWriter(folder / MODEL_FILE, gguf.MODEL_ARCH_NAMES[_ARCHITECTURES[config.model_type]], True)
     writer.add_name(name)
     writer.add_file_type(_FILE_TYPES[quantisation])
@@ -69,6 +79,18 @@ def write_gguf(model: PreTrainedModel, tokenizer: Any, folder: Path, name: str, 
     writer.write_tensors_to_file()
     writer.close()
     (folder / "Modelfile").write_text(modelfile(MODEL_FILE, tokenizer), encoding="utf-8")
+
+
+def _quantise(file: Path, target: Path) -> None:
+    """Let llama.cpp write a float16 file again in its mixture of four to six bits a weight."""
+    import llama_cpp
+
+    silent = llama_cpp.llama_log_callback(lambda *_: None)
+    llama_cpp.llama_log_set(silent, None)
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
+    if llama_cpp.llama_model_quantize(bytes(file), bytes(target), ctypes.byref(settings)):
+        raise RunFailed(f"{target}: llama.cpp could not quantise the model; use --quant q8_0")
 
 
 def _describe(writer: gguf.GGUFWriter, config: Any) -> None:

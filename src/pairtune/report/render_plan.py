@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -39,7 +39,7 @@ def _parts(plan: Plan) -> Iterator[RenderableType]:
     yield Text(f"time: {time_range(cost)}{measured}")
     parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in fit.memory.items())
     yield Text(f"memory: about {cost.memory_gb:.1f} GB ({parts})", style="" if fit.fits else "bold red")
-    room = f"of {cost.limit / 2**30:.1f} GB; {way(fit)}" if fit.fits else does_not_fit(fit, cost.limit, cost.longest)
+    room = f"of {cost.limit / 2**30:.1f} GB; {way(fit)}" if fit.fits else does_not_fit(fit, cost.limit, cost.remedies)
     yield Text(f"        {room}")
 
 
@@ -49,17 +49,17 @@ def way(fit: Fit) -> str:
     return f"{fit.dtype}, rows of {fit.row_tokens} tokens, checkpointing {checkpointing}"
 
 
-def does_not_fit(fit: Fit, limit: float, longest: int | None) -> str:
+def does_not_fit(fit: Fit, limit: float, remedies: Sequence[str]) -> str:
     """What a run lacks, and what would help.
 
     Args:
         fit: the way of it that takes the least.
         limit: the bytes that it may take.
-        longest: the longest pair, in tokens, that would fit; 0 or None: none.
+        remedies: what would make it fit; see `footprint.remedies`.
     """
     lacks = f"more than the {limit / 2**30:.1f} GB that it may take, even with {way(fit)}"
-    if longest:
-        return f"{lacks}; pairs of up to {longest:,} tokens would fit: lower --max-length"
+    if remedies:
+        return f"{lacks}; what would fit: {', or '.join(remedies)}"
     return f"{lacks}; shorter pairs would not help: choose a smaller model, or lower --lora-rank"
 
 
