@@ -155,7 +155,7 @@ def test_what_does_not_fit_is_said_with_what_would():
         (
             {"method": "full", "optimizer": "adamw-8bit"},
             0.12,
-            ["--model NAME@nf4, a base in 4 bits, with --method lora"],
+            ("--model NAME@nf4, a base in 4 bits, with --method lora",),
         ),
     ],
 )
