@@ -80,6 +80,13 @@ def test_a_sampled_search_counts_the_trials_that_it_will_run():
     assert (found.trials, found.steps) == (20, 20 * cost().steps)
 
 
+def test_trials_side_by_side_are_not_believed_to_be_slower_than_alone():
+    """They share the base's products; what a disturbed measurement says would double the time."""
+    disturbed = TIMES.model_copy(update={"beside": LayerSpeed(first=6e-5, further=8e-5)})
+    assert disturbed.per_token(4, 4) == pytest.approx(TIMES.training.seconds(4))
+    assert TIMES.per_token(4, 4) == pytest.approx(TIMES.beside.seconds(4))
+
+
 def test_memory_by_hand():
     """400 tokens in a row, of two pairs of 200: 120 of the prompt and 40 of each answer."""
     trial = settings(batch_size=2).trials()[0]

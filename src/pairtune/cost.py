@@ -64,7 +64,8 @@ class Times(Part):
 
         A part of a trial's time does not depend on the others, the rest is shared by all.
         """
-        alone, among_four = self.training.seconds(layers), self.beside.seconds(layers)
+        alone = self.training.seconds(layers)
+        among_four = min(alone, self.beside.seconds(layers))  # slower ones were disturbed while they were measured
         own = (MOST_TRIALS * among_four - alone) / (MOST_TRIALS - 1)
         return own + (alone - own) / width
 

@@ -65,6 +65,7 @@ from pairtune.engine.trial import (
 )
 from pairtune.errors import Interrupted, RunFailed
 from pairtune.files import fingerprint
+from pairtune.models.load import give_memory_back
 from pairtune.models.save import save_adapter, save_best
 from pairtune.run.examples import ExampleRecord
 from pairtune.run.folder import Run
@@ -156,6 +157,7 @@ class _TrialGroup:
         cast_parameters(self.model, inputs.base.dtype)
         opened = open_reference(inputs.base, self.model, settings_of(self.shared), inputs.kernels)
         self.references, self.base_states = self._base_outputs(opened)
+        give_memory_back()  # of the reference's rows, which are longer than those of training
         adapted = self._add_adapters(trials, opened.adapted) if masters is None else {}
         self.policy = Policy(self.model, adapted, len(trials), inputs.kernels)
         if self.shared.checkpointing == "on":  # "auto" is decided by memory before a run starts
