@@ -75,10 +75,9 @@ def picture(parts: list[tuple[float, Text]], rows: int) -> str:
         drawn.append(f'<g id="shown{number}">{svg}</g>')
         begin, end = (round(100 * each / whole, 2) for each in (before, before + seconds))
         hidden = "" if number == len(parts) - 1 else "visibility: hidden; "
-        styles.append(
-            f"#shown{number} {{ {hidden}animation: show{number} {whole:g}s step-end infinite; }} "
-            f"@keyframes show{number} {{ 0% {{ visibility: hidden; }} {begin}% {{ visibility: visible; }} {end}% {{ visibility: hidden; }} }}"
-        )
+        frames_of = f"0% {{ visibility: hidden; }} {begin}% {{ visibility: visible; }} {end}% {{ visibility: hidden; }}"
+        styles.append(f"#shown{number} {{ {hidden}animation: show{number} {whole:g}s step-end infinite; }}")
+        styles.append(f"@keyframes show{number} {{ {frames_of} }}")
         before += seconds
     size = drawn[0].partition('viewBox="')[2].partition('"')[0]
     still = "@media (prefers-reduced-motion: reduce) { g[id^=shown] { animation: none; } }"
