@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -192,6 +193,22 @@ def test_the_next_round_starts_from_the_same_base(tiny_model: Path, tmp_path: Pa
 def test_all_weights_cannot_be_trained_in_four_bits(tiny_model: Path):
     with pytest.raises(BadInput, match=r"--method full: .*@nf4 keeps its weights in 4 bits.*omit @nf4"):
         open_start(f"{tiny_model}@nf4", "float32", None, "start", "full")
+
+
+def test_a_tuned_model_is_not_rounded(tiny_model: Path, tmp_path: Path):
+    """What it was trained on would be forgotten, and its held-out prompts with it."""
+    run = small_run(tiny_model, tmp_path, method="full", learning_rate=[1e-4])
+    with pytest.raises(BadInput, match=r"@nf4 is for plain models, and .*run is a tuned one; omit @nf4"):
+        resolve_model(f"{run.root}@nf4")
+
+
+def test_another_template_is_another_model(tiny_model: Path, tmp_path: Path):
+    """The rounded model is found again by all that is kept with it, not by its weights alone."""
+    copied = Path(shutil.copytree(tiny_model, tmp_path / "copied"))
+    before = resolve_model(f"{copied}@nf4").folder
+    assert resolve_model(f"{copied}@nf4").folder == before
+    (copied / "chat_template.jinja").write_text("{{ messages }}")
+    assert resolve_model(f"{copied}@nf4").folder != before
 
 
 def test_a_model_without_linear_layers_is_refused(tmp_path: Path):

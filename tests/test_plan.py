@@ -57,7 +57,8 @@ def test_time_by_hand():
     found = cost()
     forward = 100 * (8e-6 + 3 * 1e-5) + 40 * 2e-5  # tokens times layers, answers' tokens times the head
     training = 100 * (3e-5 + 3 * 4e-5) + 40 * 5e-5 + (1e-3 + 3 * 5e-4) / 2  # an update for two pairs
-    seconds = 200 * training + 20 * forward + 110 * forward + 20
+    # 100 pairs for the reference, 10 for it and 10 for KL, 8 for rounding; twice the 5.12 pairs of a row, of both splits.
+    seconds = 200 * training + 20 * forward + (128 + 2 * 2 * 5.12) * forward + 20
     assert found.seconds == pytest.approx((seconds / 1.2, seconds * 1.2))
     assert (found.trials, found.steps) == (1, 100)
     assert found.step_seconds == pytest.approx(2 * training)
@@ -164,6 +165,7 @@ def test_what_does_not_fit_is_said_with_what_would():
             0.12,
             ("--model NAME@nf4, a base in 4 bits, with --method lora",),
         ),
+        ({"method": "full", "optimizer": ["adamw", "adamw-8bit"]}, 0.3, ("--method lora",)),
     ],
 )
 def test_what_else_would_fit(values, share, told):

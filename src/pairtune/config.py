@@ -504,7 +504,7 @@ class RunConfig(_Training):
     )
     beta: Grid = setting(
         [0.1, 0.2],
-        "DPO's beta: how strongly the policy is kept close to the base model.",
+        "DPO's beta: how strongly the policy is kept close to the reference model.",
         "TRL's default, and twice that",
         group=COMMON,
     )
@@ -608,7 +608,7 @@ class RunConfig(_Training):
     share_prompts: bool = setting(
         False,
         "Let prompts, answers and pairs be part of what is published on the Hub or sent to W&B and MLflow.",
-        "no: they are other people's texts, and held-out prompts that are public are soon in training data",
+        "they are other people's texts, and held-out prompts that are public are soon in training data",
         group=RESULTS,
     )
     samples: NonNegativeInt | None = setting(
@@ -734,6 +734,12 @@ class RunConfig(_Training):
         """The grid: every combination, with beta as the outermost loop."""
         names = list(self.dimensions)
         return [self.trial(**dict(zip(names, point, strict=True))) for point in product(*self.dimensions.values())]
+
+    def instead(self, **values: Any) -> RunConfig:
+        """The same with other values, each in place of all that the grid has of that setting; not validated."""
+        found = self.model_copy(update=values)
+        found._vary = {name: given for name, given in self._vary.items() if name not in values}
+        return found
 
 
 def flag_of(name: str) -> str:

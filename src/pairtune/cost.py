@@ -13,6 +13,8 @@ from pairtune.run.records import Part
 
 # Opening the model and its tables, checking the reference, writing the report.
 _SECONDS_AROUND = 20.0
+# Tokens of the rows by which a split's reference is checked twice, and pairs whose rounding is measured.
+_CHECKED, _ROUNDED = 512, 8
 _ANSWERING = 0.1  # of the training; `--samples` aims at this share
 # Full training multiplies a second time in the backward pass, for the weights' gradients, and updates all weights.
 _FULL = 1.6
@@ -128,7 +130,7 @@ def estimate(
     """
     trials = config.trials()
     count = config.trial_count or len(trials)
-    train, held_out = pairs.get("train", 0), pairs.get("validation", 0)
+    train, held_out, test = (pairs.get(split, 0) for split in ("train", "validation", "test"))
     limit = usable(config, speed.memory_free)
     found = fit(config, lengths, shape, speed.dtype, limit)
     epochs = count / len(trials) * sum(trial.epochs for trial in trials)
@@ -137,7 +139,9 @@ def estimate(
     if speed.times:
         forward, training = _pair_seconds(config, lengths, shape, found, speed.times)
         step, evaluation = training * min(config.batch_size, train), held_out * forward
-        total = epochs * (train * training + evaluation) + (train + held_out + 2 * pairs.get("test", 0)) * forward
+        # Before training the reference's log-probs, and for KL its states of validation and test pairs.
+        again = _ROUNDED + sum(2 * min(count, _CHECKED / lengths.whole) for count in (train, held_out, test))
+        total = epochs * (train * training + evaluation) + (train + 2 * held_out + 3 * test + again) * forward
         total = total * (1 + (_ANSWERING if config.samples != 0 else 0)) + _SECONDS_AROUND
         seconds = (total / _UNCERTAINTY, total * _UNCERTAINTY)
     return Cost(

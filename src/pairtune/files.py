@@ -220,5 +220,6 @@ def saved_fingerprint(folder: Path) -> str:
     """16 hex digits of SHA-256 over the weight files of a saved model, in order of their names."""
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
-        digest.update(file.read_bytes())
+        with file.open("rb") as content:
+            hashlib.file_digest(content, lambda: digest)
     return digest.hexdigest()[:16]

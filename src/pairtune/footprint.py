@@ -76,14 +76,14 @@ class ModelShape(Part):
     four_bit: int = 0
     linear: int = 0
 
-    def weights(self, number_size: int, packed: int) -> float:
+    def weights(self, number_size: int, four_bit: int) -> float:
         """Bytes of all weights.
 
         Args:
             number_size: bytes of one that is not in 4 bits.
-            packed: how many are in 4 bits, with a scale for 64 of them.
+            four_bit: how many are in 4 bits, with a scale for 64 of them.
         """
-        return float((self.parameters - packed) * number_size + packed * (0.5 + number_size / 64))
+        return float((self.parameters - four_bit) * number_size + four_bit * (0.5 + number_size / 64))
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -229,15 +229,15 @@ def remedies(config: RunConfig, lengths: PairLengths, shape: ModelShape, dtype: 
     found = []
     if longest := longest_that_fits(config, lengths, shape, dtype, limit):
         found.append(f"pairs of up to {longest:,} tokens (lower --max-length)")
-    compact = config.model_copy(update={"optimizer": "adamw-8bit"})
-    adapters = config.model_copy(update={"optimizer": "adamw", "method": "lora"})
+    compact = config.instead(optimizer="adamw-8bit")
+    adapters = config.instead(optimizer="adamw", method="lora")
     full = config.method == "full"
     if full and fit(compact, lengths, shape, dtype, limit).fits:
         found.append("--optimizer adamw-8bit")
     if full and fit(adapters, lengths, shape, dtype, limit).fits:
         found.append("--method lora")
-    packed = shape.model_copy(update={"four_bit": shape.linear})
-    if not found and shape.linear > shape.four_bit and fit(adapters, lengths, packed, dtype, limit).fits:
+    in_four_bits = shape.model_copy(update={"four_bit": shape.linear})
+    if not found and shape.linear > shape.four_bit and fit(adapters, lengths, in_four_bits, dtype, limit).fits:
         found.append("--model NAME@nf4, a base in 4 bits" + (", with --method lora" if full else ""))
     return tuple(found)
 

@@ -23,7 +23,7 @@ from pairtune.footprint import PairLengths, of_single_answers
 from pairtune.models.load import LoadedBase, blank_model, load_tokenizer, pick_device, pick_dtype, read_config
 from pairtune.models.resolve import BUNDLED as BUNDLED_MODEL
 from pairtune.models.resolve import NF4, ModelSource, resolve_model
-from pairtune.models.start import open_start
+from pairtune.models.start import check_method, open_start
 from pairtune.track.starved import STARVED
 
 # Without data, the time is that of this many pairs.
@@ -70,6 +70,7 @@ def plan_run(config: RunConfig, say: Say = lambda what: None, *, has_data: bool 
 
 def _open(config: RunConfig, has_data: bool) -> tuple[LoadedBase, list[str]]:
     """The model, of which only the config and, if there is data, a tokenizer is needed."""
+    check_method(config.model, config.method)
     path = Path(config.model.removesuffix(NF4)).expanduser()
     file = path / "config.json" if path.is_dir() else path
     if file.suffix != ".json" or not file.is_file() or any(file.parent.glob("*.safetensors")):
@@ -136,20 +137,12 @@ def _lengths(found: list[Inspection]) -> PairLengths | None:
         counted = [(_answers_of(each, part), summary.mean) for each in kept if (summary := each.lengths[part])]
         return sum(count * length for count, length in counted) / max(1, sum(count for count, _ in counted))
 
-    longest = max(
-        min(
-            each.max_length + max(part.max for part in parts[1:]) // 2,
-            sum(part.max for part in parts),
-        )
-        for each in kept
-        if (parts := [part for name in _PARTS if (part := each.lengths[name])])
-    )
     means = {part: mean(part) for part in _PARTS}
     if any(each.single for each in kept):
         counts = {part: sum(_answers_of(each, part) for each in kept) for part in _PARTS[1:]}
         answer = sum(counts[part] * means[part] for part in counts) / sum(counts.values())
         means = of_single_answers(means["prompt"], answer)
-    return PairLengths(**means, longest=longest)
+    return PairLengths(**means, longest=max(each.longest for each in kept))
 
 
 def _answers_of(found: Inspection, part: str) -> int:

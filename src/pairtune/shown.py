@@ -110,9 +110,7 @@ class Pairs(Shown, Sequence[dict[str, Any]]):
         if self.account:
             dropped = "".join(f", {rows:,} dropped: {reason}" for reason, rows in self.account.dropped.items())
             said = f"{said} kept of {self.account.rows_in:,} in {self.account.source}{dropped}"
-        parts = [
-            name for name in ("prompt", "chosen", "rejected", "completion", "label") if any(name in row for row in self)
-        ]
+        parts = [name for name in _PARTS if any(name in row for row in self)]
         table = Table(show_lines=True)
         for name in parts:
             table.add_column(name, overflow="fold", ratio=1)

@@ -149,7 +149,10 @@ def doctor(
 
 @app.command()
 def resume(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder without COMPLETE.")], as_json: Json = False
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run that has not finished: its folder has no file COMPLETE.")
+    ],
+    as_json: Json = False,
 ) -> None:
     """Continue an interrupted or killed run from its last checkpoint."""
     from pairtune.run.folder import Run
@@ -289,7 +292,10 @@ def evaluate(
     base: Annotated[str | None, typer.Option(help="Base model to compare with; an adapter names its own.")] = None,
     beta: Annotated[float, typer.Option(help="Beta for losses and rewards, unless a run sets it.")] = 0.1,
     judge: Annotated[
-        str, typer.Option(help="rule (counts faults of form), a reward model, or an OpenAI-style endpoint (http...).")
+        str,
+        typer.Option(
+            help="rule (counts faults of form), concise (short, whole answers), a reward model, or an endpoint (http...)."
+        ),
     ] = "rule",
     judge_model: Annotated[str | None, typer.Option(help="Name of the judge model at the endpoint.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Confirm the cost of an endpoint, and named columns.")] = False,

@@ -97,6 +97,7 @@ class _Seen:
     lengths: list[tuple[int, int, int]] = field(default_factory=list)
     prompts: list[Prompt] = field(default_factory=list)
     answers: Counter[tuple[int, int, int]] = field(default_factory=Counter)
+    longest: int = 0
     shortened: int = 0
     with_special: list[str] = field(default_factory=list)
     single: Counter[bool] = field(default_factory=Counter)  # single answers, by whether they are desirable
@@ -129,6 +130,7 @@ class _Seen:
             self.examples.append(result)
         self.shortened += result.turns_cut > 0
         chosen, rejected = len(result.chosen_ids), len(result.rejected_ids)
+        self.longest = max(self.longest, len(result.prompt_ids) + chosen + rejected)
         self.odd.update(odd_lengths(chosen or rejected, rejected or chosen))
         self.single.update([bool(chosen)] if pair.single else [])
         prompt = Prompt.of(pair.prompt)
@@ -162,6 +164,7 @@ class _Seen:
             unused=dict(reader.parser.unused),
             notes=dict(reader.parser.notes),
             lengths={name: _length_summary(values) for name, values in of_parts.items()},
+            longest=self.longest,
             lengths_up_to=BINS,
             longer_wins=_longer_wins(chosen, rejected),
             shortened=self.shortened,

@@ -96,6 +96,7 @@ class Inspection(Part):
         unused: number of rows with something in a field that is not read, by field.
         notes: other counts of rows that were kept.
         lengths: token counts by part; None if there are no pairs.
+        longest: tokens of the longest pair as it would be used, its prompt and both answers.
         lengths_up_to: upper bounds of the histograms' bins.
         longer_wins: how well length predicts the labels.
         shortened: pairs whose prompt lost its oldest turns.
@@ -121,6 +122,7 @@ class Inspection(Part):
     unused: dict[str, int]
     notes: dict[str, int]
     lengths: dict[str, LengthSummary | None]
+    longest: int
     lengths_up_to: tuple[int, ...]
     longer_wins: LongerWins | None
     shortened: int

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from pairtune.config import RunConfig, TrialConfig
@@ -25,7 +24,7 @@ from pairtune.footprint import (
     usable,
 )
 from pairtune.models.load import LoadedBase, blank_model, free_bytes
-from pairtune.models.nf4 import Nf4Linear, named_weights
+from pairtune.models.nf4 import Nf4Linear, named_weights, roundable
 
 # Beyond this, trials at once take memory and gain little: few saturate a CPU, more an accelerator.
 _MOST = {"cpu": MOST_TRIALS}
@@ -95,12 +94,13 @@ def shape_of(model: PreTrainedModel, device: torch.device) -> ModelShape:
     config: Any = model.config
     layers = [layer for _, layer in linear_layers(model)]
     linear = [matrix_of(layer).shape for layer in layers]
+    four_bit = sum(2 * layer.packed.numel() for layer in layers if isinstance(layer, Nf4Linear))
     heads = int(getattr(config, "num_attention_heads", None) or 1)  # a state-space model has none
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return ModelShape(
         parameters=sum(weights.numel() for _, weights in named_weights(model)),
-        four_bit=sum(layer.weight.numel() for layer in layers if isinstance(layer, Nf4Linear)),
-        linear=sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear)),
+        four_bit=four_bit,
+        linear=four_bit + sum(layer.weight.numel() for _, layer in roundable(model)),
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         inner=max(before for before, _ in linear),

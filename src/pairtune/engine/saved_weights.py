@@ -75,7 +75,7 @@ def evaluate_weights(
     """
     processes = Processes(base.device)
     dtype = saved.dtype or base.dtype
-    model = load_model(base.source, base.dtype, base.device, packed=saved.lora is not None)
+    model = load_model(base.source, base.dtype, base.device, packed=True)
     against = fingerprint_of_reference(base, weights_fingerprint(model))
     cast_parameters(model, dtype)
     kernels = kernels or Kernels(model, base.device)

@@ -105,14 +105,14 @@ class TrialInputs:
         return Processes(self.base.device)
 
 
-def load_start(trial: TrialConfig, base: LoadedBase) -> PreTrainedModel:
+def load_start(trial: TrialConfig, base: LoadedBase, *, packed: bool = True) -> PreTrainedModel:
     """The weights a trial starts from.
 
     Full training keeps them in float32: bfloat16 has 8 bits of precision, so small updates would be rounded away.
     """
     if trial.method == "full":
         return load_model(base.source, torch.float32, base.device)
-    return load_model(base.source, base.dtype, base.device, packed=True)
+    return load_model(base.source, base.dtype, base.device, packed=packed)
 
 
 def epoch_order(pairs: int, seed: int, epoch: int) -> list[int]:
@@ -121,13 +121,20 @@ def epoch_order(pairs: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(pairs, generator=generator).tolist()
 
 
-def start_trials(trials: Sequence[TrialConfig], inputs: TrialInputs) -> tuple[PreTrainedModel, list[TrialRecord]]:
+def start_trials(
+    trials: Sequence[TrialConfig], inputs: TrialInputs, *, packed: bool = True
+) -> tuple[PreTrainedModel, list[TrialRecord]]:
     """Load the pristine weights that trials start from, and create their records.
+
+    Args:
+        trials: the trials.
+        inputs: what the trials of the run share.
+        packed: see `load_model`.
 
     Raises:
         RunFailed: the weights are not the base model's; the run's results would not be comparable.
     """
-    model = load_start(trials[0], inputs.base)
+    model = load_start(trials[0], inputs.base, packed=packed)
     found = weights_fingerprint(model)
     if found != inputs.base_fingerprint:
         raise RunFailed(

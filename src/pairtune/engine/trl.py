@@ -69,7 +69,7 @@ def run_trials(trials: Sequence[TrialConfig], inputs: TrialInputs, run: Run, sin
     """
     (trial,) = trials
     reset_peak_memory(inputs.base.device)
-    model, (result,) = start_trials(trials, inputs)
+    model, (result,) = start_trials(trials, inputs, packed=False)  # PEFT would keep what is unpacked as well
     continued = inputs.base.adapter is not None
     if inputs.base.adapter:  # TRL takes a frozen copy of this adapter for the reference
         model = PeftModel.from_pretrained(model, inputs.base.adapter, is_trainable=True)

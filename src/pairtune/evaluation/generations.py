@@ -122,7 +122,7 @@ class AnsweringModels:
     def _alone(self, asked: _Asked, name: str) -> list[Answer]:
         """Answers of the base or one adapter through transformers."""
         base, folder = self._base, self._adapters.get(name)
-        model = load_tuned(folder, base) if folder else load_model(base.source, base.dtype, base.device)
+        model = load_tuned(folder, base) if folder else load_answering(base)
         return asked.of_plain(model)
 
 

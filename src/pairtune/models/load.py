@@ -197,7 +197,7 @@ LARGE = 64 << 20
 
 
 def give_memory_back() -> None:
-    """Free the memory of models that are not needed any more, before another one is loaded.
+    """Give memory that is not needed any more back to the system: that of earlier models, or of longer rows.
 
     Layers refer to themselves, so that only the garbage collector frees them; and glibc keeps what was freed, in pieces
     that the next model's tensors do not fit into, unless it is asked.

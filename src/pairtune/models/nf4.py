@@ -106,7 +106,7 @@ class Nf4Linear(nn.Linear):
 
 def round_linears(model: nn.Module) -> int:
     """Round the weights of a model's linear layers in place; returns the number of layers."""
-    layers = list(_layers(model))
+    layers = list(roundable(model))
     for _, layer in layers:
         rounded = unpack(*pack(layer.weight.detach()))
         layer.weight.data = rounded.view_as(layer.weight).to(layer.weight.dtype)
@@ -115,7 +115,7 @@ def round_linears(model: nn.Module) -> int:
 
 def pack_linears(model: nn.Module) -> None:
     """Replace the linear layers of a rounded model by packed ones."""
-    for name, layer in list(_layers(model)):
+    for name, layer in list(roundable(model)):
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, Nf4Linear(layer))
 
@@ -129,7 +129,7 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield name, plain[name] if name in plain else packed[name].weight
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+def roundable(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """The linear layers that are rounded: all but the output embedding, and those that blocks do not divide."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     for name, module in model.named_modules():

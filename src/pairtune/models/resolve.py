@@ -13,7 +13,7 @@ import yaml
 
 from pairtune.errors import BadInput, one_line
 from pairtune.extras import require
-from pairtune.files import fill_folder, hash_file, saved_fingerprint, user_cache
+from pairtune.files import fill_folder, fingerprint, hash_file, saved_fingerprint, user_cache
 from pairtune.run.folder import Run, find_run
 from pairtune.run.records import Lineage
 
@@ -120,7 +120,11 @@ def resolve_target(name: str, flag: str = "MODEL") -> Target:
         raise BadInput(f"{flag}: is empty; name a model, such as {BUNDLED}")
     path = Path(name).expanduser()
     if name.endswith(NF4) and not path.exists():
-        return Target(name, name, source=_in_four_bits(resolve_model(name.removesuffix(NF4), flag), flag))
+        plain = name.removesuffix(NF4)
+        below = resolve_target(plain, flag)
+        if below.source is None:  # its lineage would be lost, and with it what its parents were trained on
+            raise BadInput(f"{flag} {name}: {NF4} is for plain models, and {plain} is a tuned one; omit {NF4}")
+        return Target(name, name, source=_in_four_bits(below.source, flag))
     has_weights = (path / "config.json").is_file() or (path / ADAPTER_SETTINGS).is_file()
     if not has_weights and (found := find_run(path)):  # a model's folder may have a config.yaml too
         run, trial = found
@@ -262,7 +266,9 @@ def _dequantised(file: Path, flag: str = "--model") -> Path:
 
 def _in_four_bits(source: ModelSource, flag: str) -> ModelSource:
     """A model with linear layers rounded to NF4, in the cache, where it is made at first use; see `models.nf4`."""
-    content = source.revision or saved_fingerprint(source.folder)
+    beside = sorted(file for file in source.folder.iterdir() if file.suffix in (".json", ".jinja", ".model", ".txt"))
+    parts = (part for file in beside for part in (file.name, file.read_bytes()))
+    content = source.revision or fingerprint([saved_fingerprint(source.folder), *parts])
     folder = user_cache() / "models" / f"{source.folder.name[:40]}-nf4-{content[:16]}"
 
     def fill(target: Path) -> None:

@@ -70,21 +70,19 @@ def open_start(name: str, dtype: str, on_top: OnTop | None, reference: Reference
     Raises:
         BadInput: the model cannot be found or used, or a setting does not fit it.
     """
+    check_method(name, method)
     target = resolve_target(name, "--model")
     if target.weights is None:
         for flag, given in (("--on-top", on_top), ("--reference base", reference == "base")):
             if given:
                 raise BadInput(f"{flag}: --model {name} is not a tuned model, which this is for; omit the flag")
-        base = open_base(name, dtype)
-        if method == "full" and base.source.kind == "nf4":
-            raise BadInput(f"--method full: {name} keeps its weights in 4 bits, which are not trained; omit {NF4}")
-        return Start(base)
+        return Start(open_base(name, dtype))
     if on_top == "continue" and not (target.adapted and method == "lora"):
         why = "all weights are trained (--method full)" if target.adapted else f"{name} has no adapter"
         raise BadInput(f"--on-top continue: {why}, so no adapter can be trained further; omit the flag")
     before = target.run.lineage if target.run else None
-    below = before.base if before else _lasting(target.run.settings.model if target.run else target.base)
-    ground, ground_weights = below, ""
+    base = before.base if before else _lasting(target.run.settings.model if target.run else target.base)
+    ground, ground_weights = base, ""
     merged: tuple[Path, ...] = ()
     if before and target.run:
         ground, ground_weights = before.ground, before.ground_weights
@@ -99,7 +97,7 @@ def open_start(name: str, dtype: str, on_top: OnTop | None, reference: Reference
     else:
         beginning, merged = "new", (*merged, target.weights)
     lineage = Lineage(
-        base=below,
+        base=base,
         ground=ground,
         ground_weights=ground_weights,
         on_top=beginning,
@@ -109,6 +107,16 @@ def open_start(name: str, dtype: str, on_top: OnTop | None, reference: Reference
         parents=_parents(target),
     )
     return Start(_open(lineage, merged, adapter, dtype), lineage, merged, target.run)
+
+
+def check_method(name: str, method: Method) -> None:
+    """Refuse to train all weights of a base in 4 bits, before that base is made.
+
+    Raises:
+        BadInput: that is asked for.
+    """
+    if method == "full" and name.endswith(NF4) and not Path(name).exists():
+        raise BadInput(f"--method full: {name} keeps its weights in 4 bits, which are not trained; omit {NF4}")
 
 
 def open_base_of(run: Run) -> LoadedBase:

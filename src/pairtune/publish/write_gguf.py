@@ -11,6 +11,7 @@ import ctypes
 import json
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -85,12 +86,19 @@ def _quantise(file: Path, target: Path) -> None:
     """Let llama.cpp write a float16 file again in its mixture of four to six bits a weight."""
     import llama_cpp
 
-    silent = llama_cpp.llama_log_callback(lambda *_: None)
-    llama_cpp.llama_log_set(silent, None)
+    llama_cpp.llama_log_set(_silent(), None)
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
     if llama_cpp.llama_model_quantize(bytes(file), bytes(target), ctypes.byref(settings)):
         raise RunFailed(f"{target}: llama.cpp could not quantise the model; use --quant q8_0")
+
+
+@cache
+def _silent() -> Any:
+    """A log callback that does nothing; kept, since llama.cpp calls it as long as the process lives."""
+    import llama_cpp
+
+    return llama_cpp.llama_log_callback(lambda *_: None)
 
 
 def _describe(writer: gguf.GGUFWriter, config: Any) -> None:
