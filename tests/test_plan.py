@@ -57,7 +57,7 @@ def test_time_by_hand():
     found = cost()
     forward = 100 * (8e-6 + 3 * 1e-5) + 40 * 2e-5  # tokens times layers, answers' tokens times the head
     training = 100 * (3e-5 + 3 * 4e-5) + 40 * 5e-5 + (1e-3 + 3 * 5e-4) / 2  # an update for two pairs
-    # 100 pairs for the reference, 10 for it and 10 for KL, 8 for rounding; twice the 5.12 pairs of a row, of both splits.
+    # 100 and 10 pairs for the reference, 10 for KL, 8 for rounding; twice the 5.12 pairs of a row, of both splits.
     seconds = 200 * training + 20 * forward + (128 + 2 * 2 * 5.12) * forward + 20
     assert found.seconds == pytest.approx((seconds / 1.2, seconds * 1.2))
     assert (found.trials, found.steps) == (1, 100)

@@ -293,9 +293,7 @@ def evaluate(
     beta: Annotated[float, typer.Option(help="Beta for losses and rewards, unless a run sets it.")] = 0.1,
     judge: Annotated[
         str,
-        typer.Option(
-            help="rule (counts faults of form), concise (short, whole answers), a reward model, or an endpoint (http...)."
-        ),
+        typer.Option(help="rule (counts faults of form), concise, a reward model, or an endpoint (http...)."),
     ] = "rule",
     judge_model: Annotated[str | None, typer.Option(help="Name of the judge model at the endpoint.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Confirm the cost of an endpoint, and named columns.")] = False,
