@@ -10,7 +10,7 @@ from conftest import pairtune, write_pairs
 
 from pairtune.extras import EXTRAS
 
-# Prepended to a separate process, so that it cannot import the extras' packages.
+# Prepended to a separate process, so that it can neither import the extras' packages nor find their versions.
 WITHOUT = """
 import sys
 from importlib.machinery import PathFinder
@@ -22,6 +22,10 @@ class Without(PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
         return None if name.partition(".")[0] in HIDDEN else super().find_spec(name, path, target)
+
+    @classmethod
+    def find_distributions(cls, context):
+        return [] if context.name in HIDDEN else super().find_distributions(context)
 
 
 sys.meta_path[:] = [Without if each is PathFinder else each for each in sys.meta_path]

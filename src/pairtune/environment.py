@@ -8,7 +8,7 @@ import shutil
 import sys
 from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
@@ -110,8 +110,12 @@ def others_are_busy(share: float = 0.25, seconds: float = 0.2) -> bool:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that results depend on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+    """Versions of Python and of the libraries that results depend on, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):  # some come with extras
+            found[name] = version(name)
+    return found
 
 
 def describe_environment(device: str, base: BaseModelRecord) -> Environment:
