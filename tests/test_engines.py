@@ -95,7 +95,7 @@ def test_two_trials_in_a_row_are_the_same_trial(run, inputs, tmp_path):
 def test_a_trial_that_inherits_trained_weights_stops_the_run(run, inputs, tmp_path, monkeypatch):
     """The assignment's fault: one model object for all trials."""
     shared = load_model(inputs.base.source, torch.float32)
-    monkeypatch.setattr("pairtune.engine.trial.load_start", lambda *_: shared)
+    monkeypatch.setattr("pairtune.engine.trial.load_start", lambda *_, **more: shared)
     run(trial(method="full"), inputs, tmp_path / "a")
     with pytest.raises(RunFailed, match="its starting weights .* are not the base model's"):
         run(trial(method="full", beta=0.2), inputs, tmp_path / "b")
@@ -103,7 +103,7 @@ def test_a_trial_that_inherits_trained_weights_stops_the_run(run, inputs, tmp_pa
 
 def test_a_trial_that_inherits_an_adapter_stops_the_run(run, inputs, tmp_path, monkeypatch):
     shared = load_model(inputs.base.source, torch.float32)
-    monkeypatch.setattr("pairtune.engine.trial.load_start", lambda *_: shared)
+    monkeypatch.setattr("pairtune.engine.trial.load_start", lambda *_, **more: shared)
     run(trial(), inputs, tmp_path / "a")
     with pytest.raises(RunFailed, match="its starting weights"):
         run(trial(beta=0.2), inputs, tmp_path / "b")
