@@ -63,10 +63,8 @@ def test_a_file_of_thumbs_gets_the_loss_that_it_needs(page, site, runs, tiny_mod
     expect(page.locator("#check pre").first).to_contain_text("desirable: Yes, 60 of them.")
     expect(page.locator("[name=loss]")).to_have_value("kto")
     start_run(page, "thumbs")
-    expect(page.locator("tr", has=page.locator("a[href$='/runs/thumbs/']"))).to_contain_text(
-        "finished", timeout=PATIENCE
-    )
-    page.goto(f"{site.url}/runs/thumbs/")
+    page.wait_for_url("**/runs/thumbs/", timeout=PATIENCE)
+    expect(page.locator("h1 .state")).to_have_text("finished", timeout=PATIENCE)
     expect(page.locator("main")).to_contain_text(
         "comparisons of a desirable with an undesirable answer", timeout=PATIENCE
     )
@@ -130,12 +128,14 @@ def test_a_file_is_uploaded_its_columns_named_by_clicking_and_tuned_on(page, sit
     expect(page.locator("#check .state")).to_have_text("ok with warnings", timeout=PATIENCE)
     expect(page.locator("#cost")).to_contain_text("GB of memory", timeout=PATIENCE)
     start_run(page, "uploaded")
-    page.wait_for_url("**/runs/")
+    page.wait_for_url("**/runs/?started=uploaded")
     expect(page.locator("main")).to_contain_text("uploaded")
+    page.wait_for_url("**/runs/uploaded/", timeout=PATIENCE)  # as soon as there is one
     wait_for((runs / "uploaded" / "COMPLETE").is_file)
     record = json.loads((runs / "uploaded" / "data.json").read_text())
     assert sum(each["kept"] for each in record["sources"]) == 30
-    # The list has followed by itself: it no longer says that the run is starting.
+    expect(page.locator("h1 .state")).to_have_text("finished", timeout=PATIENCE)  # the page has followed by itself
+    page.goto(f"{site.url}/runs/")
     expect(page.locator("#runs-body tr", has_text="uploaded").locator(".state")).to_have_text(
         "finished", timeout=PATIENCE
     )
@@ -147,9 +147,8 @@ def test_a_run_is_stopped_resumed_and_cloned(page, site, runs, tiny_model):
     choose(page, site, tiny_model, str(data))
     page.wait_for_url("**/runs/new/*/")
     start_run(page, "stopped", epochs="40")
-    page.wait_for_url("**/runs/")
+    page.wait_for_url("**/runs/stopped/", timeout=PATIENCE)
     wait_for(lambda: any((runs / "stopped" / "trials").glob("*/evals/epoch-1.parquet")))
-    page.goto(f"{site.url}/runs/stopped/")
     expect(page.locator("#live")).to_contain_text(re.compile(r"about .* left"), timeout=PATIENCE)
     expect(page.locator("#live")).to_contain_text("GB of memory")
     progress = json.loads((runs / "stopped" / "progress.json").read_text())
@@ -197,7 +196,7 @@ def test_a_job_that_fails_after_its_start_says_why(page, site, runs, tiny_model)
     page.fill("[name=max_length]", "16")  # no pair fits
     page.fill("[name=name]", "hopeless")
     page.get_by_role("button", name="Start").click()
-    page.wait_for_url("**/runs/")
+    page.wait_for_url("**/runs/?started=hopeless")
     expect(page.locator("main")).to_contain_text("did not start", timeout=PATIENCE)
     expect(page.locator("pre")).to_contain_text("error:")
     page.get_by_role("button", name="Dismiss").click()
