@@ -104,7 +104,7 @@ def next_round(page: Page, site: Site, pairs: int) -> None:
     page.get_by_text("More settings").click()
     expect(page.get_by_role("button", name="Start")).to_be_enabled(timeout=WORKING)
     page.get_by_role("button", name="Start").click()
-    page.get_by_role("link", name="round-2").click(timeout=WORKING)
+    page.wait_for_url("**/runs/round-2/", timeout=WORKING)
     expect(page.locator("#verdict")).to_be_visible(timeout=WORKING)
 
 

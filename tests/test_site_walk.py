@@ -84,7 +84,7 @@ class Walk:
         """From the start to the verdict; the pages turn by themselves."""
         page = self.page
         page.get_by_role("button", name="Start").click()
-        page.get_by_role("link", name="mine").click(timeout=TRAINING)
+        page.wait_for_url("**/runs/mine/", timeout=TRAINING)
         expect(page.locator("#live .chart").first).to_be_visible(timeout=TRAINING)
         self.picture("4-tune")
         expect(page.locator("#verdict")).to_be_visible(timeout=TRAINING)
