@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--show", action="append", default=[])
     parser.add_argument("--rows", type=int, default=30)
     asked = parser.parse_args()
-    written = asked.text.read_text(encoding="utf-8").replace("\r\n", "\n")
+    written = asked.text.read_bytes().decode().replace("\r\n", "\n")  # lone carriage returns stay
     output = re.sub(r"^Script (started|done) .*\n", "", written, flags=re.MULTILINE)
     parts = list(frames(asked.command, output, asked.show, asked.rows))
     asked.out.write_text(picture(parts, asked.rows), encoding="utf-8")
