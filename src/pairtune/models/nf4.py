@@ -2,8 +2,8 @@
 
 `--model NAME@nf4` rounds a model once: each weight of its linear layers becomes one of 16 values times a scale that 64
 weights share. The rounded model is an ordinary one, kept in the cache, and it is the base that adapters are trained on,
-evaluated with and merged into. Where memory matters, its layers are stored packed, in an eighth of the memory of
-float32, and unpacked one at a time: to the same bits, so packing changes no result.
+evaluated with and merged into. Where memory matters, its layers are stored packed, in about a seventh of the memory
+of float32, and unpacked one at a time: to the same bits, so packing changes no result.
 
 Unlike in bitsandbytes, the 16 values and the scales are rounded to bfloat16. Their products, rounded to bfloat16 once,
 are then the same on every machine, and packing a rounded model again finds the same 4 bits.
