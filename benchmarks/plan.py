@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -103,7 +104,7 @@ def measure(name: str, asked: argparse.Namespace, folder: Path) -> dict[str, Any
     run.returncode = os.waitstatus_to_exitcode(status)
     if run.returncode:
         sys.exit(f"{name}: {(folder / 'log.txt').read_text(encoding='utf-8', errors='replace')[-2000:]}")
-    low, high = cost["seconds"]
+    low, high = cost["seconds"] or (math.nan, math.nan)
     return {
         "planned_mb": round(sum(cost["fit"]["memory"].values()) / 2**20),
         "peak_mb": used.ru_maxrss // 1024,

@@ -21,7 +21,7 @@ from rich.console import Console
 from pairtune.errors import BadInput
 from pairtune.evaluation.audit.check import RULES, audit
 from pairtune.evaluation.audit.evidence import Evidence, TrialLog
-from pairtune.evaluation.audit.logged_rows import with_options
+from pairtune.evaluation.audit.logged_rows import describe, with_options
 from pairtune.evaluation.audit.read import read_evidence
 from pairtune.report.render_audit import audit_markdown, render_audit
 from pairtune.run.records import AuditRecord, Finding
@@ -384,6 +384,20 @@ def test_losses_without_a_reference_are_not_accused_of_their_start():
     assert "this loss has none" in missing["start-not-base"]
     with_reference = [{**step, "logps/chosen": -50.0} for step in steps]
     assert "start-not-base" in verdicts(log(*with_reference))[0]
+
+
+def test_a_loss_with_label_smoothing_may_fall_below_that_without():
+    """At a margin of -1 and a smoothing of 0.1: log(1 + e) - 0.1 = 1.2133, where the loss without it is 1.3133."""
+    rows = [
+        {**rewards(n, -0.5, 0.5), "rewards/margins": -1.0, "rewards/accuracies": 0.0, "loss": 1.2133}
+        for n in range(1, 5)
+    ]
+    evaluations = [{**row, "epoch": row["step"]} for row in rows]
+    plain, smoothed = (log(*rows, evaluations=evaluations, eval_rows=8) for _ in range(2))
+    describe(plain, {"loss_type": ["sigmoid"]})
+    describe(smoothed, {"loss_type": ["sigmoid"], "label_smoothing": 0.1})
+    assert "loss-below-bound" in verdicts(plain)[0]
+    assert "loss-below-bound" not in verdicts(smoothed)[0]
 
 
 def test_a_first_row_at_step_ten_far_from_the_base_is_found():

@@ -201,7 +201,7 @@ def test_one_ctrl_c_stops_a_run_with_a_checkpoint_and_resume_ends_it(flags, tmp_
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
+    assert process.returncode == 130
     assert "stopping after this step" in errors
     assert f"`pairtune resume {out}` continues from there" in errors
     assert "Traceback" not in errors

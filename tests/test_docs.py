@@ -166,8 +166,8 @@ class TestPagesRun:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(models, "bundled_gguf", lambda: Path("smollm2.gguf"))
         monkeypatch.setattr(models, "_dequantised", lambda file, flag="--model": tiny_model)
-        monkeypatch.setattr(cli, "share_processors", lambda *, give_way: None)  # would slow the tests that follow
-        monkeypatch.setattr("pairtune.cli.data.share_processors", lambda *, give_way: None)
+        for commands in ("training", "serving", "data"):  # would slow the tests that follow
+            monkeypatch.setattr(f"pairtune.cli.{commands}.share_processors", lambda *, give_way: None)
         (tmp_path / "tiny").symlink_to(tiny_model)
         texts = [
             (f"How many are {n} apples?", f"There are {n}, I counted.", "No idea" * (n % 3 + 1)) for n in range(24)

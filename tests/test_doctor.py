@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import GEMMA, byte_tokenizer, gemma_tokenizer, shared_file
+from conftest import GEMMA, byte_tokenizer, gemma_tokenizer, shared_file, write_rows
 from datasets import Dataset
+from rich.console import Console
 from trl.data_utils import is_conversational
 
 from pairtune.config import Reading, SourceConfig
@@ -163,6 +165,19 @@ def test_the_figure_is_a_picture(tmp_path):
     record = inspect(tmp_path, [row(n) for n in range(5)])
     path = draw_lengths(record, tmp_path / "new" / "lengths.png")
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_single_answers_of_one_kind_have_a_figure_too(tmp_path):
+    rows = [{"prompt": f"Question {n}?", "completion": f"yes {n}", "label": True} for n in range(5)]
+    write_rows(tmp_path / "a.jsonl", rows)
+    source = SourceConfig(source=str(tmp_path / "a.jsonl"))
+    reader = SourceReader.open(source, "SRC", Reading(wanted="single answers"), None)
+    record = inspect_source(reader, byte_tokenizer(), 1024)
+    assert record.single == (5, 0)
+    assert draw_lengths(record, tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    console = Console(file=io.StringIO(), width=100)
+    console.print(render_inspection(record))
+    assert "5 rows = 5 answers + 0 dropped" in console.file.getvalue()
 
 
 def run(*arguments):

@@ -12,7 +12,7 @@ from conftest import pairtune
 from rich.console import Console
 
 from pairtune import draft
-from pairtune.draft import Drafting, draft_pairs, read_prompts
+from pairtune.draft import Drafting, draft_pairs, judge_calls, read_prompts
 from pairtune.errors import BadInput
 from pairtune.evaluation.winrate import ConciseJudge, better
 from pairtune.models.sampling import SamplingParams
@@ -134,6 +134,18 @@ def test_rounds_go_on_from_one_another(tiny_model, tmp_path):
     second = Run.open(tmp_path / "out" / "round-2")
     assert second.lineage is not None
     assert [parent.name for parent in second.lineage.parents] == ["round-1"]
+
+
+def test_as_many_questions_to_a_judge_are_foretold_as_it_is_asked(tmp_path):
+    """Three answers in six orders to each prompt; of held-out ones the two models' answers in both orders a round."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"Question {number}?" for number in range(100)))
+    asked = read_prompts(prompts)
+    assert judge_calls(asked, 3, 0, 0.2) == 100 * 6
+    calls = {rounds: judge_calls(asked, 3, rounds, 0.2) for rounds in (1, 2)}
+    held = (calls[2] - calls[1]) // 2
+    assert 5 < held < 40
+    assert calls[1] == (100 - held) * 6 + held * 2
 
 
 def test_too_few_prompts_for_the_rounds_are_refused(tiny_model, tmp_path):

@@ -643,6 +643,7 @@ def test_a_label_beside_chosen_and_rejected_is_warned_of(tmp_path):
     [
         ("a.json", '[{"a": 1}] [{"a": 2}]', "goes on after the ] that ends its rows"),
         ("a.csv", "prompt,chosen,chosen\nQ,a,b\n", "has 2 columns called 'chosen'"),
+        ("a.csv", "prompt,a,a,chosen,chosen,chosen\nQ,a,b,c,d,e\n", "has 3 columns called 'chosen'"),
     ],
 )
 def test_rows_and_columns_do_not_vanish(tmp_path, name, content, message):

@@ -17,7 +17,7 @@ from pairtune.engine.memory import shape_of
 from pairtune.engine.speed import measure_speed
 from pairtune.footprint import ModelShape, PairLengths, fit, peak_memory, remedies, training_memory
 from pairtune.models.load import blank_model
-from pairtune.models.resolve import resolve_model
+from pairtune.models.resolve import ModelSource, resolve_model
 from pairtune.report.render_plan import does_not_fit, time_range
 from pairtune.run.folder import Run
 
@@ -104,6 +104,30 @@ def test_memory_by_hand():
     all_kept = training_memory(SHAPE, trial, 4, LENGTHS, width=4)
     fewer = 4 * 3 * (kept - 400 * 64) - 4 * 400 * 64  # three layers' activations, but the inputs of all four
     assert all_kept["activations"] - checkpointed["activations"] == pytest.approx(1.05 * 4 * fewer)
+
+
+def test_memory_of_a_row_that_is_filled_up_by_hand():
+    """512 tokens: two pairs of 200, and one of 112, whose tokens attend to 112 / 200 as many."""
+    long = SHAPE.model_copy(update={"layers": 40})  # so that training takes more than evaluation
+    parts = training_memory(long, settings(batch_size=4).trials()[0], 4, LENGTHS, width=1)
+    scores = 4 * (400 + 112 * 112 / 200) * (120 * 120 + 2 * 40 * 160) / 200
+    kept = 512 * (2 * 64 + 2 * 64 + 2 * 32 + 2 * 256 + 7 * 16) + scores
+    passing = 512 * (6 * 256 + 4 * 64 + 3 * 64) + 2 * scores
+    assert parts["activations"] == pytest.approx(1.05 * ((40 * kept + passing) * 4 + 512 * 1_000 * 8))
+
+
+def test_memory_is_that_of_the_largest_trial():
+    varied, largest = settings(lora_rank=[4, 64, 16], batch_size=[1, 2]), settings(lora_rank=64, batch_size=2)
+    short = LENGTHS.model_copy(update={"longest": 100})  # two of a batch share a row
+    kept = {"width": 1, "row_tokens": 512, "checkpointing": False}
+    assert peak_memory(varied, SHAPE, 4, short, **kept) == peak_memory(largest, SHAPE, 4, short, **kept)
+
+
+def test_more_trials_share_an_accelerator():
+    grid = settings(learning_rate=[n * 1e-5 for n in range(1, 13)])
+    assert fit(grid, LENGTHS, SHAPE, "float32", 1e12).side_by_side == 4
+    card = SHAPE.model_copy(update={"accelerator": True})
+    assert fit(grid, LENGTHS, card, "float32", 1e12).side_by_side == 8
 
 
 def test_full_training_keeps_gradients_and_moments_of_every_weight():
@@ -232,6 +256,17 @@ def test_what_was_measured_is_read_again(tiny_model, monkeypatch, tmp_path):
     (file,) = (tmp_path / "speed").iterdir()
     file.write_text("{", encoding="utf-8")
     assert measure_speed(source, trial, LENGTHS, torch.float32, known=True).times != first.times  # measured afresh
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit"])
+def test_full_training_is_measured_whatever_dtype_the_config_names(tiny_model, monkeypatch, tmp_path, optimizer, dtype):
+    monkeypatch.setenv("PAIRTUNE_CACHE", str(tmp_path / "cache"))
+    config = json.loads((tiny_model / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    source = ModelSource("narrow", tmp_path, "folder", str(tmp_path))
+    trial = settings(method="full", optimizer=optimizer).trials()[0]
+    assert measure_speed(source, trial, LENGTHS, dtype).times is not None
 
 
 def test_a_model_of_which_a_few_layers_do_not_fit_is_planned_without_its_time(tiny_model, monkeypatch):

@@ -283,6 +283,8 @@ def test_a_folder_is_its_files_in_name_order_and_a_split_is_a_word_of_their_name
         ("empty", r"--data empty: no \.jsonl, \.json, \.csv, \.parquet file in this folder"),
         ("full@dev", r"--data full@dev: no file in this folder is named after the split dev \(found a\.csv\)"),
         ("full/a.csv@train", "a file has no splits; omit @train"),
+        ("./full/a.csv@train", "a file has no splits; omit @train"),
+        ("~no such person/a.csv", "--data ~no such person/a.csv: no such file or folder"),
         ("a.txt", r"only .*\.parquet files can be read"),
         ("a.parquet.gz", r"only .*\.parquet files can be read"),
         ("what is this?", "neither a file nor a Hub id"),

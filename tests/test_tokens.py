@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -232,6 +233,13 @@ def test_a_pair_that_cannot_fit_is_left_out_and_others_are_untouched():
     assert isinstance(left_out, LeftOut)
     assert left_out.reason == "longer than 40 tokens"
     assert (kept.turns_cut, cut.turns_cut) == (0, 2)
+
+
+def test_what_a_template_leaves_out_is_counted_once_for_a_pair_that_is_shortened():
+    encoder = PairTokenizer(byte_tokenizer(), 120)
+    (cut,) = encoder.encode([replace(long_pair(3), tools=({"name": "weather"},))])
+    assert cut.turns_cut > 2
+    assert encoder.warnings[0] == "1 pair with tools, for which the model's chat template has no room"
 
 
 def test_what_can_never_fit_is_not_even_tokenized(monkeypatch):

@@ -26,7 +26,7 @@ from talker import talking
 from voters import Voters
 
 from pairtune.data.splits import Prompt, draw_splits
-from pairtune.votes.matches import next_match, next_prompt
+from pairtune.votes.matches import next_match, rarest_prompts
 from pairtune.votes.pairs import harvest
 from pairtune.votes.records import Vote, VotedAnswer
 from pairtune.votes.standings import Matches, agreement, chances, fit, standings
@@ -173,6 +173,15 @@ def test_simulated_voters_are_seen_through():
 # ---- Matches ----
 
 
+def test_sides_that_were_chosen_say_nothing_of_the_side():
+    chats = [vote(number, "left", kind="side by side", voter=str(number % 5)) for number in range(50)]
+    told = standings(chats).side
+    assert (told.share, told.interval, told.shows) == (0.0, (-1.0, 1.0), False)
+    drawn = [vote(100 + number, "left" if number % 2 else "right", voter=str(number % 3)) for number in range(30)]
+    both = standings(chats + drawn).side
+    assert both.share == 0 and not both.shows and both.interval[1] < 0.5
+
+
 def votes_until_apart(how: str, seed: int, strengths: dict[str, float]) -> int:
     """How many votes it takes until every model is told from the next one, by the fit's own intervals."""
     voters = Voters(strengths, draw=random.Random(seed))
@@ -224,7 +233,9 @@ def test_new_models_meet_first_and_sides_are_drawn():
 
 def test_prompts_with_fewest_votes_come_first():
     votes = [vote(1, "left", prompt=[{"role": "user", "content": "Old?"}])]
-    assert next_prompt(["Old?", "New?"], votes, ("a", "b"), random.Random(0)) == "New?"
+    prompts = ["Old?", "New?", "Other?"]
+    assert {rarest_prompts(prompts, votes, 1, random.Random(seed))[0] for seed in range(9)} == {"New?", "Other?"}
+    assert rarest_prompts(prompts, votes, 5, random.Random(0))[-1] == "Old?"
 
 
 # ---- Pairs ----

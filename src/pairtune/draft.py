@@ -288,9 +288,7 @@ def draft_rounds(
         BadInput: the folder exists, there are too few prompts, a round drafts no pair, or the settings cannot be used.
     """
     check_new(out)
-    apart = [prompt_key(prompt) < hold_out * 2**64 for prompt in prompts]
-    held = [prompt for prompt, kept in zip(prompts, apart, strict=True) if kept]
-    used = [prompt for prompt, kept in zip(prompts, apart, strict=True) if not kept]
+    held, used = _hold_out(prompts, hold_out)
     if not held or len(used) < rounds:
         told = f"{len(held)} of {plural(len(prompts), 'prompt')} are held out (--hold-out {hold_out:g})"
         raise BadInput(f"--prompts: {told}, which is too few, or leaves less than one for each round; give more")
@@ -307,6 +305,19 @@ def draft_rounds(
         found.append(Round(number, left_out.pop("pairs"), left_out, model, won))
         write_json(out / "rounds.json", [each.record() for each in found])
         yield found[-1]
+
+
+def _hold_out(prompts: Sequence[Prompt], share: float) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts that are held out, and the others."""
+    apart = [prompt_key(prompt) < share * 2**64 for prompt in prompts]
+    held = [prompt for prompt, kept in zip(prompts, apart, strict=True) if kept]
+    return held, [prompt for prompt, kept in zip(prompts, apart, strict=True) if not kept]
+
+
+def judge_calls(prompts: Sequence[Prompt], answers: int, rounds: int, hold_out: float) -> int:
+    """How often a judge is asked at most: for each two answers to a prompt in both orders."""
+    held, used = _hold_out(prompts, hold_out) if rounds else ([], prompts)
+    return len(used) * answers * (answers - 1) + len(held) * 2 * rounds
 
 
 def _draft_round(

@@ -19,7 +19,7 @@ class RunFailed(Exception):
 
 
 class Interrupted(RunFailed):
-    """A run that the user stopped; it has written a checkpoint."""
+    """A run that the user stopped; it has written a checkpoint. The command line exits with code 130."""
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

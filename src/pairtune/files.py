@@ -33,8 +33,13 @@ os.umask(_UMASK)
 def user_cache() -> Path:
     """The folder for data that can be regenerated: dequantised models, tokenized pairs, reference log-probs."""
     if explicit := os.environ.get("PAIRTUNE_CACHE"):
-        return Path(explicit).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pairtune"
+        return typed_path(explicit)
+    return typed_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "pairtune"
+
+
+def typed_path(name: str) -> Path:
+    """The path that a person means; `~NAME` stays as it is if there is no such user, where Path.expanduser raises."""
+    return Path(os.path.expanduser(name))
 
 
 @contextmanager

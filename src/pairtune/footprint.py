@@ -23,8 +23,8 @@ CHUNK_LOGITS = 8 << 20
 # The same on accelerators, which are only busy with more: 256 MB, and rows as long as memory allows.
 ACCELERATOR_LOGITS = 64 << 20
 ACCELERATOR_ROWS = (8192, 4096, 2048, 1024, ROW_TOKENS)
-# The most trials at once: few saturate a CPU.
-MOST_TRIALS = 4
+# The most trials at once: beyond, they take memory and gain little. Few saturate a CPU, more an accelerator.
+MOST_TRIALS, ACCELERATOR_TRIALS = 4, 8
 # Answers at once, beyond which products of a pass gain little, and the tokens after which one is cut off.
 ANSWERS_AT_ONCE, ANSWER_TOKENS = 32, 160
 NUMBER_SIZES = {"float32": 4, "bfloat16": 2}
@@ -39,6 +39,8 @@ _PROGRAM_BYTES = 550e6
 _HOLES = 1.05
 # Linear layers of a decoder layer.
 _PROJECTIONS = 7
+# Settings of trials that memory grows with.
+_SIZES = ("lora_rank", "batch_size")
 
 
 class ModelShape(Part):
@@ -89,6 +91,11 @@ class ModelShape(Part):
     def rows(self) -> tuple[int, ...]:
         """Tokens of a trial's row in training, from the fastest to the smallest."""
         return ACCELERATOR_ROWS if self.accelerator else (ROW_TOKENS,)
+
+    @property
+    def most_trials(self) -> int:
+        """The most trials that are trained side by side."""
+        return ACCELERATOR_TRIALS if self.accelerator else MOST_TRIALS
 
     @property
     def evaluation_row(self) -> int:
@@ -199,7 +206,7 @@ def _ways(
 ) -> Iterator[tuple[str, int, int, bool]]:
     """Dtype, trials side by side, tokens of a row, and checkpointing, from fast to small."""
     trials = config.trial_count or len(config.trials())
-    widths = [config.side_by_side] if config.side_by_side else range(min(trials, MOST_TRIALS), 0, -1)
+    widths = [config.side_by_side] if config.side_by_side else range(min(trials, shape.most_trials), 0, -1)
     if config.method == "full":
         widths = [1]
     rows = (config.row_tokens,) if config.row_tokens else shape.rows
@@ -253,16 +260,18 @@ def peak_memory(
     checkpointing: bool,
 ) -> dict[str, float]:
     """Bytes of a run's process by part, in the stage that takes the most: training, or answering held-out prompts."""
+    point = {name: max(given) if name in _SIZES else given[0] for name, given in config.dimensions.items()}
+    trial = config.trial(**point)
     training = training_memory(
         shape,
-        config.trials()[0],
+        trial,
         number_size,
         lengths,
         width=width,
         row_tokens=row_tokens,
         checkpointing=checkpointing,
     )
-    answering = _answering_memory(config, shape, number_size, lengths) if config.samples != 0 else {}
+    answering = _answering_memory(trial, config, shape, number_size, lengths) if config.samples != 0 else {}
     largest = max(training, answering, key=lambda parts: sum(parts.values()))
     return largest | {"program": _PROGRAM_BYTES}
 
@@ -288,10 +297,15 @@ def training_memory(
         row_tokens: tokens of a row of each trial; a longer pair has a row of its own.
         checkpointing: whether layers keep only their inputs.
     """
-    tokens = float(width) * max(lengths.longest, min(row_tokens, trial.batch_size * lengths.longest))
+    longest = lengths.longest
+    row = max(longest, min(row_tokens, trial.batch_size * longest))
+    tokens = float(width) * row
     if not shape.packed:
         tokens *= 1 + lengths.prompt / max(1.0, lengths.whole)  # each answer has its own copy of the prompt
-    scores = shape.heads * tokens * _scores(lengths, shape)
+    # Pairs attend to themselves alone: the longest ones, and a shorter one that fills the row.
+    rest = row % max(1, longest)
+    attending = row - rest + rest * rest / max(1, longest)
+    scores = shape.heads * width * attending * _scores(lengths, shape)
     rank = 0 if trial.method == "full" else trial.lora_rank
     layer = tokens * _kept(shape, rank) + scores
     kept = shape.layers * tokens * shape.hidden + layer if checkpointing else shape.layers * layer
@@ -343,13 +357,15 @@ def _scores(lengths: PairLengths, shape: ModelShape) -> float:
     return (prompt**2 + chosen * (prompt + chosen) + rejected * (prompt + rejected)) / max(1, longest)
 
 
-def _answering_memory(config: RunConfig, shape: ModelShape, number_size: int, lengths: PairLengths) -> dict[str, float]:
+def _answering_memory(
+    trial: TrialConfig, config: RunConfig, shape: ModelShape, number_size: int, lengths: PairLengths
+) -> dict[str, float]:
     """Bytes while held-out prompts are answered: the base, up to four adapters, and the KV cache."""
-    models = 1 + min(MOST_TRIALS, config.trial_count or len(config.trials()))
+    models = 1 + min(shape.most_trials, config.trial_count or len(config.trials()))
     questions = min(ANSWERS_AT_ONCE, models * (config.samples or ANSWERS_AT_ONCE))
     longest = min(lengths.longest, config.max_length) + ANSWER_TOKENS
     cache = questions * longest * shape.layers * 2 * shape.keys * number_size
-    adapters = (models - 1) * config.lora_rank * shape.adapter_weights * number_size
+    adapters = (models - 1) * trial.lora_rank * shape.adapter_weights * number_size
     if config.method == "full":
         adapters = 0
     return {

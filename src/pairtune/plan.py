@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from pairtune.data.sources import BUNDLED
 from pairtune.engine.memory import fit_run, shape_of
 from pairtune.engine.speed import measure_speed
 from pairtune.errors import BadInput
+from pairtune.files import typed_path
 from pairtune.footprint import PairLengths, of_single_answers
 from pairtune.models.load import LoadedBase, blank_model, load_tokenizer, pick_device, pick_dtype, read_config
 from pairtune.models.resolve import BUNDLED as BUNDLED_MODEL
@@ -71,7 +71,7 @@ def plan_run(config: RunConfig, say: Say = lambda what: None, *, has_data: bool 
 def _open(config: RunConfig, has_data: bool) -> tuple[LoadedBase, list[str]]:
     """The model, of which only the config and, if there is data, a tokenizer is needed."""
     check_method(config.model, config.method)
-    path = Path(config.model.removesuffix(NF4)).expanduser()
+    path = typed_path(config.model.removesuffix(NF4))
     file = path / "config.json" if path.is_dir() else path
     if file.suffix != ".json" or not file.is_file() or any(file.parent.glob("*.safetensors")):
         start = open_start(config.model, config.dtype, config.on_top, config.reference, config.method)

@@ -146,7 +146,7 @@ def draft(
         raise BadInput(f"--out {out}: the folder {out.absolute().parent} does not exist; create it first")
 
     with loading():
-        from pairtune.draft import Drafting, draft_file, draft_rounds, read_prompts
+        from pairtune.draft import Drafting, draft_file, draft_rounds, judge_calls, read_prompts
         from pairtune.evaluation.judges import open_judge
         from pairtune.models.sampling import SamplingParams
 
@@ -154,7 +154,7 @@ def draft(
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     how = Drafting(answers, open_judge(judge, judge_model), params)
     if judge.startswith("http"):
-        calls = len(asked) * answers * (answers - 1) * max(1, rounds)
+        calls = judge_calls(asked, answers, rounds, hold_out)
         if not yes:
             confirm({"calls": calls, "tokens": calls * (2 * max_tokens + 100)}, how.judge.name)
     console = screen(stderr=True)

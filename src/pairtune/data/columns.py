@@ -36,7 +36,7 @@ def check_columns(reading: Reading, head: Sequence[Any], where: str) -> None:
     if not rows:
         return
     for part, name in reading.columns.items():
-        for column in _columns_in(part, name):
+        for column in columns_in(part, name):
             if not any(column in row for row in rows):
                 raise BadInput(f"{where}: --column {part}={name}: there is no column {column}; {_present(rows)}")
     labels = [name for row in rows for name in row if is_label(name) and name not in reading.columns.values()]
@@ -68,7 +68,7 @@ def check_codes(head: Sequence[Any], values: Callable[[str], Counter[str]], wher
             )
 
 
-def _columns_in(part: str, name: str) -> list[str]:
+def columns_in(part: str, name: str) -> list[str]:
     """The columns that one argument names: annotators may be several, label values and fields of items are none."""
     if part in ("label_a", "label_b", "scores"):
         return []
@@ -111,7 +111,7 @@ def format_of_columns(
 
 def _typical(columns: Mapping[str, str], rows: Sequence[Row]) -> Row:
     """The first row that has something in every named column."""
-    named_columns = [column for part, name in columns.items() for column in _columns_in(part, name)]
+    named_columns = [column for part, name in columns.items() for column in columns_in(part, name)]
     full = (row for row in rows if all(not is_empty(row.get(column)) for column in named_columns))
     return next(full, rows[0] if rows else {})
 

@@ -133,7 +133,7 @@ class _SourcePart:
         return self.reader.config.weight
 
 
-def pair_hash(pair: PreferencePair) -> bytes:
+def content_hash(pair: PreferencePair) -> bytes:
     """An 8-byte hash of a pair's content, independent of its origin."""
     digest = hashlib.blake2b(digest_size=8)
     turns = (f"{turn['role']}\0{turn['content']}" for turn in pair.prompt)
@@ -245,7 +245,7 @@ class _Preparation:
             part.dropped_further += row.further
             return None
         prompts = (result.pair.prompt, result.prompt) if result.turns_cut else (result.prompt,)
-        content = pair_hash(result.pair)
+        content = content_hash(result.pair)
         good = bool(result.chosen_ids)
         self.kept.append(_Kept(part, Prompt.of(*prompts), content, row.further, result.turns_cut > 0, good))
         part.kept += 1

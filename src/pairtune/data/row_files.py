@@ -231,8 +231,9 @@ def _check_names(path: Path, names: Iterable[str]) -> None:
     Raises:
         BadInput: two columns have the same name.
     """
-    if twice := [name for name, times in Counter(names).items() if times > 1]:
-        raise BadInput(f"{path}: has {len(twice) + 1} columns called {twice[0]!r}; give each a name of its own")
+    name, times = next(iter(Counter(names).most_common(1)), ("", 0))
+    if times > 1:
+        raise BadInput(f"{path}: has {times} columns called {name!r}; give each a name of its own")
 
 
 def _whole_row(row: dict[str, Any], columns: int) -> Any:

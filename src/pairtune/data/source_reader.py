@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pairtune.config import OnBadRow, Reading, SourceConfig
@@ -18,7 +17,7 @@ from pairtune.data.preference import BadRow, LeftOut, PreferencePair
 from pairtune.data.row_parser import Parsed, RowParser, halved, refuse_unknown
 from pairtune.data.sources import Source, SourceRow, open_source
 from pairtune.errors import BadInput
-from pairtune.files import fingerprint
+from pairtune.files import fingerprint, typed_path
 
 if TYPE_CHECKING:
     from pairtune.data.formats import Format
@@ -49,7 +48,7 @@ class SourceReader:
             reading = replace(reading, columns=config.columns)
         where, edits = f"{flag} {config.source}", None
         if is_edit_list(config.source):
-            edits = read_edits(Path(config.source).expanduser(), where)
+            edits = read_edits(typed_path(config.source), where)
             source = replace(open_source(SourceConfig(source=edits.source), where), name=config.source)
         else:
             source = open_source(config, flag)

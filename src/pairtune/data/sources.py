@@ -17,7 +17,7 @@ from typing import Any
 from pairtune.config import SourceConfig
 from pairtune.data.row_files import ENDINGS, is_data_file, read_file
 from pairtune.errors import BadInput, one_line
-from pairtune.files import fingerprint, hash_file
+from pairtune.files import fingerprint, hash_file, typed_path
 
 BUNDLED = "bundled:concise"
 BUNDLED_SPLITS = ("train", "validation", "test")
@@ -90,7 +90,7 @@ def open_source(config: SourceConfig, flag: str) -> Source:
     where = f"{flag} {name}"
     if name.startswith("bundled:"):
         return _open_bundled(name, where)
-    path = Path(name).expanduser()
+    path = typed_path(name)
     if path.is_file():
         if not is_data_file(path):
             raise BadInput(
@@ -98,12 +98,12 @@ def open_source(config: SourceConfig, flag: str) -> Source:
             )
         return Source(name, ((name, path),))
     folder, _, split = name.rpartition("@") if "@" in name else (name, "", "")
-    if Path(folder).expanduser().is_dir():
-        return _open_folder(name, Path(folder).expanduser(), split, where)
+    if typed_path(folder).is_dir():
+        return _open_folder(name, typed_path(folder), split, where)
+    if typed_path(folder).is_file():
+        raise BadInput(f"{where}: a file has no splits; omit @{split}")
     if is_data_file(name) or name.startswith((".", "/", "~")):
         raise BadInput(f"{where}: no such file or folder")
-    if Path(folder).expanduser().is_file():
-        raise BadInput(f"{where}: a file has no splits; omit @{split}")
     return Source(name, hub=_HubData.parse(name, where))
 
 

@@ -116,7 +116,9 @@ class PairTokenizer:
             cut += 1
             shorter = {at: _without_oldest(pair, cut) for at, pair in too_long.items()}
             retried = {at: pair for at, pair in shorter.items() if pair is not None}
+            counted = self.template.left_out.copy()  # once for a pair, not for each of its lengths
             encoded = dict(zip(retried, self.encode_whole(list(retried.values())), strict=True))
+            self.template.left_out = counted
             for at, pair in too_long.items():
                 result = encoded.get(at) or self._too_long()
                 results[at] = result if isinstance(result, BadRow) else replace(result, pair=pair)

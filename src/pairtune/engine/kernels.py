@@ -160,7 +160,7 @@ class Kernels:
             str(torch.get_num_threads()),
             torch.__version__,
         )
-        name = fingerprint([_name(dtype), torch.__version__, *machine, *limits, *map(str, self._shapes)])
+        name = fingerprint([_name(dtype), *machine, *limits, *map(str, self._shapes)])
         return user_cache() / "kernels" / f"{name}.json"
 
     def _choose(self, dtype: torch.dtype, differing: list[int]) -> Products:

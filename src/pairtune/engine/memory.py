@@ -14,6 +14,7 @@ from pairtune.engine.policy import PACKED_FAMILIES
 from pairtune.engine.products import linear_layers, matrix_of
 from pairtune.engine.trial import TrialInputs
 from pairtune.footprint import (
+    ACCELERATOR_TRIALS,
     MOST_TRIALS,
     USABLE,
     Fit,
@@ -26,16 +27,12 @@ from pairtune.footprint import (
 from pairtune.models.load import LoadedBase, blank_model, free_bytes
 from pairtune.models.nf4 import Nf4Linear, named_weights, roundable
 
-# Beyond this, trials at once take memory and gain little: few saturate a CPU, more an accelerator.
-_MOST = {"cpu": MOST_TRIALS}
-_MOST_ELSEWHERE = 8
-
 
 def lockstep_width(trial: TrialConfig, inputs: TrialInputs) -> int:
     """How many LoRA trials like this one fit in memory at once; at least 1."""
     device = inputs.base.device
     model, longest = blank_model(inputs.base.source), inputs.train.longest()
-    most = range(1, _MOST_ELSEWHERE + 1)
+    most = range(1, ACCELERATOR_TRIALS + 1)
     return widest([lockstep_bytes(model, trial, inputs.base.dtype, device, longest, width) for width in most], device)
 
 
@@ -47,7 +44,8 @@ def widest(needs: Sequence[float], device: torch.device) -> int:
         device: the device that they run on.
     """
     limit = USABLE * free_bytes(device)
-    return max(1, sum(need <= limit for need in needs[: _MOST.get(device.type, _MOST_ELSEWHERE)]))
+    most = MOST_TRIALS if device.type == "cpu" else ACCELERATOR_TRIALS
+    return max(1, sum(need <= limit for need in needs[:most]))
 
 
 def lockstep_bytes(

@@ -177,6 +177,7 @@ def _training(
     model = _few_layers(source, layers)
     owners: Sequence[FullWeights | AdapterWeights]
     if trial.method == "full":
+        cast_parameters(model, torch.float32)  # the config may name another dtype, and masters are in float32
         masters, adapted = FullWeights(model, dtype), {}
         cast_parameters(model, dtype)
         owners = [masters]

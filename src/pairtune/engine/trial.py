@@ -201,11 +201,6 @@ def patience_is_over(result: TrialRecord) -> bool:
     return patience is not None and len(result.epochs) - (result.best_epoch or 0) >= patience
 
 
-def wants_checkpointing(trial: TrialConfig, device: torch.device) -> bool:
-    """Whether TRL's engine checkpoints activations; "auto" does on accelerators, where memory is scarce."""
-    return device.type != "cpu" if trial.checkpointing == "auto" else trial.checkpointing == "on"
-
-
 def check_adapters_are_zero(names: Sequence[str], factors: Iterable[Tensor]) -> None:
     """Check that the adapters' factors B are 0 before the first step, so that trials start exactly at the base model.
 

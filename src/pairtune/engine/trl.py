@@ -41,7 +41,6 @@ from pairtune.engine.trial import (
     record_evaluation,
     reset_peak_memory,
     start_trials,
-    wants_checkpointing,
 )
 from pairtune.errors import Interrupted
 from pairtune.models.load import load_model
@@ -131,7 +130,7 @@ def _arguments(trial: TrialConfig, inputs: TrialInputs, scratch: Path) -> DPOCon
         seed=trial.seed,
         use_cpu=on_cpu,
         bf16=trial.method == "full" and inputs.base.dtype == torch.bfloat16,
-        gradient_checkpointing=wants_checkpointing(trial, inputs.base.device),
+        gradient_checkpointing=_wants_checkpointing(trial, inputs.base.device),
         dataloader_pin_memory=not on_cpu,
         eval_strategy="epoch",
         save_strategy="no",
@@ -143,6 +142,11 @@ def _arguments(trial: TrialConfig, inputs: TrialInputs, scratch: Path) -> DPOCon
     # Several GPUs would each get a share through DataParallel, so that a pass would no longer be one pair.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def _wants_checkpointing(trial: TrialConfig, device: torch.device) -> bool:
+    """Whether activations are checkpointed; "auto" does it on accelerators, where memory is scarce."""
+    return device.type != "cpu" if trial.checkpointing == "auto" else trial.checkpointing == "on"
 
 
 def _reference(inputs: TrialInputs) -> PreTrainedModel | None:

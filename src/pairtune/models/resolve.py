@@ -13,7 +13,7 @@ import yaml
 
 from pairtune.errors import BadInput, one_line
 from pairtune.extras import require
-from pairtune.files import fill_folder, fingerprint, hash_file, saved_fingerprint, user_cache
+from pairtune.files import fill_folder, fingerprint, hash_file, saved_fingerprint, typed_path, user_cache
 from pairtune.run.folder import Run, find_run
 from pairtune.run.records import Lineage
 
@@ -118,7 +118,7 @@ def resolve_target(name: str, flag: str = "MODEL") -> Target:
     """
     if not name.strip():
         raise BadInput(f"{flag}: is empty; name a model, such as {BUNDLED}")
-    path = Path(name).expanduser()
+    path = typed_path(name)
     if name.endswith(NF4) and not path.exists():
         plain = name.removesuffix(NF4)
         below = resolve_target(plain, flag)
@@ -194,7 +194,7 @@ def _resolve_model(name: str, flag: str) -> ModelSource:
             return replace(found, name=name)
         folder = _dequantised(file)
         return ModelSource(name, folder, "bundled", str(folder))
-    path = Path(name).expanduser()
+    path = typed_path(name)
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise BadInput(f"{flag} {name}: no such file")

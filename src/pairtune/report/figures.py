@@ -24,18 +24,20 @@ def draw_lengths(found: Inspection, path: Path) -> Path:
     labels = [*(f"{edge:,}" for edge in found.lengths_up_to), "more"]
     places = range(len(labels))
     for offset, (name, colour) in enumerate(_COLOURS.items(), -1):
-        shares = _shares(found.lengths[name])
-        parts.bar([at + offset * 0.27 for at in places], shares, width=0.27, color=colour, label=name)
-    parts.set(title="Length of the parts", ylabel="share of pairs (%)")
+        if shares := _shares(found.lengths[name]):  # single answers may all be of one kind
+            at = [place + offset * 0.27 for place in places]
+            parts.bar(at, shares, width=0.27, color=colour, label=name)
+    parts.set(title="Length of the parts", ylabel=f"share of {found.noun}s (%)")
     parts.legend(frameon=False)
     fits = [sum(_shares(found.lengths["prompt and longer answer"])[: at + 1]) for at in places]
     whole.plot(places, fits, color="#30475e", marker="o")
-    whole.set(title="Prompt with the longer answer", ylabel="share of pairs up to this length (%)", ylim=(0, 104))
+    whole.set(title="Prompt with the longer answer", ylim=(0, 104))
+    whole.set_ylabel(f"share of {found.noun}s up to this length (%)")
     for axes in (parts, whole):
         axes.set_xticks(list(places), labels, rotation=45)
         axes.set_xlabel("tokens (up to)")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{found.source}: {plural(found.kept, 'pair')}")
+    figure.suptitle(f"{found.source}: {plural(found.kept, found.noun)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path

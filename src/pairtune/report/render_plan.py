@@ -22,7 +22,8 @@ def render_plan(plan: Plan) -> RenderableType:
 
 def _parts(plan: Plan) -> Iterator[RenderableType]:
     for found in plan.inspections:
-        yield Text(f"{found.source}: {found.format or 'unknown format'}, {plural(found.kept, 'pair')}", style="bold")
+        kept = plural(found.kept, found.noun)
+        yield Text(f"{found.source}: {found.format or 'unknown format'}, {kept}", style="bold")
         for finding in found.findings:
             yield Text(f"  {finding.level}: {finding.message}", style=STYLES[finding.level])
         yield Text(f"  verdict: {found.verdict}", style=VERDICTS[found.verdict])
@@ -32,9 +33,9 @@ def _parts(plan: Plan) -> Iterator[RenderableType]:
         return
     cost, fit = plan.cost, plan.cost.fit
     pairs = ", ".join(f"about {count:,} {split}" for split, count in plan.pairs.items() if count)
-    yield Text(
-        f"{plural(cost.trials, 'trial')}, {fit.side_by_side} side by side, {pairs} pairs, {plural(cost.steps, 'step')}"
-    )
+    noun = plan.inspections[0].noun if plan.inspections else "pair"
+    trials, steps = plural(cost.trials, "trial"), plural(cost.steps, "step")
+    yield Text(f"{trials}, {fit.side_by_side} side by side, {pairs} {noun}s, {steps}")
     measured = f", estimated from the speed of a few of {plan.shape.layers} layers here" if cost.seconds else ""
     yield Text(f"time: {time_range(cost)}{measured}")
     parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in fit.memory.items())

@@ -65,10 +65,9 @@ class Cost:
 
 @dataclass(frozen=True)
 class BeforeAfter:
-    """A held-out prompt's last turn, its number of turns, and the answers of base and winner."""
+    """A held-out prompt's last turn, and the answers of base and winner."""
 
     prompt: str
-    turns: int
     base: Answer
     tuned: Answer
 
@@ -264,6 +263,6 @@ def before_and_after(generations: Generations | None, winner: str) -> list[Befor
         return []
     base, tuned = generations.models["base"].answers, generations.models[winner].answers
     return [
-        BeforeAfter(str(prompt[-1]["content"]), len(prompt), before, after)
+        BeforeAfter(str(prompt[-1]["content"]), before, after)
         for prompt, before, after in zip(generations.prompts, base, tuned, strict=True)
     ]

@@ -10,6 +10,7 @@ from pairtune.config import source_name
 from pairtune.errors import BadInput, plural
 from pairtune.evaluation.winrate import FAULTS, faults_of
 from pairtune.report.phrases import p_value, short
+from pairtune.report.report_data import before_and_after
 from pairtune.run.examples import Examples
 from pairtune.run.folder import Run
 from pairtune.run.records import LEVELS, Answer, Generations, RankedTrial, RegressedPair, Selection, TestRecord
@@ -113,9 +114,10 @@ def _audited(run: Run) -> str:
 def worse_prompts(generations: Generations | None, winner: str) -> list[WorsePrompt]:
     """The prompts whose tuned answer has a fault of form that the base's answer to it lacks."""
     found = []
-    for prompt, base, tuned in _answered(generations, winner):
-        if new := [fault for fault in faults_of(prompt, tuned) if fault not in faults_of(prompt, base)]:
-            found.append(WorsePrompt(prompt, base, tuned, tuple(new)))
+    for each in before_and_after(generations, winner):
+        known = faults_of(each.prompt, each.base)
+        if new := [fault for fault in faults_of(each.prompt, each.tuned) if fault not in known]:
+            found.append(WorsePrompt(each.prompt, each.base, each.tuned, tuple(new)))
     return found
 
 
@@ -123,9 +125,9 @@ def fault_counts(generations: Generations | None, winner: str) -> list[FaultCoun
     """How often each fault of form occurs before and after tuning."""
     of_base: Counter[str] = Counter()
     of_tuned: Counter[str] = Counter()
-    for prompt, base, tuned in _answered(generations, winner):
-        of_base.update(faults_of(prompt, base))
-        of_tuned.update(faults_of(prompt, tuned))
+    for each in before_and_after(generations, winner):
+        of_base.update(faults_of(each.prompt, each.base))
+        of_tuned.update(faults_of(each.prompt, each.tuned))
     return [FaultCount(name, of_base[name], of_tuned[name]) for name in FAULTS]
 
 
@@ -148,14 +150,6 @@ def disagreements(run: Run) -> tuple[str, int, int] | None:
     except (BadInput, KeyError):
         return None
     return ("test" if tested else "validation"), int((margins < 0).sum()), len(margins)
-
-
-def _answered(generations: Generations | None, winner: str) -> list[tuple[str, Answer, Answer]]:
-    if generations is None or not {"base", winner} <= generations.models.keys():
-        return []
-    base, tuned = generations.models["base"].answers, generations.models[winner].answers
-    prompts = [str(prompt[-1]["content"]) for prompt in generations.prompts]
-    return list(zip(prompts, base, tuned, strict=True))
 
 
 def _measured(run: Run, selection: Selection) -> tuple[TestRecord | RankedTrial, int]:
@@ -271,7 +265,8 @@ def _hurt(run: Run) -> str:
     said = []
     if counted := disagreements(run):
         split, count, of = counted
-        said.append(f"{count:,} of {plural(of, f'{split} pair')}")
+        noun = selection.noun if selection else "pair"
+        said.append(f"{count:,} of {plural(of, f'{split} {noun}')}")
     prompts: Sequence[WorsePrompt] = worse_prompts(run.generations, selection.winner) if selection else ()
     if run.generations and selection:
         said.append(f"{len(prompts)} of {plural(len(run.generations.prompts), 'answer')}")

@@ -121,9 +121,6 @@ class AdapterStack:
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, self._layers[name])
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._adapters
-
     def set(self, adapters: Mapping[str, Adapter]) -> None:
         """Replace all adapters.
 

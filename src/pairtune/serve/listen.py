@@ -39,8 +39,12 @@ def own_names(host: str) -> list[str]:
     if host in ("0.0.0.0", "::"):  # noqa: S104 - asked for
         addresses = [each.address.partition("%")[0] for all_ in psutil.net_if_addrs().values() for each in all_]
         found = [socket.gethostname(), socket.getfqdn(), *filter(_is_address, addresses)]
-    bracketed = (f"[{name}]" if ":" in name else name for name in found)
-    return list(dict.fromkeys([*names, *bracketed]))
+    return list(dict.fromkeys([*names, *map(in_address, found)]))
+
+
+def in_address(host: str) -> str:
+    """A host as it stands in a URL: IPv6 in brackets."""
+    return f"[{host}]" if ":" in host else host
 
 
 def _is_address(text: str) -> bool:

@@ -17,7 +17,7 @@ import uvicorn
 from pairtune.errors import BadInput
 from pairtune.serve.api import make_app
 from pairtune.serve.catalogue import Catalogue
-from pairtune.serve.listen import KEY, is_loopback, listening, own_names
+from pairtune.serve.listen import KEY, in_address, is_loopback, listening, own_names
 from pairtune.serve.request import Limits
 
 
@@ -43,7 +43,7 @@ def _serve(
     if not key and not is_loopback(host):
         key = secrets.token_urlsafe(24)
         print(f"key for this server, shown once (set {KEY} to choose one): {key}", file=sys.stderr)
-    print(f"http://{host}:{bound.getsockname()[1]}/v1  (Ctrl-C stops it)", flush=True)
+    print(f"http://{in_address(host)}:{bound.getsockname()[1]}/v1  (Ctrl-C stops it)", flush=True)
     if attached:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nobody reads what a library may print there
     catalogue = Catalogue(targets, root, limits)

@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +248,7 @@ class _Tail:
     trial: TrialConfig
     pairs: int
     lines: int = 0
-    started: bool = field(default=False)
+    started: bool = False
 
     def pass_on(self, sink: Sink) -> None:
         """Pass on new lines; if a task went back to its checkpoint, say so first."""

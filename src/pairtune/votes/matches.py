@@ -57,13 +57,7 @@ def information_gains(models: Sequence[str], found: Fit, known: Sequence[str]) -
     return gains
 
 
-def next_prompt(prompts: Sequence[str], votes: Sequence[Vote], pair: tuple[str, str], draw: random.Random) -> str:
-    """One of the prompts that this pair, and then anybody, has been voted on least often."""
-    by_pair: Counter[str] = Counter()
-    by_any: Counter[str] = Counter()
-    for vote in votes:
-        said = str(vote.prompt[-1]["content"])
-        by_any[said] += 1
-        by_pair[said] += {answer.weights for answer in vote.answers} == set(pair)
-    least = min((by_pair[prompt], by_any[prompt]) for prompt in prompts)
-    return draw.choice([prompt for prompt in prompts if (by_pair[prompt], by_any[prompt]) == least])
+def rarest_prompts(prompts: Sequence[str], votes: Sequence[Vote], count: int, draw: random.Random) -> list[str]:
+    """The prompts that were voted on least often, those with as many votes in any order."""
+    given = Counter(str(vote.prompt[-1]["content"]) for vote in votes)
+    return sorted(prompts, key=lambda prompt: (given[prompt], draw.random()))[:count]

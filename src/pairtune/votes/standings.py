@@ -47,6 +47,7 @@ class Matches:
         outcome: 0 left, 1 tie (or both bad), 2 right, [votes].
         longer: relative difference of the lengths, left minus right over both, [votes].
         voter: the voter of each vote as a number, [votes].
+        drawn: whether lots were drawn which answer stands on the left, as in the arena, [votes].
     """
 
     models: list[str]
@@ -55,6 +56,7 @@ class Matches:
     outcome: NDArray[np.int64]
     longer: Numbers
     voter: NDArray[np.int64]
+    drawn: NDArray[np.bool_]
 
     @classmethod
     def of(cls, votes: Sequence[Vote]) -> Matches:
@@ -71,6 +73,7 @@ class Matches:
             np.array([codes[vote.outcome] for vote in counted], np.int64),
             np.array([_longer(vote) for vote in counted], np.float64),
             np.array([voters[vote.voter] for vote in counted], np.int64),
+            np.array([vote.kind == "arena" for vote in counted], np.bool_),
         )
 
     def __len__(self) -> int:
@@ -217,7 +220,7 @@ class Standings:
         models: the strongest first.
         votes: the number of votes that compare models and stand.
         voters: how many people gave them.
-        side: how much more often the left answer is chosen than the right one.
+        side: how much more often the left answer is chosen than the right one, in votes whose sides were drawn.
         length: how much more often an answer twice as long is chosen than the other one. The intervals of the two hold
             together with 95 %.
         agreement: None if no two people voted on the same answers.
@@ -280,7 +283,7 @@ def standings(votes: Sequence[Vote], seed: int = 0) -> Standings | None:
         models,
         len(matches),
         len(np.unique(matches.voter)),
-        _side(matches, resampled, freedom),
+        _side(matches, resampled),
         _length(matches, found, draws, freedom),
         agreement(votes),
     )
@@ -352,12 +355,17 @@ def information(ahead: float, tie: float) -> float:
     return (left + right - (left - right) ** 2) / 4
 
 
-def _side(matches: Matches, weights: Numbers, freedom: int) -> Effect:
-    """Sides are drawn by lot, so what models and lengths do cancels out in the mean, whatever voters are like."""
-    chosen = 1.0 - matches.outcome  # 1, 0 or -1
+def _side(matches: Matches, weights: Numbers) -> Effect:
+    """Where sides are drawn by lot, what models and lengths do cancels out in the mean, whatever voters are like."""
+    drawn = matches.drawn
+    if not drawn.any():
+        return Effect(0.0, (-1.0, 1.0))
+    chosen, weights = 1.0 - matches.outcome[drawn], weights[:, drawn]  # 1, 0 or -1
     # As if two more votes had been given, one each way: a few votes that agree are not certain.
     spread = math.sqrt((chosen.std() ** 2 * len(chosen) + 2) / (len(chosen) + 2)) / math.sqrt(len(chosen))
-    draws = weights @ chosen / weights.sum(1)
+    totals = weights.sum(1)
+    draws = (weights @ chosen)[totals > 0] / totals[totals > 0]
+    freedom = len(np.unique(matches.voter[drawn])) - 1
     return Effect(float(chosen.mean()), _as_share(_interval(chosen.mean(), draws, spread, freedom, _EACH)))
 
 

@@ -20,7 +20,7 @@ from django.shortcuts import aget_object_or_404, get_object_or_404, redirect, re
 from django.template.loader import render_to_string
 from django.views.decorators.http import require_GET, require_POST
 
-from pairtune.votes.matches import next_match, next_prompt
+from pairtune.votes.matches import next_match, rarest_prompts
 from pairtune.web import answering, backend, ballots
 from pairtune.web.chat_forms import SAMPLING, Question
 from pairtune.web.introduction import held_out_prompts
@@ -92,12 +92,7 @@ def _who_meets(found: list[backend.Model]) -> dict[str, str]:
 def _suggestions(found: list[backend.Model]) -> list[str]:
     """Prompts that were voted on least often."""
     prompts = held_out_prompts([model.run for model in found if model.run])
-    votes = ballots.all_votes()
-    chosen: list[str] = []
-    while prompts and len(chosen) < _SUGGESTED:
-        chosen.append(next_prompt(prompts, votes, ("", ""), _draw))
-        prompts.remove(chosen[-1])
-    return chosen
+    return rarest_prompts(prompts, ballots.all_votes(), _SUGGESTED, _draw)
 
 
 @require_POST

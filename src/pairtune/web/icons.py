@@ -11,11 +11,10 @@ from django.views.decorators.http import require_GET
 from lucide.jinja import lucide
 
 ICONS = (
-    *("arrow-down", "arrow-left", "arrow-up", "check", "chevron-left", "chevron-right", "circle-alert"),
-    *("circle-check", "columns-2", "copy", "copy-plus", "download", "external-link", "file-text", "flag", "info"),
-    *("keyboard", "menu", "message-square", "monitor", "moon", "pencil", "pin", "pin-off", "play", "plus"),
-    *("refresh-cw", "search", "settings-2", "share-2", "square", "sun", "table-2", "tag", "thumbs-down"),
-    *("thumbs-up", "trash-2", "triangle-alert", "trophy", "repeat", "undo-2", "upload", "x"),
+    *("arrow-down", "arrow-up", "chevron-left", "chevron-right", "circle-check", "columns-2", "copy", "copy-plus"),
+    *("download", "file-text", "flag", "keyboard", "menu", "message-square", "monitor", "moon", "pencil", "pin"),
+    *("pin-off", "play", "plus", "refresh-cw", "repeat", "search", "settings-2", "share-2", "square", "sun"),
+    *("table-2", "thumbs-down", "thumbs-up", "trash-2", "trophy", "undo-2", "x"),
 )
 _YEAR = 31_536_000
 

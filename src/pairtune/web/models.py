@@ -252,7 +252,7 @@ class Job(models.Model):
     Attributes:
         kind: `tune`, `resume`, `plan`, `export` or `push`.
         subject: what it works on: a run's name, or a draft's number.
-        detail: what distinguishes jobs of one kind and subject: the format of an export, a repository.
+        detail: what it makes, where a page shows it: the folder of an export, a repository.
         pid: the process id.
         born: the process's start, in Unix time; guards against a reused pid.
         folder: the folder with its output: `out` and `log`.

@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from pairtune.config import UNPAIRED, Reading, SourceConfig
 from pairtune.cost import Cost, estimate
 from pairtune.data.column_names import proposed_columns
+from pairtune.data.columns import columns_in
 from pairtune.data.formats import Format
 from pairtune.data.inspection import Plan
 from pairtune.data.source_reader import SourceReader
@@ -110,6 +111,8 @@ class DataChoice(forms.Form):
                     SourceReader.open(SourceConfig(source=name), "--data", Reading(), None)
                 except BadInput as error:
                     self.add_error(field, plainly(str(error), name))
+                except OSError as error:  # a name that is too long, a folder that may not be read
+                    self.add_error(field, f"{name[:80]}: {error.strerror}.")
         return cleaned
 
 
@@ -269,7 +272,7 @@ def _columns(made: Draft) -> list[Column]:
     rows = [row for row in rows if isinstance(row, Mapping)]
     names = dict.fromkeys(str(name) for row in rows for name in row)
     said = made.columns or (proposed_columns(rows[0]) if rows else {})
-    of = {name: part for part, name in said.items()}
+    of = {each: part for part, name in said.items() for each in columns_in(part, name)}
     return [Column(name, of.get(name, ""), [_cell(row.get(name)) for row in rows]) for name in names]
 
 
@@ -285,8 +288,11 @@ def check(request: HttpRequest, pk: int) -> HttpResponse:
     if request.POST.get("confirm"):
         made.confirmed = True
     else:
-        pairs = zip(request.POST.getlist("column"), request.POST.getlist("part"), strict=False)
-        columns = {part: name for name, part in pairs if part in PARTS}
+        columns: dict[str, str] = {}
+        for name, part in zip(request.POST.getlist("column"), request.POST.getlist("part"), strict=False):
+            if part in PARTS:
+                several = part == "label" and part in columns  # one for each annotator
+                columns[part] = f"{columns[part]},{name}" if several else name
         columns |= {part: value for part in _VALUES if (value := request.POST.get(part, "").strip())}
         made.columns, made.confirmed = columns, False
     if typed := {field: request.POST[field] for field in Settings().fields if field in request.POST}:
@@ -412,12 +418,7 @@ def _cost(made: Draft, plan: Plan | None, given: Mapping[str, Any]) -> Cost | No
     if form.errors:
         return None
     config = resolve(None, values | {"out": "x"}).config
-    limits = {
-        "train": config.limit,
-        "validation": config.eval_limit or config.limit,
-        "test": config.eval_limit or config.limit,
-    }
-    pairs = {split: min(count, limits[split] or count) for split, count in plan.pairs.items()}
+    pairs = {split: min(count, config.row_limit(split) or count) for split, count in plan.pairs.items()}
     return estimate(config, pairs, plan.lengths, plan.shape, plan.speed)
 
 

@@ -275,8 +275,8 @@ def _texts(root: Path, _: int) -> tuple[dict[str, tuple[str, PreferencePair]], s
         return {}, run.fault
     found: dict[str, tuple[str, PreferencePair]] = {}
     fault = ""
-    # Drawn splits come from one source, which has an account for each of them.
-    splits = {account.source: account.split for account in run.data.sources} if run.data else {}
+    # Splits that were drawn from one source have an account each; all of it was read, as far as training may.
+    splits = {account.source: account.split for account in reversed(run.data.sources)} if run.data else {}
     for name, split in splits.items():
         try:
             source = next((each for each in config.sources if each.source == name), SourceConfig(source=name))

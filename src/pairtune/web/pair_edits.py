@@ -12,7 +12,7 @@ from django.utils.text import slugify
 from pairtune.config import source_name
 from pairtune.data.edits import ENDING, Edit, EditList, is_edit_list, pair_hash, read_edits, row_of
 from pairtune.data.preference import PreferencePair
-from pairtune.files import fingerprint, write_json
+from pairtune.files import fingerprint, typed_path, write_json
 from pairtune.run.records import dump
 
 _WRITING = threading.Lock()  # requests have threads of their own
@@ -38,7 +38,7 @@ def edits_of(source: str) -> EditList:
     Raises:
         BadInput: the list is damaged.
     """
-    for file in (edits_file(source), *([Path(source).expanduser()] if is_edit_list(source) else [])):
+    for file in (edits_file(source), *([typed_path(source)] if is_edit_list(source) else [])):
         if file.is_file():
             return read_edits(file, str(file))
     return EditList(source=_place(source))
@@ -75,5 +75,5 @@ def mark_pair(source: str, pair: PreferencePair, action: str) -> None:
 
 def _place(source: str) -> str:
     """The source, as a whole path if it is on this machine."""
-    path = Path(source).expanduser()
+    path = typed_path(source)
     return str(path.resolve()) if path.exists() else source

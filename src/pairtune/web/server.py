@@ -16,7 +16,7 @@ import uvicorn
 from django.conf import settings
 
 from pairtune.errors import BadInput, one_line
-from pairtune.serve.listen import is_loopback, listening, own_names
+from pairtune.serve.listen import in_address, is_loopback, listening, own_names
 from pairtune.serve.process import WorkerProcess
 
 
@@ -67,7 +67,7 @@ def serve(
         with worker or nullcontext():
             if worker:
                 settings.PAIRTUNE_KEY = worker.key
-            name = "localhost" if host == "127.0.0.1" else host
+            name = "localhost" if host == "127.0.0.1" else in_address(host)
             scheme = "https" if tls else "http"
             if settings.PAIRTUNE_SHARED:
                 _show_keys(new=new_keys)

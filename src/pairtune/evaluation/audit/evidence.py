@@ -93,14 +93,14 @@ class TrialLog:
 
     @property
     def is_dpo(self) -> bool | None:
-        """Whether the loss is -log sigmoid of the margin, as DPO's is; None if unknown.
+        """Whether the loss is -log sigmoid of the margin, as DPO's without label smoothing is; None if unknown.
 
         Where the loss type is not recorded, the numbers can show it: other losses differ from -log sigmoid at margins
         near 0, or fall below it, which the mean of DPO's loss cannot (Jensen). Rows of training and evaluations are
         looked at apart, because a fault in one kind should not hide what the other shows.
         """
         if self.loss:
-            return self.loss == DPO
+            return self.loss == DPO and not self.loss_settings.get("label_smoothing")
         if any(map(_satisfied, self.steps)):
             return False
         kinds = [sigmoid_excess(self.steps), sigmoid_excess([] if self.uneven else self.evaluations)]

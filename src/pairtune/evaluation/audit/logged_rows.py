@@ -103,6 +103,8 @@ def describe(log: TrialLog, settings: Mapping[str, Any]) -> None:
     kinds = kinds if isinstance(kinds, list) else [kinds]
     if kinds and all(kind in LOSSES for kind in kinds):
         log.loss = kinds[0] if len(kinds) == 1 else "several"
+    if smoothing := number_of(settings.get("label_smoothing")):
+        log.loss_settings = {"label_smoothing": smoothing}
     if settings.get("f_divergence_type", "reverse_kl") not in ("reverse_kl", None) or settings.get("use_weighting"):
         log.loss = f"{log.loss} (changed)"
 

@@ -26,9 +26,9 @@ class Command(BaseCommand):
     def handle(self, *_: Any, **options: Any) -> None:
         """Serve until Ctrl-C."""
         host, _, port = options["address"].rpartition(":")
+        if not (port.isascii() and port.isdecimal()):
+            raise CommandError(f"{options['address']}: must be PORT or HOST:PORT")
         try:
-            serve([], settings.PAIRTUNE_RUNS, host or "127.0.0.1", int(port), options["backend"])
-        except ValueError as error:
-            raise CommandError(f"{options['address']}: must be PORT or HOST:PORT") from error
+            serve([], settings.PAIRTUNE_RUNS, host.strip("[]") or "127.0.0.1", int(port), options["backend"])
         except (BadInput, RunFailed) as error:
             raise CommandError(str(error)) from error
