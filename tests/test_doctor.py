@@ -9,7 +9,7 @@ import sys
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import GEMMA, byte_tokenizer, gemma_tokenizer, shared_file, write_rows
+from conftest import GEMMA, byte_tokenizer, gemma_tokenizer, shared_file
 from datasets import Dataset
 from rich.console import Console
 from trl.data_utils import is_conversational
@@ -169,7 +169,7 @@ def test_the_figure_is_a_picture(tmp_path):
 
 def test_single_answers_of_one_kind_have_a_figure_too(tmp_path):
     rows = [{"prompt": f"Question {n}?", "completion": f"yes {n}", "label": True} for n in range(5)]
-    write_rows(tmp_path / "a.jsonl", rows)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     source = SourceConfig(source=str(tmp_path / "a.jsonl"))
     reader = SourceReader.open(source, "SRC", Reading(wanted="single answers"), None)
     record = inspect_source(reader, byte_tokenizer(), 1024)
