@@ -7,13 +7,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+from loopback import Handler, listening
 
 TOKEN = "hf_planted0123456789"  # noqa: S105 - no key, but something to look for
 
@@ -54,173 +54,152 @@ def online(hub: ModelHub, home: Path) -> dict[str, str]:
     }
 
 
+class _Handler(Handler):
+    """Answers as the Hub does."""
+
+    hub: ModelHub
+
+    def handle_any(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.hub.asked.append((self.command, path))
+        planted = self.hub.fault(self.command, path)
+        if planted == "drop":
+            self.rfile.read(min(1024, int(self.headers.get("Content-Length") or 0)))
+            self.close_connection = True
+            self.connection.close()
+            return
+        body = self.body()
+        if planted:
+            code, headers = planted  # type: ignore[misc]
+            self.answer(code, b'{"error": "planted"}', **headers)
+        else:
+            self.route(path, body)
+
+    def route(self, path: str, body: bytes) -> None:
+        if path == "/api/repos/create":
+            self.create(json.loads(body))
+        elif path == "/api/validate-yaml":
+            self.answer_json({"errors": [], "warnings": []})
+        elif path.startswith("/upload/"):
+            name = path.removeprefix("/upload/")
+            if hashlib.sha256(body).hexdigest() != name:  # the client has gone in the middle of it
+                self.answer(400)
+                return
+            self.hub.objects[name] = body
+            self.hub.uploaded += 1
+            self.answer(200)
+        elif path.endswith(".git/info/lfs/objects/batch"):
+            self.batch(json.loads(body))
+        elif path.startswith("/api/models/"):
+            self.model(path.removeprefix("/api/models/"), body)
+        elif "/resolve/" in path:
+            name, _, rest = path.strip("/").partition("/resolve/")
+            branch, _, file = rest.partition("/")
+            self.send_file(name, branch, file)
+        else:
+            self.answer(404, b"{}", X_Error_Code="RepoNotFound")
+
+    def create(self, asked: dict[str, object]) -> None:
+        name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else str(asked["name"])
+        address = {"url": f"{self.hub.address}/{name}"}
+        if name in self.hub.repositories:
+            self.answer_json(address, 409)
+            return
+        self.hub.repositories[name], self.hub.private[name] = {"main": {}}, asked.get("visibility") == "private"
+        self.answer_json(address)
+
+    def batch(self, asked: dict[str, list[dict[str, object]]]) -> None:
+        objects = []
+        for each in asked["objects"]:
+            known = each["oid"] in self.hub.objects
+            upload = {"upload": {"href": f"{self.hub.address}/upload/{each['oid']}"}}
+            objects.append({**each, **({} if known else {"actions": upload})})
+        self.answer_json({"transfer": "basic", "objects": objects})
+
+    def model(self, rest: str, body: bytes) -> None:
+        user, name, *more = rest.split("/")
+        repository = f"{user}/{name}"
+        branches = self.hub.repositories.get(repository)
+        kind, branch = (*more, "", "main")[:2] if more else ("", "main")
+        if branches is None:
+            self.answer(404, b"{}", X_Error_Code="RepoNotFound")
+        elif kind == "branch":
+            branches.setdefault(branch, dict(branches["main"]))
+            self.answer_json({})
+        elif kind == "preupload":
+            files = [
+                {
+                    "path": each["path"],
+                    "uploadMode": "lfs" if each["path"].endswith((".safetensors", ".json")) else "regular",
+                    "shouldIgnore": False,
+                    "oid": None,
+                }
+                for each in json.loads(body)["files"]
+            ]
+            self.answer_json({"files": files})
+        elif kind == "commit":
+            self.commit(repository, branch, body)
+        elif kind == "tree":
+            files = branches.get(branch) or self.hub.history.get(branch, {})
+            self.answer_json(
+                [
+                    {"type": "file", "path": path, "size": len(content), "oid": sha(content)}
+                    for path, content in files.items()
+                ]
+            )
+        else:
+            files = branches.get(branch) if branch in branches else self.hub.history.get(branch)
+            if files is None:
+                self.answer(404, b"{}", X_Error_Code="RevisionNotFound")
+                return
+            self.answer_json(
+                {
+                    "id": repository,
+                    "sha": self.hub.commit_of(files),
+                    "private": self.hub.private[repository],
+                    "tags": [],
+                    "siblings": [{"rfilename": file} for file in files],
+                }
+            )
+
+    def commit(self, repository: str, branch: str, body: bytes) -> None:
+        new: Files = {}
+        for line in body.splitlines():
+            entry = json.loads(line)
+            value = entry["value"]
+            if entry["key"] == "file":
+                new[value["path"]] = base64.b64decode(value["content"])
+            elif entry["key"] == "lfsFile":
+                new[value["path"]] = self.hub.objects[value["oid"]]
+        self.hub.repositories[repository].setdefault(branch, {}).update(new)
+        self.hub.commits.append(f"{repository}@{branch}: {len(new)} files")
+        self.answer_json(
+            {
+                "success": True,
+                "commitOid": sha(body),
+                "commitUrl": f"{self.hub.address}/{repository}/commit/{sha(body)}",
+                "hookOutput": "",
+                "pullRequestUrl": None,
+            }
+        )
+
+    def send_file(self, name: str, branch: str, file: str) -> None:
+        files = self.hub.repositories.get(name, {}).get(branch) or self.hub.history.get(branch, {})
+        if file not in files:
+            self.answer(404, X_Error_Code="EntryNotFound")
+            return
+        headers = {"ETag": f'"{sha(files[file])}"', "X-Repo-Commit": self.hub.commit_of(files), "Accept-Ranges": "none"}
+        self.answer(200, files[file], **headers)
+
+    do_GET = do_HEAD = do_POST = do_PUT = handle_any
+
+
 @contextmanager
 def serve_models() -> Iterator[ModelHub]:
     """A running fake Hub."""
     hub = ModelHub()
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-        def answer(self, code: int, body: bytes = b"", **headers: str) -> None:
-            self.send_response(code)
-            for header, value in {**headers, "Content-Length": str(len(body))}.items():
-                self.send_header(header.replace("_", "-"), value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
-
-        def answer_json(self, value: object, code: int = 200) -> None:
-            self.answer(code, json.dumps(value).encode(), Content_Type="application/json")
-
-        def handle_any(self) -> None:
-            path = unquote(urlsplit(self.path).path)
-            hub.asked.append((self.command, path))
-            planted = hub.fault(self.command, path)
-            if planted == "drop":
-                self.rfile.read(min(1024, int(self.headers.get("Content-Length") or 0)))
-                self.close_connection = True
-                self.connection.close()
-                return
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            if planted:
-                code, headers = planted  # type: ignore[misc]
-                self.answer(code, b'{"error": "planted"}', **headers)
-            else:
-                self.route(path, body)
-
-        def route(self, path: str, body: bytes) -> None:
-            if path == "/api/repos/create":
-                self.create(json.loads(body))
-            elif path == "/api/validate-yaml":
-                self.answer_json({"errors": [], "warnings": []})
-            elif path.startswith("/upload/"):
-                name = path.removeprefix("/upload/")
-                if hashlib.sha256(body).hexdigest() != name:  # the client has gone in the middle of it
-                    self.answer(400)
-                    return
-                hub.objects[name] = body
-                hub.uploaded += 1
-                self.answer(200)
-            elif path.endswith(".git/info/lfs/objects/batch"):
-                self.batch(json.loads(body))
-            elif path.startswith("/api/models/"):
-                self.model(path.removeprefix("/api/models/"), body)
-            elif "/resolve/" in path:
-                name, _, rest = path.strip("/").partition("/resolve/")
-                branch, _, file = rest.partition("/")
-                self.send_file(name, branch, file)
-            else:
-                self.answer(404, b"{}", X_Error_Code="RepoNotFound")
-
-        def create(self, asked: dict[str, object]) -> None:
-            name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else str(asked["name"])
-            address = {"url": f"{hub.address}/{name}"}
-            if name in hub.repositories:
-                self.answer_json(address, 409)
-                return
-            hub.repositories[name], hub.private[name] = {"main": {}}, asked.get("visibility") == "private"
-            self.answer_json(address)
-
-        def batch(self, asked: dict[str, list[dict[str, object]]]) -> None:
-            objects = []
-            for each in asked["objects"]:
-                known = each["oid"] in hub.objects
-                upload = {"upload": {"href": f"{hub.address}/upload/{each['oid']}"}}
-                objects.append({**each, **({} if known else {"actions": upload})})
-            self.answer_json({"transfer": "basic", "objects": objects})
-
-        def model(self, rest: str, body: bytes) -> None:
-            user, name, *more = rest.split("/")
-            repository = f"{user}/{name}"
-            branches = hub.repositories.get(repository)
-            kind, branch = (*more, "", "main")[:2] if more else ("", "main")
-            if branches is None:
-                self.answer(404, b"{}", X_Error_Code="RepoNotFound")
-            elif kind == "branch":
-                branches.setdefault(branch, dict(branches["main"]))
-                self.answer_json({})
-            elif kind == "preupload":
-                files = [
-                    {
-                        "path": each["path"],
-                        "uploadMode": "lfs" if each["path"].endswith((".safetensors", ".json")) else "regular",
-                        "shouldIgnore": False,
-                        "oid": None,
-                    }
-                    for each in json.loads(body)["files"]
-                ]
-                self.answer_json({"files": files})
-            elif kind == "commit":
-                self.commit(repository, branch, body)
-            elif kind == "tree":
-                files = branches.get(branch) or hub.history.get(branch, {})
-                self.answer_json(
-                    [
-                        {"type": "file", "path": path, "size": len(content), "oid": sha(content)}
-                        for path, content in files.items()
-                    ]
-                )
-            else:
-                files = branches.get(branch) if branch in branches else hub.history.get(branch)
-                if files is None:
-                    self.answer(404, b"{}", X_Error_Code="RevisionNotFound")
-                    return
-                self.answer_json(
-                    {
-                        "id": repository,
-                        "sha": hub.commit_of(files),
-                        "private": hub.private[repository],
-                        "tags": [],
-                        "siblings": [{"rfilename": file} for file in files],
-                    }
-                )
-
-        def commit(self, repository: str, branch: str, body: bytes) -> None:
-            new: Files = {}
-            for line in body.splitlines():
-                entry = json.loads(line)
-                value = entry["value"]
-                if entry["key"] == "file":
-                    new[value["path"]] = base64.b64decode(value["content"])
-                elif entry["key"] == "lfsFile":
-                    new[value["path"]] = hub.objects[value["oid"]]
-            hub.repositories[repository].setdefault(branch, {}).update(new)
-            hub.commits.append(f"{repository}@{branch}: {len(new)} files")
-            self.answer_json(
-                {
-                    "success": True,
-                    "commitOid": sha(body),
-                    "commitUrl": f"{hub.address}/{repository}/commit/{sha(body)}",
-                    "hookOutput": "",
-                    "pullRequestUrl": None,
-                }
-            )
-
-        def send_file(self, name: str, branch: str, file: str) -> None:
-            files = hub.repositories.get(name, {}).get(branch) or hub.history.get(branch, {})
-            if file not in files:
-                self.answer(404, X_Error_Code="EntryNotFound")
-                return
-            headers = {"ETag": f'"{sha(files[file])}"', "X-Repo-Commit": hub.commit_of(files), "Accept-Ranges": "none"}
-            self.answer(200, files[file], **headers)
-
-        do_GET = do_HEAD = do_POST = do_PUT = handle_any
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    hub.address = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
+    with listening(_Handler, hub=hub) as hub.address:
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def sha(content: bytes) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from pairtune.config import TrialConfig
 from pairtune.cost import LayerSpeed, Speed, Times
 from pairtune.data.table import TokenIds
+from pairtune.engine.compact import CompactOptimizer, CompactWeights
 from pairtune.engine.kernels import Kernels
 from pairtune.engine.logps import token_logps
 from pairtune.engine.lora import add_adapters, settings_of
@@ -77,7 +78,8 @@ def _times(
         if _LAYERS * weights * _BYTES_EACH > USABLE * free_bytes(torch.device("cpu")):
             return None
         measured = _measured(source, blank, trial, _pair(lengths, weights), dtype)
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError):  # whatever an unusual model lacks
+    # Whatever an unusual model lacks, or an optimizer that is not installed.
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError):
         return None
     measured = measured.model_copy(update={"waiting": wait.share()})
     if measured.waiting < STARVED:  # a machine that was busy says little about the next run
@@ -89,7 +91,7 @@ def _times(
 def _name(source: ModelSource, trial: TrialConfig, lengths: PairLengths, dtype: torch.dtype) -> str:
     """A fingerprint of what the measurement depends on; lengths that are nearly the same count as the same."""
     shape = read_config(source).to_json_string() + (source.kind if source.kind == "nf4" else "")
-    settings = [trial.method, str(trial.lora_rank), str(trial.lora_targets)]
+    settings = [trial.method, trial.optimizer, str(trial.lora_rank), str(trial.lora_targets)]
     near = [str(round(each / 32)) for each in (lengths.prompt, lengths.chosen, lengths.rejected)]
     machine = [processor(), torch.__version__, str(torch.get_num_threads()), str(dtype)]
     return fingerprint([shape, *settings, *near, *machine])
@@ -174,19 +176,24 @@ def _training(
     kernels: Kernels | None,
 ) -> tuple[float, float]:
     """Seconds per token and trial, forward and backward, and seconds of one trial's update."""
-    model = _few_layers(source, layers)
-    owners: Sequence[FullWeights | AdapterWeights]
+    model, adapted = _few_layers(source, layers), {}
+    first: FullWeights | CompactWeights | AdapterWeights
+    optimizer: TrialOptimizer | CompactOptimizer
     if trial.method == "full":
         cast_parameters(model, torch.float32)  # the config may name another dtype, and masters are in float32
-        masters, adapted = FullWeights(model, dtype), {}
+        if trial.optimizer == "adamw-8bit":
+            first = CompactWeights(model, dtype)
+            optimizer = CompactOptimizer(trial, first, 1000)
+        else:
+            first = FullWeights(model, dtype)
+            optimizer = TrialOptimizer(trial, first.tensors, 1000)
         cast_parameters(model, dtype)
-        owners = [masters]
     else:
         cast_parameters(model, dtype)
         adapted = add_adapters(model, settings_of(trial), [trial.seed] * width)
         owners = [AdapterWeights(adapted, index) for index in range(width)]
+        first, optimizer = owners[0], TrialOptimizer(trial, owners[0].tensors, 1000)
     policy = Policy(model, adapted, width, kernels)
-    first, optimizer = owners[0], TrialOptimizer(trial, owners[0].tensors, 1000)
     (pack,) = policy.rows([pair], EVALUATION_TOKENS)
 
     def learn() -> None:
@@ -200,9 +207,12 @@ def _training(
         first.updated()
 
     learning = _fastest(learn)
+    compact = first.grads if isinstance(first, CompactWeights) else []
     kept = [tensor.grad for tensor in first.summed]
 
     def update_again() -> None:
+        if isinstance(first, CompactWeights):
+            first.grads = list(compact)
         for tensor, grad in zip(first.summed, kept, strict=True):
             tensor.grad = grad
         update()
