@@ -120,9 +120,10 @@ pictures: install browser
 	HF_HUB_OFFLINE=1 $(BIN)/python scripts/site_pictures.py $(RUNS) docs/site
 	HF_HUB_OFFLINE=1 PAIRTUNE_PICTURES=docs/site $(BIN)/pytest tests/test_site_walk.py -k walk
 
-# What `pairtune plan` foretells, against what runs take: make bench-plan DATA=pairs.jsonl. Takes about half an hour.
+# What `pairtune plan` foretells, against what runs take: make bench-plan DATA=pairs.jsonl. Takes about an hour.
+ROWS ?= 64
 bench-plan: install
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/plan.py $(DATA)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/plan.py $(DATA) --rows $(ROWS)
 
 # Eight concurrent chats against eight sequential ones, on the demo's run; about five minutes.
 bench-serve: install
