@@ -26,7 +26,7 @@ class Command(BaseCommand):
     def handle(self, *_: Any, **options: Any) -> None:
         """Serve until Ctrl-C."""
         host, _, port = options["address"].rpartition(":")
-        if not (port.isascii() and port.isdecimal()):
+        if not (port.isascii() and port.isdecimal() and len(port) <= 5):
             raise CommandError(f"{options['address']}: must be PORT or HOST:PORT")
         try:
             serve([], settings.PAIRTUNE_RUNS, host.strip("[]") or "127.0.0.1", int(port), options["backend"])
