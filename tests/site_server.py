@@ -26,6 +26,7 @@ NEEDS_CHROMIUM = pytest.mark.skipif(
     CHROMIUM is None, reason="Chromium is missing: apt-get install chromium, or another package that includes it"
 )
 PATIENCE = 60_000  # milliseconds; machines are busy
+expect.set_options(timeout=PATIENCE)
 # httpx with as much patience as the browser.
 get = functools.partial(httpx.get, timeout=PATIENCE / 1000)
 post = functools.partial(httpx.post, timeout=PATIENCE / 1000)
