@@ -149,7 +149,7 @@ docs: install
 	$(BIN)/python scripts/commands_reference.py
 	$(BIN)/python scripts/rules_reference.py
 	$(BIN)/python tests/audit_matrix.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # --quiet would hide warnings from --strict
 
 pins: install
 	@{ head -1 constraints.txt; $(BIN)/python -m pip freeze --all --exclude-editable --exclude pip --exclude pairtune | sed 's/+cpu$$//'; } > constraints.new

@@ -86,7 +86,7 @@ def test_generated_pages_are_current(name: str):
 
 
 def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path: Path):
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     warnings = [line for line in done.stderr.splitlines() if re.match(r"(WARNING|ERROR)", line)]
     assert (done.returncode, warnings) == (0, [])

@@ -116,7 +116,8 @@ def inspect(
 def tune(data: Source | list[str] | None = None, *, config: str | Path | None = None, **settings: Any) -> Result:
     """Train every trial of a grid from pristine weights and keep the best epoch of the best trial (`pairtune tune`).
 
-    >>> pairtune.tune("pairs.jsonl", learning_rate=[3e-5, 1e-5], beta=[0.1, 0.2], out="runs/grid")  # doctest: +SKIP
+    Examples:
+        >>> pairtune.tune("pairs.jsonl", learning_rate=[3e-5, 1e-5], beta=[0.1, 0.2], out="runs/grid")  # doctest: +SKIP
 
     Args:
         data: as for `load_pairs`; several sources to mix; or rows: `Pairs`, a list of dictionaries in any known format,
@@ -148,7 +149,9 @@ def resume(run: str | Path) -> Result:
     """Go on with an interrupted run (`pairtune resume`); a finished one is returned as it is.
 
     Raises:
-        As `tune`.
+        BadInput: the folder is no run, or an input has changed.
+        RunFailed: a guard stopped the run; its folder is kept.
+        Interrupted: the run was asked to stop again.
     """
     console = screen(stderr=True)
     with loading(console):

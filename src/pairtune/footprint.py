@@ -360,7 +360,7 @@ def _scores(lengths: PairLengths, shape: ModelShape) -> float:
 def _answering_memory(
     trial: TrialConfig, config: RunConfig, shape: ModelShape, number_size: int, lengths: PairLengths
 ) -> dict[str, float]:
-    """Bytes while held-out prompts are answered: the base, as many adapters as are trained at once, and the KV cache."""
+    """Bytes while held-out prompts are answered: the base, as many adapters as train at once, and the KV cache."""
     models = 1 + min(shape.most_trials, config.trial_count or len(config.trials()))
     questions = min(ANSWERS_AT_ONCE, models * (config.samples or ANSWERS_AT_ONCE))
     longest = min(lengths.longest, config.max_length) + ANSWER_TOKENS

@@ -63,9 +63,10 @@ class Pairs(Shown, Sequence[dict[str, Any]]):
     A row has `prompt`, `chosen` and `rejected`, each a list of messages with `role` and `content`, or for single
     answers `prompt`, `completion` and `label`; and `origin`, the source and row that it was made of.
 
-    >>> pairs = pairtune.load_pairs("pairs.csv")                               # doctest: +SKIP
-    >>> short = pairs.where(lambda row: len(row["prompt"][-1]["content"]) < 500)  # doctest: +SKIP
-    >>> pairtune.tune(short)                                                   # doctest: +SKIP
+    Examples:
+        >>> pairs = pairtune.load_pairs("pairs.csv")  # doctest: +SKIP
+        >>> short = pairs.where(lambda row: len(row["prompt"][-1]["content"]) < 500)  # doctest: +SKIP
+        >>> pairtune.tune(short)  # doctest: +SKIP
 
     Attributes:
         rows: the rows.
@@ -164,10 +165,11 @@ class DataReport(Shown):
 class Result(Shown):
     """A finished run.
 
-    >>> result = pairtune.open_run("runs/demo")                                # doctest: +SKIP
-    >>> result.verdict                                                         # doctest: +SKIP
-    'no two trials can be told apart'
-    >>> pandas.DataFrame(result.evaluations)                                   # doctest: +SKIP
+    Examples:
+        >>> result = pairtune.open_run("runs/demo")  # doctest: +SKIP
+        >>> result.verdict  # doctest: +SKIP
+        'no two trials can be told apart'
+        >>> pandas.DataFrame(result.evaluations)  # doctest: +SKIP
 
     Attributes:
         run: the run folder.

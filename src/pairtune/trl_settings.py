@@ -99,9 +99,10 @@ class TrlSettings(Shown, Mapping[str, Any]):
 def from_trl(args: Any, peft_config: Any = None) -> TrlSettings:
     """Take over the settings of a TRL script.
 
-    >>> settings = pairtune.from_trl(DPOConfig(learning_rate=5e-6, beta=0.2), LoraConfig(r=8))  # doctest: +SKIP
-    >>> settings                                              # shows what is different here    # doctest: +SKIP
-    >>> pairtune.tune("pairs.jsonl", model="Qwen/Qwen2-0.5B-Instruct", **settings)              # doctest: +SKIP
+    Examples:
+        >>> settings = pairtune.from_trl(DPOConfig(learning_rate=5e-6, beta=0.2), LoraConfig(r=8))  # doctest: +SKIP
+        >>> settings  # shows what is different here  # doctest: +SKIP
+        >>> pairtune.tune("pairs.jsonl", model="Qwen/Qwen2-0.5B-Instruct", **settings)  # doctest: +SKIP
 
     Args:
         args: a `DPOConfig`, or its fields in a mapping.
