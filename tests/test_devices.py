@@ -102,8 +102,8 @@ def scorer(policy, config, pairs, reference, trials=1, base=None):
     return Scorer(policy, [Objective.of(config)] * trials, pairs, reference, alone, (1,), base)
 
 
-def step(policy, config, pairs, weights, trials):
-    """Forward, loss, backward, clipping, update: a step as in `native`."""
+def check_step(policy, config, pairs, weights, trials):
+    """Forward, loss, backward, clipping, update: a step as in `native`, whose tensors have to stay on the device."""
     policy.train(True)
     reference = torch.zeros(len(pairs), 2, device=DEVICE)
     for scored in scorer(policy, config, pairs, reference, trials).batch([0, 2, 3], 512):
@@ -132,7 +132,7 @@ def test_a_training_step_stays_on_the_device(monkeypatch, pairs, family, trials,
         policy = Policy(model, layers, trials)
         if trials == 2:
             policy.checkpoint_activations()
-        step(policy, config, pairs, [AdapterWeights(layers, place) for place in range(trials)], trials)
+        check_step(policy, config, pairs, [AdapterWeights(layers, place) for place in range(trials)], trials)
 
 
 @pytest.mark.parametrize("loss", UNPAIRED)
@@ -142,7 +142,7 @@ def test_a_step_on_single_answers_stays_on_the_device(monkeypatch, tiny_base, lo
         model = model_of("llama", torch.bfloat16)
         layers = add_adapters(model, LoraSettings(rank=4), [0])
         table = PairTable.of(halves, tiny_base.tokenizer)
-        step(Policy(model, layers), trial(loss=loss), table, [AdapterWeights(layers, 0)], 1)
+        check_step(Policy(model, layers), trial(loss=loss), table, [AdapterWeights(layers, 0)], 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -151,7 +151,7 @@ def test_full_training_stays_on_the_device(monkeypatch, pairs, dtype):
         model = model_of("llama", torch.float32)
         weights = FullWeights(model, dtype)
         cast_parameters(model, dtype)
-        step(Policy(model), trial(method="full"), pairs, [weights], 1)
+        check_step(Policy(model), trial(method="full"), pairs, [weights], 1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

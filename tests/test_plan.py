@@ -13,7 +13,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausa
 from pairtune.config import RunConfig
 from pairtune.cost import LayerSpeed, Speed, Times, estimate
 from pairtune.engine import speed
+from pairtune.engine.compact import CompactOptimizer
 from pairtune.engine.memory import shape_of
+from pairtune.engine.optimize import TrialOptimizer
 from pairtune.engine.speed import measure_speed
 from pairtune.footprint import ModelShape, PairLengths, fit, peak_memory, remedies, training_memory
 from pairtune.models.load import blank_model
@@ -266,7 +268,12 @@ def test_full_training_is_measured_whatever_dtype_the_config_names(tiny_model, m
     (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
     source = ModelSource("narrow", tmp_path, "folder", str(tmp_path))
     trial = settings(method="full", optimizer=optimizer).trials()[0]
+    used = set()
+    for kind in (speed.TrialOptimizer, speed.CompactOptimizer):
+        made = lambda *given, kind=kind: used.add(kind) or kind(*given)  # noqa: E731
+        monkeypatch.setattr(speed, kind.__name__, made)
     assert measure_speed(source, trial, LENGTHS, dtype).times is not None
+    assert used == {CompactOptimizer if optimizer == "adamw-8bit" else TrialOptimizer}
 
 
 def test_a_model_of_which_a_few_layers_do_not_fit_is_planned_without_its_time(tiny_model, monkeypatch):
