@@ -54,7 +54,7 @@ SLOW = {
     *("test_draft", "test_first_command", "test_forms", "test_full_disk", "test_gguf", "test_light_install"),
     *("test_lock", "test_loop", "test_machine_doctor", "test_machines", "test_odd_runs"),
     *("test_plain_mistakes", "test_power", "test_publish", "test_report"),
-    *("test_resume", "test_serve", "test_site", "test_site_chat", "test_site_runs", "test_site_walk"),
+    *("test_resume", "test_serve", "test_sharding", "test_site", "test_site_chat", "test_site_runs", "test_site_walk"),
     *("test_start", "test_trackers", "test_unpaired_runs", "test_votes", "test_wheel"),
 }
 

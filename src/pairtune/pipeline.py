@@ -202,6 +202,11 @@ def _open(
         )
     if processes.count > 1 and any(trial.optimizer == "adamw-8bit" for trial in config.trials()):
         raise BadInput("--optimizer adamw-8bit: runs in a single process; start it without the launcher, or use adamw")
+    if processes.count > 1 and config.eval_dtype and config.method == "full":
+        raise BadInput(
+            f"--eval-dtype {config.eval_dtype}: with --method full, several processes share out the weights in the "
+            f"dtype that they train in; omit it, or use --dtype {config.eval_dtype}"
+        )
     console = console if processes.first else Console(quiet=True)
     console.print(f"opening {config.model}", highlight=False)
     with processes.first_before_others():

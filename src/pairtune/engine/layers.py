@@ -44,7 +44,8 @@ def known_layers(model: nn.Module) -> list[nn.Module]:
     """A model's decoder layers, if this module can compute them."""
     if getattr(model.config, "hidden_act", None) != "silu":
         return []
-    return [module for module in model.modules() if type(module).__name__ in _KNOWN]
+    # FSDP2 puts its name before that of a layer's class.
+    return [module for module in model.modules() if type(module).__name__.removeprefix("FSDP") in _KNOWN]
 
 
 def _forward(products: Products, last: bool, layer: Any, hidden_states: Tensor, **arguments: Any) -> Tensor:

@@ -50,6 +50,7 @@ from pairtune.engine.reference import (
 )
 from pairtune.engine.rounding import measure_rounding
 from pairtune.engine.scoring import Scored, Scorer, records_of
+from pairtune.engine.sharding import ShardedOptimizer, ShardedWeights
 from pairtune.engine.summaries import TrialFailed, batch_means
 from pairtune.engine.trial import (
     TrialInputs,
@@ -65,7 +66,7 @@ from pairtune.engine.trial import (
 )
 from pairtune.errors import Interrupted, RunFailed
 from pairtune.files import fingerprint
-from pairtune.models.load import give_memory_back
+from pairtune.models.load import give_memory_back, load_model
 from pairtune.models.save import save_adapter, save_best
 from pairtune.run.examples import ExampleRecord
 from pairtune.run.folder import Run
@@ -75,6 +76,8 @@ from pairtune.run.records import SweepRecord, TrialRecord
 from pairtune.track.sinks import Sink
 
 R = TypeVar("R")
+
+Weights = FullWeights | CompactWeights | ShardedWeights | AdapterWeights | FlatAdapterWeights
 
 
 def run_trials(trials: Sequence[TrialConfig], inputs: TrialInputs, run: Run, sink: Sink) -> list[TrialRecord]:
@@ -117,7 +120,7 @@ class _TrialState:
 
     result: TrialRecord
     paths: TrialPaths
-    weights: FullWeights | CompactWeights | AdapterWeights | FlatAdapterWeights
+    weights: Weights
     optimizer: TrialOptimizer | CompactOptimizer
     losses: list[float] = field(default_factory=list)  # of the training pairs seen in the current epoch
     lines: int = 0  # in its metrics.jsonl
@@ -150,33 +153,43 @@ class _TrialGroup:
         self.members: list[_TrialState] = []
         # Order matters: float32 master weights are taken before the model is cast, and the reference's outputs are
         # computed before the model has the trials' adapters.
-        masters: FullWeights | CompactWeights | None = None
-        if self.shared.method == "full":
-            kind = CompactWeights if self.shared.optimizer == "adamw-8bit" else FullWeights
-            masters = kind(self.model, inputs.base.dtype)
-        cast_parameters(self.model, inputs.base.dtype)
-        opened = open_reference(inputs.base, self.model, settings_of(self.shared), inputs.kernels)
+        masters = self._masters() if self.shared.method == "full" else None
+        sharded = masters if isinstance(masters, ShardedWeights) else None
+        if not sharded:
+            cast_parameters(self.model, inputs.base.dtype)
+        # Whether a pass is needed at all depends on caches, and with shares all processes would have to make it.
+        whole = load_model(inputs.base.source, inputs.base.dtype, self.device) if sharded else self.model
+        opened = open_reference(inputs.base, whole, settings_of(self.shared), inputs.kernels)
         self.references, self.base_states = self._base_outputs(opened)
         give_memory_back()  # of the reference's rows, which are longer than those of training
         adapted = self._add_adapters(trials, opened.adapted) if masters is None else {}
-        self.policy = Policy(self.model, adapted, len(trials), inputs.kernels)
+        self.policy = Policy(self.model, adapted, len(trials), inputs.kernels, sharded=sharded)
         if self.shared.checkpointing == "on":  # "auto" is decided by memory before a run starts
             self.policy.checkpoint_activations()
         batches = math.ceil(len(inputs.train) / self.shared.batch_size)
         flat = self.policy.flat
         for index, result in enumerate(self.results):
             weights = masters or (FlatAdapterWeights(flat, index) if flat else AdapterWeights(adapted, index))
-            steps = batches * result.trial.epochs
-            optimizer = (
-                CompactOptimizer(result.trial, weights, steps)
-                if isinstance(weights, CompactWeights)
-                else TrialOptimizer(result.trial, weights.tensors, steps, weights.shapes)
-            )
+            optimizer = self._optimizer(result.trial, weights, batches * result.trial.epochs)
             self.members.append(_TrialState(result, run.paths.trial(result.trial.name), weights, optimizer))
         if [result.trial.name for result in checkpointed(run)] == [trial.name for trial in trials]:
             self._restore()
         for member in self.members:
             sink.start(member.trial.name, member.optimizer.steps, self.step, member.lines)
+
+    def _masters(self) -> FullWeights | CompactWeights | ShardedWeights:
+        """All weights of the model, for full training."""
+        dtype, processes = self.inputs.base.dtype, self.inputs.processes
+        if processes.count > 1:
+            return ShardedWeights(self.model, dtype, self.device, processes)
+        return (CompactWeights if self.shared.optimizer == "adamw-8bit" else FullWeights)(self.model, dtype)
+
+    def _optimizer(self, trial: TrialConfig, weights: Weights, steps: int) -> TrialOptimizer | CompactOptimizer:
+        if isinstance(weights, ShardedWeights):
+            return ShardedOptimizer(trial, weights, steps, self.inputs.processes)
+        if isinstance(weights, CompactWeights):
+            return CompactOptimizer(trial, weights, steps)
+        return TrialOptimizer(trial, weights.tensors, steps, weights.shapes)
 
     def _add_adapters(self, trials: Sequence[TrialConfig], adapted: dict[str, LoraLinear]) -> dict[str, LoraLinear]:
         """The trials' adapters at their start: new ones, or copies of the one that is trained further.
@@ -251,9 +264,11 @@ class _TrialGroup:
     def _pause(self, *, checkpoint: bool) -> None:
         """Between two steps: write a checkpoint if one is due, and stop if asked to."""
         stopping = self.inputs.processes.any(self.inputs.stopping())
-        if self.members and (checkpoint or stopping) and self.inputs.processes.first:
-            self.sink.flush()
-            write_checkpoint(self.run.paths.checkpoint, *self._state())
+        if self.members and (checkpoint or stopping):
+            state = self._state()  # in all processes, which may have to gather it
+            if self.inputs.processes.first:
+                self.sink.flush()
+                write_checkpoint(self.run.paths.checkpoint, *state)
         if stopping:
             raise Interrupted(
                 f"interrupted at step {self.step}; `pairtune resume {self.run.root}` continues from there"
@@ -492,11 +507,13 @@ class _TrialGroup:
 
     def _save(self, member: _TrialState, folder: Path) -> str:
         """Save a trial's current weights; see `save_best`."""
-        if not self.inputs.processes.first:
-            return ""
         tokenizer, source = self.inputs.base.tokenizer, self.inputs.base.source
+        # All processes must take part in gathering a model, of which the first one then has all.
+        model = member.weights.whole(source) if isinstance(member.weights, ShardedWeights) else self.model
+        if not self.inputs.processes.first or model is None:
+            return ""
         if self.shared.method == "full":
-            return save_best(self.model, tokenizer, folder, source)
+            return save_best(model, tokenizer, folder, source)
         adapted = self.policy.adapted
         config = peft_config(adapted, settings_of(self.shared))
         tensors = peft_tensors(adapted, self.members.index(member))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,11 @@ from pairtune.engine.softcap import final_softcap, logit_scale, soft_cap
 from pairtune.errors import BadInput
 from pairtune.files import fingerprint
 from pairtune.footprint import ACCELERATOR_EVALUATION_ROW, ACCELERATOR_ROWS, EVALUATION_ROW, ROW_TOKENS
+
+if TYPE_CHECKING:
+    from pairtune.engine.sharding import ShardedWeights
+
+T = TypeVar("T")
 
 # Model families whose attention uses transformers' AttentionInterface and passes keywords on; each has a test.
 PACKED_FAMILIES = frozenset(
@@ -78,6 +84,7 @@ class Policy:
         trials: K; 1 without adapters.
         kernels: how products are computed on this machine; by default as the library computes them.
         share_prompts: False gives each answer its own copy of the prompt.
+        sharded: the model's weights, if several processes divide them.
 
     Raises:
         BadInput: the model's logits are not its last hidden states times its output embedding.
@@ -91,9 +98,10 @@ class Policy:
         kernels: Kernels | None = None,
         *,
         share_prompts: bool = True,
+        sharded: ShardedWeights | None = None,
     ) -> None:
         self.model, self.adapted, self.trials = model, adapted or {}, trials
-        self.kernels, self.share_prompts = kernels, share_prompts
+        self.kernels, self.share_prompts, self.sharded = kernels, share_prompts, sharded
         self.head = model.get_output_embeddings()
         self._graphs: RowGraphs | None = None
         if not self.adapted and model.config._attn_implementation != ATTENTION:  # otherwise it has been checked already
@@ -107,7 +115,7 @@ class Policy:
 
     def _use_products(self) -> None:
         """Make all layers compute their products as the model's dtype requires on this machine."""
-        self.products = self.kernels.products(self.model.dtype) if self.kernels else PLAIN
+        self.products = self.kernels.products(self.dtype) if self.kernels else PLAIN
         replace_linears(self.model, self.products)
         self.needed_only = self.packed and replace_layers(self.model, self.products)
         for layer in self.adapted.values():
@@ -123,10 +131,16 @@ class Policy:
         """Tokens per row for all trials together in evaluation."""
         return EVALUATION_TOKENS if self.model.device.type == "cpu" else EVALUATION_TOKENS_THERE
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the model computes in."""
+        own: torch.dtype = self.model.dtype
+        return self.sharded.dtype if self.sharded else own
+
     @contextmanager
     def computing_in(self, dtype: torch.dtype) -> Iterator[None]:
         """Compute in a wider dtype within the context; the weights are restored bit for bit."""
-        own = self.model.dtype
+        own = self.dtype
         widened = [each for each in self.model.parameters() if each.dtype == own] if dtype != own else []
         for parameter in widened:
             parameter.data = parameter.data.to(dtype)
@@ -191,8 +205,19 @@ class Policy:
             self.flat.gather()
         self.forget_graphs()
 
+    def in_step(self, items: Iterable[T]) -> Iterator[T]:
+        """Go through items, with each of which `answer_logps` is called once; see `ShardedWeights.in_step`."""
+        if not self.sharded:
+            return iter(items)
+        (idle,) = self.rows([TokenIds([0], [0], [0])], self.evaluation_tokens)
+        return self.sharded.in_step(items, lambda: self.answer_logps(idle).logps)
+
     def answer_logps(self, pack: Pack, *, keep_states: bool = False) -> AnswerLogps:
         """Log-probs of a row's answers under every trial's adapter."""
+        compute = partial(self._answer_logps, pack, keep_states)
+        return AnswerLogps(*(self.sharded.gathered(compute) if self.sharded else compute()))
+
+    def _answer_logps(self, pack: Pack, keep_states: bool) -> tuple[Tensor, Tensor, Tensor]:
         hidden = self._hidden(pack)
         if not takes_whole_rows(self.model.device):
             summed = [self._sum_by_answer(pack, hidden[trial]) for trial in range(self.trials)]
@@ -201,7 +226,7 @@ class Policy:
             logps, logits = self._sums_of_all(pack, hidden)
         states = hidden[:, pack.spaced_indices(STATES)] if keep_states else hidden[:, :0]
         shape = (self.trials, pack.pairs, pack.answers_each * STATES if keep_states else 0, hidden.shape[-1])
-        return AnswerLogps(logps, logits, states.reshape(shape))
+        return logps, logits, states.reshape(shape)
 
     def _hidden(self, pack: Pack) -> Tensor:
         """Last hidden states, scaled for the head, where they predict the answers' tokens: [trials, N, size]."""

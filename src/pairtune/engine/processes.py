@@ -57,7 +57,7 @@ class Processes:
 
     def add_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Replace each gradient by its sum over all processes; a missing gradient counts as 0."""
-        if self.count == 1:
+        if self.count == 1 or not parameters:
             return
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat: Tensor = reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")

@@ -310,6 +310,12 @@ class Scorer:
             max_tokens: the most tokens in a row.
             which: both; or for single answers, answer or mismatched.
         """
+        for numbers, pack in self.policy.in_step(self._packs(rows, max_tokens, which)):
+            self.policy.draw_dropout(pack, numbers, *self.draw)
+            yield numbers, pack, self.policy.answer_logps(pack, keep_states=self.base is not None)
+
+    def _packs(self, rows: Sequence[int], max_tokens: int, which: str) -> Iterator[tuple[list[int], Pack]]:
+        """Rows of tokens, and the rows of the table in each of them; see `_forward`."""
         for start in range(0, len(rows), _TABLE_ROWS):
             some, done = rows[start : start + _TABLE_ROWS], 0
             tokens = self.pairs.tokens(some)
@@ -318,9 +324,7 @@ class Scorer:
             elif which == "mismatched":
                 tokens = [each._replace(chosen=each.rejected, rejected=[]) for each in tokens]
             for pack in self.policy.rows(tokens, max_tokens):
-                numbers = list(some[done : done + pack.pairs])
-                self.policy.draw_dropout(pack, numbers, *self.draw)
-                yield numbers, pack, self.policy.answer_logps(pack, keep_states=self.base is not None)
+                yield list(some[done : done + pack.pairs]), pack
                 done += pack.pairs
 
 

@@ -105,13 +105,19 @@ class TrialInputs:
         return Processes(self.base.device)
 
 
-def load_start(trial: TrialConfig, base: LoadedBase, *, packed: bool = True) -> PreTrainedModel:
+def load_start(trial: TrialConfig, base: LoadedBase, *, packed: bool = True, divided: bool = False) -> PreTrainedModel:
     """The weights a trial starts from.
 
     Full training keeps them in float32: bfloat16 has 8 bits of precision, so small updates would be rounded away.
+
+    Args:
+        trial: the trial.
+        base: the base model.
+        packed: see `load_model`.
+        divided: leave the weights of full training on the CPU, since several processes will divide them.
     """
     if trial.method == "full":
-        return load_model(base.source, torch.float32, base.device)
+        return load_model(base.source, torch.float32, torch.device("cpu") if divided else base.device)
     return load_model(base.source, base.dtype, base.device, packed=packed)
 
 
@@ -134,7 +140,7 @@ def start_trials(
     Raises:
         RunFailed: the weights are not the base model's; the run's results would not be comparable.
     """
-    model = load_start(trials[0], inputs.base, packed=packed)
+    model = load_start(trials[0], inputs.base, packed=packed, divided=inputs.processes.count > 1)
     found = weights_fingerprint(model)
     if found != inputs.base_fingerprint:
         raise RunFailed(
