@@ -118,6 +118,34 @@ def test_memory_of_a_row_that_is_filled_up_by_hand():
     assert parts["activations"] == pytest.approx(1.05 * ((40 * kept + passing) * 4 + 512 * 1_000 * 8))
 
 
+def test_memory_of_divided_weights_by_hand():
+    """Four processes in bfloat16; 600,000 of a million weights are in four layers, and 64,000 in the embedding."""
+    shape = SHAPE.model_copy(update={"linear": 600_000, "processes": 4})
+    config = settings(method="full", learning_rate=[1e-5])
+    parts = training_memory(shape, config.trials()[0], 2, LENGTHS, width=1)
+    assert parts["weights"] == 4 * 250_000 + 2 * (400_000 + 2 * 150_000)
+    own, gathered = 12 * 250_000, 2 * (400_000 + 150_000) + 4 * 400_000 + 4 * 64_000
+    assert parts["gradients and optimizer"] == own + gathered
+    alone = training_memory(SHAPE, config.trials()[0], 2, LENGTHS, width=1)
+    assert parts["activations"] == alone["activations"]
+    kept = {"width": 1, "row_tokens": 512, "checkpointing": False}
+    large = shape.model_copy(update={"parameters": 10**9, "linear": 10**9 - 64_000, "layers": 100})
+    assert peak_memory(config, large, 2, LENGTHS, **kept)["checkpoint"] == 12 * 10**9
+    on_cards = large.model_copy(update={"accelerator": True, "processes": 64})
+    assert peak_memory(config, on_cards, 2, LENGTHS, **kept)["weights"] == 4 * 10**9 / 64 + 2 * 10**9
+
+
+def test_more_gpus_are_a_remedy_for_all_weights():
+    large = SHAPE.model_copy(update={"parameters": 10**9, "linear": 9 * 10**8, "accelerator": True})
+    config = settings(method="full", learning_rate=[1e-5])
+    assert not fit(config, LENGTHS, large, "bfloat16", 12e9).fits
+    found = remedies(config, LENGTHS, large, "bfloat16", 12e9)
+    assert "2 such GPUs (torchrun --nproc-per-node 2)" in found
+    assert not any("GPUs" in each for each in remedies(settings(), LENGTHS, large, "bfloat16", 12e9))
+    on_two = large.model_copy(update={"processes": 2})
+    assert fit(config, LENGTHS, on_two, "bfloat16", 12e9).fits
+
+
 def test_memory_is_that_of_the_largest_trial():
     varied, largest = settings(lora_rank=[4, 64, 16], batch_size=[1, 2]), settings(lora_rank=64, batch_size=2)
     short = LENGTHS.model_copy(update={"longest": 100})  # two of a batch share a row
@@ -321,6 +349,32 @@ def test_the_command_plans_without_starting(tiny_model, tmp_path):
     assert "1 trial, 1 side by side" in shown
     refused = pairtune("plan", "--data", tmp_path / "missing.jsonl")
     assert (refused.returncode, "no such file" in refused.stderr) == (2, True)
+
+
+def test_a_plan_for_several_processes(tiny_model, tmp_path):
+    data = write_pairs(tmp_path / "pairs.jsonl", range(30))
+    more = (
+        "--data",
+        data,
+        "--model",
+        tiny_model,
+        "--lr",
+        "1e-4",
+        "--beta",
+        "0.1",
+        "--method",
+        "full",
+        "--samples",
+        "0",
+    )
+    one, two = (json.loads(pairtune("plan", *more, "--processes", count, "--json").stdout)["cost"] for count in (1, 2))
+    assert one["fit"]["memory"] != two["fit"]["memory"]
+    assert (one["seconds"] is None, two["seconds"]) == (False, None)
+    shown = pairtune("plan", *more, "--processes", 2).stdout
+    assert "memory is that of each of 2 processes; time depends on what connects them" in shown
+    refused = pairtune("plan", *more, "--processes", 2, "--eval-dtype", "float32", "--dtype", "bfloat16")
+    assert refused.returncode == 2
+    assert "--eval-dtype float32: with --method full" in refused.stderr
 
 
 def test_a_config_alone_is_enough_for_a_plan(tiny_model, tmp_path):

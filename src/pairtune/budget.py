@@ -17,13 +17,14 @@ from pairtune.report.render_plan import does_not_fit
 from pairtune.resolve_config import Resolved
 
 
-def fitted(resolved: Resolved, base: LoadedBase, train: PairTable, console: Console) -> Resolved:
+def fitted(resolved: Resolved, base: LoadedBase, train: PairTable, processes: int, console: Console) -> Resolved:
     """The settings with what was chosen for the run to fit into its memory.
 
     Args:
         resolved: the settings.
         base: the base model, in the dtype that this machine is fastest with.
         train: the training pairs.
+        processes: the number of processes that share the work.
         console: told if the run does not fit into what is free.
 
     Raises:
@@ -33,8 +34,8 @@ def fitted(resolved: Resolved, base: LoadedBase, train: PairTable, console: Cons
     if config.engine != "pairtune" or not len(train):
         return resolved
     lengths, dtype = train.pair_lengths(), str(base.dtype).removeprefix("torch.")
-    found, limit = fit_run(config, base, lengths), usable(config, free_bytes(base.device))
-    shape = shape_of(blank_model(base.source), base.device)
+    found, limit = fit_run(config, base, lengths, processes), usable(config, free_bytes(base.device))
+    shape = shape_of(blank_model(base.source), base.device, processes)
     if not found.fits:
         told = does_not_fit(found, limit, remedies(config, lengths, shape, dtype, limit))
         if config.memory:
@@ -51,6 +52,21 @@ def fitted(resolved: Resolved, base: LoadedBase, train: PairTable, console: Cons
     if found.dtype != dtype:
         chosen["dtype"] = found.dtype
     return resolved.with_chosen(chosen, why)
+
+
+def check_divided(config: RunConfig) -> None:
+    """Refuse settings of full training that several processes, which divide its weights, do not have.
+
+    Raises:
+        BadInput: there are some.
+    """
+    if any(trial.optimizer == "adamw-8bit" for trial in config.trials()):
+        raise BadInput("--optimizer adamw-8bit: runs in a single process; start it without the launcher, or use adamw")
+    if config.eval_dtype and config.method == "full":
+        raise BadInput(
+            f"--eval-dtype {config.eval_dtype}: with --method full, several processes divide the weights in the dtype "
+            f"that they train in; omit it, or use --dtype {config.eval_dtype}"
+        )
 
 
 def expected(config: RunConfig, base: LoadedBase, data: PreparedData) -> Cost | None:

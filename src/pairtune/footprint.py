@@ -61,6 +61,7 @@ class ModelShape(Part):
         accelerator: whether it is computed on one: in longer rows, and without keeping attention weights.
         four_bit: how many of the parameters are stored in 4 bits.
         linear: how many could be, being in linear layers.
+        processes: among how many of them full training divides its weights.
     """
 
     parameters: int
@@ -77,6 +78,7 @@ class ModelShape(Part):
     accelerator: bool = False
     four_bit: int = 0
     linear: int = 0
+    processes: int = 1
 
     def weights(self, number_size: int, four_bit: int) -> float:
         """Bytes of all weights.
@@ -239,7 +241,12 @@ def remedies(config: RunConfig, lengths: PairLengths, shape: ModelShape, dtype: 
     compact = config.instead(optimizer="adamw-8bit")
     adapters = config.instead(optimizer="adamw", method="lora")
     full = config.method == "full"
-    if full and fit(compact, lengths, shape, dtype, limit).fits:
+    for processes in (2, 4, 8, 16) if full and shape.accelerator and shape.processes == 1 else ():
+        divided = shape.model_copy(update={"processes": processes})
+        if fit(config, lengths, divided, dtype, limit).fits:
+            found.append(f"{processes} such GPUs (torchrun --nproc-per-node {processes})")
+            break
+    if full and shape.processes == 1 and fit(compact, lengths, shape, dtype, limit).fits:
         found.append("--optimizer adamw-8bit")
     if full and fit(adapters, lengths, shape, dtype, limit).fits:
         found.append("--method lora")
@@ -259,7 +266,10 @@ def peak_memory(
     row_tokens: int,
     checkpointing: bool,
 ) -> dict[str, float]:
-    """Bytes of a run's process by part, in the stage that takes the most: training, or answering held-out prompts."""
+    """Bytes of each of a run's processes by part, in the stage that takes the most.
+
+    That is training, answering held-out prompts, or with divided weights one of those of `_divided_memory`.
+    """
     point = {name: max(given) if name in _SIZES else given[0] for name, given in config.dimensions.items()}
     trial = config.trial(**point)
     training = training_memory(
@@ -272,7 +282,8 @@ def peak_memory(
         checkpointing=checkpointing,
     )
     answering = _answering_memory(trial, config, shape, number_size, lengths) if config.samples != 0 else {}
-    largest = max(training, answering, key=lambda parts: sum(parts.values()))
+    divided = _divided_memory(shape, number_size) if trial.method == "full" and shape.processes > 1 else []
+    largest = max(training, answering, *divided, key=lambda parts: sum(parts.values()))
     return largest | {"program": _PROGRAM_BYTES}
 
 
@@ -313,9 +324,17 @@ def training_memory(
     passing = tokens * (6 * shape.inner + 4 * shape.hidden + 3 * shape.queries) + 2 * scores
     words = min(tokens, shape.logits // shape.vocabulary) * shape.vocabulary
     head = words * (number_size + 4)
-    evaluating = shape.evaluation_row * (4 * shape.inner + 6 * shape.hidden) * number_size + head
+    evaluating = _evaluating(shape, number_size) + head
     parts = {"weights": shape.weights(number_size, shape.four_bit)}
-    if trial.method == "full" and trial.optimizer == "adamw-8bit":
+    if trial.method == "full" and shape.processes > 1:
+        # Of each share the float32 weight, its gradient and both moments. Embeddings and head are whole meanwhile, and
+        # so are two layers; their gradients are, too, before they are added up in float32.
+        layer = shape.linear / shape.layers
+        outside = shape.parameters - shape.linear
+        parts["weights"] = 4 * shape.parameters / shape.processes + (outside + 2 * layer) * number_size
+        gathered = (outside + layer) * number_size + 4 * max(outside, layer) + 4 * shape.vocabulary * shape.hidden
+        parts["gradients and optimizer"] = 12 * shape.parameters / shape.processes + gathered
+    elif trial.method == "full" and trial.optimizer == "adamw-8bit":
         # Moments of 8 bits with their scales, what masters have beyond the weights, and the gradients: of a step's only
         # row as they come, of several rows their sum in float32; the output embedding's is in float32 besides.
         several = trial.batch_size * lengths.longest > row_tokens
@@ -334,6 +353,31 @@ def training_memory(
         parts["adapters and optimizer"] = float(width * rank * shape.adapter_weights * own)
     parts["activations"] = _HOLES * max((kept + passing) * number_size + head, evaluating)
     return parts
+
+
+def _evaluating(shape: ModelShape, number_size: int) -> float:
+    """Bytes of what one layer computes of a row in evaluation."""
+    return float(shape.evaluation_row * (4 * shape.inner + 6 * shape.hidden) * number_size)
+
+
+def _divided_memory(shape: ModelShape, number_size: int) -> list[dict[str, float]]:
+    """Bytes of the stages in which something is whole beside a process's share of the weights.
+
+    These are the reference pass, with a model of its own, and on a CPU the checkpoint that the first process gathers:
+    weights and both moments. On an accelerator, that is in the memory of its host.
+    """
+    words = min(shape.evaluation_row, shape.logits // shape.vocabulary) * shape.vocabulary
+    share = 4 * shape.parameters / shape.processes
+    reference = {
+        "weights": share + shape.weights(number_size, 0),
+        "activations": _HOLES * (_evaluating(shape, number_size) + words * (number_size + 4)),
+    }
+    if shape.accelerator:
+        return [reference]
+    return [
+        reference,
+        {"weights": share, "gradients and optimizer": 2 * share, "checkpoint": 12.0 * shape.parameters},
+    ]
 
 
 def _kept(shape: ModelShape, rank: int) -> float:

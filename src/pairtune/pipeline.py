@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from rich.console import Console
 
-from pairtune.budget import expected, fitted
+from pairtune.budget import check_divided, expected, fitted
 from pairtune.config import RunConfig, TrialConfig, flag_of
 from pairtune.data.earlier import Earlier, keep_prompts, prompts_before, prompts_of_round
 from pairtune.data.prepare import PreparedData, prepare_data
@@ -107,7 +107,9 @@ def tune(resolved: Resolved, console: Console) -> Run | None:
         )
     if resolved.config.lora_targets and not base.adapter:
         check_targets(blank_model(base.source), resolved.config.lora_targets)
-    resolved = processes.from_first(fitted(resolved, base, data.train, console) if processes.first else resolved)
+    if processes.first:
+        resolved = fitted(resolved, base, data.train, processes.count, console)
+    resolved = processes.from_first(resolved)
     if resolved.config.dtype != "auto":
         base = replace(base, dtype=getattr(torch, resolved.config.dtype))
     run = Run(processes.from_first(resolved.config.out))
@@ -200,13 +202,8 @@ def _open(
         raise BadInput(
             "--engine trl: runs in a single process; start it without the launcher, or use --engine pairtune"
         )
-    if processes.count > 1 and any(trial.optimizer == "adamw-8bit" for trial in config.trials()):
-        raise BadInput("--optimizer adamw-8bit: runs in a single process; start it without the launcher, or use adamw")
-    if processes.count > 1 and config.eval_dtype and config.method == "full":
-        raise BadInput(
-            f"--eval-dtype {config.eval_dtype}: with --method full, several processes share out the weights in the "
-            f"dtype that they train in; omit it, or use --dtype {config.eval_dtype}"
-        )
+    if processes.count > 1:
+        check_divided(config)
     console = console if processes.first else Console(quiet=True)
     console.print(f"opening {config.model}", highlight=False)
     with processes.first_before_others():

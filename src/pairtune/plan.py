@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from pairtune.budget import check_divided
 from pairtune.config import RunConfig, SourceConfig
-from pairtune.cost import estimate
+from pairtune.cost import Speed, estimate
 from pairtune.data.inspect_source import inspect_source
 from pairtune.data.inspection import Inspection, Plan
 from pairtune.data.preference import PreferencePair
@@ -20,7 +21,15 @@ from pairtune.engine.speed import measure_speed
 from pairtune.errors import BadInput
 from pairtune.files import typed_path
 from pairtune.footprint import PairLengths, of_single_answers
-from pairtune.models.load import LoadedBase, blank_model, load_tokenizer, pick_device, pick_dtype, read_config
+from pairtune.models.load import (
+    LoadedBase,
+    blank_model,
+    free_bytes,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+    read_config,
+)
 from pairtune.models.resolve import BUNDLED as BUNDLED_MODEL
 from pairtune.models.resolve import NF4, ModelSource, resolve_model
 from pairtune.models.start import check_method, open_start
@@ -32,13 +41,14 @@ SUPPOSED_PAIRS = 1000
 Say = Callable[[str], None]
 
 
-def plan_run(config: RunConfig, say: Say = lambda what: None, *, has_data: bool = True) -> Plan:
+def plan_run(config: RunConfig, say: Say = lambda what: None, *, has_data: bool = True, processes: int = 1) -> Plan:
     """Inspect a run's data, measure this machine with its model's layers, and estimate the run's cost.
 
     Args:
         config: the settings. Of a model, a config.json is enough.
         say: called with the current activity.
         has_data: False plans for pairs as long as `max_length` allows instead of those that the settings name.
+        processes: the number of processes that share the work, each with a device like this machine's.
 
     Raises:
         BadInput: the model or a source cannot be used.
@@ -51,11 +61,17 @@ def plan_run(config: RunConfig, say: Say = lambda what: None, *, has_data: bool 
     else:
         pairs, lengths = {"train": SUPPOSED_PAIRS}, PairLengths.full(config.max_length)
         notes = [*notes, f"no --data: for {SUPPOSED_PAIRS:,} pairs of {config.max_length:,} tokens"]
-    shape, speed, cost = shape_of(blank_model(base.source), base.device), None, None
+    shape, speed, cost = shape_of(blank_model(base.source), base.device, processes), None, None
+    if processes > 1:
+        check_divided(config)
+        notes = [*notes, f"memory is that of each of {processes} processes; time depends on what connects them"]
     if lengths:
-        say("measuring this machine")
-        dtype = getattr(torch, fit_run(config, base, lengths).dtype)
-        speed = measure_speed(base.source, config.trials()[0], lengths, dtype)
+        dtype = getattr(torch, fit_run(config, base, lengths, processes).dtype)
+        if processes > 1:
+            speed = Speed(dtype=str(dtype).removeprefix("torch."), memory_free=free_bytes(base.device), times=None)
+        else:
+            say("measuring this machine")
+            speed = measure_speed(base.source, config.trials()[0], lengths, dtype)
         cost = estimate(config, pairs, lengths, shape, speed)
         if speed.times and speed.times.waiting > STARVED:
             notes = [

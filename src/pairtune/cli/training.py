@@ -62,6 +62,9 @@ def tune(
 def plan(
     context: typer.Context,
     config: Annotated[Path | None, typer.Argument(help="YAML file with settings; flags override it.")] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes that will share the work, each with a device like this machine's.")
+    ] = 1,
     as_json: Json = False,
 ) -> None:
     """Say what a run would read, how long it would take and how much memory, without starting it.
@@ -69,7 +72,7 @@ def plan(
     Takes the settings of `tune`. Of a model, its config.json is enough; without --data it plans for pairs as long as
     --max-length allows.
     """
-    _plan(config, context.obj | _columns(context.obj), as_json)
+    _plan(config, context.obj | _columns(context.obj), processes, as_json)
 
 
 @training_app.command(cls=WithSettingsHelp)
@@ -140,7 +143,7 @@ def _tune(file: Path | None, flags: dict[str, Any], as_json: bool) -> None:
     _show(tune(resolved, screen(stderr=True)), as_json)
 
 
-def _plan(file: Path | None, flags: dict[str, Any], as_json: bool) -> None:
+def _plan(file: Path | None, flags: dict[str, Any], processes: int, as_json: bool) -> None:
     from pairtune.resolve_config import read_settings, resolve
 
     has_data = "data" in flags or (file is not None and "data" in read_settings(file))
@@ -155,7 +158,7 @@ def _plan(file: Path | None, flags: dict[str, Any], as_json: bool) -> None:
         from pairtune.run.records import dump
 
     with screen(stderr=True).status("reading") as status:
-        found = plan_run(config, status.update, has_data=has_data)
+        found = plan_run(config, status.update, has_data=has_data, processes=processes)
     say(json.dumps(dump(found))) if as_json else output().print(render_plan(found), highlight=False)
 
 

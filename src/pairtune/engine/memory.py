@@ -74,21 +74,22 @@ def lockstep_bytes(
     return sum(parts.values())
 
 
-def fit_run(config: RunConfig, base: LoadedBase, lengths: PairLengths) -> Fit:
+def fit_run(config: RunConfig, base: LoadedBase, lengths: PairLengths, processes: int = 1) -> Fit:
     """How a run fits into the memory that it may take; see `footprint.fit`.
 
     Args:
         config: its settings.
         base: its base model, in the dtype that this machine is fastest with.
         lengths: what its training pairs are like.
+        processes: the number of processes that share its work.
     """
     dtype = str(base.dtype).removeprefix("torch.")
     limit = usable(config, free_bytes(base.device))
-    return fit(config, lengths, shape_of(blank_model(base.source), base.device), dtype, limit)
+    return fit(config, lengths, shape_of(blank_model(base.source), base.device, processes), dtype, limit)
 
 
-def shape_of(model: PreTrainedModel, device: torch.device) -> ModelShape:
-    """The sizes of a model, whose weights may be on the meta device, for computing it on a device."""
+def shape_of(model: PreTrainedModel, device: torch.device, processes: int = 1) -> ModelShape:
+    """The sizes of a model, whose weights may be on the meta device, for computing it on a device in some processes."""
     config: Any = model.config
     layers = [layer for _, layer in linear_layers(model)]
     linear = [matrix_of(layer).shape for layer in layers]
@@ -110,4 +111,5 @@ def shape_of(model: PreTrainedModel, device: torch.device) -> ModelShape:
         packed=config.model_type in PACKED_FAMILIES,
         fused=bool(known_layers(model)),
         accelerator=device.type != "cpu",
+        processes=processes,
     )

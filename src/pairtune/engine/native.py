@@ -161,8 +161,10 @@ class _TrialGroup:
         whole = load_model(inputs.base.source, inputs.base.dtype, self.device) if sharded else self.model
         opened = open_reference(inputs.base, whole, settings_of(self.shared), inputs.kernels)
         self.references, self.base_states = self._base_outputs(opened)
-        give_memory_back()  # of the reference's rows, which are longer than those of training
-        adapted = self._add_adapters(trials, opened.adapted) if masters is None else {}
+        adapted = opened.adapted
+        del opened, whole
+        give_memory_back()  # of the reference's rows, which are longer than those of training, and of its own weights
+        adapted = self._add_adapters(trials, adapted) if masters is None else {}
         self.policy = Policy(self.model, adapted, len(trials), inputs.kernels, sharded=sharded)
         if self.shared.checkpointing == "on":  # "auto" is decided by memory before a run starts
             self.policy.checkpoint_activations()
@@ -513,7 +515,11 @@ class _TrialGroup:
         if not self.inputs.processes.first or model is None:
             return ""
         if self.shared.method == "full":
-            return save_best(model, tokenizer, folder, source)
+            saved = save_best(model, tokenizer, folder, source)
+            if model is not self.model:
+                del model
+                give_memory_back()
+            return saved
         adapted = self.policy.adapted
         config = peft_config(adapted, settings_of(self.shared))
         tensors = peft_tensors(adapted, self.members.index(member))

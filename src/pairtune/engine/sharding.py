@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from pairtune.config import TrialConfig
 from pairtune.engine.optimize import TrialOptimizer
 from pairtune.engine.processes import Processes
-from pairtune.models.load import load_model
+from pairtune.models.load import give_large_pieces_back, load_model
 from pairtune.models.resolve import ModelSource
 
 T = TypeVar("T")
@@ -45,6 +45,8 @@ class ShardedWeights:
     shapes: Sequence[torch.Size] | None = None
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype, device: torch.device, processes: Processes) -> None:
+        if device.type == "cpu":
+            give_large_pieces_back()
         self.dtype = dtype
         self._model: Any = model
         self._processes = processes

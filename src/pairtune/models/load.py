@@ -207,6 +207,19 @@ def give_memory_back() -> None:
         library.malloc_trim(0)
 
 
+def give_large_pieces_back() -> None:
+    """Have glibc give memory of a megabyte and more back as soon as it is freed, from now on.
+
+    By default it keeps ever larger pieces for later. Weights that are gathered and freed layer by layer leave them full
+    of holes, which took as much memory again.
+    """
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+        library.mallopt(_MMAP_THRESHOLD, 1 << 20)
+
+
+_MMAP_THRESHOLD = -3  # glibc's number of this parameter
+
+
 def why_unloadable(error: Exception) -> str:
     """Why transformers could not load a model, for a message in one line."""
     if "trust_remote_code" in str(error):
