@@ -39,6 +39,7 @@ CONFIGURATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "bundled, rank 64": ("bundled", (*ONE, "--lora-rank", "64")),
     "bundled, all weights": ("bundled", (*ONE, "--method", "full")),
     "bundled, all weights, 8 bits": ("bundled", (*ONE, "--method", "full", "--optimizer", "adamw-8bit")),
+    "bundled, all weights, each of two": ("bundled", (*ONE, "--method", "full", "--processes", "2")),
     "bundled, in 4 bits": ("bundled@nf4", ONE),
     "bundled, with answers": ("bundled", (*ONE, "--samples", "8")),
     "bundled, in 2 GB": ("bundled", (*GRID, "--memory", "2GB")),
@@ -97,9 +98,14 @@ def measure(name: str, asked: argparse.Namespace, folder: Path) -> dict[str, Any
     common = ["--model", build(kind, folder), "--data", str(asked.data), "--limit", str(asked.rows)]
     common += ["--on-bad-row", "skip", "--epochs", "1", *settings]
     common += [] if "--samples" in settings else ["--samples", "0"]
-    program, environment, before = [sys.executable, "-m", "pairtune"], own_cache(folder), probed()
+    module, environment, before = ["-m", "pairtune"], own_cache(folder), probed()
+    program = [sys.executable, *module]
     planned = subprocess.run([*program, "plan", *common, "--json"], check=True, stdout=subprocess.PIPE, env=environment)
     cost = json.loads(planned.stdout)["cost"]
+    if "--processes" in common:  # the peak is then that of the largest process
+        at = common.index("--processes")
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", common[at + 1]]
+        program, common = [sys.executable, *launcher, *module], common[:at] + common[at + 2 :]
     started = time.perf_counter()
     log = (folder / "log.txt").open("wb")
     target = folder / f"run-{len(os.listdir(folder))}"
@@ -133,11 +139,10 @@ def main() -> None:
         for name in asked.only or CONFIGURATIONS:
             found = measure(name, asked, Path(folder))
             memory, times = found["planned_mb"] / found["peak_mb"] - 1, found["planned_s"] / found["seconds"] - 1
-            print(
-                f"| {name} | {found['planned_mb']:,}, {found['peak_mb']:,} | {memory:+.0%} | "
-                f"{found['planned_s']}, {found['seconds']} | {times:+.0%} |",
-                flush=True,
-            )
+            timed = f"{found['planned_s']}, {found['seconds']} | {times:+.0%}"
+            if math.isnan(times):  # several processes, whose time is not foretold
+                timed = f"-, {found['seconds']} | -"
+            print(f"| {name} | {found['planned_mb']:,}, {found['peak_mb']:,} | {memory:+.0%} | {timed} |", flush=True)
             print(f"{name}: {found['parts']}", file=sys.stderr, flush=True)
 
 
