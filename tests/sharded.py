@@ -34,6 +34,8 @@ CASES: dict[str, tuple[dict, int | None]] = {
     "checkpointing": ({"checkpointing": "on"}, None),
     "bfloat16": ({"dtype": "bfloat16"}, None),
     "kto": ({"loss": "kto", "batch_size": 5}, None),
+    "one held out": ({"batch_size": 5}, None),  # for two processes
+    "failing": ({"learning_rate": 1e25}, None),
     "stopped": ({"batch_size": 3}, 5),
 }
 
@@ -59,7 +61,7 @@ def run_case(name: str, model: Path, folder: Path, stop: int | None = None) -> n
     source = resolve_model(str(model))
     base = LoadedBase(source, load_tokenizer(source), getattr(torch, config.dtype), torch.device("cpu"))
     tables = []
-    for numbers in (range(9), range(20, 25)):
+    for numbers in (range(9), range(20, 21 if name == "one held out" else 25)):
         pairs = [make_pair(number, rejected="No {0}" * (number % 3 + 1)) for number in numbers]
         halves = [pair.halves()[at % 3 == 0] for at, pair in enumerate(pairs)]
         tables.append(PairTable.of(halves if config.loss == "kto" else pairs, base.tokenizer))

@@ -120,23 +120,23 @@ def test_memory_of_a_row_that_is_filled_up_by_hand():
 
 def test_memory_of_divided_weights_by_hand():
     """Four processes in bfloat16; 600,000 of a million weights are in four layers, and 64,000 in the embedding."""
-    shape = SHAPE.model_copy(update={"linear": 600_000, "processes": 4})
+    shape = SHAPE.model_copy(update={"in_layers": 600_000, "processes": 4})
     config = settings(method="full", learning_rate=[1e-5])
     parts = training_memory(shape, config.trials()[0], 2, LENGTHS, width=1)
-    assert parts["weights"] == 4 * 250_000 + 2 * (400_000 + 2 * 150_000)
+    assert parts["weights"] == 4 * 250_000 + 2 * (400_000 + 2 * 150_000 + 64_000)
     own, gathered = 12 * 250_000, 2 * (400_000 + 150_000) + 4 * 400_000 + 4 * 64_000
     assert parts["gradients and optimizer"] == own + gathered
     alone = training_memory(SHAPE, config.trials()[0], 2, LENGTHS, width=1)
     assert parts["activations"] == alone["activations"]
     kept = {"width": 1, "row_tokens": 512, "checkpointing": False}
-    large = shape.model_copy(update={"parameters": 10**9, "linear": 10**9 - 64_000, "layers": 100})
+    large = shape.model_copy(update={"parameters": 10**9, "in_layers": 10**9 - 64_000, "layers": 100})
     assert peak_memory(config, large, 2, LENGTHS, **kept)["checkpoint"] == 12 * 10**9
     on_cards = large.model_copy(update={"accelerator": True, "processes": 64})
     assert peak_memory(config, on_cards, 2, LENGTHS, **kept)["weights"] == 4 * 10**9 / 64 + 2 * 10**9
 
 
 def test_more_gpus_are_a_remedy_for_all_weights():
-    large = SHAPE.model_copy(update={"parameters": 10**9, "linear": 9 * 10**8, "accelerator": True})
+    large = SHAPE.model_copy(update={"parameters": 10**9, "in_layers": 9 * 10**8, "accelerator": True})
     config = settings(method="full", learning_rate=[1e-5])
     assert not fit(config, LENGTHS, large, "bfloat16", 12e9).fits
     found = remedies(config, LENGTHS, large, "bfloat16", 12e9)

@@ -62,7 +62,7 @@ def check_divided(config: RunConfig) -> None:
     """
     if any(trial.optimizer == "adamw-8bit" for trial in config.trials()):
         raise BadInput("--optimizer adamw-8bit: runs in a single process; start it without the launcher, or use adamw")
-    if config.eval_dtype and config.method == "full":
+    if config.method == "full" and config.eval_dtype not in (None, config.dtype):
         raise BadInput(
             f"--eval-dtype {config.eval_dtype}: with --method full, several processes divide the weights in the dtype "
             f"that they train in; omit it, or use --dtype {config.eval_dtype}"

@@ -61,7 +61,8 @@ class ModelShape(Part):
         accelerator: whether it is computed on one: in longer rows, and without keeping attention weights.
         four_bit: how many of the parameters are stored in 4 bits.
         linear: how many could be, being in linear layers.
-        processes: among how many of them full training divides its weights.
+        in_layers: how many of the parameters are in decoder layers.
+        processes: among how many processes full training divides its weights.
     """
 
     parameters: int
@@ -78,6 +79,7 @@ class ModelShape(Part):
     accelerator: bool = False
     four_bit: int = 0
     linear: int = 0
+    in_layers: int = 0
     processes: int = 1
 
     def weights(self, number_size: int, four_bit: int) -> float:
@@ -241,10 +243,12 @@ def remedies(config: RunConfig, lengths: PairLengths, shape: ModelShape, dtype: 
     compact = config.instead(optimizer="adamw-8bit")
     adapters = config.instead(optimizer="adamw", method="lora")
     full = config.method == "full"
-    for processes in (2, 4, 8, 16) if full and shape.accelerator and shape.processes == 1 else ():
+    divisible = full and shape.accelerator and shape.processes == 1 and not config.eval_dtype
+    for processes in (2, 4, 8, 16) if divisible else ():
         divided = shape.model_copy(update={"processes": processes})
         if fit(config, lengths, divided, dtype, limit).fits:
-            found.append(f"{processes} such GPUs (torchrun --nproc-per-node {processes})")
+            with_adamw = " with --optimizer adamw" if config.optimizer == "adamw-8bit" else ""
+            found.append(f"{processes} such GPUs{with_adamw} (torchrun --nproc-per-node {processes})")
             break
     if full and shape.processes == 1 and fit(compact, lengths, shape, dtype, limit).fits:
         found.append("--optimizer adamw-8bit")
@@ -329,9 +333,10 @@ def training_memory(
     if trial.method == "full" and shape.processes > 1:
         # Of each share the float32 weight, its gradient and both moments. Embeddings and head are whole meanwhile, and
         # so are two layers; their gradients are, too, before they are added up in float32.
-        layer = shape.linear / shape.layers
-        outside = shape.parameters - shape.linear
-        parts["weights"] = 4 * shape.parameters / shape.processes + (outside + 2 * layer) * number_size
+        layer = shape.in_layers / shape.layers
+        outside = shape.parameters - shape.in_layers
+        held = (outside + 2 * layer + shape.vocabulary * shape.hidden) * number_size  # the reference's head, too
+        parts["weights"] = 4 * shape.parameters / shape.processes + held
         gathered = (outside + layer) * number_size + 4 * max(outside, layer) + 4 * shape.vocabulary * shape.hidden
         parts["gradients and optimizer"] = 12 * shape.parameters / shape.processes + gathered
     elif trial.method == "full" and trial.optimizer == "adamw-8bit":
@@ -376,7 +381,11 @@ def _divided_memory(shape: ModelShape, number_size: int) -> list[dict[str, float
         return [reference]
     return [
         reference,
-        {"weights": share, "gradients and optimizer": 2 * share, "checkpoint": 12.0 * shape.parameters},
+        {
+            "weights": share + shape.vocabulary * shape.hidden * number_size,
+            "gradients and optimizer": 2 * share,
+            "checkpoint": 12.0 * shape.parameters,
+        },
     ]
 
 

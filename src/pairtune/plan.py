@@ -53,6 +53,8 @@ def plan_run(config: RunConfig, say: Say = lambda what: None, *, has_data: bool 
     Raises:
         BadInput: the model or a source cannot be used.
     """
+    if processes > 1:
+        check_divided(config)
     base, notes = _open(config, has_data)
     found: list[Inspection] = []
     if has_data:
@@ -63,7 +65,6 @@ def plan_run(config: RunConfig, say: Say = lambda what: None, *, has_data: bool 
         notes = [*notes, f"no --data: for {SUPPOSED_PAIRS:,} pairs of {config.max_length:,} tokens"]
     shape, speed, cost = shape_of(blank_model(base.source), base.device, processes), None, None
     if processes > 1:
-        check_divided(config)
         notes = [*notes, f"memory is that of each of {processes} processes; time depends on what connects them"]
     if lengths:
         dtype = getattr(torch, fit_run(config, base, lengths, processes).dtype)

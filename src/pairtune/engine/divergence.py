@@ -54,6 +54,7 @@ class BaseStates:
         result = torch.full((len(rows),), torch.nan, device=states.device)
         known = [index for index, row in enumerate(rows) if row < len(self.states)]
         if known:
+            # The head of divided weights is whole here, as each pass without gradients leaves it.
             base = self.states[[rows[index] for index in known], : states.shape[1]].to(states.device)
             kl = token_kl(
                 (states[known].flatten(0, 1), policy.head.weight, policy.head.bias),

@@ -96,10 +96,12 @@ def shape_of(model: PreTrainedModel, device: torch.device, processes: int = 1) -
     four_bit = sum(2 * layer.packed.numel() for layer in layers if isinstance(layer, Nf4Linear))
     heads = int(getattr(config, "num_attention_heads", None) or 1)  # a state-space model has none
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    blocks = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     return ModelShape(
         parameters=sum(weights.numel() for _, weights in named_weights(model)),
         four_bit=four_bit,
         linear=four_bit + sum(layer.weight.numel() for _, layer in roundable(model)),
+        in_layers=sum(each.numel() for each in {weights for block in blocks for weights in block.parameters()}),
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         inner=max(before for before, _ in linear),

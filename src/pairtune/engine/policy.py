@@ -226,7 +226,10 @@ class Policy:
             logps, logits = self._sums_of_all(pack, hidden)
         states = hidden[:, pack.spaced_indices(STATES)] if keep_states else hidden[:, :0]
         shape = (self.trials, pack.pairs, pack.answers_each * STATES if keep_states else 0, hidden.shape[-1])
-        return logps, logits, states.reshape(shape)
+        states = states.reshape(shape)
+        if self.sharded:  # FSDP2 warns of views with gradients, for fear of changes in place
+            return logps.clone(), logits, states.detach()
+        return logps, logits, states
 
     def _hidden(self, pack: Pack) -> Tensor:
         """Last hidden states, scaled for the head, where they predict the answers' tokens: [trials, N, size]."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from itertools import chain, zip_longest
 from typing import Any, TypeVar
 
@@ -27,7 +28,8 @@ class Processes:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._state = PartialState(cpu=device.type == "cpu")
+        # While the first process writes checkpoints, answers prompts and reports, the others wait.
+        self._state = PartialState(cpu=device.type == "cpu", timeout=timedelta(days=1))
         self.count = self._state.num_processes
         self.first = self._state.is_main_process
 

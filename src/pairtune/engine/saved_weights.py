@@ -24,7 +24,7 @@ from pairtune.engine.reference import (
     reference_logps,
 )
 from pairtune.engine.scoring import Scorer
-from pairtune.models.load import LoadedBase, load_model, weights_fingerprint
+from pairtune.models.load import LoadedBase, give_memory_back, load_model, weights_fingerprint
 from pairtune.run.examples import ExampleRecord
 
 
@@ -89,6 +89,8 @@ def evaluate_weights(
         load_adapter(adapted, saved.folder)
         policy = Policy(model, adapted, kernels=kernels)
     else:
+        del model, before  # but for the head: there may be no room for two models
+        give_memory_back()
         tuned = load_model(saved.folder, base.dtype, base.device)
         cast_parameters(tuned, dtype)
         policy = Policy(tuned, kernels=kernels)

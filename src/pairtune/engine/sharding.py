@@ -60,7 +60,7 @@ class ShardedWeights:
             ),
         }
         blocks = set(model._no_split_modules or ())
-        for module in list(model.modules()):
+        for module in reversed(list(model.modules())):  # some blocks are within others, and go first
             if type(module).__name__ in blocks:
                 fully_shard(module, **settings)
         # What is outside of the layers is needed from the first product to the last: embeddings, which may be the head.
@@ -69,6 +69,7 @@ class ShardedWeights:
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)  # losses are divided by the batch of all processes already
                 module.set_force_sum_reduction_for_comms(True)  # Gloo has no other way to divide by 1
+                module.set_reduce_scatter_unused_params(True)  # which weights a row uses may differ between processes
         self.tensors = [cast(DTensor, each) for each in model.parameters()]
         self._model.gathered = MethodType(lambda _, work: work(), model)
         register_fsdp_forward_method(model, "gathered")
@@ -112,7 +113,7 @@ class ShardedWeights:
         targets = dict(model.named_parameters()) if model else {}
         for name, tensor in zip(self._names, self.tensors, strict=True):
             full = _full(tensor)
-            if name in targets:
+            if model:
                 targets[name].data.copy_(full)
         return model
 
@@ -152,7 +153,7 @@ class ShardedOptimizer(TrialOptimizer):
 
     def __init__(self, trial: TrialConfig, weights: ShardedWeights, steps: int, processes: Processes) -> None:
         super().__init__(trial, weights.tensors, steps)
-        self._processes = processes
+        self._whole, self._processes = weights, processes
 
     def clip(self) -> float:
         """Clip the gradients by the norm of all processes' shares.
@@ -165,6 +166,7 @@ class ShardedOptimizer(TrialOptimizer):
 
     def state(self) -> dict[str, Tensor]:
         """Weights and AdamW moments by name, whole; empty in every process but the first."""
+        self._whole.updated()  # what the evaluation before left gathered makes room
         found = {}
         for name, tensor in super().state().items():
             full = _full(tensor)
@@ -175,12 +177,29 @@ class ShardedOptimizer(TrialOptimizer):
     def restore(self, step: int, state: Mapping[str, Tensor]) -> None:
         """Restore this process's share of the tensors that `state` returned in the first one after a step."""
         like = cast(DTensor, self.weights[0])
-        shares = {
-            name: distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
-            for name, tensor in state.items()
-        }
         with torch.no_grad():
-            super().restore(step, shares)
+            super().restore(step, _Shares(state, like))
+
+
+class _Shares(Mapping[str, Tensor]):
+    """Tensors of which each is divided when it is asked for: all of them at once would take memory beside the copies.
+
+    Args:
+        whole: the whole tensors by name, on any device.
+        like: a tensor that is divided as they are to be.
+    """
+
+    def __init__(self, whole: Mapping[str, Tensor], like: DTensor) -> None:
+        self._of, self._like = whole, like
+
+    def __getitem__(self, name: str) -> Tensor:
+        return distribute_tensor(self._of[name], self._like.device_mesh, self._like.placements, src_data_rank=None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._of)
+
+    def __len__(self) -> int:
+        return len(self._of)
 
 
 def _full(tensor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pairtune.config import RunConfig, TrialConfig
 from pairtune.data.prepare import PreparedData
 from pairtune.engine.kernels import Kernels
+from pairtune.engine.processes import Processes
 from pairtune.engine.trial import TrialInputs, always_false, load_start
 from pairtune.errors import RunFailed
 from pairtune.models.load import LoadedBase, weights_fingerprint
@@ -44,9 +45,10 @@ def run_sweep(
         RunFailed: a trial did not start at the base model, or no trial ended with a usable model.
         Interrupted: the run was asked to stop.
     """
+    divided = Processes(base.device).count > 1
     inputs = TrialInputs(
         base,
-        weights_fingerprint(load_start(config.trials()[0], base)),
+        weights_fingerprint(load_start(config.trials()[0], base, divided=divided)),
         data.train,
         data.validation,
         config.select,
