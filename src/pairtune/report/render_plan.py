@@ -61,7 +61,7 @@ def does_not_fit(fit: Fit, limit: float, remedies: Sequence[str]) -> str:
     lacks = f"more than the {limit / 2**30:.1f} GB that it may take, even with {way(fit)}"
     if remedies:
         return f"{lacks}; what would fit: {', or '.join(remedies)}"
-    return f"{lacks}; shorter pairs would not help: choose a smaller model, or lower --lora-rank"
+    return f"{lacks}; shorter pairs would not help: choose a smaller model, or with LoRA a lower --lora-rank"
 
 
 def time_range(cost: Cost) -> str:
